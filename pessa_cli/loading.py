@@ -1,0 +1,92 @@
+"""How transformers loads a compact model: pessa as a "quantizer", its extension point for other weight formats.
+
+model_type, architectures and tensor names stay stock; `quantization_config` in config.json says which projections
+are ragged. They are swapped while the model is on the meta device, and the weights then load by name.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from pessa_cli.errors import PessaError
+from pessa_cli.runtime import RaggedIn, RaggedOut
+from pessa_cli.sites import QUANT_METHOD, match_module, ragged_modules
+
+
+class PessaConfig(QuantizationConfigMixin):  # type: ignore[misc]
+    """`quantization_config` of a compact model: `modules` maps a projection to its ranks, "rows 64: 28 31 ..."."""
+
+    def __init__(self, modules: dict[str, str], **_: Any) -> None:
+        self.quant_method = QUANT_METHOD
+        self.modules = modules
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"quant_method": self.quant_method, "modules": dict(self.modules)}
+
+
+class PessaQuantizer(HfQuantizer):  # type: ignore[misc]
+    """Swaps the projections named in the config for ragged ones; nothing is quantised."""
+
+    requires_calibration = False
+
+    def _process_model_before_weight_loading(self, model: Any, **_: Any) -> Any:
+        modules = ragged_modules({"quantization_config": self.quantization_config.to_dict()})
+        found: dict[str, str] = {}
+        for name, module in list(model.named_modules()):
+            entry = match_module(name, modules) if isinstance(module, nn.Linear) else None
+            if entry is None:
+                continue
+            ragged = modules[entry]
+            kind = RaggedOut if ragged.side == "rows" else RaggedIn
+            swapped = kind(module, ragged)
+            if (swapped.in_features, swapped.out_features) != (module.in_features, module.out_features):
+                raise PessaError(
+                    f"{name} is {module.out_features} x {module.in_features} in the model, but its ranks are for "
+                    f"{swapped.out_features} x {swapped.in_features}",
+                    "config.json was changed after pruning; restore it",
+                )
+            model.set_submodule(name, swapped)
+            found[name] = str(ragged)
+        if not found:
+            raise PessaError(
+                f"none of the {len(modules)} pruned projections in config.json is in {type(model).__name__}",
+                "load the class named under `architectures` in config.json",
+            )
+        self.quantization_config.modules = found  # under this class's own prefix, so that saving it is right
+        return model
+
+    def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
+        for module in model.modules():
+            if isinstance(module, (RaggedIn, RaggedOut)):
+                module.to_device(module.weight.device)
+            if hasattr(module, "config"):
+                module.config._is_quantized = False
+        model.is_quantized = False  # plain floats: half(), to(dtype) and training work as for any model
+        return model
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+
+def register() -> None:
+    """Make `quant_method: pessa` known to transformers; a second call does nothing."""
+    if QUANT_METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+        register_quantization_config(QUANT_METHOD)(PessaConfig)
+        register_quantizer(QUANT_METHOD)(PessaQuantizer)

@@ -1,0 +1,155 @@
+"""From spectra and a rule to ranks. Pure numbers: no files, no torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pessa_cli.errors import PessaError, UsageError
+from pessa_cli.sites import Ranks, Site
+
+Spectrum = NDArray[np.float64]
+
+# Half the distance from 1 to the next number: the relative error of storing one weight.
+UNIT_ROUNDOFF = {"F64": 2.0**-53, "F32": 2.0**-24, "F16": 2.0**-11, "BF16": 2.0**-8}
+
+
+@dataclass(frozen=True)
+class Spectra:
+    """The spectra of one block, (G, d) each and descending; no Q-K where it cannot be merged."""
+
+    qk: Spectrum | None
+    vo: Spectrum
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How many directions of each head to keep. At most one way may be given; none means lossless.
+
+    qk_thr, vo_thr: keep singular values above (Q-K and V-O apart; one alone leaves the other side whole).
+    ratio: drop that share of all directions, the smallest first, Q-K and V-O apart.
+    rank: keep so many in every head. energy: keep that share of each head's squared spectrum.
+    lossless: drop the tail whose norm is no more than what storing the head in its dtype rounds off anyway.
+    Then ranks above zero are rounded up to a multiple of `round_to`, and none is under `min_rank`.
+    """
+
+    qk_thr: float | None = None
+    vo_thr: float | None = None
+    ratio: float | None = None
+    rank: int | None = None
+    energy: float | None = None
+    round_to: int = 1
+    min_rank: int = 0
+
+    def __post_init__(self) -> None:
+        ways = {
+            "--qk-thr/--vo-thr": self.qk_thr is not None or self.vo_thr is not None,
+            "--ratio": self.ratio is not None,
+            "--rank": self.rank is not None,
+            "--energy": self.energy is not None,
+        }
+        given = [way for way, on in ways.items() if on]
+        if len(given) > 1:
+            raise UsageError(f"{' and '.join(given)} are different rules", "give one of them")
+        for flag, value in (("--qk-thr", self.qk_thr), ("--vo-thr", self.vo_thr)):
+            if value is not None and not (0 <= value < math.inf):
+                raise UsageError(f"{flag} {value} is no threshold", "give a number from 0 up, as 5e-3")
+        if self.ratio is not None and not 0 <= self.ratio < 1:
+            raise UsageError(
+                f"--ratio {self.ratio} would not leave a model", "give the share to drop, from 0 to below 1"
+            )
+        if self.energy is not None and not 0 < self.energy <= 1:
+            raise UsageError(f"--energy {self.energy} is no share", "give the share to keep, above 0 to 1, as 0.99")
+        for flag, count, least in (
+            ("--rank", self.rank, 1),
+            ("--round-to", self.round_to, 1),
+            ("--min-rank", self.min_rank, 0),
+        ):
+            if count is not None and count < least:
+                raise UsageError(f"{flag} {count} is too small", f"give {least} or more")
+
+    def __str__(self) -> str:
+        ways = {
+            "qk_thr": self.qk_thr,
+            "vo_thr": self.vo_thr,
+            "ratio": self.ratio,
+            "rank": self.rank,
+            "energy": self.energy,
+        }
+        text = ", ".join(f"{name} {value:g}" for name, value in ways.items() if value is not None) or "lossless"
+        return (
+            text
+            + (f", round_to {self.round_to}" if self.round_to > 1 else "")
+            + (f", min_rank {self.min_rank}" if self.min_rank else "")
+        )
+
+
+@dataclass(frozen=True)
+class RankPlan:
+    """The ranks to keep, by site name: one a key/value head, for Q-K and for V-O."""
+
+    qk: Mapping[str, Ranks]
+    vo: Mapping[str, Ranks]
+
+
+def plan_ranks(sites: list[Site], spectra: Mapping[str, Spectra], rule: Rule) -> RankPlan:
+    """The rule applied to every site. Raises PessaError when it would prune all of Q-K or all of V-O."""
+    qk = {site.name: spectra[site.name].qk for site in sites}
+    vo = {site.name: spectra[site.name].vo for site in sites}
+    dtypes = {site.name: site.dtype for site in sites}
+    return RankPlan(
+        qk=_side({name: spectrum for name, spectrum in qk.items() if spectrum is not None}, dtypes, rule, "Q-K")
+        | {site.name: site.full for site in sites if qk[site.name] is None},
+        vo=_side(vo, dtypes, rule, "V-O"),
+    )
+
+
+def _side(spectra: Mapping[str, Spectrum], dtypes: Mapping[str, str], rule: Rule, what: str) -> dict[str, Ranks]:
+    if not spectra:
+        return {}
+    if rule.ratio is not None:
+        counts = _drop_smallest(spectra, rule.ratio)
+    else:
+        counts = {name: _keep(spectrum, rule, what, dtypes[name]) for name, spectrum in spectra.items()}
+    plan: dict[str, Ranks] = {}
+    for name, kept in counts.items():
+        rounded = -(-kept // rule.round_to) * rule.round_to
+        plan[name] = tuple(int(r) for r in rounded.clip(rule.min_rank, None).clip(None, spectra[name].shape[1]))
+    if not any(any(ranks) for ranks in plan.values()):
+        largest = max(float(spectrum.max()) for spectrum in spectra.values())
+        raise PessaError(
+            f"the rule ({rule}) prunes all of {what}: the largest singular value is {largest:.3g}",
+            "lower the threshold; `pessa inspect` shows the spectra",
+        )
+    return plan
+
+
+def _keep(spectrum: Spectrum, rule: Rule, what: str, dtype: str) -> NDArray[np.int64]:
+    """How many leading directions each head keeps, (G,), under a rule that looks at one head at a time."""
+    heads, width = spectrum.shape
+    if rule.rank is not None:
+        return np.full(heads, min(rule.rank, width))
+    if rule.qk_thr is not None or rule.vo_thr is not None:
+        threshold = rule.qk_thr if what == "Q-K" else rule.vo_thr
+        return np.full(heads, width) if threshold is None else (spectrum > threshold).sum(-1)
+    loss = UNIT_ROUNDOFF[dtype] if rule.energy is None else math.sqrt(1 - rule.energy)
+    tails = np.sqrt(np.cumsum(spectrum[:, ::-1] ** 2, axis=-1))[:, ::-1]  # norm from each direction to the last
+    kept: NDArray[np.int64] = (tails > loss * tails[:, :1]).sum(-1)
+    return kept
+
+
+def _drop_smallest(spectra: Mapping[str, Spectrum], ratio: float) -> dict[str, NDArray[np.int64]]:
+    """The smallest `ratio` of all directions dropped wherever they are; of equal ones the later in a head."""
+    values = np.concatenate([spectrum.ravel() for spectrum in spectra.values()])
+    places = np.concatenate([np.tile(np.arange(s.shape[1]), s.shape[0]) for s in spectra.values()])
+    kept = np.ones(values.size, dtype=bool)
+    kept[np.lexsort((-places, values))[: int(ratio * values.size)]] = False
+    ends = np.cumsum([spectrum.size for spectrum in spectra.values()])[:-1]
+    return {
+        name: part.reshape(spectrum.shape).sum(-1)
+        for (name, spectrum), part in zip(spectra.items(), np.split(kept, ends), strict=True)
+    }

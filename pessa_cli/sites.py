@@ -1,0 +1,316 @@
+"""From a table row and a header to sites: the attention blocks a checkpoint really has, with their shapes.
+
+The world is closed: an attention tensor that no row owns, a tensor of the wrong shape or a missing one is an
+error, and all of them are reported at once.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from pessa_cli.architectures import ARCHITECTURES, AttentionSpec
+from pessa_cli.checkpoint import Header
+from pessa_cli.errors import PessaError, UsageError, listed
+
+FLOATS = ("F64", "F32", "F16", "BF16")  # from the finest rounding to the coarsest
+QUANT_METHOD = "pessa"
+Ranks = tuple[int, ...]  # one rank a key/value head
+
+
+@dataclass(frozen=True)
+class Site:
+    """One attention block of one checkpoint.
+
+    `q`, `k`, `v`, `o` are module names as in the file; `query_width`, `key_width` and `output_width` are the
+    widths D of what goes in and comes out. `qk_ranks` and `vo_ranks` say how many directions the file stores for
+    each key/value head: `head_dim` everywhere in a dense file, less in a compact one.
+    """
+
+    spec: AttentionSpec
+    layer: int
+    q: str
+    k: str
+    v: str
+    o: str
+    heads: int
+    kv_heads: int
+    head_dim: int
+    query_width: int
+    key_width: int
+    output_width: int
+    biases: frozenset[str]  # the letters of the projections that have one
+    dtype: str  # of its weights; the coarsest, should they differ
+    qk_ranks: Ranks
+    vo_ranks: Ranks
+
+    @property
+    def name(self) -> str:
+        """Short and unique within a model: "encoder.self.3"."""
+        return f"{self.spec.kind}.{self.layer}"
+
+    @property
+    def group(self) -> int:
+        """Query heads per key/value head."""
+        return self.heads // self.kv_heads
+
+    @property
+    def merges_qk(self) -> bool:
+        return not self.spec.rope
+
+    @property
+    def full(self) -> Ranks:
+        return (self.head_dim,) * self.kv_heads
+
+    def module(self, side: str) -> str:
+        return {"q": self.q, "k": self.k, "v": self.v, "o": self.o}[side]
+
+    def shapes(self, qk_ranks: Ranks, vo_ranks: Ranks) -> dict[str, tuple[int, ...]]:
+        """The names and shapes of this site's tensors when just so many directions are stored."""
+        q, k, v = self.group * sum(qk_ranks), sum(qk_ranks), sum(vo_ranks)
+        o = self.group * v
+        weights = {
+            "q": (q, self.query_width),
+            "k": (k, self.key_width),
+            "v": (v, self.key_width),
+            "o": (self.output_width, o),
+        }
+        shapes: dict[str, tuple[int, ...]] = {}
+        for side, shape in weights.items():
+            shapes[f"{self.module(side)}.weight"] = shape
+            if side in self.biases:
+                shapes[f"{self.module(side)}.bias"] = shape[:1]
+        return shapes
+
+    @property
+    def tensors(self) -> dict[str, tuple[int, ...]]:
+        """The names and shapes of this site's tensors in its file."""
+        return self.shapes(self.qk_ranks, self.vo_ranks)
+
+
+def specs_of(config: Mapping[str, Any], header: Header, architecture: str | None = None) -> tuple[AttentionSpec, ...]:
+    """The table's rows for a model, by its `model_type` or by the name the user gave with --as."""
+    model_type = architecture or config.get("model_type")
+    if model_type in ARCHITECTURES:
+        return ARCHITECTURES[model_type]
+    if architecture is not None:
+        raise UsageError(f"--as {architecture} is no known architecture", f"known are {', '.join(ARCHITECTURES)}")
+    alike = [name for name, specs in ARCHITECTURES.items() if all(_layers(spec, header) for spec in specs)]
+    what = f"model_type {model_type!r} is not supported" if model_type else "config.json names no model_type"
+    known = f"supported are {', '.join(ARCHITECTURES)}"
+    if alike:
+        known += f"; its tensors are named as in {alike[0]}, so if it is built alike, try --as {alike[0]}"
+    raise PessaError(what, known)
+
+
+def find_sites(specs: Iterable[AttentionSpec], config: Mapping[str, Any], header: Header) -> list[Site]:
+    """Every attention block in the header, kind by kind and layer by layer.
+
+    Raises PessaError with all faults at once: projections missing, of a shape that the config contradicts or of
+    a dtype that holds no floats, and attention tensors that no row owns.
+    """
+    faults: list[str] = []
+    sites: list[Site] = []
+    owned: set[str] = set()
+    ragged = ragged_modules(config)
+    for spec in specs:
+        for layer, modules in _layers(spec, header).items():
+            owned |= {f"{modules[side]}.{part}" for side in "qkvo" for part in ("weight", "bias")}
+            scope = modules["q"].rpartition(".")[0]
+            owned |= {f"{scope}.{name}" for name in spec.beside}
+            try:
+                sites.append(_site(spec, layer, modules, config, header, ragged))
+            except PessaError as error:
+                faults.append(error.message)
+    scopes = {site.q.rpartition(".")[0] + "." for site in sites}
+    for name, info in header.items():
+        inside = name.startswith(tuple(scopes)) if scopes else False
+        matrix = len(info.shape) > 1 and re.search(r"attn|attention", name) is not None
+        if (inside or matrix) and name not in owned:
+            faults.append(f"{name}: no row of the architecture owns this attention tensor")
+    if faults:
+        raise PessaError(
+            f"{len(faults)} attention tensors do not fit {config.get('model_type')}\n{listed(faults)}",
+            "check config.json against the weights, or give the architecture with --as",
+        )
+    if not sites:
+        raise PessaError(
+            f"no attention block found that is named as in {config.get('model_type')}",
+            "check that config.json belongs to these weights, or give the architecture with --as",
+        )
+    return sites
+
+
+def select(sites: list[Site], kinds: tuple[str, ...] = (), layers: frozenset[int] | None = None) -> list[Site]:
+    """The sites of the given kinds and layers; no kinds means all, None means every layer."""
+    known = list(dict.fromkeys(site.spec.kind for site in sites))
+    unknown = [kind for kind in kinds if kind not in known]
+    if unknown:
+        raise UsageError(f"--sites {unknown[0]}: this model has no such block", f"it has {', '.join(known)}")
+    top = max(site.layer for site in sites)
+    if layers is not None and max(layers) > top:
+        raise UsageError(f"--layers {max(layers)}: the model's last layer is {top}", f"give layers from 0 to {top}")
+    chosen = [
+        site for site in sites if (not kinds or site.spec.kind in kinds) and (layers is None or site.layer in layers)
+    ]
+    if not chosen:
+        raise UsageError("--sites and --layers together choose no block", f"the model's last layer is {top}")
+    return chosen
+
+
+@dataclass(frozen=True)
+class Ragged:
+    """How a compact file stores one projection: live rows or columns per head of `head_dim` slots."""
+
+    side: str  # "rows" for q, k and v; "columns" for o
+    head_dim: int
+    ranks: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return f"{self.side} {self.head_dim}: {' '.join(map(str, self.ranks))}"
+
+    @staticmethod
+    def parse(module: str, text: str) -> Ragged:
+        match = re.fullmatch(r"(rows|columns) (\d+):((?: \d+)+)", text) if isinstance(text, str) else None
+        if match is None:
+            raise PessaError(
+                f"quantization_config of config.json says {text!r} for {module}", "write the folder again with pessa"
+            )
+        ragged = Ragged(match[1], int(match[2]), tuple(int(rank) for rank in match[3].split()))
+        if max(ragged.ranks) > ragged.head_dim:
+            raise PessaError(f"{module} claims rank {max(ragged.ranks)} in heads of {ragged.head_dim}")
+        return ragged
+
+
+def ragged_modules(config: Mapping[str, Any]) -> dict[str, Ragged]:
+    """What `quantization_config` says of a compact model's projections; empty for any other model.
+
+    Raises PessaError for weights that something else has quantised: they are no longer a product of floats.
+    """
+    quantization = config.get("quantization_config")
+    if quantization is None:
+        return {}
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+    if method != QUANT_METHOD:
+        raise PessaError(
+            f"the checkpoint is quantised ({method})", "prune the float checkpoint, then quantise the dense export"
+        )
+    modules = quantization.get("modules")
+    if not isinstance(modules, dict) or not modules:
+        raise PessaError("quantization_config of config.json lists no modules", "write the folder again with pessa")
+    return {module: Ragged.parse(module, text) for module, text in modules.items()}
+
+
+def match_module(name: str, modules: Iterable[str]) -> str | None:
+    """The one of `modules` that names the same projection as `name`, whatever prefix either has.
+
+    A base model saved alone lacks the prefix that the same model has under a head ("bert.encoder...").
+    """
+    found = [m for m in modules if m == name or m.endswith("." + name) or name.endswith("." + m)]
+    return found[0] if len(found) == 1 else None
+
+
+def ragged_site(site: Site) -> dict[str, Ragged]:
+    """The entries of `modules` for one site, by module name; only for those that are not full."""
+    entries: dict[str, Ragged] = {}
+    for ranks, rows, columns in ((site.qk_ranks, "qk", ""), (site.vo_ranks, "v", "o")):
+        if ranks == site.full:
+            continue
+        each = tuple(rank for rank in ranks for _ in range(site.group))
+        for side in rows:
+            entries[site.module(side)] = Ragged("rows", site.head_dim, each if side == "q" else ranks)
+        for side in columns:
+            entries[site.module(side)] = Ragged("columns", site.head_dim, each)
+    return entries
+
+
+def _layers(spec: AttentionSpec, header: Header) -> dict[int, dict[str, str]]:
+    """The module names of each layer that has the row's q, k, v and o weights under one common prefix."""
+    found: dict[int, dict[str, dict[str, str]]] = {}
+    for side, pattern in (("q", spec.q), ("k", spec.k), ("v", spec.v), ("o", spec.o)):
+        before, after = pattern.split("{i}")
+        regex = re.compile(rf"((?:.*\.)?{re.escape(before)})(\d+)({re.escape(after)})\.weight")
+        for name in header:
+            if match := regex.fullmatch(name):
+                prefix = match[1].removesuffix(before)
+                found.setdefault(int(match[2]), {}).setdefault(prefix, {})[side] = name.removesuffix(".weight")
+    layers: dict[int, dict[str, str]] = {}
+    for layer, prefixes in sorted(found.items()):
+        complete = [modules for modules in prefixes.values() if len(modules) == 4]
+        if len(complete) > 1:
+            raise PessaError(
+                f"layer {layer} of {spec.kind} is there twice: {complete[0]['q']} and {complete[1]['q']}",
+                "give the checkpoint of one model",
+            )
+        if complete:
+            layers[layer] = complete[0]
+    return layers
+
+
+def _head_count(config: Mapping[str, Any], key: str) -> int:
+    value = config.get(key)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise PessaError(f"config.json: {key} is {value!r}, not a number of heads")
+    return value
+
+
+def _site(
+    spec: AttentionSpec,
+    layer: int,
+    modules: Mapping[str, str],
+    config: Mapping[str, Any],
+    header: Header,
+    ragged: Mapping[str, Ragged],
+) -> Site:
+    heads = _head_count(config, spec.heads)
+    kv_heads = heads
+    if spec.kv_heads is not None and config.get(spec.kv_heads) is not None:
+        kv_heads = _head_count(config, spec.kv_heads)
+    if heads % kv_heads:
+        raise PessaError(f"config.json: {heads} heads cannot share {kv_heads} key/value heads evenly")
+    weights = {side: header[f"{module}.weight"] for side, module in modules.items()}
+    for side, info in weights.items():
+        if len(info.shape) != 2 or info.dtype not in FLOATS:
+            raise PessaError(f"{modules[side]}.weight: a matrix of floats is expected, found {info.dtype} {info.shape}")
+    entries = {side: ragged.get(match_module(module, ragged) or "") for side, module in modules.items()}
+    known = [entry.head_dim for entry in entries.values() if entry is not None]
+    head_dim = known[0] if known else weights["q"].shape[0] // heads
+    stored = (head_dim,) * kv_heads
+    site = Site(
+        spec=spec,
+        layer=layer,
+        q=modules["q"],
+        k=modules["k"],
+        v=modules["v"],
+        o=modules["o"],
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        query_width=weights["q"].shape[1],
+        key_width=weights["k"].shape[1],
+        output_width=weights["o"].shape[0],
+        biases=frozenset(side for side, module in modules.items() if f"{module}.bias" in header),
+        dtype=max((info.dtype for info in weights.values()), key=FLOATS.index),
+        qk_ranks=entries["k"].ranks if entries["k"] else stored,
+        vo_ranks=entries["v"].ranks if entries["v"] else stored,
+    )
+    for name, shape in site.tensors.items():
+        if header[name].shape != shape:
+            raise PessaError(
+                f"{name}: the file has shape {header[name].shape}, {heads} heads of {head_dim} "
+                f"({kv_heads} for keys and values) need {shape}"
+            )
+        if header[name].dtype not in FLOATS:
+            raise PessaError(f"{name}: stored as {header[name].dtype}, not as floats")
+    if {side: entry for side, entry in entries.items() if entry} != {
+        side: entry for side in "qkvo" for entry in [ragged_site(site).get(modules[side])] if entry
+    }:
+        raise PessaError(f"{site.q}: config.json gives its projections ranks that do not fit each other")
+    return site
+
+
+def with_ranks(site: Site, qk_ranks: Ranks, vo_ranks: Ranks) -> Site:
+    """The same site as a compact file of those ranks would store it."""
+    return replace(site, qk_ranks=qk_ranks, vo_ranks=vo_ranks)

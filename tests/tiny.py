@@ -1,0 +1,117 @@
+"""Tiny models of every supported architecture, made on the fly with weights that let no error hide.
+
+Default initialisation is so small that attention is nearly uniform whatever its weights; drawn from N(0, 0.4)
+every projection and bias matters.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    WhisperConfig,
+    WhisperForConditionalGeneration,
+)
+
+ATTENTION = ("self_attn", "encoder_attn", "attention")
+
+
+def build(name: str) -> PreTrainedModel:
+    """A tiny model by name, float32, in eval mode."""
+    torch.manual_seed(0)
+    model = {"whisper": _whisper, "bert": _bert, "llama": _llama, "llama-biased": _llama_biased}[name]()
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if any(part in key for part in ATTENTION) and "norm" not in key.lower():
+                parameter.normal_(0, 0.4)
+    return model.eval()
+
+
+NAMES = ("whisper", "bert", "llama", "llama-biased")
+
+
+def save(name: str, folder: Path, **kwargs: Any) -> Path:
+    """The tiny model as a folder; keyword arguments as for save_pretrained."""
+    build(name).save_pretrained(folder, **kwargs)
+    return folder
+
+
+def inputs(model: PreTrainedModel, batch: int = 2) -> dict[str, torch.Tensor]:
+    """Sample inputs for a tiny model, the same on every call."""
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(5, 90, (batch, 9), generator=generator)
+    if model.config.model_type == "whisper":
+        features = torch.randn(batch, 8, 60, generator=generator)
+        return {"input_features": features, "decoder_input_ids": ids}
+    mask = torch.ones_like(ids)
+    mask[-1, 6:] = 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def _whisper() -> PreTrainedModel:
+    return WhisperForConditionalGeneration(
+        WhisperConfig(
+            vocab_size=100,
+            num_mel_bins=8,
+            d_model=32,
+            encoder_layers=2,
+            decoder_layers=2,
+            encoder_attention_heads=4,
+            decoder_attention_heads=4,
+            encoder_ffn_dim=48,
+            decoder_ffn_dim=48,
+            max_source_positions=30,
+            max_target_positions=40,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
+            decoder_start_token_id=1,
+            suppress_tokens=None,
+            begin_suppress_tokens=None,
+        )
+    )
+
+
+def _bert() -> PreTrainedModel:
+    return BertForMaskedLM(
+        BertConfig(
+            vocab_size=100,
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            intermediate_size=48,
+            max_position_embeddings=40,
+        )
+    )
+
+
+def _llama_config(**more: Any) -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=100,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+        **more,
+    )
+
+
+def _llama() -> PreTrainedModel:
+    return LlamaForCausalLM(_llama_config())
+
+
+def _llama_biased() -> PreTrainedModel:
+    """Biases on all four projections, and heads wider than hidden_size / heads."""
+    return LlamaForCausalLM(_llama_config(attention_bias=True, head_dim=12))
