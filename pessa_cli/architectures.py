@@ -30,7 +30,7 @@ class AttentionSpec:
 
     @property
     def merges(self) -> str:
-        return "V-O (RoPE keeps Q-K as it is)" if self.rope else "Q-K, V-O"
+        return "V-O" if self.rope else "Q-K, V-O"
 
 
 def _named(kind: str, module: str, heads: str, o: str = "out_proj", **more: object) -> AttentionSpec:

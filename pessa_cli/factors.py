@@ -15,6 +15,8 @@ from torch import Tensor
 from pessa_cli.heads import HeadWeights
 from pessa_cli.sites import Site
 
+WELL_CONDITIONED = 1e-3
+
 
 @dataclass(frozen=True)
 class Pair:
@@ -83,10 +85,21 @@ def absorb(weights: HeadWeights, site: Site) -> Absorbed:
 
 def decompose(pair: Pair) -> Factors:
     """The SVD of each head's product: O(D d^2) for each head, where the dense product takes O(D^3)."""
-    left, left_core = torch.linalg.qr(pair.left)
-    right, right_core = torch.linalg.qr(pair.right)
-    u, spectrum, vh = torch.linalg.svd(left_core @ right_core.mT, full_matrices=False)
-    return _padded(Factors(left @ u, spectrum, right @ vh.mT), pair.left.shape[-1])
+    left, right = _thin_qr(pair.left), _thin_qr(pair.right)
+    u, spectrum, vh = torch.linalg.svd(left.r @ right.r.mT, full_matrices=False)
+    return _padded(Factors(left.times(u), spectrum, right.times(vh.mT)), pair.left.shape[-1])
+
+
+def singular_values(pair: Pair) -> Tensor:
+    """The spectrum of each head's product alone, (G, d), descending; at a third of the cost of `decompose`."""
+    values = torch.linalg.svdvals(_thin_qr(pair.left).r @ _thin_qr(pair.right).r.mT)
+    return torch.nn.functional.pad(values, (0, pair.left.shape[-1] - values.shape[-1]))
+
+
+def norm_products(pair: Pair) -> Tensor:
+    """The L2 norms of each dimension's two columns multiplied, (G, d), descending: what "vanilla" pruning goes by."""
+    products: Tensor = pair.left.norm(dim=-2) * pair.right.norm(dim=-2)
+    return products.sort(dim=-1, descending=True).values
 
 
 def sort_by_norm(pair: Pair) -> Factors:
@@ -149,6 +162,42 @@ def product_norm(pair: Pair) -> Tensor:
     right = torch.linalg.qr(pair.right, mode="r").R
     norm: Tensor = torch.linalg.matrix_norm(left @ right.mT)
     return norm
+
+
+@dataclass(frozen=True)
+class _ThinQR:
+    """Q and R of each head, with Q kept as the factor itself where it is `factor @ inverse(R)`."""
+
+    base: Tensor  # (G, L, d): Q where `explicit`, the factor elsewhere
+    r: Tensor  # (G, min(L, d), d)
+    explicit: Tensor  # (G, 1, 1), bool
+
+    def times(self, u: Tensor) -> Tensor:
+        """Q @ u."""
+        if self.explicit.all():
+            return self.base @ u
+        return self.base @ torch.where(self.explicit, u, torch.linalg.solve_triangular(self.r, u, upper=True))
+
+
+def _thin_qr(factor: Tensor) -> _ThinQR:
+    """QR of each head by the Cholesky factor of its Gram matrix, by Householder where that is not safe.
+
+    Cholesky costs a third, but its error grows with the square of the condition number. R_ii / ||a_i|| is what is
+    left of a column once those before it are projected out: above WELL_CONDITIONED the spectrum keeps ten digits.
+    """
+    length, width = factor.shape[-2:]
+    if length < width:
+        q, r = torch.linalg.qr(factor)
+        return _ThinQR(q, r, torch.ones(len(factor), 1, 1, dtype=torch.bool))
+    gram = factor.mT @ factor
+    lower, failed = torch.linalg.cholesky_ex(gram)
+    left = lower.diagonal(dim1=-2, dim2=-1) / gram.diagonal(dim1=-2, dim2=-1).sqrt()  # (G, d)
+    ill = (failed != 0) | ~(left > WELL_CONDITIONED).all(-1)
+    base, r = factor, lower.mT
+    if ill.any():
+        base, r = factor.clone(), r.clone()
+        base[ill], r[ill] = torch.linalg.qr(factor[ill])
+    return _ThinQR(base, r, ill.reshape(-1, 1, 1))
 
 
 def _padded(factors: Factors, width: int) -> Factors:

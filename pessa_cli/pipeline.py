@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -27,7 +27,7 @@ from pessa_cli.checkpoint import (
     write_json,
 )
 from pessa_cli.errors import PessaError, UsageError
-from pessa_cli.factors import Factors, Pair, absorb, decompose, recompose, sort_by_norm
+from pessa_cli.factors import Factors, Pair, absorb, decompose, norm_products, recompose, singular_values, sort_by_norm
 from pessa_cli.heads import HeadWeights, Layout, NotFiniteError, read_site, write_site
 from pessa_cli.ranks import RankPlan, Rule, Spectra, Spectrum, plan_ranks
 from pessa_cli.sites import QUANT_METHOD, Ranks, Site, find_sites, ragged_site, specs_of, with_ranks
@@ -35,6 +35,18 @@ from pessa_cli.sites import QUANT_METHOD, Ranks, Site, find_sites, ragged_site, 
 Method = Literal["svd", "vanilla"]
 Progress = Callable[[list[Site], str], Iterable[Site]]
 
+
+class Way(NamedTuple):
+    """One way to order a head's directions: what each is worth, and the head rewritten in that order."""
+
+    spectrum: Callable[[Pair], torch.Tensor]
+    factorise: Callable[[Pair], Factors]
+
+
+METHODS: dict[Method, Way] = {
+    "svd": Way(singular_values, decompose),
+    "vanilla": Way(norm_products, sort_by_norm),
+}
 SPECTRA_FILE = "spectra.safetensors"
 MANIFEST_FILE = "pessa.json"
 # Weights in other formats: a copy of them in the output would be the unpruned model again.
@@ -140,11 +152,13 @@ def measure(
             spectra[site.name] = model.spectra[site.name]
             continue
         try:
-            _, qk, vo = _factorise(read_site(model.reader, site), site, method)
+            absorbed = absorb(read_site(model.reader, site), site)
         except NotFiniteError as error:
             faults += error.faults
             continue
-        spectra[site.name] = Spectra(None if qk is None else qk.spectrum.numpy(), vo.spectrum.numpy())
+        values = METHODS[method].spectrum
+        qk = None if absorbed.qk is None else values(absorbed.qk).numpy()
+        spectra[site.name] = Spectra(qk, values(absorbed.vo).numpy())
     if faults:
         raise NotFiniteError(model.reader, faults)
     return spectra
@@ -220,13 +234,12 @@ def _ranks(text: str) -> Ranks:
     return tuple(int(rank) for rank in text.split())
 
 
-def _factorise(weights: HeadWeights, site: Site, method: Method) -> tuple[HeadWeights, Factors | None, Factors]:
-    """The block in factored form, with the factors it is made of."""
+def _factorised(weights: HeadWeights, site: Site, method: Method) -> HeadWeights:
+    """The block in factored form, at full rank."""
     absorbed = absorb(weights, site)
-    factorise: Callable[[Pair], Factors] = decompose if method == "svd" else sort_by_norm
+    factorise = METHODS[method].factorise
     qk = None if absorbed.qk is None else factorise(absorbed.qk)
-    vo = factorise(absorbed.vo)
-    return recompose(weights, absorbed, qk, vo, site), qk, vo
+    return recompose(weights, absorbed, qk, factorise(absorbed.vo), site)
 
 
 def _write(model: Model, out: Path, rewrite: Rewrite, force: bool, progress: Progress, as_stored: bool = False) -> None:
@@ -246,7 +259,7 @@ def _write(model: Model, out: Path, rewrite: Rewrite, force: bool, progress: Pro
             for site in progress(rewrite.sites, "writing blocks"):
                 weights = read_site(reader, site)
                 if not as_stored and site.name not in model.spectra:
-                    weights, _, _ = _factorise(weights, site, rewrite.method)
+                    weights = _factorised(weights, site, rewrite.method)
                 ranks = rewrite.ranks.qk[site.name], rewrite.ranks.vo[site.name]
                 for name, tensor in write_site(weights, site, *ranks, reader.header, rewrite.layout).items():
                     writer.put(name, tensor)

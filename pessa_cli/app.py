@@ -1,0 +1,328 @@
+"""The command line: parse, call, show. Everything heavy is imported inside the command that needs it."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from pessa_cli import console
+from pessa_cli.errors import PessaError, UsageError
+
+if TYPE_CHECKING:
+    from pessa_cli.pipeline import Model, Rewrite
+    from pessa_cli.recipe import Recipe
+    from pessa_cli.sites import Site
+    from pessa_cli.verify import Report
+
+app = typer.Typer(
+    name="pessa",
+    help="Model surgery on attention: see every head's true dimensions, cut the empty ones, prove the result.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+
+MODEL = Annotated[str, typer.Argument(metavar="MODEL", help="Folder of a Hugging Face or CTranslate2 Whisper model.")]
+OUT = Annotated[Path, typer.Option("-o", "--out", help="Folder to write; must not exist.")]
+FORCE = Annotated[bool, typer.Option("--force", help="Replace the output folder if it exists.")]
+JSON = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+AS = Annotated[
+    str | None,
+    typer.Option("--as", metavar="TYPE", help="Treat the model as this architecture, whatever its config says."),
+]
+SITES = Annotated[
+    str, typer.Option("--sites", metavar="KINDS", help="Only these blocks, as encoder.self,decoder.cross.")
+]
+LAYERS = Annotated[str | None, typer.Option("--layers", metavar="RANGE", help="Only these layers, as 0-15 or 0-3,12.")]
+QK_THR = Annotated[float | None, typer.Option("--qk-thr", help="Keep the singular values of Q-K above this.")]
+VO_THR = Annotated[float | None, typer.Option("--vo-thr", help="Keep the singular values of V-O above this.")]
+RATIO = Annotated[float | None, typer.Option(help="Drop this share of all directions, the smallest first.")]
+RANK = Annotated[int | None, typer.Option(help="Keep this many directions in every head.")]
+ENERGY = Annotated[float | None, typer.Option(help="Keep this share of each head's squared spectrum.")]
+LOSSLESS = Annotated[
+    bool, typer.Option("--lossless", help="Drop only what the dtype's own rounding hides (the default).")
+]
+ROUND_TO = Annotated[int, typer.Option(help="Round ranks up to a multiple of this.")]
+MIN_RANK = Annotated[int, typer.Option(help="Keep at least this many directions in every head.")]
+METHOD = Annotated[
+    Literal["svd", "vanilla"], typer.Option(help="vanilla: rank the original dimensions by their norms, to compare.")
+]
+LAYOUT = Annotated[
+    Literal["compact", "dense"], typer.Option(help="compact: smaller shapes. dense: original shapes, zeros inside.")
+]
+LEVEL = Annotated[
+    Literal["weights", "blocks", "outputs"], typer.Option(help="How deep to look; each level includes those before.")
+]
+
+
+@app.command()
+def inspect(
+    model: MODEL,
+    qk_thr: QK_THR = None,
+    vo_thr: VO_THR = None,
+    ratio: RATIO = None,
+    rank: RANK = None,
+    energy: ENERGY = None,
+    lossless: LOSSLESS = False,
+    round_to: ROUND_TO = 1,
+    min_rank: MIN_RANK = 0,
+    sites: SITES = "",
+    layers: LAYERS = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw the spectra to this PNG or SVG file.")] = None,
+    json: JSON = False,
+    architecture: AS = None,
+) -> None:
+    """Show a model's attention blocks, the spectra of their heads, and what a rule would prune.
+
+    Example: `pessa inspect whisper-tiny.en --qk-thr 5e-3 --vo-thr 6e-3 --plot spectra.png`
+    """
+    recipe = _recipe(qk_thr, vo_thr, ratio, rank, energy, lossless, round_to, min_rank, sites, layers)
+    from pessa_cli.plot import check_plot, plot_spectra
+
+    if plot is not None:
+        check_plot(plot)
+    from pessa_cli import report
+    from pessa_cli.pipeline import measure, open_model
+    from pessa_cli.ranks import RankPlan, plan_ranks
+    from pessa_cli.sources import open_source
+
+    with open_source(model) as folder:
+        opened = open_model(folder, architecture)
+        chosen = _chosen(opened, recipe)
+        as_is = RankPlan({s.name: s.qk_ranks for s in chosen}, {s.name: s.vo_ranks for s in chosen})
+        if not json:
+            before = report.totals(opened.reader.header, opened.sites, chosen, as_is)
+            console.show_model(model, opened.reader.config, chosen, before)
+        spectra = measure(opened, chosen, progress=console.progress)
+        plan = plan_ranks(chosen, spectra, recipe.rule)
+        blocks = [report.block(site, spectra[site.name], plan) for site in chosen]
+        totals = report.totals(opened.reader.header, opened.sites, chosen, plan)
+        if plot is not None:
+            plot_spectra(plot, chosen, spectra, measure(opened, chosen, "vanilla", console.progress))
+    if json:
+        console.show_json({"model": model, "rule": str(recipe.rule), "blocks": blocks, "totals": totals})
+        return
+    console.show_blocks(blocks)
+    console.show_totals(totals, str(recipe.rule))
+    if plot is not None:
+        console.note(f"plot written to {plot}")
+
+
+@app.command()
+def decompose(
+    model: MODEL,
+    out: OUT,
+    sites: SITES = "",
+    layers: LAYERS = None,
+    json: JSON = False,
+    force: FORCE = False,
+    architecture: AS = None,
+) -> None:
+    """Write the model in decomposed form, at full rank, with its spectra: pruning that is then a mere slice.
+
+    Example: `pessa decompose whisper-tiny.en -o decomposed/`
+    """
+    recipe = _recipe(sites=sites, layers=layers)
+    from pessa_cli.pipeline import decompose_model, open_model
+    from pessa_cli.sources import open_source
+
+    with open_source(model) as folder:
+        opened = open_model(folder, architecture)
+        written = decompose_model(opened, out, _chosen(opened, recipe), force, console.progress)
+        _show_written(opened, written, model, out, json)
+
+
+@app.command()
+def prune(
+    model: MODEL,
+    out: OUT,
+    qk_thr: QK_THR = None,
+    vo_thr: VO_THR = None,
+    ratio: RATIO = None,
+    rank: RANK = None,
+    energy: ENERGY = None,
+    lossless: LOSSLESS = False,
+    round_to: ROUND_TO = 1,
+    min_rank: MIN_RANK = 0,
+    sites: SITES = "",
+    layers: LAYERS = None,
+    method: METHOD = "svd",
+    layout: LAYOUT = "compact",
+    json: JSON = False,
+    force: FORCE = False,
+    architecture: AS = None,
+) -> None:
+    """Cut the directions that a rule calls small out of every head, and write the smaller model.
+
+    Example: `pessa prune whisper-large-v3 --qk-thr 5e-3 --vo-thr 6e-3 -o out/`
+    """
+    recipe = _recipe(qk_thr, vo_thr, ratio, rank, energy, lossless, round_to, min_rank, sites, layers)
+    from pessa_cli.pipeline import open_model, prune_model
+    from pessa_cli.sources import open_source
+
+    with open_source(model) as folder:
+        opened = open_model(folder, architecture)
+        chosen = _chosen(opened, recipe)
+        written = prune_model(opened, out, recipe.rule, chosen, method, layout, force, console.progress)
+        _show_written(opened, written, model, out, json)
+
+
+@app.command()
+def export(
+    model: MODEL,
+    out: OUT,
+    layout: LAYOUT = "dense",
+    json: JSON = False,
+    force: FORCE = False,
+    architecture: AS = None,
+) -> None:
+    """Turn a pruned model from one layout into the other, without changing a number.
+
+    Example: `pessa export out/ -o dense/ --layout dense`
+    """
+    from pessa_cli.pipeline import export_model, open_model
+
+    opened = open_model(Path(model), architecture)
+    written = export_model(opened, out, layout, force, console.progress)
+    _show_written(opened, written, model, out, json)
+
+
+@app.command()
+def verify(
+    reference: Annotated[str, typer.Argument(metavar="REFERENCE", help="Folder of the original model.")],
+    candidate: Annotated[str, typer.Argument(metavar="CANDIDATE", help="Folder of the model made from it.")],
+    level: LEVEL = "outputs",
+    audio: Annotated[list[Path] | None, typer.Option(help="A clip to transcribe with both; may be repeated.")] = None,
+    text: Annotated[list[Path] | None, typer.Option(help="A text file to run both on; may be repeated.")] = None,
+    tolerance: Annotated[float | None, typer.Option(help="Largest relative error; default: by dtype.")] = None,
+    min_agreement: Annotated[float | None, typer.Option(help="Least share of equal top-1 predictions.")] = None,
+    junit: Annotated[Path | None, typer.Option(help="Also write the result as a JUnit XML file.")] = None,
+    json: JSON = False,
+    architecture: AS = None,
+) -> None:
+    """Say whether two models are the same, and if not, where and by how much; exit 1 when they are not.
+
+    Example: `pessa verify whisper-tiny.en out/ --audio speech.wav`
+    """
+    report = _verify(
+        reference,
+        candidate,
+        architecture,
+        level=level,
+        audio=audio,
+        text=text,
+        tolerance=tolerance,
+        min_agreement=min_agreement,
+    )
+    if junit is not None:
+        from pessa_cli.junit import write_junit
+
+        write_junit(junit, report)
+    if json:
+        console.show_json({"reference": reference, "candidate": candidate} | report.to_dict())
+    else:
+        console.show_report(report, (reference, candidate), tolerance is None and min_agreement is None)
+    if not report.same:
+        raise typer.Exit(1)
+
+
+@app.command()
+def run(
+    recipe_file: Annotated[Path, typer.Argument(metavar="RECIPE", help="A TOML file, as those in configs/.")],
+    model: MODEL,
+    out: OUT,
+    json: JSON = False,
+    force: FORCE = False,
+    architecture: AS = None,
+) -> None:
+    """Do what a recipe says: prune, and verify the result if it asks for that.
+
+    Example: `pessa run configs/lossless.toml whisper-tiny.en -o out/`
+    """
+    from pessa_cli.recipe import load_recipe
+
+    recipe = load_recipe(recipe_file)
+    from pessa_cli.pipeline import open_model, prune_model
+    from pessa_cli.sources import open_source
+
+    with open_source(model) as folder:
+        opened = open_model(folder, architecture)
+        chosen = _chosen(opened, recipe)
+        written = prune_model(
+            opened, out, recipe.rule, chosen, force=force, progress=console.progress, **recipe.options
+        )
+        _show_written(opened, written, model, out, json)
+    if recipe.verify is not None:
+        report = _verify(model, str(out), architecture, **recipe.verify)
+        if not json:
+            console.show_report(report, (model, str(out)), not {"tolerance", "min_agreement"} & recipe.verify.keys())
+        if not report.same:
+            raise PessaError(f"{out} is not the same model within the recipe's limits: {report.failures[0]}")
+
+
+def _recipe(
+    qk_thr: float | None = None,
+    vo_thr: float | None = None,
+    ratio: float | None = None,
+    rank: int | None = None,
+    energy: float | None = None,
+    lossless: bool = False,
+    round_to: int = 1,
+    min_rank: int = 0,
+    sites: str = "",
+    layers: str | None = None,
+) -> Recipe:
+    """The options of a command as the recipe they are short for."""
+    from pessa_cli.ranks import Rule
+    from pessa_cli.recipe import Recipe, parse_layers
+
+    rule = Rule(qk_thr, vo_thr, ratio, rank, energy, round_to, min_rank)
+    if lossless and any(value is not None for value in (qk_thr, vo_thr, ratio, rank, energy)):
+        raise UsageError(f"--lossless and {rule} are different rules", "give one of them")
+    kinds = tuple(kind.strip() for kind in sites.split(",") if kind.strip())
+    return Recipe(rule, kinds, None if layers is None else parse_layers(layers))
+
+
+def _chosen(model: Model, recipe: Recipe) -> list[Site]:
+    from pessa_cli.sites import select
+
+    return select(model.sites, recipe.sites, recipe.layers)
+
+
+def _verify(reference: str, candidate: str, architecture: str | None, **options: Any) -> Report:
+    from pessa_cli.pipeline import open_model
+    from pessa_cli.sources import open_source
+    from pessa_cli.verify import verify_models
+
+    with open_source(reference) as ours, open_source(candidate) as theirs:
+        models = open_model(ours, architecture), open_model(theirs, architecture)
+        return verify_models(*models, progress=console.progress, **options)
+
+
+def _show_written(model: Model, written: Rewrite, source: str, out: Path, json: bool) -> None:
+    from pessa_cli import report
+
+    totals = report.totals(model.reader.header, model.sites, written.sites, written.ranks)
+    if json:
+        console.show_json({"source": source, "out": str(out), "totals": totals} | written.manifest)
+        return
+    if written.command == "prune":
+        console.show_totals(totals, written.rule)
+    console.note(f"{out} written, {written.rule}, {written.layout}; check it with: pessa verify {source} {out}")
+
+
+def main() -> None:
+    """The entry point of the `pessa` command: 0 done, 1 failed, 2 wrong usage."""
+    try:
+        app()
+    except UsageError as error:
+        console.show_error(error)
+        sys.exit(2)
+    except PessaError as error:
+        console.show_error(error)
+        sys.exit(1)
+    except BrokenPipeError:
+        sys.exit(1)

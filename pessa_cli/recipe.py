@@ -1,0 +1,93 @@
+"""A run as a file: TOML with the options of `prune` and, if wanted, of the `verify` after it."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pessa_cli.errors import PessaError, UsageError
+from pessa_cli.ranks import Rule
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+_NUMBER = (int, float)
+_PRUNE: Mapping[str, type | tuple[type, ...]] = {
+    "qk_thr": _NUMBER,
+    "vo_thr": _NUMBER,
+    "ratio": _NUMBER,
+    "rank": int,
+    "energy": _NUMBER,
+    "round_to": int,
+    "min_rank": int,
+    "sites": list,
+    "layers": str,
+    "method": str,
+    "layout": str,
+}
+_VERIFY: Mapping[str, type | tuple[type, ...]] = {"level": str, "tolerance": _NUMBER, "min_agreement": _NUMBER}
+_CHOICES = {"method": ("svd", "vanilla"), "layout": ("compact", "dense"), "level": ("weights", "blocks", "outputs")}
+_RULE = ("qk_thr", "vo_thr", "ratio", "rank", "energy", "round_to", "min_rank")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What `pessa run` does to a model: `prune` always, `verify` when the file has that table."""
+
+    rule: Rule
+    sites: tuple[str, ...] = ()
+    layers: frozenset[int] | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)  # method and layout, where given
+    verify: Mapping[str, Any] | None = None
+
+
+def load_recipe(path: Path) -> Recipe:
+    """The recipe in a TOML file. Raises UsageError for keys that do not exist and values of the wrong type."""
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise PessaError(f"{path} is not a readable recipe: {error}", "see the examples in configs/") from None
+    unknown = [key for key in content if key not in ("prune", "verify")]
+    if unknown:
+        raise UsageError(f"{path}: unknown table or key {unknown[0]!r}", "a recipe has [prune] and [verify]")
+    prune = _checked(path, "prune", content.get("prune", {}), _PRUNE)
+    verify = _checked(path, "verify", content["verify"], _VERIFY) if "verify" in content else None
+    return Recipe(
+        rule=Rule(**{key: prune[key] for key in _RULE if key in prune}),
+        sites=tuple(prune.get("sites", ())),
+        layers=parse_layers(prune["layers"]) if "layers" in prune else None,
+        options={key: prune[key] for key in ("method", "layout") if key in prune},
+        verify=verify,
+    )
+
+
+def parse_layers(text: str) -> frozenset[int]:
+    """Layers as people write them: "0-15", "3", "0-3,12,20-23"."""
+    layers: set[int] = set()
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d{1,5})(?:-(\d{1,5}))?\s*", part)
+        if match is None or (match[2] and int(match[2]) < int(match[1])):
+            raise UsageError(f"--layers {text!r} is no list of layers", "write them as 0-15 or 0-3,12")
+        layers |= set(range(int(match[1]), int(match[2] or match[1]) + 1))
+    return frozenset(layers)
+
+
+def _checked(path: Path, table: str, values: Any, known: Mapping[str, type | tuple[type, ...]]) -> dict[str, Any]:
+    if not isinstance(values, dict):
+        raise UsageError(f"{path}: {table} is no table", f"write [{table}] above its keys")
+    for key, value in values.items():
+        if key not in known:
+            raise UsageError(f"{path}: [{table}] has no key {key!r}", f"it has {', '.join(known)}")
+        if not isinstance(value, known[key]) or isinstance(value, bool):
+            raise UsageError(f"{path}: {key} = {value!r} is a {type(value).__name__}", "see the examples in configs/")
+        if key in _CHOICES and value not in _CHOICES[key]:
+            raise UsageError(f"{path}: {key} = {value!r}", f"it is one of {', '.join(_CHOICES[key])}")
+        if isinstance(value, list) and not all(isinstance(site, str) for site in value):
+            raise UsageError(f"{path}: sites = {value!r}", 'write it as ["encoder.self"]')
+    return values

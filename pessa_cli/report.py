@@ -1,0 +1,69 @@
+"""What a model's attention is like and what a rank plan does to it, as plain data: the content of `--json`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from math import prod
+from typing import Any
+
+from pessa_cli.checkpoint import ITEM_BYTES, Header
+from pessa_cli.ranks import RankPlan, Spectra
+from pessa_cli.sites import Site
+
+
+def block(site: Site, spectra: Spectra, plan: RankPlan) -> dict[str, Any]:
+    """One attention block: spectra as lists (G x d, descending), null where Q-K cannot be merged, and the ranks."""
+    return {
+        "kind": site.spec.kind,
+        "layer": site.layer,
+        "heads": site.heads,
+        "kv_heads": site.kv_heads,
+        "head_dim": site.head_dim,
+        "qk_spectrum": None if spectra.qk is None else spectra.qk.tolist(),
+        "vo_spectrum": spectra.vo.tolist(),
+        "qk_ranks": list(plan.qk[site.name]),
+        "vo_ranks": list(plan.vo[site.name]),
+    }
+
+
+def totals(header: Header, sites: Iterable[Site], chosen: Iterable[Site], plan: RankPlan) -> dict[str, Any]:
+    """What the plan removes, counted as the paper does; `chosen` are the blocks that it covers.
+
+    Shares are of the directions of Q-K and of V-O (of the chosen blocks), of the parameters of their attention,
+    and of all the model's parameters. Bytes are those of the weights.
+    """
+    chosen = list(chosen)
+    attention, attention_bytes = _count(header, (site.tensors for site in chosen))
+    left, left_bytes = _count(header, (site.shapes(plan.qk[site.name], plan.vo[site.name]) for site in chosen))
+    parameters = sum(info.count for info in header.values())
+    nbytes = sum(info.nbytes for info in header.values())
+    merged = [site for site in chosen if site.merges_qk]
+    return {
+        "blocks": len(list(sites)),
+        "blocks_chosen": len(chosen),
+        "qk_pruned": _dropped(plan.qk, {site.name: site.qk_ranks for site in merged}),
+        "vo_pruned": _dropped(plan.vo, {site.name: site.vo_ranks for site in chosen}),
+        "attention_parameters": attention,
+        "attention_parameters_after": left,
+        "attention_pruned": _share(attention - left, attention),
+        "parameters": parameters,
+        "parameters_after": parameters - attention + left,
+        "model_pruned": _share(attention - left, parameters),
+        "bytes": nbytes,
+        "bytes_after": nbytes - attention_bytes + left_bytes,
+    }
+
+
+def _count(header: Header, blocks: Iterable[Mapping[str, tuple[int, ...]]]) -> tuple[int, int]:
+    """Parameters and bytes of tensors in the given shapes and the dtypes of the file."""
+    shapes = {name: prod(shape) for tensors in blocks for name, shape in tensors.items()}
+    return sum(shapes.values()), sum(ITEM_BYTES[header[name].dtype] * count for name, count in shapes.items())
+
+
+def _dropped(plan: Mapping[str, tuple[int, ...]], stored: Mapping[str, tuple[int, ...]]) -> float:
+    before = sum(sum(ranks) for ranks in stored.values())
+    return _share(before - sum(sum(plan[name]) for name in stored), before)
+
+
+def _share(part: int, whole: int) -> float:
+    return part / whole if whole else 0.0

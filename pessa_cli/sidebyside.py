@@ -1,0 +1,271 @@
+"""Two models run on the same inputs: their attention blocks one by one, their outputs, and what they write.
+
+Both run in float32 whatever they are stored in, so that differences come from the weights and not from 16-bit
+arithmetic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from pessa_cli.audio import SAMPLE_RATE, load_audio
+from pessa_cli.errors import PessaError, UsageError
+from pessa_cli.pipeline import Model
+from pessa_cli.sites import Site, match_module
+
+SEED = 0
+PROMPT_TOKENS = 32  # of a text, before the greedy continuation
+NEW_TOKENS = 32
+TEXT_TOKENS = 512  # of a text, for its logits
+PASSAGE = """The lighthouse at the end of the harbour had been dark for eleven years when the letter arrived. It was
+addressed to the keeper, a post that no longer existed, and so the postmistress read it herself. "Please light the
+lamp on the ninth of March," it said, "and keep it burning until you see three sails." She counted the days, bought
+two litres of oil, and climbed the 143 steps with her daughter, who asked what they would do if nobody came."""
+
+Inputs = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """How far the final outputs are apart: `what` is "logits", or "hidden states" for a model without a head.
+
+    error: relative Frobenius norm of the difference; max_difference and mean_difference: of the entries;
+    kl: mean Kullback-Leibler divergence in nats; agreement: share of equal top-1 predictions (logits only).
+    """
+
+    what: str
+    error: float
+    max_difference: float
+    mean_difference: float
+    kl: float | None = None
+    agreement: float | None = None
+
+
+@dataclass(frozen=True)
+class Text:
+    """What both models wrote under greedy decoding: a transcript, or the continuation of a prompt."""
+
+    name: str
+    reference: str
+    candidate: str
+
+
+def run_both(
+    reference: Model, candidate: Model, whole: bool, audio: list[Path], text: list[Path]
+) -> tuple[list[tuple[str, float]], Outputs | None, list[Text]]:
+    """The relative error of each attention block's output, and if `whole` those of the outputs and all texts."""
+    with _quiet_transformers():
+        return _run_both(reference, candidate, whole, audio, text)
+
+
+def _run_both(
+    reference: Model, candidate: Model, whole: bool, audio: list[Path], text: list[Path]
+) -> tuple[list[tuple[str, float]], Outputs | None, list[Text]]:
+    ours, theirs = load(reference), load(candidate)
+    speech = ours.main_input_name == "input_features"
+    if audio and not speech:
+        raise UsageError(f"--audio: {reference.reader.folder} does not listen", "give --text to a text model")
+    if text and speech:
+        raise UsageError(f"--text: {reference.reader.folder} does not read", "give --audio to a speech model")
+    folder = reference.reader.folder
+    with torch.inference_mode():
+        texts: list[Text] = []
+        if speech:
+            clips = [(path.name, load_audio(path)) for path in audio]
+            written = [(name, *_transcribe(folder, (ours, theirs), samples)) for name, samples in clips]
+            texts = [Text(name, *said) for name, said, _ in written]
+            samples = [_speech_inputs(ours, features, ids) for _, _, (features, ids) in written]
+            samples = samples or [_noise(ours)]
+        else:
+            prompts = _prompts(folder, ours, text)
+            samples = [inputs for _, inputs in prompts]
+            if whole and ours.can_generate():
+                texts = [_continue(folder, ours, theirs, name, inputs) for name, inputs in prompts]
+        blocks, expected = _compare_blocks(reference.sites, ours, theirs, samples)
+        outputs = _compare_outputs(expected, [_output(theirs, inputs) for inputs in samples]) if whole else None
+    return blocks, outputs, texts if whole else []
+
+
+def load(model: Model) -> Any:
+    """The model in its own class from transformers, float32, in eval mode."""
+    names = model.reader.config.get("architectures") or []
+    kind = getattr(transformers, names[0], None) if names else None
+    if kind is None:
+        raise PessaError(
+            f"{model.reader.folder}: config.json names no class of transformers under `architectures` ({names})",
+            "add the class it was saved from, or compare weights alone: --level weights",
+        )
+    return kind.from_pretrained(model.reader.folder, dtype=torch.float32).eval()
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """transformers' own progress bars and notes would stand among our results."""
+    log = transformers.utils.logging
+    verbosity, bars = log.get_verbosity(), log.is_progress_bar_enabled()
+    log.set_verbosity_error()
+    log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        log.set_verbosity(verbosity)
+        if bars:
+            log.enable_progress_bar()
+
+
+def _output(model: Any, inputs: Inputs) -> tuple[str, Tensor]:
+    extra = {"use_cache": False} if hasattr(model.config, "use_cache") else {}
+    output = model(**inputs, **extra)
+    logits = getattr(output, "logits", None)
+    return ("hidden states", output[0]) if logits is None else ("logits", logits)
+
+
+def _compare_outputs(expected: list[tuple[str, Tensor]], found: list[tuple[str, Tensor]]) -> Outputs:
+    what = expected[0][0]
+    width = expected[0][1].shape[-1]
+    a = torch.cat([values.reshape(-1, width) for _, values in expected]).double()
+    b = torch.cat([values.reshape(-1, width) for _, values in found]).double()
+    difference = (a - b).abs()
+    kl = agreement = None
+    if what == "logits":
+        log_p, log_q = a.log_softmax(-1), b.log_softmax(-1)
+        kl = float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
+        agreement = float((a.argmax(-1) == b.argmax(-1)).double().mean())
+    error = float((a - b).norm() / a.norm())
+    return Outputs(what, error, float(difference.max()), float(difference.mean()), kl, agreement)
+
+
+def _compare_blocks(
+    sites: list[Site], ours: Any, theirs: Any, samples: list[Inputs]
+) -> tuple[list[tuple[str, float]], list[tuple[str, Tensor]]]:
+    """Run the reference; whenever it enters an attention block, run the candidate's on the very same inputs.
+
+    Compared is what leaves the output projection. Returns each site's relative error over all samples, and the
+    reference's outputs.
+    """
+    squares = {site.name: [0.0, 0.0] for site in sites}
+    with ExitStack() as hooks:
+        for site in sites:
+            _hook_block(site, ours, theirs, squares[site.name], hooks)
+        expected = [_output(ours, inputs) for inputs in samples]
+    return [(name, (off / all_) ** 0.5 if all_ else off**0.5) for name, (off, all_) in squares.items()], expected
+
+
+def _hook_block(site: Site, ours: Any, theirs: Any, squares: list[float], hooks: ExitStack) -> None:
+    """Add to `squares` the squared norms of the difference and of the reference's output, at every call."""
+    (block, o), (other_block, other_o) = _modules(site, ours), _modules(site, theirs)
+    seen: dict[str, Any] = {}
+
+    def entered(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen["args"], seen["kwargs"] = args, kwargs
+
+    def left(_module: nn.Module, _args: Any, output: Tensor) -> None:
+        seen["expected"] = output
+
+    def finished(*_: Any) -> None:
+        found: list[Tensor] = []
+        handle = other_o.register_forward_hook(lambda _m, _a, output: found.append(output))
+        try:
+            other_block(*seen["args"], **seen["kwargs"])
+        finally:
+            handle.remove()
+        expected = seen["expected"].double()
+        squares[0] += float((expected - found[-1].double()).square().sum())
+        squares[1] += float(expected.square().sum())
+
+    hooks.callback(block.register_forward_pre_hook(entered, with_kwargs=True).remove)
+    hooks.callback(o.register_forward_hook(left).remove)
+    hooks.callback(block.register_forward_hook(finished).remove)
+
+
+def _modules(site: Site, model: Any) -> tuple[nn.Module, nn.Module]:
+    """The module that holds the block's four projections, and its output projection."""
+    modules = dict(model.named_modules())
+    names = [match_module(site.module(side), modules) for side in "qo"]
+    if names[0] is None or names[1] is None:
+        raise PessaError(f"{type(model).__name__} has no module named {site.q}", "compare with --level weights")
+    shared = 0
+    q, o = names[0].split("."), names[1].split(".")
+    while q[shared] == o[shared]:
+        shared += 1
+    return modules[".".join(q[:shared])], modules[names[1]]
+
+
+def _noise(model: Any) -> Inputs:
+    """Built-in input for a speech model: one window of noise in the range of log-mel features, random tokens."""
+    generator = torch.Generator().manual_seed(SEED)
+    config = model.config
+    features = torch.randn(1, config.num_mel_bins, 2 * config.max_source_positions, generator=generator)
+    length = min(64, config.max_target_positions)
+    ids = torch.randint(config.vocab_size, (1, length), generator=generator)
+    ids[:, 0] = config.decoder_start_token_id
+    return {"input_features": features.clamp(-1, 1.5), "decoder_input_ids": ids}
+
+
+def _speech_inputs(model: Any, features: Tensor, ids: Tensor) -> Inputs:
+    """The first window of a clip with the reference's own transcript as the decoder's input."""
+    return {
+        "input_features": features[..., : 2 * model.config.max_source_positions],
+        "decoder_input_ids": ids[:, : model.config.max_target_positions],
+    }
+
+
+def _transcribe(folder: Path, models: tuple[Any, Any], samples: Any) -> tuple[list[str], tuple[Tensor, Tensor]]:
+    """What each model hears under greedy decoding, and the reference's features and tokens."""
+    processor = transformers.AutoProcessor.from_pretrained(folder)
+    long = len(samples) > 30 * SAMPLE_RATE
+    more = {"truncation": False, "padding": "longest", "return_attention_mask": True} if long else {}
+    inputs = processor(samples, sampling_rate=SAMPLE_RATE, return_tensors="pt", **more)
+    options = {"return_timestamps": True} if long else {}
+    tokens = [model.generate(**inputs, do_sample=False, num_beams=1, **options) for model in models]
+    said = [processor.batch_decode(ids, skip_special_tokens=True)[0].strip() for ids in tokens]
+    return said, (inputs["input_features"], tokens[0])
+
+
+def _prompts(folder: Path, model: Any, paths: list[Path]) -> list[tuple[str, Inputs]]:
+    """Token inputs for a text model: the given files', or a built-in passage, or random tokens for no tokenizer."""
+    most = min(TEXT_TOKENS, getattr(model.config, "max_position_embeddings", TEXT_TOKENS))
+    if not paths and not _has_tokenizer(folder):
+        ids = torch.randint(model.config.vocab_size, (2, min(64, most)), generator=torch.Generator().manual_seed(SEED))
+        return [("random tokens", {"input_ids": ids, "attention_mask": torch.ones_like(ids)})]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    prompts: list[tuple[str, Inputs]] = []
+    for name, content in [(path.name, _read_text(path)) for path in paths] or [("built-in text", PASSAGE)]:
+        encoded = tokenizer(content, return_tensors="pt", truncation=True, max_length=most)
+        if not encoded["input_ids"].numel():
+            raise PessaError(f"{name} is empty", "give a file with some text")
+        prompts.append((name, {key: encoded[key] for key in ("input_ids", "attention_mask")}))
+    return prompts
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise PessaError(f"cannot read {path}: {error}", "give a UTF-8 text file") from None
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    return (folder / "tokenizer.json").exists() or (folder / "tokenizer_config.json").exists()
+
+
+def _continue(folder: Path, ours: Any, theirs: Any, name: str, inputs: Inputs) -> Text:
+    """What both write after the first tokens of a text, as text if there is a tokenizer, else as token numbers."""
+    prompt = {key: value[:1, :PROMPT_TOKENS] for key, value in inputs.items()}
+    width = prompt["input_ids"].shape[1]
+    tokens = [
+        model.generate(**prompt, max_new_tokens=NEW_TOKENS, do_sample=False, num_beams=1)[0, width:].tolist()
+        for model in (ours, theirs)
+    ]
+    if not _has_tokenizer(folder):
+        return Text(name, *(" ".join(map(str, ids)) for ids in tokens))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    return Text(name, *(tokenizer.decode(ids) for ids in tokens))
