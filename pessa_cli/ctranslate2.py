@@ -97,6 +97,8 @@ def read_model(path: Path) -> Model:
     Raises PessaError for another version, specification or dtype, and for a file that is truncated or garbage:
     every length is checked against the file's size before anything of that length is read.
     """
+    if not path.is_file():
+        raise PessaError(f"{path} does not exist", "give the folder of a complete CTranslate2 model")
     size = path.stat().st_size
     variables: dict[str, Variable] = {}
     with path.open("rb") as file:
@@ -120,7 +122,7 @@ def read_model(path: Path) -> Model:
             raise PessaError(f"{path} holds no name at byte {file.tell() - len(text):,}", DAMAGED)
 
         if (version := number(4)) != BINARY_VERSION:
-            raise PessaError(f"{path} is not CTranslate2's binary version {BINARY_VERSION} but {version}", CONVERT_AGAIN)
+            raise PessaError(f"{path} is of binary version {version}, not {BINARY_VERSION}", CONVERT_AGAIN)
         if (spec := (string(), number(4))) != (SPEC, REVISION):
             raise PessaError(f"{path} holds a {spec[0]} {spec[1]}, not a {SPEC} {REVISION}", CONVERT_AGAIN)
         for _ in range(number(4)):
@@ -162,7 +164,7 @@ def _norm(theirs: str, ours: str, width: int) -> Iterator[tuple[str, Piece]]:
 def _plan(config: Mapping[str, Any]) -> Iterator[tuple[str, Piece]]:
     """Every tensor of the Hugging Face model, the key biases that it does not have included."""
     width: int = config["d_model"]
-    for i, (name, before) in enumerate({"conv1": config["num_mel_bins"], "conv2": width}.items()):
+    for name, before in (("conv1", config["num_mel_bins"]), ("conv2", width)):
         yield f"model.encoder.{name}.weight", Piece(f"encoder/{name}/weight", (width, before, 3))
         yield f"model.encoder.{name}.bias", Piece(f"encoder/{name}/bias", (width,))
     embedding = (config["vocab_size"], width)

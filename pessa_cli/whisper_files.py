@@ -105,9 +105,11 @@ def _generation_config(source: Path, config: Mapping[str, Any], vocabulary: Voca
             result[ours] = tokens
     pairs = theirs.get("alignment_heads") or []
     if not isinstance(pairs, list) or not all(
-        isinstance(pair, list) and [type(index) for index in pair] == [int, int]
+        isinstance(pair, list)
+        and [type(index) for index in pair] == [int, int]
         # Compared as ranges: 0 <= layer < layers and 0 <= head < heads.
-        and pair[0] in range(layers) and pair[1] in range(heads)
+        and pair[0] in range(layers)
+        and pair[1] in range(heads)
         for pair in pairs
     ):
         raise PessaError(f"{source}: alignment_heads are not pairs of a layer and a head", "copy the folder again")
@@ -121,3 +123,74 @@ def _generation_config(source: Path, config: Mapping[str, Any], vocabulary: Voca
         # Without a task transformers 5 leaves the task token out of the prompt, and the model guesses.
         result["task"] = "transcribe"
     return result
+
+
+def _tokenizer(source: Path, vocabulary: Vocabulary) -> dict[str, Any]:
+    """tokenizer.json with every id of the vocabulary: what it lacks, mostly timestamps, becomes an added token."""
+    if not source.is_file():
+        raise PessaError(f"{source} does not exist", f"copy it there from the model that {source.parent} was made of")
+    tokenizer = read_json(source)
+    model: Any = tokenizer.get("model")
+    added: Any = tokenizer.get("added_tokens")
+    try:
+        known = {index: token for token, index in model["vocab"].items()}
+        known |= {token["id"]: token["content"] for token in added}
+        problems = [f"{index}: only in the tokenizer" for index in known if index not in range(len(vocabulary.tokens))]
+    except (AttributeError, KeyError, TypeError):
+        raise PessaError(f"{source} is no tokenizer with a vocabulary", "copy the file again") from None
+    for index, token in enumerate(vocabulary.tokens):
+        # Control tokens were renamed between tokenizer versions (nocaptions, nospeech); text never was.
+        control = CONTROL.fullmatch(token) is not None
+        if index not in known and control:
+            timestamp = TIMESTAMP.fullmatch(token) is not None
+            plain = {"single_word": False, "lstrip": False, "rstrip": False}
+            added.append({"id": index, "content": token, **plain, "normalized": timestamp, "special": not timestamp})
+        elif known.get(index) != token and not (control and CONTROL.fullmatch(str(known[index]))):
+            problems.append(f"{index}: {known.get(index)!r}, the vocabulary says {token!r}")
+    if problems:
+        raise PessaError(
+            f"{source} belongs to another model than {vocabulary.path.name}\n{listed(problems)}",
+            "copy the tokenizer.json of the model that this was converted from",
+        )
+    return tokenizer
+
+
+def write_side_files(source: Path, into: Path, config: Mapping[str, Any], vocabulary: Vocabulary) -> None:
+    """Write what stands beside the weights: config, generation config, tokenizer and preprocessor.
+
+    `source` is the CTranslate2 folder. Raises PessaError when its config.json or tokenizer.json is missing, not
+    JSON, or another model's.
+    """
+    seconds, rest = divmod(config["max_source_positions"] * 2 * HOP_LENGTH, SAMPLING_RATE)
+    if rest or not seconds:
+        raise PessaError(f"{source} hears {config['max_source_positions']} positions, not whole seconds")
+    preprocessor = {
+        "feature_extractor_type": "WhisperFeatureExtractor",
+        "processor_class": "WhisperProcessor",
+        "feature_size": config["num_mel_bins"],
+        "sampling_rate": SAMPLING_RATE,
+        "hop_length": HOP_LENGTH,
+        "n_fft": WINDOW,
+        "chunk_length": seconds,
+        "n_samples": seconds * SAMPLING_RATE,
+        "nb_max_frames": seconds * SAMPLING_RATE // HOP_LENGTH,
+        "padding_side": "right",
+        "padding_value": 0.0,
+        "return_attention_mask": False,
+    }
+    tokenizer_config = {
+        "tokenizer_class": "WhisperTokenizer",
+        "processor_class": "WhisperProcessor",
+        "add_prefix_space": False,
+        **{f"{role}_token": END for role in ("bos", "eos", "pad", "unk")},
+        "additional_special_tokens": vocabulary.specials,
+        "clean_up_tokenization_spaces": False,
+        "errors": "replace",
+        "model_max_length": config["max_target_positions"],
+    }
+    generation = _generation_config(source / CONFIG_FILE, config, vocabulary)
+    write_json(into / TOKENIZER_FILE, _tokenizer(source / TOKENIZER_FILE, vocabulary))
+    write_json(into / "tokenizer_config.json", tokenizer_config)
+    write_json(into / "preprocessor_config.json", preprocessor)
+    write_json(into / "generation_config.json", generation)
+    write_json(into / CONFIG_FILE, config)

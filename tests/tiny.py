@@ -6,6 +6,7 @@ every projection and bias matters.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -115,3 +116,9 @@ def _llama() -> PreTrainedModel:
 def _llama_biased() -> PreTrainedModel:
     """Biases on all four projections, and heads wider than hidden_size / heads."""
     return LlamaForCausalLM(_llama_config(attention_bias=True, head_dim=12))
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """A folder's config.json as it is, without the classes that would interpret it."""
+    config: dict[str, Any] = json.loads((folder / "config.json").read_text())
+    return config

@@ -1,0 +1,76 @@
+"""The README's table: Whisper tiny.en pruned by pessa and by the vanilla baseline, the same clip, the same ratio.
+
+Vanilla ranks the original dimensions of each head by the product of their L2 norms. The reference is the original
+model's own transcript; the word error rate counts words that differ from it, normalised as Whisper's papers do.
+
+    python scripts/compare_methods.py [--sites encoder.self] [--ratios 0.05,0.1] [--clip FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from fetch_models import fetch
+from transformers import AutoProcessor, WhisperForConditionalGeneration
+from transformers.utils import logging
+
+from pessa_cli.audio import SAMPLE_RATE, load_audio
+from pessa_cli.pipeline import Method, open_model, prune_model
+from pessa_cli.ranks import Rule
+from pessa_cli.report import totals
+from pessa_cli.sites import select
+
+
+def transcribe(folder: Path, features: torch.Tensor, processor: Any) -> str:
+    model = WhisperForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+    tokens = model.generate(features, do_sample=False, num_beams=1, max_new_tokens=100)
+    text: str = processor.batch_decode(tokens, skip_special_tokens=True)[0]
+    return text.strip()
+
+
+def word_error_rate(reference: str, found: str) -> float:
+    """Edit distance over words, by the number of reference words."""
+    from jiwer import wer
+    from whisper.normalizers import EnglishTextNormalizer
+
+    normal = EnglishTextNormalizer()
+    return float(wer(normal(reference), normal(found)))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sites", default="encoder.self", help="kinds of blocks to prune, or all")
+    parser.add_argument("--ratios", default="0.02,0.05,0.1,0.15,0.2")
+    parser.add_argument("--clip", type=Path, help="an audio file; default: the clip of fetch_models.py")
+    args = parser.parse_args()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    source = fetch("whisper-tiny.en")
+    clip = args.clip or fetch("speech") / "beckett.wav"
+    processor = AutoProcessor.from_pretrained(source)
+    features = processor(load_audio(clip), sampling_rate=SAMPLE_RATE, return_tensors="pt")["input_features"]
+    model = open_model(source)
+    sites = select(model.sites, () if args.sites == "all" else tuple(args.sites.split(",")))
+    original = transcribe(source, features, processor)
+    print(f"| pruned ({args.sites}) | parameters | method | WER | transcript of {clip.name} |")
+    print("|---|---|---|---|---|")
+    print(f"| 0% | {model.parameters:,} | original | 0% | {original} |")
+    for ratio in (float(ratio) for ratio in args.ratios.split(",")):
+        for method in get_args(Method):
+            with tempfile.TemporaryDirectory() as folder:
+                out = Path(folder) / "out"
+                written = prune_model(model, out, Rule(ratio=ratio), sites, method)
+                said = transcribe(out, features, processor)
+            counts = totals(model.reader.header, model.sites, sites, written.ranks)
+            rate, left = word_error_rate(original, said), counts["parameters_after"]
+            said = said if len(said) <= 80 else said[:80] + " ..."
+            name = "pessa" if method == "svd" else method
+            print(f"| {ratio:.0%} | {left:,} | {name} | {rate:.0%} | {said} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

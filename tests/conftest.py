@@ -1,0 +1,66 @@
+"""Fixtures that every test file may use: tiny models on disk, made once, and the command line in this process."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import transformers
+from harness import Pessa, Result, TinyFolder
+
+from pessa_cli.app import main
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_progress_bars() -> None:
+    transformers.utils.logging.disable_progress_bar()
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> TinyFolder:
+    """`tiny_folder("whisper")`: a saved tiny model, made on first use and then shared, so copy it before changing it.
+
+    Keyword arguments as for save_pretrained; `dtype` changes that of the weights.
+    """
+    made: dict[str, Path] = {}
+
+    def folder(name: str, **kwargs: Any) -> Path:
+        key = "-".join([name, *map(str, kwargs.values())])
+        if key not in made:
+            made[key] = tmp_path_factory.mktemp("tiny") / key
+            dtype = kwargs.pop("dtype", None)
+            tiny.build(name).to(dtype).save_pretrained(made[key], **kwargs)
+        return made[key]
+
+    return folder
+
+
+@pytest.fixture
+def pessa(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Pessa:
+    """`pessa("inspect", folder, "--json")`: the command in this process; an uncaught exception fails the test."""
+
+    def call(*arguments: object) -> Result:
+        monkeypatch.setattr(sys, "argv", ["pessa", *map(str, arguments)])
+        capsys.readouterr()
+        code: object = 0
+        try:
+            main()
+        except SystemExit as leaving:
+            code = leaving.code or 0
+        printed = capsys.readouterr()
+        assert isinstance(code, int), code
+        return Result(code, printed.out, printed.err)
+
+    return call
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder to work in; temporary files of the command fall into it too, where `snapshot` sees them."""
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    return tmp_path
