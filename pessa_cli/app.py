@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -9,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from pessa_cli import console
-from pessa_cli.errors import PessaError, UsageError
+from pessa_cli.errors import PessaError, UsageError, listed
 
 if TYPE_CHECKING:
     from pessa_cli.pipeline import Model, Rewrite
@@ -132,7 +134,8 @@ def decompose(
     with open_source(model) as folder:
         opened = open_model(folder, architecture)
         written = decompose_model(opened, out, _chosen(opened, recipe), force, console.progress)
-        _show_written(opened, written, model, out, json)
+        document = _document(opened, written, model, out)
+    console.show_json(document) if json else _show_written(document)
 
 
 @app.command()
@@ -167,7 +170,8 @@ def prune(
         opened = open_model(folder, architecture)
         chosen = _chosen(opened, recipe)
         written = prune_model(opened, out, recipe.rule, chosen, method, layout, force, console.progress)
-        _show_written(opened, written, model, out, json)
+        document = _document(opened, written, model, out)
+    console.show_json(document) if json else _show_written(document)
 
 
 @app.command()
@@ -187,7 +191,8 @@ def export(
 
     opened = open_model(Path(model), architecture)
     written = export_model(opened, out, layout, force, console.progress)
-    _show_written(opened, written, model, out, json)
+    document = _document(opened, written, model, out)
+    console.show_json(document) if json else _show_written(document)
 
 
 @app.command()
@@ -207,6 +212,10 @@ def verify(
 
     Example: `pessa verify whisper-tiny.en out/ --audio speech.wav`
     """
+    from pessa_cli.junit import check_junit, write_junit
+
+    if junit is not None:
+        check_junit(junit)
     report = _verify(
         reference,
         candidate,
@@ -218,13 +227,11 @@ def verify(
         min_agreement=min_agreement,
     )
     if junit is not None:
-        from pessa_cli.junit import write_junit
-
         write_junit(junit, report)
     if json:
         console.show_json({"reference": reference, "candidate": candidate} | report.to_dict())
     else:
-        console.show_report(report, (reference, candidate), tolerance is None and min_agreement is None)
+        console.show_report(report, (reference, candidate))
     if not report.same:
         raise typer.Exit(1)
 
@@ -254,13 +261,19 @@ def run(
         written = prune_model(
             opened, out, recipe.rule, chosen, force=force, progress=console.progress, **recipe.options
         )
-        _show_written(opened, written, model, out, json)
-    if recipe.verify is not None:
-        report = _verify(model, str(out), architecture, **recipe.verify)
+        document = _document(opened, written, model, out)
         if not json:
-            console.show_report(report, (model, str(out)), not {"tolerance", "min_agreement"} & recipe.verify.keys())
-        if not report.same:
-            raise PessaError(f"{out} is not the same model within the recipe's limits: {report.failures[0]}")
+            _show_written(document, recipe.verify is None)
+    report = None if recipe.verify is None else _verify(model, str(out), architecture, **recipe.verify)
+    if json:
+        console.show_json(document if report is None else document | {"verify": report.to_dict()})
+    elif report is not None:
+        console.show_report(report, (model, str(out)))
+    if report is not None and not report.same:
+        raise PessaError(
+            f"{out} is written, but is not the same model within the recipe's limits\n{listed(report.failures)}",
+            "prune less, or set tolerance and min_agreement in the recipe's [verify]",
+        )
 
 
 def _recipe(
@@ -282,7 +295,7 @@ def _recipe(
     rule = Rule(qk_thr, vo_thr, ratio, rank, energy, round_to, min_rank)
     if lossless and any(value is not None for value in (qk_thr, vo_thr, ratio, rank, energy)):
         raise UsageError(f"--lossless and {rule} are different rules", "give one of them")
-    kinds = tuple(kind.strip() for kind in sites.split(",") if kind.strip())
+    kinds = tuple(kind.strip() for kind in sites.split(",")) if sites else ()
     return Recipe(rule, kinds, None if layers is None else parse_layers(layers))
 
 
@@ -302,20 +315,32 @@ def _verify(reference: str, candidate: str, architecture: str | None, **options:
         return verify_models(*models, progress=console.progress, **options)
 
 
-def _show_written(model: Model, written: Rewrite, source: str, out: Path, json: bool) -> None:
+def _document(model: Model, written: Rewrite, source: str, out: Path) -> dict[str, Any]:
+    """What a writing command has to say, as data."""
     from pessa_cli import report
 
     totals = report.totals(model.reader.header, model.sites, written.sites, written.ranks)
-    if json:
-        console.show_json({"source": source, "out": str(out), "totals": totals} | written.manifest)
-        return
-    if written.command == "prune":
-        console.show_totals(totals, written.rule)
-    console.note(f"{out} written, {written.rule}, {written.layout}; check it with: pessa verify {source} {out}")
+    return {"source": source, "out": str(out), "totals": totals} | written.manifest
+
+
+def _show_written(document: dict[str, Any], check: bool = True) -> None:
+    if document["command"] == "prune":
+        console.show_totals(document["totals"], document["rule"])
+    how = f"; check it with: pessa verify {document['source']} {document['out']}" if check else ""
+    console.note(f"{document['out']} written, {document['rule']}, {document['layout']}{how}")
+
+
+def _terminated(number: int, _frame: object) -> None:
+    """Leave as Ctrl-C does, through the clean-up of whatever is being written."""
+    sys.exit(128 + number)
 
 
 def main() -> None:
     """The entry point of the `pessa` command: 0 done, 1 failed, 2 wrong usage."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that lacks a character is no reason to stop
+    signal.signal(signal.SIGTERM, _terminated)
     try:
         app()
     except UsageError as error:
@@ -324,5 +349,8 @@ def main() -> None:
     except PessaError as error:
         console.show_error(error)
         sys.exit(1)
+    except KeyboardInterrupt:
+        console.note("interrupted; nothing was left behind")
+        sys.exit(130)
     except BrokenPipeError:
         sys.exit(1)

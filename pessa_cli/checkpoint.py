@@ -12,7 +12,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -140,9 +140,8 @@ class CheckpointReader:
             self.metadata.update(metadata)
             for name, (info, offset) in tensors.items():
                 if name in infos:
-                    raise PessaError(
-                        f"{name} is in two shards: {self._places[name].file} and {file}", "download the folder again"
-                    )
+                    twice = f"{self._places[name].file} and {file}"
+                    raise PessaError(f"{folder}: {name} is in two shards, {twice}", "download the folder again")
                 infos[name] = info
                 self._places[name] = _Place(file, offset, info.nbytes)
         self.header: Header = infos
@@ -154,7 +153,7 @@ class CheckpointReader:
             return [SINGLE_FILE]
         if (folder / INDEX_FILE).exists():
             weight_map = read_json(folder / INDEX_FILE).get("weight_map")
-            if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()):
+            if not isinstance(weight_map, dict) or not {type(file) for file in weight_map.values()} == {str}:
                 raise PessaError(f"{folder / INDEX_FILE} has no weight_map", "download the file again")
             files = sorted(set(weight_map.values()))
             outside = [file for file in files if Path(file).name != file or file in ("", "..")]
@@ -308,34 +307,65 @@ class CheckpointWriter:
 
 
 @contextmanager
-def new_folder(out: Path, force: bool = False) -> Iterator[Path]:
+def new_folder(out: Path, source: Path, force: bool = False) -> Iterator[Path]:
     """A fresh folder beside `out` that becomes `out` at the end, or vanishes when anything is raised.
 
-    Raises PessaError when `out` exists and `force` is not given, or where nothing can be written.
+    `force` lets another model give way, at the last moment, but never `source`, which is still being read, nor a
+    folder that is no model. Raises PessaError in these cases and where nothing can be written.
     """
-    if out.exists() and not force:
-        raise PessaError(f"{out} exists", "give another -o, or --force to replace it")
-    if out.exists() and not (out.is_dir() and ((out / CONFIG_FILE).exists() or not any(out.iterdir()))):
-        raise PessaError(f"{out} is not a model folder, so --force does not replace it", "give another -o")
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
+        _check_free(out, source, force)
+        made = _make_parents(out)
         staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
     except OSError as error:
-        raise PessaError(f"cannot write beside {out}: {error}", "give an -o in a folder you may write to") from None
+        raise PessaError(f"cannot write {out}: {error}", "give an -o in a folder you may write to") from None
     try:
         staging.chmod(0o777 & ~_umask())
         yield staging
-        if out.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{out.name}.replaced-", dir=out.parent))
-            out.rename(old / out.name)
-            staging.rename(out)
-            shutil.rmtree(old)
-        else:
-            staging.rename(out)
+        _put_in_place(staging, out)
     except OSError as error:
         raise PessaError(f"could not write {out}: {error}", "free some space and run again") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+        for folder in made:
+            with suppress(OSError):  # not empty: it now holds the output
+                folder.rmdir()
+
+
+def _check_free(out: Path, source: Path, force: bool) -> None:
+    place, read = out.resolve(), source.resolve()
+    if read in place.parents:
+        raise PessaError(f"{out} is inside {source}, which is only read", "give an -o outside of it")
+    if not (out.exists() or out.is_symlink()):
+        return
+    if not force:
+        raise PessaError(f"{out} exists", "give another -o, or --force to replace it")
+    if place == read or place in read.parents:
+        raise PessaError(f"{out} is where the model is read from, so --force does not replace it", "give another -o")
+    model = (out / CONFIG_FILE).exists() and ((out / SINGLE_FILE).exists() or (out / INDEX_FILE).exists())
+    if not model and not (out.is_dir() and not any(out.iterdir())):
+        raise PessaError(f"{out} is not a model, so --force does not replace it", "give another -o")
+
+
+def _make_parents(out: Path) -> list[Path]:
+    """Make the folders above `out`; returns those that are new, the deepest first."""
+    missing = [folder for folder in out.parents if not folder.exists()]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    return missing
+
+
+def _put_in_place(staging: Path, out: Path) -> None:
+    if not out.exists():
+        staging.rename(out)
+        return
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}.replaced-", dir=out.parent) as place:
+        old = Path(place) / out.name
+        out.rename(old)
+        try:
+            staging.rename(out)
+        except BaseException:  # Ctrl-C, too
+            old.rename(out)
+            raise
 
 
 def _umask() -> int:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 OUT = Console(highlight=False)
 ERR = Console(stderr=True, highlight=False)
-BARS = "▁▂▃▄▅▆▇█"
+BARS = "▁▂▃▄▅▆▇█" if "utf" in OUT.encoding.lower() else "_.-:=+*#"
 
 
 def show_error(error: PessaError) -> None:
@@ -31,7 +31,7 @@ def show_error(error: PessaError) -> None:
 
 
 def note(text: str) -> None:
-    ERR.print(text, soft_wrap=True)
+    ERR.print(escape(text), soft_wrap=True)
 
 
 def show_json(value: Any) -> None:
@@ -42,7 +42,8 @@ def show_json(value: Any) -> None:
 def progress(sites: list[Site], what: str) -> Iterator[Site]:
     """Go through the blocks with a bar on stderr, gone when done."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("blocks"))
-    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=ERR, transient=True) as bar:
+    times = (TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, *times, console=ERR, transient=True, disable=not ERR.is_terminal) as bar:
         yield from bar.track(sites, description=what)
 
 
@@ -54,7 +55,8 @@ def show_model(folder: str, config: dict[str, Any], sites: list[Site], totals: d
     )
     OUT.print(
         f"{totals['parameters']:,} parameters in {size(totals['bytes'])}, {attention:.1%} of them in "
-        f"{'these' if totals['blocks_chosen'] < totals['blocks'] else 'the'} attention blocks"
+        f"{'these' if totals['blocks_chosen'] < totals['blocks'] else 'the'} attention blocks",
+        soft_wrap=True,
     )
     table = Table(
         "blocks", "layers", "heads", "head_dim", "width", "biases", "dtype", "merges", box=None, pad_edge=False
@@ -103,17 +105,22 @@ def show_totals(totals: dict[str, Any], rule: str) -> None:
     """What the ranks remove, counted as the paper does."""
     OUT.print(
         f"[bold]{escape(rule)}[/] prunes {totals['qk_pruned']:.2%} of Q-K and {totals['vo_pruned']:.2%} of V-O "
-        f"= {totals['attention_pruned']:.2%} of this attention = {totals['model_pruned']:.2%} of the model"
+        f"= {totals['attention_pruned']:.2%} of this attention = {totals['model_pruned']:.2%} of the model",
+        soft_wrap=True,
     )
     OUT.print(
         f"{totals['parameters']:,} -> {totals['parameters_after']:,} parameters, "
-        f"{size(totals['bytes'])} -> {size(totals['bytes_after'])} as compact weights"
+        f"{size(totals['bytes'])} -> {size(totals['bytes_after'])} as compact weights",
+        soft_wrap=True,
     )
 
 
-def show_report(report: Report, names: tuple[str, str], dtype_limits: bool) -> None:
+def show_report(report: Report, names: tuple[str, str]) -> None:
     """What `verify` found, level by level, the worst places first, and the verdict last."""
     limits = report.limits
+    width = max(map(len, names))
+    for name, parameters, nbytes in zip(names, report.parameters, report.nbytes, strict=True):
+        OUT.print(f"{escape(name.ljust(width))}  {parameters:,} parameters, {size(nbytes)}", soft_wrap=True)
     table = Table("level", "measure", "worst", "limit", "where", box=None, pad_edge=False)
     for side in ("Q-K", "V-O", "Q", "K", "output bias"):
         found = [d for d in report.weights if d.where.endswith(" " + side)]
@@ -135,17 +142,15 @@ def show_report(report: Report, names: tuple[str, str], dtype_limits: bool) -> N
             table.add_row("outputs", "KL divergence, nats", f"{out.kl:.2e}", "", "")
             table.add_row("outputs", "top-1 agreement", f"{out.agreement:.2%}", f"{limits.agreement:.2%}", "")
     OUT.print(table)
-    width = max(map(len, names))
     for text in report.texts:
         verdict = "the same text" if text.reference == text.candidate else "[red]different texts[/]"
         OUT.print(f"\n[bold]{escape(text.name)}[/]: {verdict}")
         for name, said in zip(names, (text.reference, text.candidate), strict=True):
-            OUT.print(f"  {escape(name.ljust(width))}  {escape(said)}", soft_wrap=True)
+            on_one_line = said.replace("\n", "\\n")
+            OUT.print(f"  {escape(name.ljust(width))}  {escape(on_one_line)}", soft_wrap=True)
     OUT.print()
     if report.same:
-        OUT.print(
-            f"[bold green]same model[/] within {'the limits of its dtype' if dtype_limits else 'the given limits'}"
-        )
+        OUT.print("[bold green]same model[/] within these limits")
         return
     OUT.print("[bold red]not the same model[/]")
     for failure in report.failures:

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from pessa_cli.checkpoint import TORCH_DTYPES, CheckpointReader, Header
 from pessa_cli.errors import PessaError, listed
-from pessa_cli.sites import Ranks, Site
+from pessa_cli.ragged import Ranks
+from pessa_cli.sites import Site
 
 Layout = Literal["compact", "dense"]
 
@@ -112,6 +113,12 @@ def write_site(
             axis = 1 if side == "o" else 0
             kept = rounded.index_select(axis, index)
             rounded = kept if layout == "compact" else torch.zeros_like(rounded).index_copy_(axis, index, kept)
+        if not rounded.isfinite().all():
+            largest = f"{tensor.abs().max():.3g}"
+            raise PessaError(
+                f"{name} would overflow: {largest} is too large for {header[name].dtype}",
+                "convert the model to float32 or bfloat16 first",
+            )
         tensors[name] = rounded.contiguous()
     return tensors
 
@@ -124,4 +131,5 @@ class NotFiniteError(PessaError):
             f"{len(faults)} tensors of {reader.folder} are not finite\n{listed(faults)}",
             "the checkpoint is damaged; download it again",
         )
+        self.reader = reader
         self.faults = faults

@@ -6,10 +6,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from xml.etree import ElementTree
 
-from pessa_cli.errors import PessaError
+from pessa_cli.errors import PessaError, UsageError
 
 if TYPE_CHECKING:
     from pessa_cli.verify import Report
+
+
+def check_junit(path: Path) -> None:
+    """Raise before any long work what would stop the file at its end."""
+    if path.is_dir() or not path.resolve().parent.is_dir():
+        raise UsageError(f"--junit {path}: no file can be written there", "give a file in a folder that exists")
 
 
 def write_junit(path: Path, report: Report) -> None:

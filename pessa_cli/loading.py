@@ -18,8 +18,8 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from pessa_cli.errors import PessaError
+from pessa_cli.ragged import QUANT_METHOD, match_module, ragged_modules
 from pessa_cli.runtime import RaggedIn, RaggedOut
-from pessa_cli.sites import QUANT_METHOD, match_module, ragged_modules
 
 
 class PessaConfig(QuantizationConfigMixin):  # type: ignore[misc]

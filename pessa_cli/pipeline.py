@@ -26,11 +26,22 @@ from pessa_cli.checkpoint import (
     read_json,
     write_json,
 )
-from pessa_cli.errors import PessaError, UsageError
-from pessa_cli.factors import Factors, Pair, absorb, decompose, norm_products, recompose, singular_values, sort_by_norm
+from pessa_cli.errors import PessaError, UsageError, listed
+from pessa_cli.factors import (
+    Absorbed,
+    Factors,
+    Pair,
+    absorb,
+    decompose,
+    norm_products,
+    recompose,
+    singular_values,
+    sort_by_norm,
+)
 from pessa_cli.heads import HeadWeights, Layout, NotFiniteError, read_site, write_site
-from pessa_cli.ranks import RankPlan, Rule, Spectra, Spectrum, plan_ranks
-from pessa_cli.sites import QUANT_METHOD, Ranks, Site, find_sites, ragged_site, specs_of, with_ranks
+from pessa_cli.ragged import QUANT_METHOD, Ranks
+from pessa_cli.ranks import UNIT_ROUNDOFF, RankPlan, Rule, Spectra, Spectrum, plan_ranks
+from pessa_cli.sites import Site, find_sites, ragged_site, specs_of, with_ranks
 
 Method = Literal["svd", "vanilla"]
 Progress = Callable[[list[Site], str], Iterable[Site]]
@@ -134,7 +145,10 @@ class Model:
 def open_model(folder: Path, architecture: str | None = None) -> Model:
     """Headers, sites and known spectra of a Hugging Face folder; no weights are read."""
     reader = CheckpointReader(folder)
-    sites = find_sites(specs_of(reader.config, reader.header, architecture), reader.config, reader.header)
+    try:
+        sites = find_sites(specs_of(reader.config, reader.header, architecture), reader.config, reader.header)
+    except PessaError as error:  # which knows names and shapes, but not whose they are
+        raise type(error)(f"{folder}: {error.message}", error.hint) from None
     return Model(reader, sites, _load_spectra(folder, sites))
 
 
@@ -143,18 +157,20 @@ def measure(
 ) -> dict[str, Spectra]:
     """The spectra of the given sites: those on file, or computed from the weights block by block.
 
-    Raises PessaError with every tensor that is not finite, after having looked at all of them.
+    Raises PessaError with every tensor that is not finite, after having looked at all of them, and when weights
+    have changed since their spectra were written.
     """
     spectra: dict[str, Spectra] = {}
     faults: list[str] = []
     for site in progress(sites, "measuring spectra"):
-        if site.name in model.spectra and method == "svd":
-            spectra[site.name] = model.spectra[site.name]
-            continue
         try:
             absorbed = absorb(read_site(model.reader, site), site)
         except NotFiniteError as error:
             faults += error.faults
+            continue
+        if site.name in model.spectra and method == "svd":
+            spectra[site.name] = model.spectra[site.name]
+            _check_spectra(model, site, absorbed)
             continue
         values = METHODS[method].spectrum
         qk = None if absorbed.qk is None else values(absorbed.qk).numpy()
@@ -170,9 +186,10 @@ def decompose_model(
     """Write the model with every block as balanced factors at full rank, and its spectra: same names and shapes."""
     sites = model.sites if sites is None else sites
     full = {site.name: site.full for site in sites}
-    spectra = measure(model, sites, progress=progress)
-    rewrite = Rewrite("decompose", sites, RankPlan(full, full), spectra, "full rank", layout="dense")
-    _write(model, out, rewrite, force, progress)
+    with new_folder(out, model.reader.folder, force) as folder:
+        spectra = measure(model, sites, progress=progress)
+        rewrite = Rewrite("decompose", sites, RankPlan(full, full), spectra, "full rank", layout="dense")
+        _write(model, folder, rewrite, progress)
     return rewrite
 
 
@@ -197,9 +214,10 @@ def prune_model(
             f"{model.reader.folder} is decomposed: its original dimensions are gone",
             "give --method vanilla the original model",
         )
-    spectra = measure(model, sites, method, progress)
-    rewrite = Rewrite("prune", sites, plan_ranks(sites, spectra, rule), spectra, str(rule), method, layout)
-    _write(model, out, rewrite, force, progress)
+    with new_folder(out, model.reader.folder, force) as folder:
+        spectra = measure(model, sites, method, progress)
+        rewrite = Rewrite("prune", sites, plan_ranks(sites, spectra, rule), spectra, str(rule), method, layout)
+        _write(model, folder, rewrite, progress)
     return rewrite
 
 
@@ -219,15 +237,23 @@ def export_model(model: Model, out: Path, layout: Layout, force: bool = False, p
         ranks = {name: (_ranks(sides["qk"]), _ranks(sides["vo"])) for name, sides in manifest["ranks"].items()}
         method, rule = manifest["method"], manifest["rule"]
     except (KeyError, TypeError, ValueError, AttributeError):
-        raise PessaError(f"{path} is damaged", "prune the original again") from None
+        ranks, method, rule = {}, "", ""
+    if not ranks or method not in METHODS or not isinstance(rule, str):
+        raise PessaError(f"{path} is damaged", "prune the original again")
     sites = [site for site in model.sites if site.name in ranks]
-    wrong = [site.name for site in sites if {len(side) for side in ranks[site.name]} != {site.kv_heads}]
-    if wrong or len(sites) < len(ranks):
-        raise PessaError(f"{path} and the weights disagree", "prune the original again")
+    fits = {site.name: all(_fit(site, side) for side in ranks[site.name]) for site in sites}
+    wrong = [name for name in ranks if not fits.get(name)]
+    if wrong:
+        raise PessaError(f"{path} and the weights disagree about {wrong[0]}", "prune the original again")
     plan = RankPlan({name: qk for name, (qk, _) in ranks.items()}, {name: vo for name, (_, vo) in ranks.items()})
     rewrite = Rewrite("export", sites, plan, model.spectra, rule, method, layout)
-    _write(model, out, rewrite, force, progress, as_stored=True)
+    with new_folder(out, model.reader.folder, force) as folder:
+        _write(model, folder, rewrite, progress, as_stored=True)
     return rewrite
+
+
+def _fit(site: Site, ranks: Ranks) -> bool:
+    return len(ranks) == site.kv_heads and all(0 <= rank <= site.head_dim for rank in ranks)
 
 
 def _ranks(text: str) -> Ranks:
@@ -242,7 +268,7 @@ def _factorised(weights: HeadWeights, site: Site, method: Method) -> HeadWeights
     return recompose(weights, absorbed, qk, factorise(absorbed.vo), site)
 
 
-def _write(model: Model, out: Path, rewrite: Rewrite, force: bool, progress: Progress, as_stored: bool = False) -> None:
+def _write(model: Model, folder: Path, rewrite: Rewrite, progress: Progress, as_stored: bool = False) -> None:
     """The rewriting pass. `as_stored`: the blocks are in factored form already, whatever is known of their spectra."""
     reader = model.reader
     stored = [rewrite.stored(site) for site in model.sites]
@@ -251,23 +277,54 @@ def _write(model: Model, out: Path, rewrite: Rewrite, force: bool, progress: Pro
     files: dict[str, dict[str, TensorInfo]] = {file: {} for file in reader.files}
     for name, info in reader.header.items():
         files[reader.file_of(name)][name] = replace(info, shape=shapes.get(name, info.shape))
-    with new_folder(out, force) as folder:
-        with CheckpointWriter(folder, files, reader.metadata) as writer:
-            for name in reader.header:
-                if name not in rewritten:
-                    writer.copy(name, reader)
-            for site in progress(rewrite.sites, "writing blocks"):
-                weights = read_site(reader, site)
-                if not as_stored and site.name not in model.spectra:
-                    weights = _factorised(weights, site, rewrite.method)
-                ranks = rewrite.ranks.qk[site.name], rewrite.ranks.vo[site.name]
-                for name, tensor in write_site(weights, site, *ranks, reader.header, rewrite.layout).items():
-                    writer.put(name, tensor)
-        _copy_side_files(reader.folder, folder)
-        _write_config(reader.config, stored, folder)
-        if rewrite.method == "svd":
-            save_spectra(folder, dict(model.spectra) | _cut(rewrite))
-        write_json(folder / MANIFEST_FILE, {"source": reader.folder.name} | rewrite.manifest)
+    with CheckpointWriter(folder, files, reader.metadata) as writer:
+        for name in reader.header:
+            if name not in rewritten:
+                writer.copy(name, reader)
+        for site in progress(rewrite.sites, "writing blocks"):
+            weights = read_site(reader, site)
+            ranks = rewrite.ranks.qk[site.name], rewrite.ranks.vo[site.name]
+            if as_stored:
+                _check_nothing_lost(reader, weights, site, *ranks)
+            elif site.name not in model.spectra:
+                weights = _factorised(weights, site, rewrite.method)
+            for name, tensor in write_site(weights, site, *ranks, reader.header, rewrite.layout).items():
+                writer.put(name, tensor)
+    _copy_side_files(reader.folder, folder)
+    _write_config(reader.config, stored, folder)
+    if rewrite.method == "svd":
+        save_spectra(folder, dict(model.spectra) | _cut(rewrite))
+    write_json(folder / MANIFEST_FILE, {"source": reader.folder.name} | rewrite.manifest)
+
+
+def _check_spectra(model: Model, site: Site, absorbed: Absorbed) -> None:
+    """In balanced factors both columns of a direction have the norm sqrt(s): spectra of other weights show."""
+    known = model.spectra[site.name]
+    for pair, spectrum in ((absorbed.qk, known.qk), (absorbed.vo, known.vo)):
+        if pair is None or spectrum is None:
+            continue
+        roots = torch.from_numpy(spectrum).sqrt()  # (G, d)
+        # Rounding a column moves its norm by far less than the roundoff of its largest entries.
+        allowed = 4 * UNIT_ROUNDOFF[site.dtype] * roots.amax(dim=-1, keepdim=True)
+        if any(((factor.norm(dim=-2) - roots).abs() > allowed).any() for factor in (pair.left, pair.right)):
+            raise PessaError(
+                f"{model.reader.folder / SPECTRA_FILE} is not of these weights: {site.name} has changed since",
+                "delete it, and the model will be decomposed anew",
+            )
+
+
+def _check_nothing_lost(
+    reader: CheckpointReader, weights: HeadWeights, site: Site, qk_ranks: Ranks, vo_ranks: Ranks
+) -> None:
+    """What another layout leaves out must be zero in this one."""
+    whole = write_site(weights, site, site.full, site.full, reader.header, "dense")
+    kept = write_site(weights, site, qk_ranks, vo_ranks, reader.header, "dense")
+    lost = [name for name, tensor in whole.items() if not torch.equal(tensor, kept[name])]
+    if lost:
+        raise PessaError(
+            f"{reader.folder / MANIFEST_FILE} gives {site.name} ranks that would cut weights off\n{listed(lost)}",
+            "the weights were changed after pruning; prune this folder instead",
+        )
 
 
 def _write_config(config: dict[str, Any], stored: list[Site], folder: Path) -> None:

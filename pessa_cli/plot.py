@@ -69,6 +69,8 @@ def check_plot(path: Path) -> None:
     """Raise before any long work what would stop the plot at its end."""
     if path.suffix.lower() not in (".png", ".svg", ".pdf"):
         raise UsageError(f"--plot {path}: {path.suffix or 'no suffix'} is no picture format", "name it .png or .svg")
+    if path.is_dir():
+        raise UsageError(f"--plot {path} is a folder", "give the name of a file in it")
     if not path.resolve().parent.is_dir():
         raise UsageError(f"--plot {path}: {path.parent} is no folder", "make it first")
     try:

@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pessa_cli.errors import PessaError, UsageError
-from pessa_cli.sites import Ranks, Site
+from pessa_cli.ragged import Ranks
+from pessa_cli.sites import Site
 
 Spectrum = NDArray[np.float64]
 

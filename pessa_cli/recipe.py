@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import sys
 from collections.abc import Mapping
@@ -58,13 +59,26 @@ def load_recipe(path: Path) -> Recipe:
         raise UsageError(f"{path}: unknown table or key {unknown[0]!r}", "a recipe has [prune] and [verify]")
     prune = _checked(path, "prune", content.get("prune", {}), _PRUNE)
     verify = _checked(path, "verify", content["verify"], _VERIFY) if "verify" in content else None
-    return Recipe(
-        rule=Rule(**{key: prune[key] for key in _RULE if key in prune}),
-        sites=tuple(prune.get("sites", ())),
-        layers=parse_layers(prune["layers"]) if "layers" in prune else None,
-        options={key: prune[key] for key in ("method", "layout") if key in prune},
-        verify=verify,
-    )
+    try:
+        if verify is not None:
+            check_limits(verify.get("tolerance"), verify.get("min_agreement"))
+        return Recipe(
+            rule=Rule(**{key: prune[key] for key in _RULE if key in prune}),
+            sites=tuple(prune.get("sites", ())),
+            layers=parse_layers(prune["layers"]) if "layers" in prune else None,
+            options={key: prune[key] for key in ("method", "layout") if key in prune},
+            verify=verify,
+        )
+    except UsageError as error:
+        raise UsageError(f"{path}: {error.message}", error.hint) from None
+
+
+def check_limits(tolerance: float | None, min_agreement: float | None) -> None:
+    """Raise UsageError for limits that nothing or everything would meet."""
+    if tolerance is not None and not 0 <= tolerance < math.inf:
+        raise UsageError(f"--tolerance {tolerance:g} is no error to allow", "give a number from 0 up, as 1e-3")
+    if min_agreement is not None and not 0 <= min_agreement <= 1:
+        raise UsageError(f"--min-agreement {min_agreement:g} is no share", "give a number from 0 to 1, as 0.99")
 
 
 def parse_layers(text: str) -> frozenset[int]:
@@ -88,6 +102,6 @@ def _checked(path: Path, table: str, values: Any, known: Mapping[str, type | tup
             raise UsageError(f"{path}: {key} = {value!r} is a {type(value).__name__}", "see the examples in configs/")
         if key in _CHOICES and value not in _CHOICES[key]:
             raise UsageError(f"{path}: {key} = {value!r}", f"it is one of {', '.join(_CHOICES[key])}")
-        if isinstance(value, list) and not all(isinstance(site, str) for site in value):
+        if isinstance(value, list) and {type(site) for site in value} != {str}:
             raise UsageError(f"{path}: sites = {value!r}", 'write it as ["encoder.self"]')
     return values

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pessa_cli.heads import live
-from pessa_cli.sites import Ragged
+from pessa_cli.ragged import Ragged
 
 
 class _RaggedLinear(nn.Linear):

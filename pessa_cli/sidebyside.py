@@ -17,9 +17,10 @@ import transformers
 from torch import Tensor, nn
 
 from pessa_cli.audio import SAMPLE_RATE, load_audio
-from pessa_cli.errors import PessaError, UsageError
+from pessa_cli.errors import PessaError, UsageError, listed
 from pessa_cli.pipeline import Model
-from pessa_cli.sites import Site, match_module
+from pessa_cli.ragged import match_module
+from pessa_cli.sites import Site
 
 SEED = 0
 PROMPT_TOKENS = 32  # of a text, before the greedy continuation
@@ -96,14 +97,34 @@ def _run_both(
 
 def load(model: Model) -> Any:
     """The model in its own class from transformers, float32, in eval mode."""
-    names = model.reader.config.get("architectures") or []
-    kind = getattr(transformers, names[0], None) if names else None
-    if kind is None:
+    folder, names = model.reader.folder, model.reader.config.get("architectures") or []
+    kind = getattr(transformers, str(names[0]), None) if names else None
+    if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
         raise PessaError(
-            f"{model.reader.folder}: config.json names no class of transformers under `architectures` ({names})",
+            f"{folder}: config.json names no model of transformers under `architectures` ({names})",
             "add the class it was saved from, or compare weights alone: --level weights",
         )
-    return kind.from_pretrained(model.reader.folder, dtype=torch.float32).eval()
+    hint = "the checkpoint and its config.json do not fit; weights alone compare with --level weights"
+    try:
+        # Mismatched sizes are asked for as data, because as an exception they come without the names.
+        options = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+        loaded, info = kind.from_pretrained(folder, dtype=torch.float32, **options)  # type: ignore[attr-defined]
+    except Exception as error:  # whatever transformers raises, it is about this folder
+        raise PessaError(f"transformers cannot load {folder}\n{listed(str(error).splitlines())}", hint) from error
+    faults = [f"{name}: missing" for name in sorted(info["missing_keys"])]
+    faults += [f"{name}: {tuple(found)}, the model has {tuple(own)}" for name, found, own in info["mismatched_keys"]]
+    if faults:
+        raise PessaError(f"{folder} does not have the weights of a {names[0]}\n{listed(faults)}", hint)
+    return loaded.eval()
+
+
+def _from_folder(kind: Any, folder: Path, what: str) -> Any:
+    """A tokenizer or processor. Raises PessaError when the folder has none."""
+    try:
+        return kind.from_pretrained(folder)
+    except Exception as error:  # as above: there are many ways not to have one
+        reason = listed(str(error).splitlines(), most=1)
+        raise PessaError(f"{folder} has no {what}\n{reason}", "copy it there from the original model") from error
 
 
 @contextmanager
@@ -220,7 +241,7 @@ def _speech_inputs(model: Any, features: Tensor, ids: Tensor) -> Inputs:
 
 def _transcribe(folder: Path, models: tuple[Any, Any], samples: Any) -> tuple[list[str], tuple[Tensor, Tensor]]:
     """What each model hears under greedy decoding, and the reference's features and tokens."""
-    processor = transformers.AutoProcessor.from_pretrained(folder)
+    processor = _from_folder(transformers.AutoProcessor, folder, "preprocessor and tokenizer")
     long = len(samples) > 30 * SAMPLE_RATE
     more = {"truncation": False, "padding": "longest", "return_attention_mask": True} if long else {}
     inputs = processor(samples, sampling_rate=SAMPLE_RATE, return_tensors="pt", **more)
@@ -236,21 +257,23 @@ def _prompts(folder: Path, model: Any, paths: list[Path]) -> list[tuple[str, Inp
     if not paths and not _has_tokenizer(folder):
         ids = torch.randint(model.config.vocab_size, (2, min(64, most)), generator=torch.Generator().manual_seed(SEED))
         return [("random tokens", {"input_ids": ids, "attention_mask": torch.ones_like(ids)})]
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    contents = [(path.name, _read_text(path)) for path in paths] or [("built-in text", PASSAGE)]
+    tokenizer = _from_folder(transformers.AutoTokenizer, folder, "tokenizer")
     prompts: list[tuple[str, Inputs]] = []
-    for name, content in [(path.name, _read_text(path)) for path in paths] or [("built-in text", PASSAGE)]:
+    for name, content in contents:
         encoded = tokenizer(content, return_tensors="pt", truncation=True, max_length=most)
-        if not encoded["input_ids"].numel():
-            raise PessaError(f"{name} is empty", "give a file with some text")
         prompts.append((name, {key: encoded[key] for key in ("input_ids", "attention_mask")}))
     return prompts
 
 
 def _read_text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        content = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise PessaError(f"cannot read {path}: {error}", "give a UTF-8 text file") from None
+    if not content.strip():
+        raise PessaError(f"{path} is empty", "give a file with some text")
+    return content
 
 
 def _has_tokenizer(folder: Path) -> bool:

@@ -7,17 +7,17 @@ error, and all of them are reported at once.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from pessa_cli.architectures import ARCHITECTURES, AttentionSpec
 from pessa_cli.checkpoint import Header
 from pessa_cli.errors import PessaError, UsageError, listed
+from pessa_cli.ragged import Ragged, Ranks, match_module, ragged_modules
 
 FLOATS = ("F64", "F32", "F16", "BF16")  # from the finest rounding to the coarsest
-QUANT_METHOD = "pessa"
-Ranks = tuple[int, ...]  # one rank a key/value head
 
 
 @dataclass(frozen=True)
@@ -93,11 +93,11 @@ class Site:
 def specs_of(config: Mapping[str, Any], header: Header, architecture: str | None = None) -> tuple[AttentionSpec, ...]:
     """The table's rows for a model, by its `model_type` or by the name the user gave with --as."""
     model_type = architecture or config.get("model_type")
-    if model_type in ARCHITECTURES:
+    if isinstance(model_type, str) and model_type in ARCHITECTURES:
         return ARCHITECTURES[model_type]
     if architecture is not None:
         raise UsageError(f"--as {architecture} is no known architecture", f"known are {', '.join(ARCHITECTURES)}")
-    alike = [name for name, specs in ARCHITECTURES.items() if all(_layers(spec, header) for spec in specs)]
+    alike = [name for name, specs in ARCHITECTURES.items() if all(any(_complete(spec, header)) for spec in specs)]
     what = f"model_type {model_type!r} is not supported" if model_type else "config.json names no model_type"
     known = f"supported are {', '.join(ARCHITECTURES)}"
     if alike:
@@ -115,22 +115,30 @@ def find_sites(specs: Iterable[AttentionSpec], config: Mapping[str, Any], header
     sites: list[Site] = []
     owned: set[str] = set()
     ragged = ragged_modules(config)
+    known = False
     for spec in specs:
-        for layer, modules in _layers(spec, header).items():
+        for layer, modules in _layers(spec, header):
+            known = True
             owned |= {f"{modules[side]}.{part}" for side in "qkvo" for part in ("weight", "bias")}
             scope = modules["q"].rpartition(".")[0]
             owned |= {f"{scope}.{name}" for name in spec.beside}
+            missing = [f"{modules[side]}.weight: missing" for side in "qkvo" if f"{modules[side]}.weight" not in header]
+            faults += missing
+            if missing:
+                continue
             try:
                 sites.append(_site(spec, layer, modules, config, header, ragged))
             except PessaError as error:
                 faults.append(error.message)
-    scopes = {site.q.rpartition(".")[0] + "." for site in sites}
+    twice = [name for name, count in Counter(site.name for site in sites).items() if count > 1]
+    faults += [f"{name} is there twice: {' and '.join(s.q for s in sites if s.name == name)}" for name in twice]
+    scopes = tuple(site.q.rpartition(".")[0] + "." for site in sites)
     for name, info in header.items():
-        inside = name.startswith(tuple(scopes)) if scopes else False
+        inside = name.startswith(scopes)
         matrix = len(info.shape) > 1 and re.search(r"attn|attention", name) is not None
         if (inside or matrix) and name not in owned:
             faults.append(f"{name}: no row of the architecture owns this attention tensor")
-    if faults:
+    if faults and known:
         raise PessaError(
             f"{len(faults)} attention tensors do not fit {config.get('model_type')}\n{listed(faults)}",
             "check config.json against the weights, or give the architecture with --as",
@@ -160,58 +168,6 @@ def select(sites: list[Site], kinds: tuple[str, ...] = (), layers: frozenset[int
     return chosen
 
 
-@dataclass(frozen=True)
-class Ragged:
-    """How a compact file stores one projection: live rows or columns per head of `head_dim` slots."""
-
-    side: str  # "rows" for q, k and v; "columns" for o
-    head_dim: int
-    ranks: tuple[int, ...]
-
-    def __str__(self) -> str:
-        return f"{self.side} {self.head_dim}: {' '.join(map(str, self.ranks))}"
-
-    @staticmethod
-    def parse(module: str, text: str) -> Ragged:
-        match = re.fullmatch(r"(rows|columns) (\d+):((?: \d+)+)", text) if isinstance(text, str) else None
-        if match is None:
-            raise PessaError(
-                f"quantization_config of config.json says {text!r} for {module}", "write the folder again with pessa"
-            )
-        ragged = Ragged(match[1], int(match[2]), tuple(int(rank) for rank in match[3].split()))
-        if max(ragged.ranks) > ragged.head_dim:
-            raise PessaError(f"{module} claims rank {max(ragged.ranks)} in heads of {ragged.head_dim}")
-        return ragged
-
-
-def ragged_modules(config: Mapping[str, Any]) -> dict[str, Ragged]:
-    """What `quantization_config` says of a compact model's projections; empty for any other model.
-
-    Raises PessaError for weights that something else has quantised: they are no longer a product of floats.
-    """
-    quantization = config.get("quantization_config")
-    if quantization is None:
-        return {}
-    method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-    if method != QUANT_METHOD:
-        raise PessaError(
-            f"the checkpoint is quantised ({method})", "prune the float checkpoint, then quantise the dense export"
-        )
-    modules = quantization.get("modules")
-    if not isinstance(modules, dict) or not modules:
-        raise PessaError("quantization_config of config.json lists no modules", "write the folder again with pessa")
-    return {module: Ragged.parse(module, text) for module, text in modules.items()}
-
-
-def match_module(name: str, modules: Iterable[str]) -> str | None:
-    """The one of `modules` that names the same projection as `name`, whatever prefix either has.
-
-    A base model saved alone lacks the prefix that the same model has under a head ("bert.encoder...").
-    """
-    found = [m for m in modules if m == name or m.endswith("." + name) or name.endswith("." + m)]
-    return found[0] if len(found) == 1 else None
-
-
 def ragged_site(site: Site) -> dict[str, Ragged]:
     """The entries of `modules` for one site, by module name; only for those that are not full."""
     entries: dict[str, Ragged] = {}
@@ -226,27 +182,22 @@ def ragged_site(site: Site) -> dict[str, Ragged]:
     return entries
 
 
-def _layers(spec: AttentionSpec, header: Header) -> dict[int, dict[str, str]]:
-    """The module names of each layer that has the row's q, k, v and o weights under one common prefix."""
-    found: dict[int, dict[str, dict[str, str]]] = {}
-    for side, pattern in (("q", spec.q), ("k", spec.k), ("v", spec.v), ("o", spec.o)):
-        before, after = pattern.split("{i}")
-        regex = re.compile(rf"((?:.*\.)?{re.escape(before)})(\d+)({re.escape(after)})\.weight")
-        for name in header:
-            if match := regex.fullmatch(name):
-                prefix = match[1].removesuffix(before)
-                found.setdefault(int(match[2]), {}).setdefault(prefix, {})[side] = name.removesuffix(".weight")
-    layers: dict[int, dict[str, str]] = {}
-    for layer, prefixes in sorted(found.items()):
-        complete = [modules for modules in prefixes.values() if len(modules) == 4]
-        if len(complete) > 1:
-            raise PessaError(
-                f"layer {layer} of {spec.kind} is there twice: {complete[0]['q']} and {complete[1]['q']}",
-                "give the checkpoint of one model",
-            )
-        if complete:
-            layers[layer] = complete[0]
-    return layers
+def _layers(spec: AttentionSpec, header: Header) -> Iterator[tuple[int, dict[str, str]]]:
+    """The layers that have any of the row's projections, with the module names of all four under the same prefix."""
+    found: set[tuple[str, int]] = set()  # prefix and layer
+    for pattern in (spec.q, spec.k, spec.v, spec.o):
+        before, after = (re.escape(part) for part in pattern.split("{i}"))
+        regex = re.compile(rf"((?:.*\.)?){before}(\d+){after}\.weight")
+        found |= {(match[1], int(match[2])) for name in header if (match := regex.fullmatch(name))}
+    for prefix, layer in sorted(found):
+        names = {"q": spec.q, "k": spec.k, "v": spec.v, "o": spec.o}
+        yield layer, {side: prefix + name.replace("{i}", str(layer)) for side, name in names.items()}
+
+
+def _complete(spec: AttentionSpec, header: Header) -> Iterator[bool]:
+    """For each layer of the row whether all of its projections are there."""
+    for _, modules in _layers(spec, header):
+        yield all(f"{module}.weight" in header for module in modules.values())
 
 
 def _head_count(config: Mapping[str, Any], key: str) -> int:
@@ -296,6 +247,11 @@ def _site(
         qk_ranks=entries["k"].ranks if entries["k"] else stored,
         vo_ranks=entries["v"].ranks if entries["v"] else stored,
     )
+    if head_dim < 1 or not len(site.qk_ranks) == len(site.vo_ranks) == kv_heads:
+        raise PessaError(f"{site.q}: config.json gives no ranks for just {kv_heads} key/value heads of {head_dim}")
+    if site.query_width != site.output_width or ("self" in spec.kind and site.query_width != site.key_width):
+        widths = f"W_Q {site.query_width}, W_K {site.key_width}, W_O {site.output_width}"
+        raise PessaError(f"{modules['q'].rpartition('.')[0]}: the widths of its inputs and output differ: {widths}")
     for name, shape in site.tensors.items():
         if header[name].shape != shape:
             raise PessaError(

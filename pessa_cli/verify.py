@@ -7,7 +7,7 @@ each attention block of the candidate makes of the reference's inputs. Outputs: 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal
@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from pessa_cli.checkpoint import CheckpointReader
-from pessa_cli.errors import PessaError
+from pessa_cli.errors import PessaError, UsageError
 from pessa_cli.factors import Pair, absorb, relative_difference
-from pessa_cli.heads import HeadWeights, read_site
+from pessa_cli.heads import HeadWeights, NotFiniteError, read_site
 from pessa_cli.pipeline import Model, Progress, quietly
+from pessa_cli.recipe import check_limits
 from pessa_cli.sidebyside import Outputs, Text, run_both
 from pessa_cli.sites import FLOATS, Site
 
@@ -68,6 +69,8 @@ class Report:
     """What `verify` found. Errors are relative Frobenius norms; no failures means the models are the same."""
 
     limits: Limits
+    parameters: tuple[int, int]  # of the reference and of the candidate, as are the bytes of their weights
+    nbytes: tuple[int, int]
     weights: list[Difference]
     unequal: list[str]  # tensors outside attention that are not byte for byte the same
     blocks: list[Difference] = field(default_factory=list)
@@ -138,6 +141,9 @@ def verify_models(
     progress: Progress = quietly,
 ) -> Report:
     """Compare two models down to the given level. Raises PessaError when they have not the same blocks at all."""
+    check_limits(tolerance, min_agreement)
+    if level != "outputs" and (audio or text):
+        raise UsageError(f"--audio and --text are for the outputs, not for --level {level}", "leave one of them out")
     dtype = max((site.dtype for model in (reference, candidate) for site in model.sites), key=FLOATS.index)
     limits = LIMITS[dtype]
     limits = Limits(
@@ -147,13 +153,27 @@ def verify_models(
     )
     pairs = _paired(reference, candidate)
     weights: list[Difference] = []
+    faults: dict[CheckpointReader, list[str]] = {reference.reader: [], candidate.reader: []}
     for site in progress(reference.sites, "comparing weights"):
-        weights += _compare_site(reference.reader, site, candidate.reader, pairs[site.name])
-    report = Report(limits, weights, _unequal(reference, candidate))
+        try:
+            weights += _compare_site(reference.reader, site, candidate.reader, pairs[site.name])
+        except NotFiniteError as error:
+            faults[error.reader] += error.faults
+    for reader, found in faults.items():
+        if found:
+            raise NotFiniteError(reader, found)
+    report = Report(
+        limits=limits,
+        parameters=(reference.parameters, candidate.parameters),
+        nbytes=(reference.nbytes, candidate.nbytes),
+        weights=weights,
+        unequal=_unequal(reference, candidate),
+    )
     if level == "weights":
         return report
     blocks, outputs, texts = run_both(reference, candidate, level == "outputs", audio or [], text or [])
-    return Report(limits, weights, report.unequal, [Difference(name, error) for name, error in blocks], outputs, texts)
+    differences = [Difference(name, error) for name, error in blocks]
+    return replace(report, blocks=differences, outputs=outputs, texts=texts)
 
 
 def _paired(reference: Model, candidate: Model) -> dict[str, Site]:
