@@ -19,19 +19,20 @@ if TYPE_CHECKING:
     from pessa_cli.sites import Site
     from pessa_cli.verify import Report
 
-OUT = Console(highlight=False)
-ERR = Console(stderr=True, highlight=False)
+# Lines wrap where the terminal does it, so that a pipe gets them whole.
+OUT = Console(highlight=False, soft_wrap=True)
+ERR = Console(stderr=True, highlight=False, soft_wrap=True)
 BARS = "▁▂▃▄▅▆▇█" if "utf" in OUT.encoding.lower() else "_.-:=+*#"
 
 
 def show_error(error: PessaError) -> None:
-    ERR.print(f"[bold red]error:[/] {escape(error.message)}", soft_wrap=True)
+    ERR.print(f"[bold red]error:[/] {escape(error.message)}")
     if error.hint:
-        ERR.print(f"[bold]hint:[/] {escape(error.hint)}", soft_wrap=True)
+        ERR.print(f"[bold]hint:[/] {escape(error.hint)}")
 
 
 def note(text: str) -> None:
-    ERR.print(escape(text), soft_wrap=True)
+    ERR.print(escape(text))
 
 
 def show_json(value: Any) -> None:
@@ -55,8 +56,7 @@ def show_model(folder: str, config: dict[str, Any], sites: list[Site], totals: d
     )
     OUT.print(
         f"{totals['parameters']:,} parameters in {size(totals['bytes'])}, {attention:.1%} of them in "
-        f"{'these' if totals['blocks_chosen'] < totals['blocks'] else 'the'} attention blocks",
-        soft_wrap=True,
+        f"{'these' if totals['blocks_chosen'] < totals['blocks'] else 'the'} attention blocks"
     )
     table = Table(
         "blocks", "layers", "heads", "head_dim", "width", "biases", "dtype", "merges", box=None, pad_edge=False
@@ -105,13 +105,11 @@ def show_totals(totals: dict[str, Any], rule: str) -> None:
     """What the ranks remove, counted as the paper does."""
     OUT.print(
         f"[bold]{escape(rule)}[/] prunes {totals['qk_pruned']:.2%} of Q-K and {totals['vo_pruned']:.2%} of V-O "
-        f"= {totals['attention_pruned']:.2%} of this attention = {totals['model_pruned']:.2%} of the model",
-        soft_wrap=True,
+        f"= {totals['attention_pruned']:.2%} of this attention = {totals['model_pruned']:.2%} of the model"
     )
     OUT.print(
         f"{totals['parameters']:,} -> {totals['parameters_after']:,} parameters, "
-        f"{size(totals['bytes'])} -> {size(totals['bytes_after'])} as compact weights",
-        soft_wrap=True,
+        f"{size(totals['bytes'])} -> {size(totals['bytes_after'])} as compact weights"
     )
 
 
@@ -120,7 +118,7 @@ def show_report(report: Report, names: tuple[str, str]) -> None:
     limits = report.limits
     width = max(map(len, names))
     for name, parameters, nbytes in zip(names, report.parameters, report.nbytes, strict=True):
-        OUT.print(f"{escape(name.ljust(width))}  {parameters:,} parameters, {size(nbytes)}", soft_wrap=True)
+        OUT.print(f"{escape(name.ljust(width))}  {parameters:,} parameters, {size(nbytes)}")
     table = Table("level", "measure", "worst", "limit", "where", box=None, pad_edge=False)
     for side in ("Q-K", "V-O", "Q", "K", "output bias"):
         found = [d for d in report.weights if d.where.endswith(" " + side)]
@@ -147,14 +145,14 @@ def show_report(report: Report, names: tuple[str, str]) -> None:
         OUT.print(f"\n[bold]{escape(text.name)}[/]: {verdict}")
         for name, said in zip(names, (text.reference, text.candidate), strict=True):
             on_one_line = said.replace("\n", "\\n")
-            OUT.print(f"  {escape(name.ljust(width))}  {escape(on_one_line)}", soft_wrap=True)
+            OUT.print(f"  {escape(name.ljust(width))}  {escape(on_one_line)}")
     OUT.print()
     if report.same:
         OUT.print("[bold green]same model[/] within these limits")
         return
     OUT.print("[bold red]not the same model[/]")
     for failure in report.failures:
-        OUT.print(f"  {escape(failure)}", soft_wrap=True)
+        OUT.print(f"  {escape(failure)}")
 
 
 def sparkline(spectrum: list[list[float]], width: int = 20) -> str:

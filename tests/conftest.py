@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import tempfile
 from pathlib import Path
@@ -9,10 +10,15 @@ from typing import Any
 
 import pytest
 import tiny
+import torch
 import transformers
 from harness import Pessa, Result, TinyFolder
 
 from pessa_cli.app import main
+
+# One thread a test process: for tiny matrices more are slower, and the cores are for other tests.
+os.environ["OMP_NUM_THREADS"] = "1"  # of the commands that tests start
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session", autouse=True)
