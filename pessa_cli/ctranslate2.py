@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pessa_cli.checkpoint import ITEM_BYTES, SINGLE_FILE, TORCH_DTYPES, CheckpointWriter, TensorInfo
+from pessa_cli.checkpoint import ITEM_BYTES, SINGLE_FILE, TORCH_DTYPES, TensorInfo
 from pessa_cli.errors import PessaError, listed
 from pessa_cli.whisper_files import read_vocabulary, whisper_config, write_side_files
+from pessa_cli.writer import CheckpointWriter
 
 if TYPE_CHECKING:
     import torch

@@ -20,9 +20,7 @@ from pessa_cli.checkpoint import (
     CONFIG_FILE,
     INDEX_FILE,
     CheckpointReader,
-    CheckpointWriter,
     TensorInfo,
-    new_folder,
     read_json,
     write_json,
 )
@@ -42,6 +40,7 @@ from pessa_cli.heads import HeadWeights, Layout, NotFiniteError, read_site, writ
 from pessa_cli.ragged import QUANT_METHOD, Ranks
 from pessa_cli.ranks import UNIT_ROUNDOFF, RankPlan, Rule, Spectra, Spectrum, plan_ranks
 from pessa_cli.sites import Site, find_sites, ragged_site, specs_of, with_ranks
+from pessa_cli.writer import CheckpointWriter, new_folder
 
 Method = Literal["svd", "vanilla"]
 Progress = Callable[[list[Site], str], Iterable[Site]]

@@ -29,7 +29,7 @@ from harness import (
     snapshot,
 )
 
-from pessa_cli.checkpoint import CheckpointWriter
+from pessa_cli.writer import CheckpointWriter
 
 Refuse = Callable[..., None]
 WRITE = CheckpointWriter._write
@@ -412,9 +412,9 @@ def test_a_replacement_that_fails_at_the_last_step_keeps_the_old_model(
 
 INTERRUPTED = """
 import os, signal, sys
-from pessa_cli import checkpoint
 from pessa_cli.app import main
-checkpoint.CheckpointWriter.put = lambda *_: (os.kill(os.getpid(), signal.{}), os.read(os.pipe()[0], 1))
+from pessa_cli.writer import CheckpointWriter
+CheckpointWriter.put = lambda *_: (os.kill(os.getpid(), signal.{}), os.read(os.pipe()[0], 1))
 sys.argv = "pessa prune whisper -o some/out".split()
 main()
 """

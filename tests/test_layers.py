@@ -19,7 +19,7 @@ MODULES = {path.stem: ast.parse(path.read_text(encoding="utf-8")) for path in so
 LAYERS = (
     {"errors"},
     {"architectures", "audio", "checkpoint"},
-    {"ragged", "whisper_files"},
+    {"ragged", "whisper_files", "writer"},
     {"sites"},
     {"heads", "ranks", "ctranslate2"},
     {"factors", "recipe", "report", "plot", "runtime", "sources"},
@@ -32,7 +32,7 @@ LAYERS = (
 )
 # What `pessa --help` and the first lines of every command load; the rest waits until there is work to do.
 NO_TORCH = ("__init__", "app", "architectures", "checkpoint", "console", "errors", "junit", "plot", "ranks", "recipe")
-NO_TORCH_EITHER = ("ragged", "report", "sites", "sources", "ctranslate2", "whisper_files", "audio")
+NO_TORCH_EITHER = ("ragged", "writer", "report", "sites", "sources", "ctranslate2", "whisper_files", "audio", "writer")
 HEAVY = {"torch", "transformers", "safetensors", "matplotlib", "soundfile", "soxr", "huggingface_hub"}
 
 
@@ -102,7 +102,7 @@ def test_numerics_never_open_files(module: str) -> None:
     assert not [n for n in ast.walk(MODULES[module]) if isinstance(n, ast.Call) and ast.unparse(n.func) == "open"]
 
 
-@pytest.mark.parametrize("module", ["checkpoint", "sources", "whisper_files"])
+@pytest.mark.parametrize("module", ["checkpoint", "writer", "sources", "whisper_files"])
 def test_input_and_output_never_do_algebra(module: str) -> None:
     tree = MODULES[module]
     assert "torch.linalg" not in ast.unparse(tree)
