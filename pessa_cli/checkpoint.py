@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import stat
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from pessa_cli.errors import PessaError, listed
 
@@ -21,7 +24,11 @@ if TYPE_CHECKING:
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 CONFIG_FILE = "config.json"
-CHUNK = 16 * 2**20  # bytes copied at a time
+CHUNK = 2**20  # bytes copied at a time: what stays in the processor's cache
+# Bounds on what is parsed before anything is known to be right; real files stay below half of each.
+MOST_JSON = 32 * 2**20  # bytes of a JSON file or a header: parsed, they take up to 25 times as much memory
+MOST_DEPTH = 64  # levels of JSON inside each other
+MOST_NAME = 512  # characters of a tensor's name
 
 TORCH_DTYPES = {
     "F64": "float64",
@@ -67,42 +74,94 @@ class Place:
     nbytes: int
 
 
+def file_size(path: Path) -> int:
+    """The bytes of a file, links followed. Raises OSError for what is none: a folder, a pipe, a device.
+
+    Those may answer a read with nothing, for ever, or without end.
+    """
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError("not a regular file")
+    return status.st_size
+
+
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file. Raises PessaError when it is missing, unreadable or no object."""
+    """The JSON object in a file. Raises PessaError when it is missing, unreadable, too large or no object."""
     try:
+        size = file_size(path)
+        if size > MOST_JSON:
+            raise ValueError(f"it has {size:,} bytes, more than {MOST_JSON:,}")
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise PessaError(f"{path} does not exist", "give the folder of a complete checkpoint") from None
-    except (OSError, UnicodeDecodeError, ValueError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise PessaError(f"{path} is not readable JSON: {error}", "download the file again") from None
     if not isinstance(value, dict):
         raise PessaError(f"{path} holds a {type(value).__name__}, not a JSON object", "download the file again")
+    if not _within_depth(value):
+        raise PessaError(f"{path} is nested more than {MOST_DEPTH} levels deep", "download the file again")
     return value
 
 
+def _within_depth(value: Any) -> bool:
+    level = [value]
+    for _ in range(MOST_DEPTH):
+        level = [
+            inner
+            for outer in level
+            if isinstance(outer, (dict, list))
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+        ]
+        if not level:
+            return True
+    return False
+
+
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    text = json.dumps(value, indent=2, ensure_ascii=False)
+    try:
+        encoded = text.encode()
+    except UnicodeEncodeError:  # half a surrogate pair, which JSON can say and UTF-8 cannot
+        encoded = json.dumps(value, indent=2).encode()
+    path.write_bytes(encoded + b"\n")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a name is there twice")
+    return found
 
 
 def _read_header(path: Path) -> tuple[dict[str, tuple[TensorInfo, int]], dict[str, str]]:
     """The tensors of one file with their absolute offsets, and its metadata."""
     from safetensors import SafetensorError, safe_open
 
+    size = 0
     try:
-        # The format's own library is the judge of validity: lengths, offsets, overlaps, duplicate keys.
+        size = file_size(path)
+        with path.open("rb") as raw:
+            length = int.from_bytes(raw.read(8), "little")
+            if length > MOST_JSON:
+                raise ValueError(f"its header would have {length:,} bytes")
+            encoded = raw.read(length)
+        # The format's own library is the judge of validity: lengths, offsets, overlaps.
         with safe_open(path, framework="np") as file:
             metadata = file.metadata() or {}
+        header = json.loads(encoded, object_pairs_hook=_unique)  # of duplicate names the library takes the last
     except FileNotFoundError:
         raise PessaError(f"{path} does not exist", "download the missing shard") from None
-    except (SafetensorError, OSError) as error:
-        size = path.stat().st_size if path.exists() else 0
+    except (SafetensorError, OSError, ValueError) as error:
         raise PessaError(
             f"{path} ({size:,} bytes) is not a complete safetensors file: {error}", "download the file again"
         ) from None
-    with path.open("rb") as raw:
-        length = int.from_bytes(raw.read(8), "little")
-        header = json.loads(raw.read(length))
     header.pop("__metadata__", None)
+    if not all(isinstance(entry, dict) for entry in header.values()):  # which the library takes for one, too
+        raise PessaError(f"{path} has a header of lists", "do not use this checkpoint")
+    # No model has such names; in a terminal they could pass for something else.
+    odd = [f"{name[:MOST_NAME]!r}" for name in header if len(name) > MOST_NAME or not name.isprintable()]
+    if odd:
+        raise PessaError(f"{path} holds tensors of impossible names\n{listed(odd)}", "do not use this checkpoint")
     unknown = [f"{name}: {entry['dtype']}" for name, entry in header.items() if entry["dtype"] not in ITEM_BYTES]
     if unknown:
         raise PessaError(
@@ -127,8 +186,9 @@ class CheckpointReader:
         if not folder.is_dir():
             raise PessaError(f"{folder} is not a folder", "give the folder of a Hugging Face checkpoint")
         self.folder = folder
-        self.files = self._weight_files(folder)
+        self.files, weight_map = self._weight_files(folder)
         self.config = read_json(folder / CONFIG_FILE)
+        self._opened = self.stats()
         self.metadata: dict[str, str] = {}
         self._places: dict[str, Place] = {}
         infos: dict[str, TensorInfo] = {}
@@ -142,21 +202,34 @@ class CheckpointReader:
                 infos[name] = info
                 self._places[name] = Place(file, offset, info.nbytes)
         self.header: Header = infos
-        self._check_index()
+        if weight_map is not None:
+            self._check_index(weight_map)
 
     @staticmethod
-    def _weight_files(folder: Path) -> list[str]:
+    def _weight_files(folder: Path) -> tuple[list[str], dict[str, str] | None]:
+        """The weight files' names, and the map of an index if there is one."""
         if (folder / SINGLE_FILE).exists():
-            return [SINGLE_FILE]
+            return [SINGLE_FILE], None
         if (folder / INDEX_FILE).exists():
             weight_map = read_json(folder / INDEX_FILE).get("weight_map")
             if not isinstance(weight_map, dict) or not {type(file) for file in weight_map.values()} == {str}:
                 raise PessaError(f"{folder / INDEX_FILE} has no weight_map", "download the file again")
             files = sorted(set(weight_map.values()))
-            outside = [file for file in files if Path(file).name != file or file in ("", "..")]
+            # A shard may be a link, as all are in the hub's cache: whoever made the folder made that, not the index.
+            outside = [file for file in files if Path(file).name != file or "\\" in file or file in ("", "..")]
             if outside:
                 raise PessaError(
-                    f"{folder / INDEX_FILE} points outside its folder: {outside[0]}",
+                    f"{folder / INDEX_FILE} points outside its folder: {_shown(outside[0])}",
+                    "do not use this checkpoint; its index was tampered with",
+                )
+            others = [
+                _shown(file)
+                for file in files
+                if not file.endswith(".safetensors") or not file.isprintable() or len(file.encode()) > 255
+            ]
+            if others:
+                raise PessaError(
+                    f"{folder / INDEX_FILE} names weight files that are no .safetensors files\n{listed(others)}",
                     "do not use this checkpoint; its index was tampered with",
                 )
             missing = [file for file in files if not (folder / file).exists()]
@@ -165,26 +238,22 @@ class CheckpointReader:
                     f"{len(missing)} of {len(files)} shards of {folder} are missing\n{listed(missing)}",
                     "download the missing shards",
                 )
-            return files
+            return files, weight_map
         pickles = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLE_SUFFIXES)
         if pickles:
             raise PessaError(
                 f"{folder} holds pickled weights only ({pickles[0]}), which can run code when they are loaded",
-                'if you trust them, convert once: python -c "from transformers import AutoModel as M; '
-                f"M.from_pretrained('{folder}').save_pretrained('{folder}-safetensors')\" "
-                "(with the model's own class for its head), then copy the tokenizer files over",
+                "if you trust whoever made them, give --allow-pickle: pessa then converts the tensors of a "
+                "pytorch_model.bin and refuses code",
             )
         raise PessaError(
             f"{folder} is no model: it has neither {SINGLE_FILE} nor {INDEX_FILE}",
             "give the folder that from_pretrained loads",
         )
 
-    def _check_index(self) -> None:
-        if self.files == [SINGLE_FILE]:
-            return
-        weight_map = read_json(self.folder / INDEX_FILE)["weight_map"]
+    def _check_index(self, weight_map: Mapping[str, str]) -> None:
         wrong = [
-            f"{name}: the index says {weight_map.get(name)}, the shards say {place.file if place else None}"
+            f"{_shown(name)}: the index says {weight_map.get(name)}, the shards say {place.file if place else None}"
             for name in sorted(weight_map.keys() | self._places.keys())
             for place in [self._places.get(name)]
             if place is None or weight_map.get(name) != place.file
@@ -194,21 +263,57 @@ class CheckpointReader:
                 f"the index of {self.folder} disagrees with its shards\n{listed(wrong)}", "download the folder again"
             )
 
+    def stats(self) -> dict[str, os.stat_result]:
+        """Size and time of every weight file as they are now."""
+        try:
+            return {file: (self.folder / file).stat() for file in self.files}
+        except OSError as error:
+            raise PessaError(f"{self.folder} changed while it was read: {error}", "run again") from None
+
+    def check_unchanged(self) -> None:
+        """Raise PessaError when a weight file is not what it was when it was opened."""
+        for file, now in self.stats().items():
+            then = self._opened[file]
+            if (now.st_size, now.st_mtime_ns, now.st_ino) != (then.st_size, then.st_mtime_ns, then.st_ino):
+                raise PessaError(
+                    f"{self.folder / file} changed while it was read", "leave it alone for the time, and run again"
+                )
+
     def file_of(self, name: str) -> str:
         return self._places[name].file
 
     def chunks(self, name: str, size: int = CHUNK) -> Iterator[bytes]:
         """The tensor's raw little-endian bytes, at most `size` at a time."""
-        place = self._places[name]
-        with (self.folder / place.file).open("rb") as file:
-            file.seek(place.offset)
-            left = place.nbytes
+        with self._at(name) as (file, left):
             while left:
                 chunk = file.read(min(size, left))
                 if not chunk:
-                    raise PessaError(f"{self.folder / place.file} became shorter while it was read", "run again")
+                    raise self._shorter(name)
                 left -= len(chunk)
                 yield chunk
+
+    @contextmanager
+    def _at(self, name: str) -> Iterator[tuple[BinaryIO, int]]:
+        """The file open at the tensor's first byte, and its number of bytes."""
+        place = self._places[name]
+        with (self.folder / place.file).open("rb") as file:
+            file.seek(place.offset)
+            yield file, place.nbytes
+
+    def _shorter(self, name: str) -> PessaError:
+        return PessaError(f"{self.folder / self.file_of(name)} became shorter while it was read", "run again")
+
+    def checked_chunks(self, name: str) -> Iterator[bytes]:
+        """As `chunks`. Raises PessaError at a NaN, which no good checkpoint holds; infinities may be masks."""
+        import torch
+
+        info = self.header[name]
+        dtype: torch.dtype = getattr(torch, TORCH_DTYPES[info.dtype])
+        for chunk in self.chunks(name):
+            # amin is NaN when any entry is, and makes no copy.
+            if dtype.is_floating_point and torch.frombuffer(bytearray(chunk), dtype=dtype).amin().isnan():
+                raise PessaError(f"{name} of {self.folder} holds NaN", "the checkpoint is damaged; download it again")
+            yield chunk
 
     def get(self, name: str) -> torch.Tensor:
         """The tensor in the file's dtype and shape."""
@@ -216,7 +321,16 @@ class CheckpointReader:
 
         info = self.header[name]
         dtype: torch.dtype = getattr(torch, TORCH_DTYPES[info.dtype])
-        data = bytearray(b"".join(self.chunks(name)))
-        if not data:
-            return torch.empty(info.shape, dtype=dtype)
+        with self._at(name) as (file, nbytes):
+            if not nbytes:
+                return torch.empty(info.shape, dtype=dtype)
+            data = bytearray(nbytes)  # the header was checked against the file's size
+            if file.readinto(data) != nbytes:  # type: ignore[attr-defined]
+                raise self._shorter(name)
         return torch.frombuffer(data, dtype=dtype).reshape(info.shape)
+
+
+def _shown(name: str) -> str:
+    """A name from a file for a message: never long, and without anything that a terminal would obey."""
+    short = name if len(name) <= MOST_NAME else name[:MOST_NAME] + "..."
+    return short if short.isprintable() else repr(short)

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from math import log10
 from statistics import geometric_mean, median
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from pessa_cli.errors import PessaError
+from pessa_cli.errors import PessaError, badness
 
 if TYPE_CHECKING:
     from pessa_cli.sites import Site
@@ -26,13 +27,18 @@ BARS = "▁▂▃▄▅▆▇█" if "utf" in OUT.encoding.lower() else "_.-:=+*
 
 
 def show_error(error: PessaError) -> None:
-    ERR.print(f"[bold red]error:[/] {escape(error.message)}")
+    ERR.print(f"[bold red]error:[/] {_plain(error.message)}")
     if error.hint:
-        ERR.print(f"[bold]hint:[/] {escape(error.hint)}")
+        ERR.print(f"[bold]hint:[/] {_plain(error.hint)}")
+
+
+def _plain(text: str) -> str:
+    """Text from files and names, without anything that a terminal or the printing library would obey."""
+    return escape("".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text))
 
 
 def note(text: str) -> None:
-    ERR.print(escape(text))
+    ERR.print(_plain(text))
 
 
 def show_json(value: Any) -> None:
@@ -40,12 +46,21 @@ def show_json(value: Any) -> None:
     print(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=True))
 
 
-def progress(sites: list[Site], what: str) -> Iterator[Site]:
-    """Go through the blocks with a bar on stderr, gone when done."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("blocks"))
+@contextmanager
+def progress(what: str, nbytes: int, blocks: int) -> Iterator[Callable[[int, int], None]]:
+    """A bar on stderr with bytes, blocks and the time left, gone when done."""
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TextColumn("{task.fields[blocks]}"))
     times = (TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, *times, console=ERR, transient=True, disable=not ERR.is_terminal) as bar:
-        yield from bar.track(sites, description=what)
+        task = bar.add_task(what, total=nbytes, blocks=f"0/{blocks} blocks")
+        done = 0
+
+        def tick(more: int, blocks_more: int) -> None:
+            nonlocal done
+            done += blocks_more
+            bar.update(task, advance=more, blocks=f"{done}/{blocks} blocks")
+
+        yield tick
 
 
 def show_model(folder: str, config: dict[str, Any], sites: list[Site], totals: dict[str, Any]) -> None:
@@ -103,14 +118,25 @@ def show_blocks(blocks: list[dict[str, Any]]) -> None:
 
 def show_totals(totals: dict[str, Any], rule: str) -> None:
     """What the ranks remove, counted as the paper does."""
+    qk = "no Q-K" if totals["qk_pruned"] is None else f"{totals['qk_pruned']:.2%} of Q-K"
     OUT.print(
-        f"[bold]{escape(rule)}[/] prunes {totals['qk_pruned']:.2%} of Q-K and {totals['vo_pruned']:.2%} of V-O "
+        f"[bold]{escape(rule)}[/] prunes {qk} and {totals['vo_pruned']:.2%} of V-O "
         f"= {totals['attention_pruned']:.2%} of this attention = {totals['model_pruned']:.2%} of the model"
     )
     OUT.print(
         f"{totals['parameters']:,} -> {totals['parameters_after']:,} parameters, "
         f"{size(totals['bytes'])} -> {size(totals['bytes_after'])} as compact weights"
     )
+
+
+def show_plan(document: dict[str, Any]) -> None:
+    """What a dry run has found: the ranks of each block and the files to come."""
+    table = Table("block", "ranks of Q-K", "ranks of V-O", box=None, pad_edge=False)
+    for name, ranks in document["ranks"].items():
+        table.add_row(name, ranks["qk"], ranks["vo"])
+    OUT.print(table)
+    for file, nbytes in document["shards"].items():
+        OUT.print(f"{file}  {size(nbytes)}")
 
 
 def show_report(report: Report, names: tuple[str, str]) -> None:
@@ -123,13 +149,13 @@ def show_report(report: Report, names: tuple[str, str]) -> None:
     for side in ("Q-K", "V-O", "Q", "K", "output bias"):
         found = [d for d in report.weights if d.where.endswith(" " + side)]
         if found:
-            worst = max(found, key=lambda d: d.error)
+            worst = max(found, key=lambda d: badness(d.error))
             where = worst.where.removesuffix(" " + side)
             table.add_row("weights", f"{side}, relative error", f"{worst.error:.2e}", f"{limits.weights:.1e}", where)
     equal = f"{len(report.unequal)} differ" if report.unequal else "equal"
     table.add_row("weights", "all other tensors, bytes", equal, "equal", ", ".join(report.unequal[:2]))
     if report.blocks:
-        worst = max(report.blocks, key=lambda d: d.error)
+        worst = max(report.blocks, key=lambda d: badness(d.error))
         table.add_row("blocks", "output, relative error", f"{worst.error:.2e}", f"{limits.outputs:.1e}", worst.where)
     out = report.outputs
     if out is not None:

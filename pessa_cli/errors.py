@@ -18,3 +18,8 @@ def listed(items: list[str], most: int = 8) -> str:
     """The items one a line and indented, cut after `most` with a count of the rest."""
     rest = [f"  ... and {len(items) - most} more"] if len(items) > most else []
     return "\n".join([f"  {item}" for item in items[:most]] + rest)
+
+
+def badness(error: float) -> float:
+    """An error as a measure to order by: NaN is the worst of all."""
+    return float("inf") if error != error else error

@@ -12,10 +12,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pessa_cli.errors import PessaError
 from pessa_cli.heads import HeadWeights
 from pessa_cli.sites import Site
 
 WELL_CONDITIONED = 1e-3
+MOST_PRODUCT = 1e150  # whose square is still a number
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ def absorb(weights: HeadWeights, site: Site) -> Absorbed:
     rows of attention sum to one, so a value bias adds `sum_h b_V,h W_O,h` to the output whatever the input: it
     moves into the output bias, if there is one.
     """
-    g, m, d = site.kv_heads, site.group, site.head_dim
+    g, m, d = len(weights.v), site.group, site.head_dim
     qk = None
     if site.merges_qk:
         q = weights.q.double().mT  # (G, M, D_q, d)
@@ -86,13 +88,13 @@ def absorb(weights: HeadWeights, site: Site) -> Absorbed:
 def decompose(pair: Pair) -> Factors:
     """The SVD of each head's product: O(D d^2) for each head, where the dense product takes O(D^3)."""
     left, right = _thin_qr(pair.left), _thin_qr(pair.right)
-    u, spectrum, vh = torch.linalg.svd(left.r @ right.r.mT, full_matrices=False)
+    u, spectrum, vh = torch.linalg.svd(_core(left, right), full_matrices=False)
     return _padded(Factors(left.times(u), spectrum, right.times(vh.mT)), pair.left.shape[-1])
 
 
 def singular_values(pair: Pair) -> Tensor:
     """The spectrum of each head's product alone, (G, d), descending; at a third of the cost of `decompose`."""
-    values = torch.linalg.svdvals(_thin_qr(pair.left).r @ _thin_qr(pair.right).r.mT)
+    values = torch.linalg.svdvals(_core(_thin_qr(pair.left), _thin_qr(pair.right)))
     return torch.nn.functional.pad(values, (0, pair.left.shape[-1] - values.shape[-1]))
 
 
@@ -119,7 +121,7 @@ def recompose(weights: HeadWeights, absorbed: Absorbed, qk: Factors | None, vo: 
 
     Biases that the algebra has moved elsewhere stay as zeros, since the model's code expects to load them.
     """
-    g, m, d = site.kv_heads, site.group, site.head_dim
+    g, m, d = len(weights.v), site.group, site.head_dim
     q, k, q_bias, k_bias = weights.q, weights.k, weights.q_bias, weights.k_bias
     if qk is not None:
         pair = qk.balanced()
@@ -177,6 +179,17 @@ class _ThinQR:
         if self.explicit.all():
             return self.base @ u
         return self.base @ torch.where(self.explicit, u, torch.linalg.solve_triangular(self.r, u, upper=True))
+
+
+def _core(left: _ThinQR, right: _ThinQR) -> Tensor:
+    """The d x d core of each head. Raises PessaError for numbers that only float64 checkpoints can hold."""
+    core = left.r @ right.r.mT
+    if not (core.abs() < MOST_PRODUCT).all():  # nor NaN
+        raise PessaError(
+            f"a product of attention weights is too large for float64 ({MOST_PRODUCT:g})",
+            "rescale the weights; no float32 checkpoint is that large",
+        )
+    return core
 
 
 def _thin_qr(factor: Tensor) -> _ThinQR:

@@ -7,8 +7,9 @@ that share each of them (M), and always `head_dim` directions (d), zero where th
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from pessa_cli.ragged import Ranks
 from pessa_cli.sites import Site
 
 Layout = Literal["compact", "dense"]
+PART_BYTES = 64 * 2**20  # of float64 weights at a time
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,46 @@ class HeadWeights:
     k_bias: Tensor | None = None  # (G, d)
     v_bias: Tensor | None = None  # (G, d)
     o_bias: Tensor | None = None  # (D_o,)
+
+    def to(self, device: str) -> HeadWeights:
+        """The same weights on another device."""
+        moved: dict[str, Any] = {name: None if t is None else t.to(device) for name, t in self._tensors().items()}
+        return HeadWeights(**moved)
+
+    def _tensors(self) -> dict[str, Tensor | None]:
+        return vars(self)
+
+    def parts(self) -> Iterator[HeadWeights]:
+        """The block a few key/value heads at a time, so that its float64 form need not fit in memory as a whole.
+
+        How many depends on the shapes alone; each part has the whole output bias.
+        """
+        one = 8 * sum(tensor[0].numel() for tensor in (self.q, self.k, self.v)) + 8 * self.o[:, 0].numel()
+        step = max(1, PART_BYTES // one)
+        for start in range(0, len(self.v), step):
+            cut = slice(start, start + step)
+            by_head: dict[str, Any] = {
+                name: None if tensor is None else tensor[cut]
+                for name, tensor in self._tensors().items()
+                if name not in ("o", "o_bias")
+            }
+            yield HeadWeights(**by_head, o=self.o[:, cut], o_bias=self.o_bias)
+
+
+def joined(parts: list[HeadWeights], like: HeadWeights) -> HeadWeights:
+    """The parts of a block in one again, each tensor in the dtype it has in `like`; the output bias is the last one."""
+
+    def side(name: str, axis: int = 0) -> Any:
+        tensors = [getattr(part, name) for part in parts]
+        return None if tensors[0] is None else torch.cat(tensors, axis).to(getattr(like, name).dtype)
+
+    letters = {name: side(name) for name in ("q", "k", "v", "q_bias", "k_bias", "v_bias")}
+    return HeadWeights(**letters, o=side("o", axis=1), o_bias=parts[-1].o_bias)
+
+
+def all_finite(tensor: Tensor) -> bool:
+    """Whether no entry is NaN or infinite: both would be the smallest or the largest one."""
+    return not tensor.numel() or bool(torch.stack(tensor.aminmax()).isfinite().all())
 
 
 def live(ranks: Ranks, head_dim: int, repeats: int = 1) -> Tensor:
@@ -49,7 +91,7 @@ def read_site(reader: CheckpointReader, site: Site) -> HeadWeights:
     faults = [
         f"{name}: {int(tensor.isnan().sum())} NaN, {int(tensor.isinf().sum())} infinite"
         for name, tensor in stored.items()
-        if not tensor.isfinite().all()
+        if not all_finite(tensor)
     ]
     if faults:
         raise NotFiniteError(reader, faults)
@@ -113,10 +155,9 @@ def write_site(
             axis = 1 if side == "o" else 0
             kept = rounded.index_select(axis, index)
             rounded = kept if layout == "compact" else torch.zeros_like(rounded).index_copy_(axis, index, kept)
-        if not rounded.isfinite().all():
-            largest = f"{tensor.abs().max():.3g}"
+        if not all_finite(rounded):
             raise PessaError(
-                f"{name} would overflow: {largest} is too large for {header[name].dtype}",
+                f"{name} would overflow: its numbers become too large for {header[name].dtype}",
                 "convert the model to float32 or bfloat16 first",
             )
         tensors[name] = rounded.contiguous()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,10 +26,13 @@ class Ragged:
 
     @staticmethod
     def parse(module: str, text: str) -> Ragged:
-        match = re.fullmatch(r"(rows|columns) (\d+):((?: \d+)+)", text) if isinstance(text, str) else None
+        digits = "[0-9]{1,5}"
+        pattern = rf"(rows|columns) ({digits}):((?: {digits})+)"
+        match = re.fullmatch(pattern, text) if isinstance(text, str) else None
         if match is None:
             raise PessaError(
-                f"quantization_config of config.json says {text!r} for {module}", "write the folder again with pessa"
+                f"quantization_config of config.json says {shortened(text)} for {module}",
+                "write the folder again with pessa",
             )
         ragged = Ragged(match[1], int(match[2]), tuple(int(rank) for rank in match[3].split()))
         if max(ragged.ranks) > ragged.head_dim:
@@ -50,19 +53,54 @@ def ragged_modules(config: Mapping[str, Any]) -> dict[str, Ragged]:
         return {}
     method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
     if method != QUANT_METHOD:
+        name = method if isinstance(method, str) and method.isidentifier() else shortened(method)
         raise PessaError(
-            f"the checkpoint is quantised ({method})", "prune the float checkpoint, then quantise the dense export"
+            f"the checkpoint is quantised ({name})", "prune the float checkpoint, then quantise the dense export"
         )
     modules = quantization.get("modules")
     if not isinstance(modules, dict) or not modules:
         raise PessaError("quantization_config of config.json lists no modules", "write the folder again with pessa")
+    odd = [name for name in modules if len(name) > 256 or name.count(".") > 16 or not name.isprintable()]
+    if odd:
+        raise PessaError(
+            f"quantization_config of config.json lists a module {shortened(odd[0])}",
+            "write the folder again with pessa",
+        )
     return {module: Ragged.parse(module, text) for module, text in modules.items()}
 
 
-def match_module(name: str, modules: Iterable[str]) -> str | None:
-    """The one of `modules` that names the same projection as `name`, whatever prefix either has.
+def shortened(value: object) -> str:
+    """A value from a file for a message: never long, and without anything that a terminal would obey."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+class ModuleNames:
+    """Names of modules, to be found whatever prefix they or what is looked for have.
 
     A base model saved alone lacks the prefix that the same model has under a head ("bert.encoder...").
     """
-    found = [m for m in modules if m == name or m.endswith("." + name) or name.endswith("." + m)]
-    return found[0] if len(found) == 1 else None
+
+    def __init__(self, modules: Iterable[str]) -> None:
+        self._ending: dict[str, set[str]] = {}
+        self._modules = set(modules)
+        for module in self._modules:
+            for end in _ends(module):
+                self._ending.setdefault(end, set()).add(module)
+
+    def find(self, name: str) -> str | None:
+        """The one module that names the same projection as `name`."""
+        found = self._ending.get(name, set()) | {end for end in _ends(name) if end in self._modules}
+        return next(iter(found)) if len(found) == 1 else None
+
+
+def _ends(name: str) -> Iterator[str]:
+    """The name itself, and what is left of it after each dot."""
+    while name:
+        yield name
+        name = name.partition(".")[2]
+
+
+def match_module(name: str, modules: Iterable[str]) -> str | None:
+    """The one of `modules` that names the same projection as `name`, whatever prefix either has."""
+    return ModuleNames(modules).find(name)

@@ -18,6 +18,9 @@ Spectrum = NDArray[np.float64]
 # Half the distance from 1 to the next number: the relative error of storing one weight.
 UNIT_ROUNDOFF = {"F64": 2.0**-53, "F32": 2.0**-24, "F16": 2.0**-11, "BF16": 2.0**-8}
 
+# Half the distance between a dtype's smallest numbers: the error of storing one weight, however small it is.
+UNDERFLOW = {"F64": 0.0, "F32": 2.0**-150, "F16": 2.0**-25, "BF16": 2.0**-134}
+
 
 @dataclass(frozen=True)
 class Spectra:
@@ -118,8 +121,9 @@ def _side(spectra: Mapping[str, Spectrum], dtypes: Mapping[str, str], rule: Rule
         counts = {name: _keep(spectrum, rule, what, dtypes[name]) for name, spectrum in spectra.items()}
     plan: dict[str, Ranks] = {}
     for name, kept in counts.items():
-        rounded = -(-kept // rule.round_to) * rule.round_to
-        plan[name] = tuple(int(r) for r in rounded.clip(rule.min_rank, None).clip(None, spectra[name].shape[1]))
+        width = spectra[name].shape[1]
+        step, least = min(rule.round_to, width), min(rule.min_rank, width)  # numpy refuses numbers beyond 64 bits
+        plan[name] = tuple(int(r) for r in (-(-kept // step) * step).clip(least, width))
     if not any(any(ranks) for ranks in plan.values()):
         largest = max(float(spectrum.max()) for spectrum in spectra.values())
         raise PessaError(
@@ -138,7 +142,9 @@ def _keep(spectrum: Spectrum, rule: Rule, what: str, dtype: str) -> NDArray[np.i
         threshold = rule.qk_thr if what == "Q-K" else rule.vo_thr
         return np.full(heads, width) if threshold is None else (spectrum > threshold).sum(-1)
     loss = UNIT_ROUNDOFF[dtype] if rule.energy is None else math.sqrt(1 - rule.energy)
-    tails = np.sqrt(np.cumsum(spectrum[:, ::-1] ** 2, axis=-1))[:, ::-1]  # norm from each direction to the last
+    largest = spectrum[:, :1]
+    relative = np.divide(spectrum, largest, out=np.zeros_like(spectrum), where=largest > 0)  # its squares are numbers
+    tails = np.sqrt(np.cumsum(relative[:, ::-1] ** 2, axis=-1))[:, ::-1]  # norm from each direction to the last
     kept: NDArray[np.int64] = (tails > loss * tails[:, :1]).sum(-1)
     return kept
 

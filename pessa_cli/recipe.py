@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import math
 import re
-import sys
+import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pessa_cli.checkpoint import file_size
 from pessa_cli.errors import PessaError, UsageError
+from pessa_cli.ragged import shortened
 from pessa_cli.ranks import Rule
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
-
+MOST_BYTES = 2**20  # of a recipe
+MOST_PARTS = 200  # of a list of layers, between its commas
 _NUMBER = (int, float)
 _PRUNE: Mapping[str, type | tuple[type, ...]] = {
     "qk_thr": _NUMBER,
@@ -51,12 +50,15 @@ class Recipe:
 def load_recipe(path: Path) -> Recipe:
     """The recipe in a TOML file. Raises UsageError for keys that do not exist and values of the wrong type."""
     try:
+        size = file_size(path)
+        if size > MOST_BYTES:
+            raise ValueError(f"it has {size:,} bytes, more than {MOST_BYTES:,}")
         content = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # UnicodeDecodeError and TOMLDecodeError are ValueErrors
         raise PessaError(f"{path} is not a readable recipe: {error}", "see the examples in configs/") from None
     unknown = [key for key in content if key not in ("prune", "verify")]
     if unknown:
-        raise UsageError(f"{path}: unknown table or key {unknown[0]!r}", "a recipe has [prune] and [verify]")
+        raise UsageError(f"{path}: unknown table or key {shortened(unknown[0])}", "a recipe has [prune] and [verify]")
     prune = _checked(path, "prune", content.get("prune", {}), _PRUNE)
     verify = _checked(path, "verify", content["verify"], _VERIFY) if "verify" in content else None
     try:
@@ -84,10 +86,13 @@ def check_limits(tolerance: float | None, min_agreement: float | None) -> None:
 def parse_layers(text: str) -> frozenset[int]:
     """Layers as people write them: "0-15", "3", "0-3,12,20-23"."""
     layers: set[int] = set()
+    wrong = UsageError(f"--layers {shortened(text)} is no list of layers", "write them as 0-15 or 0-3,12")
+    if text.count(",") > MOST_PARTS:
+        raise wrong
     for part in text.split(","):
-        match = re.fullmatch(r"\s*(\d{1,5})(?:-(\d{1,5}))?\s*", part)
+        match = re.fullmatch(r"\s*([0-9]{1,5})(?:-([0-9]{1,5}))?\s*", part)
         if match is None or (match[2] and int(match[2]) < int(match[1])):
-            raise UsageError(f"--layers {text!r} is no list of layers", "write them as 0-15 or 0-3,12")
+            raise wrong
         layers |= set(range(int(match[1]), int(match[2] or match[1]) + 1))
     return frozenset(layers)
 
@@ -97,11 +102,14 @@ def _checked(path: Path, table: str, values: Any, known: Mapping[str, type | tup
         raise UsageError(f"{path}: {table} is no table", f"write [{table}] above its keys")
     for key, value in values.items():
         if key not in known:
-            raise UsageError(f"{path}: [{table}] has no key {key!r}", f"it has {', '.join(known)}")
+            raise UsageError(f"{path}: [{table}] has no key {shortened(key)}", f"it has {', '.join(known)}")
         if not isinstance(value, known[key]) or isinstance(value, bool):
-            raise UsageError(f"{path}: {key} = {value!r} is a {type(value).__name__}", "see the examples in configs/")
+            kind = type(value).__name__
+            raise UsageError(f"{path}: {key} = {shortened(value)} is a {kind}", "see the examples in configs/")
+        if isinstance(value, int) and abs(value) > 2**53:
+            raise UsageError(f"{path}: {key} = {shortened(value)} is too large", "see the examples in configs/")
         if key in _CHOICES and value not in _CHOICES[key]:
-            raise UsageError(f"{path}: {key} = {value!r}", f"it is one of {', '.join(_CHOICES[key])}")
+            raise UsageError(f"{path}: {key} = {shortened(value)}", f"it is one of {', '.join(_CHOICES[key])}")
         if isinstance(value, list) and {type(site) for site in value} != {str}:
-            raise UsageError(f"{path}: sites = {value!r}", 'write it as ["encoder.self"]')
+            raise UsageError(f"{path}: sites = {shortened(value)}", 'write it as ["encoder.self"]')
     return values

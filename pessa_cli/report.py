@@ -30,7 +30,7 @@ def totals(header: Header, sites: Iterable[Site], chosen: Iterable[Site], plan: 
     """What the plan removes, counted as the paper does; `chosen` are the blocks that it covers.
 
     Shares are of the directions of Q-K and of V-O (of the chosen blocks), of the parameters of their attention,
-    and of all the model's parameters. Bytes are those of the weights.
+    and of all the model's parameters. Bytes are those of the weights; qk_pruned is null where no Q-K can be merged.
     """
     chosen = list(chosen)
     attention, attention_bytes = _count(header, (site.tensors for site in chosen))
@@ -41,7 +41,7 @@ def totals(header: Header, sites: Iterable[Site], chosen: Iterable[Site], plan: 
     return {
         "blocks": len(list(sites)),
         "blocks_chosen": len(chosen),
-        "qk_pruned": _dropped(plan.qk, {site.name: site.qk_ranks for site in merged}),
+        "qk_pruned": _dropped(plan.qk, {site.name: site.qk_ranks for site in merged}) if merged else None,
         "vo_pruned": _dropped(plan.vo, {site.name: site.vo_ranks for site in chosen}),
         "attention_parameters": attention,
         "attention_parameters_after": left,

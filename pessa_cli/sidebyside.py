@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from pessa_cli.audio import SAMPLE_RATE, load_audio
 from pessa_cli.errors import PessaError, UsageError, listed
-from pessa_cli.pipeline import Model
+from pessa_cli.model import Model
 from pessa_cli.ragged import match_module
 from pessa_cli.sites import Site
 
@@ -30,6 +30,9 @@ PASSAGE = """The lighthouse at the end of the harbour had been dark for eleven y
 addressed to the keeper, a post that no longer existed, and so the postmistress read it herself. "Please light the
 lamp on the ninth of March," it said, "and keep it burning until you see three sails." She counted the days, bought
 two litres of oil, and climbed the 143 steps with her daughter, who asked what they would do if nobody came."""
+
+# Whatever a checkpoint asks for: none of its code runs, nothing is fetched.
+LOCAL_ONLY = {"trust_remote_code": False, "local_files_only": True}
 
 Inputs = dict[str, Tensor]
 
@@ -97,9 +100,12 @@ def _run_both(
 
 def load(model: Model) -> Any:
     """The model in its own class from transformers, float32, in eval mode."""
-    folder, names = model.reader.folder, model.reader.config.get("architectures") or []
-    kind = getattr(transformers, str(names[0]), None) if names else None
-    if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
+    folder, names = model.reader.folder, model.reader.config.get("architectures")
+    kind = getattr(transformers, str(names[0]), None) if isinstance(names, list) and names else None
+    kernels = str(model.reader.config.get("attn_implementation") or "")
+    if "/" in kernels:  # transformers would fetch and run it
+        raise PessaError(f"{folder}: config.json asks for code from {kernels}", "take attn_implementation out of it")
+    if not isinstance(names, list) or not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
         raise PessaError(
             f"{folder}: config.json names no model of transformers under `architectures` ({names})",
             "add the class it was saved from, or compare weights alone: --level weights",
@@ -107,7 +113,7 @@ def load(model: Model) -> Any:
     hint = "the checkpoint and its config.json do not fit; weights alone compare with --level weights"
     try:
         # Mismatched sizes are asked for as data, because as an exception they come without the names.
-        options = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+        options = {"output_loading_info": True, "ignore_mismatched_sizes": True} | LOCAL_ONLY
         loaded, info = kind.from_pretrained(folder, dtype=torch.float32, **options)  # type: ignore[attr-defined]
     except Exception as error:  # whatever transformers raises, it is about this folder
         raise PessaError(f"transformers cannot load {folder}\n{listed(str(error).splitlines())}", hint) from error
@@ -121,7 +127,7 @@ def load(model: Model) -> Any:
 def _from_folder(kind: Any, folder: Path, what: str) -> Any:
     """A tokenizer or processor. Raises PessaError when the folder has none."""
     try:
-        return kind.from_pretrained(folder)
+        return kind.from_pretrained(folder, **LOCAL_ONLY)
     except Exception as error:  # as above: there are many ways not to have one
         reason = listed(str(error).splitlines(), most=1)
         raise PessaError(f"{folder} has no {what}\n{reason}", "copy it there from the original model") from error
@@ -290,5 +296,5 @@ def _continue(folder: Path, ours: Any, theirs: Any, name: str, inputs: Inputs) -
     ]
     if not _has_tokenizer(folder):
         return Text(name, *(" ".join(map(str, ids)) for ids in tokens))
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer = _from_folder(transformers.AutoTokenizer, folder, "tokenizer")
     return Text(name, *(tokenizer.decode(ids) for ids in tokens))

@@ -6,8 +6,9 @@ error, and all of them are reported at once.
 
 from __future__ import annotations
 
+import math
 import re
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,9 +16,13 @@ from typing import Any
 from pessa_cli.architectures import ARCHITECTURES, AttentionSpec
 from pessa_cli.checkpoint import Header
 from pessa_cli.errors import PessaError, UsageError, listed
-from pessa_cli.ragged import Ragged, Ranks, match_module, ragged_modules
+from pessa_cli.ragged import ModuleNames, Ragged, Ranks, ragged_modules, shortened
 
 FLOATS = ("F64", "F32", "F16", "BF16")  # from the finest rounding to the coarsest
+MOST_HEADS = 4096
+# A compact block is worked on at full size, of which its file may hold next to nothing. More than this many times
+# what the whole checkpoint holds, and more than the second number of entries, is no model but an attack on memory.
+MOST_GROWTH, ALWAYS_FINE = 64, 2**24
 
 
 @dataclass(frozen=True)
@@ -42,7 +47,7 @@ class Site:
     key_width: int
     output_width: int
     biases: frozenset[str]  # the letters of the projections that have one
-    dtype: str  # of its weights; the coarsest, should they differ
+    dtype: str  # of its weights and biases; the coarsest, should they differ
     qk_ranks: Ranks
     vo_ranks: Ranks
 
@@ -98,7 +103,7 @@ def specs_of(config: Mapping[str, Any], header: Header, architecture: str | None
     if architecture is not None:
         raise UsageError(f"--as {architecture} is no known architecture", f"known are {', '.join(ARCHITECTURES)}")
     alike = [name for name, specs in ARCHITECTURES.items() if all(any(_complete(spec, header)) for spec in specs)]
-    what = f"model_type {model_type!r} is not supported" if model_type else "config.json names no model_type"
+    what = f"model_type {shortened(model_type)} is not supported" if model_type else "config.json names no model_type"
     known = f"supported are {', '.join(ARCHITECTURES)}"
     if alike:
         known += f"; its tensors are named as in {alike[0]}, so if it is built alike, try --as {alike[0]}"
@@ -115,6 +120,8 @@ def find_sites(specs: Iterable[AttentionSpec], config: Mapping[str, Any], header
     sites: list[Site] = []
     owned: set[str] = set()
     ragged = ragged_modules(config)
+    ragged_names = ModuleNames(ragged)
+    most = max(ALWAYS_FINE, MOST_GROWTH * sum(info.count for info in header.values()))
     known = False
     for spec in specs:
         for layer, modules in _layers(spec, header):
@@ -126,26 +133,29 @@ def find_sites(specs: Iterable[AttentionSpec], config: Mapping[str, Any], header
             faults += missing
             if missing:
                 continue
+            entries = {side: ragged.get(ragged_names.find(module) or "") for side, module in modules.items()}
             try:
-                sites.append(_site(spec, layer, modules, config, header, ragged))
+                sites.append(_site(spec, layer, modules, config, header, entries, most))
             except PessaError as error:
                 faults.append(error.message)
-    twice = [name for name, count in Counter(site.name for site in sites).items() if count > 1]
-    faults += [f"{name} is there twice: {' and '.join(s.q for s in sites if s.name == name)}" for name in twice]
-    scopes = tuple(site.q.rpartition(".")[0] + "." for site in sites)
+    named: dict[str, list[str]] = defaultdict(list)
+    for site in sites:
+        named[site.name].append(site.q)
+    faults += [f"{name} is there twice: {' and '.join(qs[:8])}" for name, qs in named.items() if len(qs) > 1]
+    scopes = {site.q.rpartition(".")[0] for site in sites}
     for name, info in header.items():
-        inside = name.startswith(scopes)
+        inside = any(name[: dot.start()] in scopes for dot in re.finditer(r"\.", name))
         matrix = len(info.shape) > 1 and re.search(r"attn|attention", name) is not None
         if (inside or matrix) and name not in owned:
             faults.append(f"{name}: no row of the architecture owns this attention tensor")
     if faults and known:
         raise PessaError(
-            f"{len(faults)} attention tensors do not fit {config.get('model_type')}\n{listed(faults)}",
+            f"{len(faults)} attention tensors do not fit {_model_type(config)}\n{listed(faults)}",
             "check config.json against the weights, or give the architecture with --as",
         )
     if not sites:
         raise PessaError(
-            f"no attention block found that is named as in {config.get('model_type')}",
+            f"no attention block found that is named as in {_model_type(config)}",
             "check that config.json belongs to these weights, or give the architecture with --as",
         )
     return sites
@@ -187,7 +197,7 @@ def _layers(spec: AttentionSpec, header: Header) -> Iterator[tuple[int, dict[str
     found: set[tuple[str, int]] = set()  # prefix and layer
     for pattern in (spec.q, spec.k, spec.v, spec.o):
         before, after = (re.escape(part) for part in pattern.split("{i}"))
-        regex = re.compile(rf"((?:.*\.)?){before}(\d+){after}\.weight")
+        regex = re.compile(rf"((?:.*\.)?){before}(0|[1-9][0-9]{{0,4}}){after}\.weight")
         found |= {(match[1], int(match[2])) for name in header if (match := regex.fullmatch(name))}
     for prefix, layer in sorted(found):
         names = {"q": spec.q, "k": spec.k, "v": spec.v, "o": spec.o}
@@ -202,9 +212,14 @@ def _complete(spec: AttentionSpec, header: Header) -> Iterator[bool]:
 
 def _head_count(config: Mapping[str, Any], key: str) -> int:
     value = config.get(key)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise PessaError(f"config.json: {key} is {value!r}, not a number of heads")
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= MOST_HEADS:
+        raise PessaError(f"config.json: {key} is {shortened(value)}, not a number of heads")
     return value
+
+
+def _model_type(config: Mapping[str, Any]) -> str:
+    model_type = config.get("model_type")
+    return model_type if model_type in ARCHITECTURES else shortened(model_type)
 
 
 def _site(
@@ -213,8 +228,10 @@ def _site(
     modules: Mapping[str, str],
     config: Mapping[str, Any],
     header: Header,
-    ragged: Mapping[str, Ragged],
+    entries: Mapping[str, Ragged | None],
+    most: int,
 ) -> Site:
+    """One block. Raises PessaError where config, shapes, dtypes and ranks contradict each other."""
     heads = _head_count(config, spec.heads)
     kv_heads = heads
     if spec.kv_heads is not None and config.get(spec.kv_heads) is not None:
@@ -225,7 +242,10 @@ def _site(
     for side, info in weights.items():
         if len(info.shape) != 2 or info.dtype not in FLOATS:
             raise PessaError(f"{modules[side]}.weight: a matrix of floats is expected, found {info.dtype} {info.shape}")
-    entries = {side: ragged.get(match_module(module, ragged) or "") for side, module in modules.items()}
+    biases = {side: header[f"{m}.bias"] for side, m in modules.items() if f"{m}.bias" in header}
+    for side, info in biases.items():
+        if info.dtype not in FLOATS:
+            raise PessaError(f"{modules[side]}.bias: stored as {info.dtype}, not as floats")
     known = [entry.head_dim for entry in entries.values() if entry is not None]
     head_dim = known[0] if known else weights["q"].shape[0] // heads
     stored = (head_dim,) * kv_heads
@@ -242,8 +262,8 @@ def _site(
         query_width=weights["q"].shape[1],
         key_width=weights["k"].shape[1],
         output_width=weights["o"].shape[0],
-        biases=frozenset(side for side, module in modules.items() if f"{module}.bias" in header),
-        dtype=max((info.dtype for info in weights.values()), key=FLOATS.index),
+        biases=frozenset(biases),
+        dtype=max((info.dtype for info in (*weights.values(), *biases.values())), key=FLOATS.index),
         qk_ranks=entries["k"].ranks if entries["k"] else stored,
         vo_ranks=entries["v"].ranks if entries["v"] else stored,
     )
@@ -252,14 +272,17 @@ def _site(
     if site.query_width != site.output_width or ("self" in spec.kind and site.query_width != site.key_width):
         widths = f"W_Q {site.query_width}, W_K {site.key_width}, W_O {site.output_width}"
         raise PessaError(f"{modules['q'].rpartition('.')[0]}: the widths of its inputs and output differ: {widths}")
+    if min(site.query_width, site.key_width) < 1:
+        raise PessaError(f"{modules['q'].rpartition('.')[0]}: its inputs have no width")
+    size = sum(math.prod(shape) for shape in site.shapes(site.full, site.full).values())
+    if size > most:
+        raise PessaError(f"{modules['q'].rpartition('.')[0]}: at full size it would have {size:,} entries")
     for name, shape in site.tensors.items():
         if header[name].shape != shape:
             raise PessaError(
                 f"{name}: the file has shape {header[name].shape}, {heads} heads of {head_dim} "
                 f"({kv_heads} for keys and values) need {shape}"
             )
-        if header[name].dtype not in FLOATS:
-            raise PessaError(f"{name}: stored as {header[name].dtype}, not as floats")
     if {side: entry for side, entry in entries.items() if entry} != {
         side: entry for side in "qkvo" for entry in [ragged_site(site).get(modules[side])] if entry
     }:

@@ -15,14 +15,17 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from pessa_cli.checkpoint import CheckpointReader
-from pessa_cli.errors import PessaError, UsageError
+from pessa_cli.checkpoint import CheckpointReader, read_json
+from pessa_cli.errors import PessaError, UsageError, badness
 from pessa_cli.factors import Pair, absorb, relative_difference
 from pessa_cli.heads import HeadWeights, NotFiniteError, read_site
-from pessa_cli.pipeline import Model, Progress, quietly
+from pessa_cli.model import MANIFEST_FILE, Model
+from pessa_cli.output import visible_files
+from pessa_cli.pipeline import Progress, Tick, quietly
 from pessa_cli.recipe import check_limits
 from pessa_cli.sidebyside import Outputs, Text, run_both
 from pessa_cli.sites import FLOATS, Site
+from pessa_cli.writer import sha256_of
 
 Level = Literal["weights", "blocks", "outputs"]
 
@@ -115,7 +118,7 @@ class Report:
     @property
     def worst(self) -> Difference:
         """The place of the largest error in the weights."""
-        return max(self.weights, key=lambda found: _badness(found.error))
+        return max(self.weights, key=lambda found: badness(found.error))
 
     def to_dict(self) -> dict[str, Any]:
         return {"same": self.same, "failures": self.failures, "worst": asdict(self.worst)} | asdict(self)
@@ -123,11 +126,7 @@ class Report:
 
 def _within(level: str, where: str, error: float, limit: float) -> Check:
     finding = f"relative error {error:.3g}, limit {limit:.3g}"
-    return Check(level, where, finding, error <= limit, _badness(error))
-
-
-def _badness(error: float) -> float:
-    return float("inf") if error != error else error  # NaN is the worst of all
+    return Check(level, where, finding, error <= limit, badness(error))
 
 
 def verify_models(
@@ -154,11 +153,14 @@ def verify_models(
     pairs = _paired(reference, candidate)
     weights: list[Difference] = []
     faults: dict[CheckpointReader, list[str]] = {reference.reader: [], candidate.reader: []}
-    for site in progress(reference.sites, "comparing weights"):
-        try:
-            weights += _compare_site(reference.reader, site, candidate.reader, pairs[site.name])
-        except NotFiniteError as error:
-            faults[error.reader] += error.faults
+    with progress("comparing weights", reference.nbytes, len(reference.sites)) as tick:
+        for site in reference.sites:
+            try:
+                weights += _compare_site(reference.reader, site, candidate.reader, pairs[site.name])
+            except NotFiniteError as error:
+                faults[error.reader] += error.faults
+            tick(sum(reference.reader.header[name].nbytes for name in site.tensors), 1)
+        unequal = _unequal(reference, candidate, tick)
     for reader, found in faults.items():
         if found:
             raise NotFiniteError(reader, found)
@@ -167,7 +169,7 @@ def verify_models(
         parameters=(reference.parameters, candidate.parameters),
         nbytes=(reference.nbytes, candidate.nbytes),
         weights=weights,
-        unequal=_unequal(reference, candidate),
+        unequal=unequal,
     )
     if level == "weights":
         return report
@@ -267,16 +269,33 @@ def _relative(reference: Tensor, candidate: Tensor) -> Tensor:
     return torch.where(difference == 0, 0.0, difference / reference.norm(dim=-1))
 
 
-def _unequal(reference: Model, candidate: Model) -> list[str]:
+def _unequal(reference: Model, candidate: Model, tick: Tick) -> list[str]:
     """The tensors outside attention that are missing in one of the models or differ by a byte."""
     ours, theirs = reference.reader, candidate.reader
     skip = {name for model in (reference, candidate) for site in model.sites for name in site.tensors}
-    return [
-        name
-        for name in sorted((ours.header.keys() | theirs.header.keys()) - skip)
-        if ours.header.get(name) != theirs.header.get(name) or any(a != b for a, b in _chunks(ours, theirs, name))
-    ]
+    found: list[str] = []
+    for name in sorted((ours.header.keys() | theirs.header.keys()) - skip):
+        info = ours.header.get(name)
+        if info is None or info != theirs.header.get(name) or any(a != b for a, b in _chunks(ours, theirs, name)):
+            found.append(name)
+        tick(0 if info is None else info.nbytes, 0)
+    return found
 
 
 def _chunks(ours: CheckpointReader, theirs: CheckpointReader, name: str) -> Iterator[tuple[bytes | None, bytes | None]]:
     return zip_longest(ours.chunks(name), theirs.chunks(name))
+
+
+def verify_folder(folder: Path) -> list[str]:
+    """The files of an output that are not those its pessa.json lists, a line each; none when it is whole.
+
+    Raises PessaError when the folder has no manifest, or one without hashes.
+    """
+    manifest = read_json(folder / MANIFEST_FILE)
+    hashes = manifest.get("sha256")
+    if not isinstance(hashes, dict) or not hashes or not all(isinstance(name, str) for name in hashes):
+        raise PessaError(f"{folder / MANIFEST_FILE} lists no SHA-256 of its files", "verify it against its original")
+    found = visible_files(folder).keys() - {MANIFEST_FILE}
+    faults = [f"{name}: missing" for name in hashes if name not in found]
+    faults += [f"{name}: changed" for name in hashes if name in found and sha256_of(folder / name) != hashes[name]]
+    return faults + [f"{name}: not in the manifest" for name in sorted(found - hashes.keys())]

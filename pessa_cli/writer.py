@@ -1,13 +1,20 @@
-"""Writing a checkpoint: safetensors files in any order of their tensors, and a folder that is whole or not there."""
+"""Writing a checkpoint: safetensors files as streams, in a folder that is whole or not there.
+
+An output is written into `.NAME.partial` beside its place, flushed to the disk and renamed at the end. The folder
+is locked while a run writes into it; what a killed run leaves there is what `--resume` goes on from.
+"""
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -19,8 +26,7 @@ from pessa_cli.checkpoint import (
     TORCH_DTYPES,
     CheckpointReader,
     Header,
-    Place,
-    TensorInfo,
+    read_json,
     write_json,
 )
 from pessa_cli.errors import PessaError, listed
@@ -28,73 +34,118 @@ from pessa_cli.errors import PessaError, listed
 if TYPE_CHECKING:
     import torch
 
+JOURNAL_FILE = ".pessa-journal.json"
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
-class CheckpointWriter:
-    """Safetensors files whose headers are written first and whose tensors then arrive in any order.
 
-    `plan` maps each file name to the tensors it will hold, in order; more than one file gets an index. `close`
-    raises PessaError when a planned tensor never came. Used as a context manager it closes the files in any
-    case, and checks completeness only when no exception is on its way.
+class ShardWriter:
+    """One safetensors file: the header is written first, the tensors then arrive in its order.
+
+    As a context manager it is complete and on the disk when left; `sha256` is then that of the whole file. Raises
+    PessaError for a tensor out of turn, of another dtype or shape than planned, and for one that never came.
     """
 
-    def __init__(self, folder: Path, plan: Mapping[str, Header], metadata: Mapping[str, str]) -> None:
-        self._files: dict[str, BinaryIO] = {}
-        self._places: dict[str, Place] = {}
-        self._infos: dict[str, TensorInfo] = {}
-        self._written: set[str] = set()
-        for file, tensors in plan.items():
-            header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
-            end = 0
-            for name, info in tensors.items():
-                header[name] = {
-                    "dtype": info.dtype,
-                    "shape": list(info.shape),
-                    "data_offsets": [end, end := end + info.nbytes],
-                }
-            encoded = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-            encoded += b" " * (-len(encoded) % 8)  # the format asks for data that starts 8-aligned
-            start = 8 + len(encoded)
-            for name, info in tensors.items():
-                self._places[name] = Place(file, start + header[name]["data_offsets"][0], info.nbytes)
-                self._infos[name] = info
-            handle = (folder / file).open("wb")
-            self._files[file] = handle
-            handle.write(len(encoded).to_bytes(8, "little") + encoded)
-            handle.truncate(start + end)
-        if len(plan) > 1:
-            weight_map = {name: place.file for name, place in sorted(self._places.items())}
-            total = sum(info.nbytes for info in self._infos.values())
-            write_json(folder / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    def __init__(self, path: Path, plan: Header, metadata: Mapping[str, str]) -> None:
+        header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+        end = 0
+        for name, info in plan.items():
+            offsets = [end, end := end + info.nbytes]
+            header[name] = {"dtype": info.dtype, "shape": list(info.shape), "data_offsets": offsets}
+        encoded = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        encoded += b" " * (-len(encoded) % 8)  # the format asks for data that starts 8-aligned
+        self._plan = plan
+        self._order = iter(plan)
+        self._digest = hashlib.sha256()
+        self._file: BinaryIO = path.open("wb")
+        with self._closed_on_error():
+            self._file.truncate(8 + len(encoded) + end)  # a disk too small for it says so now
+            self._write([len(encoded).to_bytes(8, "little"), encoded])
 
     def put(self, name: str, tensor: torch.Tensor) -> None:
-        """Write one planned tensor; its dtype and shape must be the planned ones."""
+        """Write the next planned tensor; its dtype and shape must be the planned ones."""
         import torch
 
-        info = self._infos[name]
+        info = self._plan[name]
         if tuple(tensor.shape) != info.shape or tensor.dtype != getattr(torch, TORCH_DTYPES[info.dtype]):
             raise PessaError(f"{name} came as {tensor.dtype} {tuple(tensor.shape)}, planned was {info}")
         flat = tensor.detach().cpu().contiguous().reshape(-1)
-        self._write(name, iter([flat.view(torch.uint8).numpy().data] if flat.numel() else []))
+        self.write(name, [flat.view(torch.uint8).numpy().data] if flat.numel() else [])
+
+    def write(self, name: str, chunks: Iterable[bytes | memoryview]) -> None:
+        """Write the next planned tensor from its raw bytes."""
+        expected = next(self._order, None)
+        if name != expected:
+            raise PessaError(f"{name} came when it was the turn of {expected}")
+        written = self._write(chunks)
+        if written != self._plan[name].nbytes:
+            raise PessaError(f"{name} came with {written:,} bytes, planned were {self._plan[name].nbytes:,}")
+
+    @property
+    def sha256(self) -> str:
+        return self._digest.hexdigest()
+
+    def _write(self, chunks: Iterable[bytes | memoryview]) -> int:
+        total = 0
+        for chunk in chunks:
+            self._file.write(chunk)
+            self._digest.update(chunk)
+            total += len(chunk)
+        return total
+
+    @contextmanager
+    def _closed_on_error(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            self._file.close()
+            raise
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with self._closed_on_error():
+            missing = list(self._order)
+            if error is None and missing:
+                raise PessaError(f"{len(missing)} planned tensors were never written\n{listed(missing)}")
+            if error is None:
+                self._file.flush()
+                os.fsync(self._file.fileno())
+        self._file.close()
+
+
+class CheckpointWriter:
+    """Weights of a whole model: `plan` maps each file to its tensors, which arrive in the order of the plan.
+
+    More than one file gets an index. Used as a context manager; see `ShardWriter` for what raises.
+    """
+
+    def __init__(self, folder: Path, plan: Mapping[str, Header], metadata: Mapping[str, str]) -> None:
+        self._folder, self._plan, self._metadata = folder, plan, metadata
+        self._left = [(file, name) for file, tensors in plan.items() for name in tensors]
+        self._left.reverse()
+        self._shard: ShardWriter | None = None
+        self._file = ""
+
+    def put(self, name: str, tensor: torch.Tensor) -> None:
+        """Write the next planned tensor."""
+        self._turn(name).put(name, tensor)
 
     def copy(self, name: str, reader: CheckpointReader) -> None:
-        """Copy one planned tensor byte for byte, in chunks."""
-        self._write(name, reader.chunks(name))
+        """Copy the next planned tensor byte for byte, in chunks."""
+        self._turn(name).write(name, reader.chunks(name))
 
-    def _write(self, name: str, chunks: Iterator[bytes | memoryview]) -> None:
-        place = self._places[name]
-        file = self._files[place.file]
-        file.seek(place.offset)
-        for chunk in chunks:
-            file.write(chunk)
-        self._written.add(name)
-
-    def close(self) -> None:
-        missing = sorted(self._places.keys() - self._written)
-        if missing:
-            raise PessaError(f"{len(missing)} planned tensors were never written\n{listed(missing)}")
-        for file in self._files.values():
-            file.flush()
-            os.fsync(file.fileno())
+    def _turn(self, name: str) -> ShardWriter:
+        file, expected = self._left.pop() if self._left else ("", None)
+        if name != expected:
+            raise PessaError(f"{name} came when it was the turn of {expected}")
+        if self._shard is None or file != self._file:
+            if self._shard is not None:
+                self._shard.__exit__(None, None, None)
+            self._shard, self._file = ShardWriter(self._folder / file, self._plan[file], self._metadata), file
+        return self._shard
 
     def __enter__(self) -> CheckpointWriter:
         return self
@@ -102,38 +153,161 @@ class CheckpointWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self._shard is not None:
+            self._shard.__exit__(kind, error, trace)
+        if error is None and self._left:
+            raise PessaError(f"{len(self._left)} planned tensors were never written")
+        if error is None and len(self._plan) > 1:
+            write_index(self._folder, self._plan)
+
+
+def write_index(folder: Path, plan: Mapping[str, Header]) -> None:
+    """Write the index of a sharded checkpoint."""
+    weight_map = {name: file for file, tensors in plan.items() for name in tensors}
+    total = sum(info.nbytes for tensors in plan.values() for info in tensors.values())
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    write_json(folder / INDEX_FILE, index)
+
+
+@dataclass
+class Staging:
+    """The folder an output is written in, with a journal of the shards that are complete: file -> SHA-256.
+
+    `run` identifies what is being written; a journal of another run is of no use to this one.
+    """
+
+    folder: Path
+    out: Path
+    resume: bool = False
+    finished: dict[str, str] = field(default_factory=dict)
+    _run: str = ""
+
+    def begin(self, run: str) -> None:
+        """Take over the shards that an earlier run finished, or start anew when there are none.
+
+        Raises PessaError when there are some, and they are of another run or the user did not ask to resume.
+        """
+        self._run = run
+        journal = self.folder / JOURNAL_FILE
+        found = read_json(journal) if journal.exists() else {}
+        shards = found.get("finished")
+        if isinstance(shards, dict) and shards:
+            left = f"{self.folder} holds {len(shards)} finished shards of an earlier run"
+            if not self.resume:
+                raise PessaError(left, f"--resume goes on with it; rm -r {self.folder} gives it up")
+            if found.get("run") != run:
+                raise PessaError(
+                    f"{left} with another source, options or version of pessa",
+                    f"repeat its options, or rm -r {self.folder} and start anew",
+                )
+            self.finished = {file: digest for file, digest in shards.items() if self._intact(file, digest)}
+        for path in self.folder.iterdir():
+            if path.name not in self.finished:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        self._write_journal()
+
+    def _intact(self, file: str, digest: str) -> bool:
+        path = self.folder / file
+        return Path(file).name == file and path.is_file() and sha256_of(path) == digest
+
+    def done(self, file: str, digest: str) -> None:
+        """Note a shard that is complete and on the disk."""
+        self.finished[file] = digest
+        self._write_journal()
+
+    def _write_journal(self) -> None:
+        new = self.folder / f"{JOURNAL_FILE}.new"
+        write_json(new, {"run": self._run, "finished": self.finished})
+        new.replace(self.folder / JOURNAL_FILE)
+
+    def put_in_place(self) -> None:
+        """Rename the folder to its final name; a model that has the name gives way at the last moment."""
+        with suppress(FileNotFoundError):
+            (self.folder / JOURNAL_FILE).unlink()
+        for path in self.folder.rglob("*"):
+            if path.is_file():
+                with path.open("rb") as file:
+                    os.fsync(file.fileno())
+        if not self.out.exists():
+            self.folder.rename(self.out)
+            return
+        place = Path(tempfile.mkdtemp(prefix=f".{self.out.name}.replaced-", dir=self.out.parent))
+        old = place / self.out.name
         try:
-            if error is None:
-                self.close()
-        finally:
-            for file in self._files.values():
-                file.close()
+            self.out.rename(old)
+            self.folder.rename(self.out)
+        except BaseException:  # Ctrl-C, too
+            if old.exists():
+                old.rename(self.out)
+            place.rmdir()
+            raise
+        shutil.rmtree(place)
 
 
 @contextmanager
-def new_folder(out: Path, source: Path, force: bool = False) -> Iterator[Path]:
-    """A fresh folder beside `out` that becomes `out` at the end, or vanishes when anything is raised.
+def new_folder(out: Path, source: Path, force: bool = False, resume: bool = False) -> Iterator[Staging]:
+    """A folder beside `out` that becomes `out` at the end; when anything is raised, only finished shards stay in it.
 
-    `force` lets another model give way, at the last moment, but never `source`, which is still being read, nor a
-    folder that is no model. Raises PessaError in these cases and where nothing can be written.
+    `force` lets another model give way, but never `source`, which is still being read, nor a folder that is no
+    model. Raises PessaError in these cases, where nothing can be written, and where another run writes just now.
     """
+    folder = out.parent / f".{out.name}.partial"
+    made: list[Path] = []
     try:
         _check_free(out, source, force)
         made = _make_parents(out)
-        staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
+        folder.mkdir(exist_ok=True)
+        lock = _lock(folder)
     except OSError as error:
+        _remove_empty(made)
         raise PessaError(f"cannot write {out}: {error}", "give an -o in a folder you may write to") from None
+    staging = Staging(folder, out, resume)
     try:
-        staging.chmod(0o777 & ~_umask())
         yield staging
-        _put_in_place(staging, out)
+        staging.put_in_place()
     except OSError as error:
-        raise PessaError(f"could not write {out}: {error}", "free some space and run again") from error
+        hint = "free some space and run again" if error.errno in FULL_DISK else "see what is wrong there, and run again"
+        raise PessaError(f"could not write {out}: {error}", hint + _what_stays(staging)) from error
+    except PessaError as error:
+        error.hint = (error.hint or "run again") + _what_stays(staging)
+        raise
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
-        for folder in made:
-            with suppress(OSError):  # not empty: it now holds the output
-                folder.rmdir()
+        if not _holds_shards(folder):
+            shutil.rmtree(folder, ignore_errors=True)
+        os.close(lock)
+        _remove_empty(made)
+
+
+def _holds_shards(folder: Path) -> bool:
+    """Whether a run, this one or an earlier one, has left shards that --resume can use."""
+    try:
+        return bool(read_json(folder / JOURNAL_FILE).get("finished"))
+    except PessaError:
+        return False
+
+
+def _what_stays(staging: Staging) -> str:
+    if not staging.finished:
+        return ""
+    return (
+        f"; {len(staging.finished)} finished shards stay in {staging.folder}: "
+        f"--resume goes on with them, rm -r {staging.folder} gives them up"
+    )
+
+
+def _lock(folder: Path) -> int:
+    """Lock a folder against other runs, for as long as the returned descriptor is open."""
+    import fcntl
+
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not folder.exists() or not os.path.samestat(os.fstat(descriptor), folder.stat()):
+            raise BlockingIOError  # the other run ended between our two looks
+    except BlockingIOError:
+        os.close(descriptor)
+        raise PessaError(f"another run is writing into {folder} just now", "wait for it, or give another -o") from None
+    return descriptor
 
 
 def _check_free(out: Path, source: Path, force: bool) -> None:
@@ -158,21 +332,13 @@ def _make_parents(out: Path) -> list[Path]:
     return missing
 
 
-def _put_in_place(staging: Path, out: Path) -> None:
-    if not out.exists():
-        staging.rename(out)
-        return
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}.replaced-", dir=out.parent) as place:
-        old = Path(place) / out.name
-        out.rename(old)
-        try:
-            staging.rename(out)
-        except BaseException:  # Ctrl-C, too
-            old.rename(out)
-            raise
+def _remove_empty(folders: list[Path]) -> None:
+    for folder in folders:
+        with suppress(OSError):  # not empty: it now holds the output
+            folder.rmdir()
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file, read in chunks."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

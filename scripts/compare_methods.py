@@ -19,7 +19,9 @@ from transformers import AutoProcessor, WhisperForConditionalGeneration
 from transformers.utils import logging
 
 from pessa_cli.audio import SAMPLE_RATE, load_audio
-from pessa_cli.pipeline import Method, open_model, prune_model
+from pessa_cli.model import open_model
+from pessa_cli.output import Method
+from pessa_cli.pipeline import prune_model
 from pessa_cli.ranks import Rule
 from pessa_cli.report import totals
 from pessa_cli.sites import select

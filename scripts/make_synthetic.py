@@ -24,7 +24,7 @@ from torch import Tensor
 
 from pessa_cli.checkpoint import CHUNK, CONFIG_FILE, SINGLE_FILE, TORCH_DTYPES, TensorInfo, write_json
 from pessa_cli.sites import Site, find_sites, specs_of
-from pessa_cli.writer import CheckpointWriter
+from pessa_cli.writer import ShardWriter, write_index
 
 SHARD = 5 * 10**9  # bytes
 NOISE = 0.02  # the scale of what is not attention
@@ -119,7 +119,8 @@ def spectrum(recipe: Recipe, head_dim: int, block: int, head: int) -> Tensor:
     decay = 0.05 ** (2 / head_dim) if recipe.decay is None else recipe.decay
     place = ((block * 64 + head) * 0.6180339887498949) % 1
     power = 1 - recipe.spread + 2 * recipe.spread * place
-    return recipe.top * (decay**power) ** torch.arange(head_dim, dtype=torch.float64)
+    values: Tensor = recipe.top * (decay**power) ** torch.arange(head_dim, dtype=torch.float64)
+    return values
 
 
 def whisper_shapes(config: Mapping[str, Any]) -> Shapes:
@@ -189,7 +190,8 @@ def product(generator: torch.Generator, left: int, right: int, spectra: Tensor) 
     def side(length: int) -> Tensor:
         factor = torch.randn(length, len(spectra), generator=generator)
         basis = torch.linalg.cholesky((factor.mT @ factor).double()).mT  # R, well-conditioned for a tall Gaussian
-        return factor @ torch.linalg.solve_triangular(basis, root.double(), upper=True).float()
+        shaped: Tensor = factor @ torch.linalg.solve_triangular(basis, root.double(), upper=True).float()
+        return shaped
 
     return side(left), side(right)
 
@@ -279,17 +281,25 @@ def make(
     noise = Noise(number, recipe.seed)
     folder.mkdir(parents=True)
     write_json(folder / CONFIG_FILE, config)
-    with CheckpointWriter(folder, shards(header, shard), {"format": "pt"}) as writer:
-        left = dict(header)
-        for block, site in enumerate(sites):
-            for name, tensor in attention(site, recipe, block, number).items():
-                writer.put(name, tensor)
-                del left[name]
-        for name, info in left.items():
-            if "norm.weight" in name:
-                writer.put(name, torch.ones(info.shape, dtype=number))
-            else:
-                writer._write(name, noise.chunks(name, info))
+    plan = shards(header, shard)
+    blocks = {name: block for block, site in enumerate(sites) for name in site.tensors}
+    made: dict[str, Tensor] = {}  # of blocks that are being written
+    done: set[int] = set()
+    for file, tensors in plan.items():
+        with ShardWriter(folder / file, tensors, {"format": "pt"}) as writer:
+            for name, info in tensors.items():
+                block = blocks.get(name)
+                if block is not None and block not in done:
+                    made |= attention(sites[block], recipe, block, number)
+                    done.add(block)
+                if name in made:
+                    writer.put(name, made.pop(name))
+                elif "norm.weight" in name:
+                    writer.put(name, torch.ones(info.shape, dtype=number))
+                else:
+                    writer.write(name, noise.chunks(name, info))
+    if len(plan) > 1:
+        write_index(folder, plan)
     return sum(info.nbytes for info in header.values())
 
 

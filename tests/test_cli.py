@@ -406,7 +406,7 @@ def test_stdout_is_one_json_document_and_stderr_only_messages(
     assert a_json(result.out)
     assert "\x1b" not in result.out + result.err
     assert "" not in result.err.splitlines()
-    assert not re.search(r"measuring|writing blocks|comparing|━|%", result.err)
+    assert not re.search(r"measuring|writing|comparing|━|%", result.err)
 
 
 def test_progress_goes_to_a_terminal_on_stderr_and_results_to_stdout(tiny_folder: TinyFolder, tmp_path: Path) -> None:
@@ -417,7 +417,8 @@ def test_progress_goes_to_a_terminal_on_stderr_and_results_to_stdout(tiny_folder
     os.close(theirs)
     shown = os.read(ours, 100_000).decode()
     os.close(ours)
-    assert "writing blocks" in shown
+    assert "writing" in shown
+    assert "6/6 blocks" in shown
     assert a_json(done.stdout)["command"] == "prune"
 
 

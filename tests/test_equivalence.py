@@ -15,7 +15,8 @@ from torch import Tensor
 
 import pessa_cli.factors
 from pessa_cli.architectures import ARCHITECTURES
-from pessa_cli.pipeline import Model, decompose_model, export_model, open_model, prune_model
+from pessa_cli.model import Model, open_model
+from pessa_cli.pipeline import Run, decompose_model, export_model, prune_model
 from pessa_cli.ranks import Rule
 from pessa_cli.verify import Report, verify_models
 
@@ -202,14 +203,18 @@ def test_sixteen_bits_stay_sixteen_bits_and_lose_no_more_than_their_rounding(
     assert 1e-5 < report.worst.error < {"float16": 1e-3, "bfloat16": 8e-3}[dtype]
 
 
-def test_sharded_models_stay_sharded(source: Path, tmp_path: Path) -> None:
+def test_shards_are_read_and_written(source: Path, tmp_path: Path) -> None:
     load(source).save_pretrained(tmp_path / "shards", max_shard_size="20KB")
     shards = {path.name for path in (tmp_path / "shards").glob("*.safetensors")}
     assert len(shards) > 2
     model = open_model(tmp_path / "shards")
-    prune_model(model, tmp_path / "out", Rule(rank=3))
+    assert len(model.reader.files) == len(shards)
+    prune_model(model, tmp_path / "out", Rule(rank=3), run=Run(shard_bytes=20_000))
     prune_model(open_model(source), tmp_path / "single", Rule(rank=3))
-    assert {p.name for p in (tmp_path / "out").glob("*.safetensors")} == shards | {"spectra.safetensors"}
+    files = open_model(tmp_path / "out").reader.files
+    assert len(files) > 2
+    assert all((tmp_path / "out" / file).stat().st_size < 30_000 for file in files)
+    assert open_model(tmp_path / "out").reader.header == open_model(tmp_path / "single").reader.header
     assert distance(logits(load(tmp_path / "single")), logits(load(tmp_path / "out"))) < 1e-6
 
 

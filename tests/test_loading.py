@@ -16,7 +16,8 @@ import torch
 import transformers
 from harness import TinyFolder
 
-from pessa_cli.pipeline import open_model, prune_model
+from pessa_cli.model import open_model
+from pessa_cli.pipeline import prune_model
 from pessa_cli.ranks import Rule
 from pessa_cli.runtime import RaggedIn, RaggedOut
 

@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoProcessor, AutoTokenizer, WhisperForConditionalGeneration
 
 from pessa_cli.audio import SAMPLE_RATE, load_audio
-from pessa_cli.pipeline import decompose_model, open_model, prune_model
+from pessa_cli.model import open_model
+from pessa_cli.pipeline import decompose_model, prune_model
 from pessa_cli.ranks import Rule
 from pessa_cli.report import totals
 from pessa_cli.sites import select

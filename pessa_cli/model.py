@@ -1,0 +1,122 @@
+"""A checkpoint with its attention blocks: what every command opens first. Headers only, no weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from pessa_cli.checkpoint import CheckpointReader
+from pessa_cli.errors import PessaError
+from pessa_cli.heads import HeadWeights
+from pessa_cli.ranks import UNDERFLOW, UNIT_ROUNDOFF, Spectra
+from pessa_cli.sites import Site, find_sites, specs_of
+
+SPECTRA_FILE = "spectra.safetensors"
+MANIFEST_FILE = "pessa.json"
+
+
+@dataclass(frozen=True)
+class Model:
+    """A checkpoint with its attention blocks, and the spectra that an earlier `decompose` or `prune` left there."""
+
+    reader: CheckpointReader
+    sites: list[Site]
+    spectra: Mapping[str, Spectra]  # by site name; only for blocks that are stored as balanced factors
+
+    @property
+    def parameters(self) -> int:
+        return sum(info.count for info in self.reader.header.values())
+
+    @property
+    def nbytes(self) -> int:
+        return sum(info.nbytes for info in self.reader.header.values())
+
+
+def open_model(folder: Path, architecture: str | None = None) -> Model:
+    """Headers, sites and known spectra of a Hugging Face folder; no weights are read."""
+    reader = CheckpointReader(folder)
+    try:
+        sites = find_sites(specs_of(reader.config, reader.header, architecture), reader.config, reader.header)
+    except PessaError as error:  # which knows names and shapes, but not whose they are
+        raise type(error)(f"{folder}: {error.message}", error.hint) from None
+    return Model(reader, sites, _load_spectra(folder, sites))
+
+
+def save_spectra(folder: Path, spectra: Mapping[str, Spectra]) -> None:
+    """Write spectra.safetensors: "<site>.qk" and "<site>.vo", float64, (G, d) each."""
+    from safetensors.torch import save
+
+    tensors = {f"{name}.vo": torch.from_numpy(s.vo) for name, s in spectra.items()}
+    tensors |= {f"{name}.qk": torch.from_numpy(s.qk) for name, s in spectra.items() if s.qk is not None}
+    # As bytes, since the library's own files are for their owner's eyes only.
+    (folder / SPECTRA_FILE).write_bytes(save({name: tensor.contiguous() for name, tensor in sorted(tensors.items())}))
+
+
+def _load_spectra(folder: Path, sites: list[Site]) -> dict[str, Spectra]:
+    """The spectra beside the weights, if there are any. Raises PessaError when they are not those of the sites."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    path = folder / SPECTRA_FILE
+    if not path.is_file():
+        return {}
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise PessaError(f"{path} is not a complete safetensors file: {error}", "decompose the model again") from None
+    spectra: dict[str, Spectra] = {}
+    for site in sites:
+        vo, qk = tensors.get(f"{site.name}.vo"), tensors.get(f"{site.name}.qk")
+        if vo is None:
+            continue
+        if (qk is None) == site.merges_qk or not all(_plausible(t, site) for t in (qk, vo) if t is not None):
+            raise PessaError(f"{path} does not fit the weights at {site.name}", "decompose the model again")
+        spectra[site.name] = Spectra(None if qk is None else qk.numpy(), vo.numpy())
+    return spectra
+
+
+def _plausible(spectrum: torch.Tensor, site: Site) -> bool:
+    """Float64, of the site's shape, finite, not negative and descending."""
+    return (
+        spectrum.dtype == torch.float64
+        and tuple(spectrum.shape) == (site.kv_heads, site.head_dim)
+        and bool(spectrum.isfinite().all() and (spectrum >= 0).all() and (spectrum.diff(dim=-1) <= 0).all())
+    )
+
+
+def check_spectra(model: Model, site: Site, weights: HeadWeights) -> None:
+    """Raise PessaError when the spectra on file are of other weights than those read.
+
+    In balanced factors both columns of a direction have the norm sqrt(s), so that a change shows without an SVD.
+    """
+    known = model.spectra[site.name]
+    moved = weights.v_bias is not None and weights.o_bias is not None  # the value bias, which is zero then
+    pairs = [(known.vo, _norms(weights.v, None if moved else weights.v_bias), _norms(weights.o.permute(1, 2, 3, 0)))]
+    if known.qk is not None:
+        pairs.append((known.qk, _norms(weights.q, weights.q_bias), _norms(weights.k)))
+    # Rounding a column moves its norm by far less than the roundoff of its largest entries, but for numbers too small
+    # for the dtype; and where the dtype is finer than the algebra, the algebra's own error is what is left.
+    roundoff = max(UNIT_ROUNDOFF[site.dtype], 2.0**-40)
+    longest = site.group * max(site.query_width, site.key_width, site.output_width) + site.group
+    least = UNDERFLOW[site.dtype] * longest**0.5
+    for spectrum, *norms in pairs:
+        roots = torch.from_numpy(spectrum).sqrt()  # (G, d)
+        allowed = 4 * roundoff * roots.amax(dim=-1, keepdim=True) + least
+        if any(((norm.cpu() - roots).abs() > allowed).any() for norm in norms):
+            raise PessaError(
+                f"{model.reader.folder / SPECTRA_FILE} is not of these weights: {site.name} has changed since",
+                "delete it, and the model will be decomposed anew",
+            )
+
+
+def _norms(weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """The norm of each direction over its inputs or outputs, its bias and all query heads of a group: (G, d)."""
+    squares: torch.Tensor = torch.linalg.vector_norm(weight, dim=-1, dtype=torch.float64).square()  # (G, [M,] d)
+    if bias is not None:
+        squares = squares + bias.double().square()
+    if squares.dim() == 3:
+        squares = squares.sum(dim=1)
+    return squares.sqrt()

@@ -1,0 +1,262 @@
+"""What one rewriting pass writes, and the pass: shards planned ahead, filled block by block, in order.
+
+The order of the tensors is that of the source, but that a block's are together, and no block is cut in two by the
+end of a shard. So a shard needs nothing from the one before it, and a killed run goes on with the next one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass, replace
+from functools import cached_property
+from importlib.metadata import version
+from itertools import groupby
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from pessa_cli import __version__
+from pessa_cli.checkpoint import CONFIG_FILE, SINGLE_FILE, Header, write_json
+from pessa_cli.heads import Layout
+from pessa_cli.jobs import in_order
+from pessa_cli.model import MANIFEST_FILE, Model, save_spectra
+from pessa_cli.ragged import QUANT_METHOD, Ranks
+from pessa_cli.ranks import RankPlan, Spectra, Spectrum
+from pessa_cli.sites import Site, ragged_site, with_ranks
+from pessa_cli.writer import ShardWriter, Staging, sha256_of, write_index
+
+Method = Literal["svd", "vanilla"]
+SHARD_BYTES = 5 * 10**9  # as transformers
+# Weights in other formats: a copy of them in the output would be the unpruned model again.
+WEIGHT_SUFFIXES = (
+    *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".onnx_data", ".gguf", ".ot"),
+    ".index.json",
+)
+
+
+@dataclass(frozen=True)
+class Rewrite:
+    """What one pass writes: which blocks, with how many directions, and how; the rest of the model stays as it is.
+
+    `spectra` are the blocks' spectra before the cut; `rule` says in words where the ranks come from, `source` what
+    the user called the model.
+    """
+
+    command: str
+    source: str
+    model: Model
+    sites: list[Site]
+    ranks: RankPlan
+    spectra: Mapping[str, Spectra]
+    rule: str
+    method: Method = "svd"
+    layout: Layout = "compact"
+    shard_bytes: int = SHARD_BYTES
+
+    @cached_property
+    def stored(self) -> list[Site]:
+        """All of the model's sites as the output stores them; one that was not chosen keeps its layout and bytes."""
+        return [self._stored(site) for site in self.model.sites]
+
+    def _stored(self, site: Site) -> Site:
+        if site.name not in self.ranks.vo:
+            return site
+        if self.layout == "dense":
+            return with_ranks(site, site.full, site.full)
+        return with_ranks(site, self.ranks.qk[site.name], self.ranks.vo[site.name])
+
+    @cached_property
+    def header(self) -> Header:
+        """Every tensor of the output, in the output's order."""
+        source = self.model.reader.header
+        shapes = {name: shape for site in self.stored for name, shape in site.tensors.items()}
+        owner = {name: site for site in self.sites for name in site.tensors}
+        order: dict[str, None] = {}
+        for name in source:
+            order |= dict.fromkeys(owner[name].tensors if name in owner else [name])
+        return {name: replace(source[name], shape=shapes.get(name, source[name].shape)) for name in order}
+
+    @cached_property
+    def shards(self) -> dict[str, dict[str, Any]]:
+        """The files of the output under their final names, each with its part of the header."""
+        owner = {name: site.name for site in self.sites for name in site.tensors}
+        parts: list[dict[str, Any]] = [{}]
+        size = 0
+        for _, names in groupby(self.header, lambda name: owner.get(name, name)):
+            together = {name: self.header[name] for name in names}
+            nbytes = sum(info.nbytes for info in together.values())
+            if parts[-1] and size + nbytes > self.shard_bytes:
+                parts.append({})
+                size = 0
+            parts[-1] |= together
+            size += nbytes
+        if len(parts) == 1:
+            return {SINGLE_FILE: parts[0]}
+        return {f"model-{i:05}-of-{len(parts):05}.safetensors": part for i, part in enumerate(parts, 1)}
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """What pessa.json says before the hashes: versions, options, and ranks and dropped norms of every block."""
+        sides = {"qk": self.ranks.qk, "vo": self.ranks.vo}
+        return {
+            "pessa": __version__,
+            "versions": {"python": platform.python_version(), "torch": version("torch")},
+            "command": self.command,
+            "source": self.source,
+            "method": self.method,
+            "rule": self.rule,
+            "layout": self.layout,
+            "ranks": {s.name: {side: _text(plan[s.name]) for side, plan in sides.items()} for s in self.sites},
+            "dropped": {name: _dropped(known, sides, name) for name, known in sorted(self.spectra.items())},
+        }
+
+    @property
+    def run(self) -> str:
+        """Identifies what is written, for a run that goes on with another's shards."""
+        shapes = {file: {name: info.shape for name, info in part.items()} for file, part in self.shards.items()}
+        files = [(file, stat.st_size, stat.st_mtime_ns) for file, stat in self.model.reader.stats().items()]
+        return hashlib.sha256(json.dumps([self.summary, shapes, files], sort_keys=True).encode()).hexdigest()
+
+
+def _text(ranks: Ranks) -> str:
+    return " ".join(map(str, ranks))
+
+
+def _dropped(known: Spectra, sides: Mapping[str, Mapping[str, Ranks]], name: str) -> dict[str, list[float] | None]:
+    """The norm of each head's dropped directions."""
+
+    def norms(spectrum: Spectrum | None, ranks: Ranks) -> list[float] | None:
+        if spectrum is None:
+            return None
+        return [float(f"{np.linalg.norm(row[rank:]):.9g}") for row, rank in zip(spectrum, ranks, strict=True)]
+
+    return {side: norms(getattr(known, side), plan[name]) for side, plan in sides.items() if name in plan}
+
+
+def write_output(
+    rewrite: Rewrite,
+    staging: Staging,
+    tensors_of: Callable[[Site], Mapping[str, Any]],
+    jobs: int,
+    tick: Callable[[int, int], None],
+) -> None:
+    """Write everything into the staging folder: shards that are not finished yet, side files, config, manifest.
+
+    `tensors_of` makes a block's new tensors; it runs in up to `jobs` threads, a few blocks ahead of the writing.
+    `tick` is called with the bytes and blocks that were written. Raises PessaError when the source changes meanwhile.
+    """
+    reader, folder = rewrite.model.reader, staging.folder
+    staging.begin(rewrite.run)
+    hasher = ThreadPoolExecutor(1)
+    try:
+        hashes = {file: hasher.submit(sha256_of, reader.folder / file) for file in reader.files}
+        for file, plan in rewrite.shards.items():
+            if file in staging.finished:
+                tick(sum(info.nbytes for info in plan.values()), len(_sites(rewrite, plan)))
+                continue
+            last = {list(site.tensors)[-1] for site in _sites(rewrite, plan)}
+            with ShardWriter(folder / file, plan, reader.metadata) as shard:
+                for name, tensor in _tensors(rewrite, plan, tensors_of, jobs):
+                    if tensor is None:
+                        shard.write(name, reader.checked_chunks(name))
+                    else:
+                        shard.put(name, tensor)
+                    tick(plan[name].nbytes, name in last)
+            reader.check_unchanged()
+            staging.done(file, shard.sha256)
+        sources = {file: digest.result() for file, digest in hashes.items()}
+    finally:
+        hasher.shutdown(cancel_futures=True)
+    if len(rewrite.shards) > 1:
+        write_index(folder, rewrite.shards)
+    copied = _copy_side_files(reader.folder, folder)
+    _write_config(reader.config, rewrite.stored, folder)
+    if rewrite.method == "svd" and (rewrite.spectra or rewrite.model.spectra):
+        save_spectra(folder, dict(rewrite.model.spectra) | _cut(rewrite))
+    reader.check_unchanged()
+    files = visible_files(folder)
+    outputs = {name: staging.finished.get(name) or sha256_of(path) for name, path in files.items()}
+    sources |= {CONFIG_FILE: sha256_of(reader.folder / CONFIG_FILE)} | {name: outputs[name] for name in copied}
+    manifest = rewrite.summary | {
+        "source_sha256": dict(sorted(sources.items())),
+        "sha256": dict(sorted(outputs.items())),
+    }
+    write_json(folder / MANIFEST_FILE, manifest)
+
+
+def _tensors(
+    rewrite: Rewrite, plan: Header, tensors_of: Callable[[Site], Mapping[str, Any]], jobs: int
+) -> Iterator[tuple[str, Any]]:
+    """The planned tensors in order: None for one to copy, computed ones a few blocks ahead."""
+    sites = _sites(rewrite, plan)
+    owned = {name for site in sites for name in site.tensors}
+    ready: dict[str, Any] = {}
+    with closing(in_order(tensors_of, sites, jobs)) as results:
+        for name in plan:
+            if name in owned and name not in ready:
+                ready = dict(next(results))
+            yield name, ready.pop(name) if name in ready else None
+
+
+def _sites(rewrite: Rewrite, plan: Header) -> list[Site]:
+    """The rewritten blocks in a part of the header, in order."""
+    owner = {name: site for site in rewrite.sites for name in site.tensors}
+    return list({owner[name].name: owner[name] for name in plan if name in owner}.values())
+
+
+def _write_config(config: dict[str, Any], stored: list[Site], folder: Path) -> None:
+    modules = {name: str(ragged) for site in stored for name, ragged in ragged_site(site).items()}
+    config = {key: value for key, value in config.items() if key != "quantization_config"}
+    if modules:
+        config["quantization_config"] = {"quant_method": QUANT_METHOD, "modules": modules}
+    write_json(folder / CONFIG_FILE, config)
+
+
+def visible_files(folder: Path) -> dict[str, Path]:
+    """The files below a folder by their relative names, but for hidden ones and links to somewhere else.
+
+    In the hub's cache every file is a link into the blobs of its own repository: that is no other place.
+    """
+    inside = folder.resolve()
+    if inside.parent.name == "snapshots":
+        inside = inside.parent.parent
+    files = {
+        path.relative_to(folder): path
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.resolve().is_relative_to(inside)
+    }
+    return {name.as_posix(): path for name, path in files.items() if not any(p.startswith(".") for p in name.parts)}
+
+
+def _copy_side_files(source: Path, folder: Path) -> list[str]:
+    """Tokenizer, generation config and whatever else the source has, but no weights and nothing we write anew."""
+    names = [
+        name
+        for name in visible_files(source)
+        if name not in (CONFIG_FILE, MANIFEST_FILE) and not name.endswith(WEIGHT_SUFFIXES)
+    ]
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source / name, folder / name)
+    return names
+
+
+def _cut(rewrite: Rewrite) -> dict[str, Spectra]:
+    """The spectra after pruning: zero from each head's rank on."""
+
+    def cut(spectrum: Spectrum, ranks: Ranks) -> Spectrum:
+        return np.where(np.arange(spectrum.shape[1]) < np.array(ranks)[:, None], spectrum, 0.0)
+
+    plan = rewrite.ranks
+    return {
+        name: Spectra(None if known.qk is None else cut(known.qk, plan.qk[name]), cut(known.vo, plan.vo[name]))
+        for name, known in rewrite.spectra.items()
+        if name in plan.vo
+    }
