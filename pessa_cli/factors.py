@@ -29,21 +29,14 @@ class Pair:
 
 
 @dataclass(frozen=True)
-class Factors:
-    """A product per head as `left @ diag(spectrum) @ right.mT`, the spectrum descending.
+class Factors(Pair):
+    """The same product with its directions sorted by what they are worth, the spectrum (G, d), descending.
 
-    left (G, L, d) and right (G, R, d) have columns of norm one, or zero where the spectrum is zero; from
-    `decompose` they are orthonormal and the spectrum holds the singular values, (G, d).
+    The spectrum is split evenly over both sides, so that 16-bit numbers keep their range: both columns of a direction
+    have the norm sqrt(s). From `decompose` the columns are orthogonal and the spectrum holds the singular values.
     """
 
-    left: Tensor
     spectrum: Tensor
-    right: Tensor
-
-    def balanced(self) -> Pair:
-        """The spectrum split evenly over both sides, so that 16-bit numbers keep their range."""
-        root = self.spectrum.sqrt().unsqueeze(-2)
-        return Pair(self.left * root, self.right * root)
 
 
 @dataclass(frozen=True)
@@ -89,7 +82,8 @@ def decompose(pair: Pair) -> Factors:
     """The SVD of each head's product: O(D d^2) for each head, where the dense product takes O(D^3)."""
     left, right = _thin_qr(pair.left), _thin_qr(pair.right)
     u, spectrum, vh = torch.linalg.svd(_core(left, right), full_matrices=False)
-    return _padded(Factors(left.times(u), spectrum, right.times(vh.mT)), pair.left.shape[-1])
+    root = spectrum.sqrt().unsqueeze(-2)
+    return _padded(Factors(left.times(u * root), right.times(vh.mT * root), spectrum), pair.left.shape[-1])
 
 
 def singular_values(pair: Pair) -> Tensor:
@@ -110,10 +104,11 @@ def sort_by_norm(pair: Pair) -> Factors:
     spectrum, order = (left * right).sort(dim=-1, descending=True, stable=True)
 
     def columns(factor: Tensor, norms: Tensor) -> Tensor:
-        unit = factor / norms.where(norms > 0, 1.0).unsqueeze(-2)
-        return unit.gather(-1, order.unsqueeze(-2).expand_as(unit))
+        scale = (left * right).sqrt() / norms.where(norms > 0, 1.0)
+        balanced: Tensor = factor * scale.unsqueeze(-2)
+        return balanced.gather(-1, order.unsqueeze(-2).expand_as(balanced))
 
-    return Factors(columns(pair.left, left), spectrum, columns(pair.right, right))
+    return Factors(columns(pair.left, left), columns(pair.right, right), spectrum)
 
 
 def recompose(weights: HeadWeights, absorbed: Absorbed, qk: Factors | None, vo: Factors, site: Site) -> HeadWeights:
@@ -124,13 +119,11 @@ def recompose(weights: HeadWeights, absorbed: Absorbed, qk: Factors | None, vo: 
     g, m, d = len(weights.v), site.group, site.head_dim
     q, k, q_bias, k_bias = weights.q, weights.k, weights.q_bias, weights.k_bias
     if qk is not None:
-        pair = qk.balanced()
-        stacked = pair.left.reshape(g, m, -1, d).mT  # (G, M, d, D_q or D_q + 1)
-        q, k = stacked[..., : site.query_width], pair.right.mT
+        stacked = qk.left.reshape(g, m, -1, d).mT  # (G, M, d, D_q or D_q + 1)
+        q, k = stacked[..., : site.query_width], qk.right.mT
         q_bias = None if q_bias is None else stacked[..., site.query_width]
         k_bias = None if k_bias is None else torch.zeros_like(k_bias)
-    pair = vo.balanced()
-    rows = pair.left.mT  # (G, d, D_k or D_k + 1)
+    rows = vo.left.mT  # (G, d, D_k or D_k + 1)
     v_bias = weights.v_bias
     if v_bias is not None:
         v_bias = rows[..., site.key_width] if absorbed.o_bias is None else torch.zeros_like(v_bias)
@@ -138,7 +131,7 @@ def recompose(weights: HeadWeights, absorbed: Absorbed, qk: Factors | None, vo: 
         q=q,
         k=k,
         v=rows[..., : site.key_width],
-        o=pair.right.reshape(g, m, site.output_width, d).permute(2, 0, 1, 3),
+        o=vo.right.reshape(g, m, site.output_width, d).permute(2, 0, 1, 3),
         q_bias=q_bias,
         k_bias=k_bias,
         v_bias=v_bias,
@@ -222,4 +215,4 @@ def _padded(factors: Factors, width: int) -> Factors:
     def pad(tensor: Tensor) -> Tensor:
         return torch.nn.functional.pad(tensor, (0, missing))
 
-    return Factors(pad(factors.left), pad(factors.spectrum), pad(factors.right))
+    return Factors(pad(factors.left), pad(factors.right), pad(factors.spectrum))

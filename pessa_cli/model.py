@@ -57,16 +57,19 @@ def save_spectra(folder: Path, spectra: Mapping[str, Spectra]) -> None:
 
 def _load_spectra(folder: Path, sites: list[Site]) -> dict[str, Spectra]:
     """The spectra beside the weights, if there are any. Raises PessaError when they are not those of the sites."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    from safetensors import SafetensorError, safe_open
 
     path = folder / SPECTRA_FILE
     if not path.is_file():
         return {}
+    wanted = [f"{site.name}.{side}" for site in sites for side in ("qk", "vo")]
     try:
-        tensors = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise PessaError(f"{path} is not a complete safetensors file: {error}", "decompose the model again") from None
+        with safe_open(path, framework="pt") as file:
+            there = set(file.keys())
+            tensors = {name: file.get_tensor(name) for name in wanted if name in there}
+    except (SafetensorError, OSError, TypeError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise PessaError(f"{path} is not a file of spectra: {reason}", "decompose the model again") from None
     spectra: dict[str, Spectra] = {}
     for site in sites:
         vo, qk = tensors.get(f"{site.name}.vo"), tensors.get(f"{site.name}.qk")

@@ -23,35 +23,33 @@ from pessa_cli.factors import Pair, decompose
 T = TypeVar("T")
 
 
-def ours(pairs: list[Pair]) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """Thin QR and a d x d SVD in float64, factors back in float32."""
+def ours(pairs: list[Pair]) -> list[tuple[Tensor, Tensor]]:
+    """Thin QR and a d x d SVD in float64, balanced factors back in float32."""
     found = [decompose(Pair(pair.left.double(), pair.right.double())) for pair in pairs]
-    return [(f.left.float(), f.spectrum.float(), f.right.float()) for f in found]
+    return [(factors.left.float(), factors.right.float()) for factors in found]
 
 
-def dense(pairs: list[Pair]) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """The D x D product in the weights' dtype, then a full SVD of it, head by head, cut to the head's width."""
+def dense(pairs: list[Pair]) -> list[tuple[Tensor, Tensor]]:
+    """The D x D product in the weights' dtype, then a full SVD of it, head by head, cut and balanced."""
     found = []
     for pair in pairs:
         width = pair.left.shape[-1]
-        heads = [torch.linalg.svd(a @ b.T, full_matrices=False) for a, b in zip(pair.left, pair.right, strict=True)]
-        found.append(
-            (
-                torch.stack([u[:, :width] for u, _, _ in heads]),
-                torch.stack([s[:width] for _, s, _ in heads]),
-                torch.stack([vh[:width].T for _, _, vh in heads]),
-            )
-        )
+        left, right = [], []
+        for a, b in zip(pair.left, pair.right, strict=True):
+            u, s, vh = torch.linalg.svd(a @ b.T, full_matrices=False)
+            left.append(u[:, :width] * s[:width].sqrt())
+            right.append(vh[:width].T * s[:width].sqrt())
+        found.append((torch.stack(left), torch.stack(right)))
     return found
 
 
-def error(pairs: list[Pair], factors: list[tuple[Tensor, Tensor, Tensor]]) -> float:
+def error(pairs: list[Pair], factors: list[tuple[Tensor, Tensor]]) -> float:
     """The largest relative Frobenius error of a head's product."""
     worst = 0.0
-    for pair, (left, spectrum, right) in zip(pairs, factors, strict=True):
+    for pair, (left, right) in zip(pairs, factors, strict=True):
         for head in range(left.shape[0]):
             product = pair.left[head].double() @ pair.right[head].double().T
-            found = (left[head].double() * spectrum[head].double()) @ right[head].double().T
+            found = left[head].double() @ right[head].double().T
             worst = max(worst, float((found - product).norm() / product.norm()))
     return worst
 

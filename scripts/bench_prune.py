@@ -4,8 +4,8 @@ Each round copies the folder (`cp -r`, then `sync -f`), decomposes it, prunes it
 after the other; each figure is the median over the rounds. Outputs are removed after each run, and the disk is
 synced before it. The folder lies in the page cache wherever memory allows.
 
-    python scripts/make_synthetic.py whisper-large-v3 /tmp/synthetic/whisper-large-v3
-    python scripts/bench_prune.py /tmp/synthetic/whisper-large-v3 [--rounds 3] [--jobs 1 2] [--threads 2]
+    python scripts/make_synthetic.py whisper-large-v3 synthetic/whisper-large-v3
+    python scripts/bench_prune.py synthetic/whisper-large-v3 [--rounds 3] [--jobs 1 2] [--threads 2]
 """
 
 from __future__ import annotations

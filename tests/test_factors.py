@@ -30,8 +30,7 @@ def random_pair(heads: int = 3, left: int = 40, right: int = 30, width: int = 8)
 
 
 def truncated(factors: Factors, rank: int) -> Pair:
-    balanced = factors.balanced()
-    return Pair(balanced.left[..., :rank], balanced.right[..., :rank])
+    return Pair(factors.left[..., :rank], factors.right[..., :rank])
 
 
 def degenerate(kind: str) -> Pair:
@@ -77,10 +76,10 @@ def test_full_rank_gives_the_product_and_the_spectrum_of_the_dense_route(kind: s
     dense = torch.linalg.svdvals(product(pair))[:, :8]
     dense = torch.nn.functional.pad(dense, (0, 8 - dense.shape[1]))
     scale = dense.max().clamp(min=1e-300)
-    assert (product(factors.balanced()) - product(pair)).norm() <= 1e-12 * product(pair).norm()
+    assert (product(factors) - product(pair)).norm() <= 1e-12 * product(pair).norm()
     assert (factors.spectrum - dense).abs().max() <= 1e-12 * scale
     assert (singular_values(pair) - dense).abs().max() <= 1e-12 * scale
-    assert relative_difference(pair, factors.balanced()).max() < 1e-12
+    assert relative_difference(pair, factors).max() < 1e-12
 
 
 def test_small_singular_values_keep_their_digits_where_the_gram_matrix_would_lose_them() -> None:
@@ -111,7 +110,7 @@ def test_no_other_choice_of_directions_is_better() -> None:
 
 
 def test_balanced_factors_have_equal_norms_on_both_sides() -> None:
-    pair = decompose(Pair(random_pair().left * 1e4, random_pair().right * 1e-4)).balanced()
+    pair = decompose(Pair(random_pair().left * 1e4, random_pair().right * 1e-4))
     assert torch.allclose(pair.left.norm(dim=-2), pair.right.norm(dim=-2))
 
 
@@ -120,7 +119,7 @@ def test_vanilla_reorders_the_original_dimensions_and_loses_nothing_at_full_rank
     factors = sort_by_norm(pair)
     assert torch.allclose(factors.spectrum, norm_products(pair))
     assert (factors.spectrum.diff(dim=-1) <= 0).all()
-    assert torch.allclose(product(factors.balanced()), product(pair))
+    assert torch.allclose(product(factors), product(pair))
     order = (pair.left.norm(dim=-2) * pair.right.norm(dim=-2)).argsort(dim=-1, descending=True)
     kept = truncated(factors, 3)
     for head in range(3):
@@ -134,7 +133,7 @@ def test_vanilla_takes_a_zero_dimension_for_what_it_is() -> None:
     pair.left[0, :, 2] = 0
     factors = sort_by_norm(pair)
     assert factors.spectrum[0, -1] == 0
-    assert factors.balanced().left.isfinite().all()
+    assert factors.left.isfinite().all()
 
 
 def test_relative_difference_sees_any_change_and_not_the_basis() -> None:
