@@ -72,7 +72,8 @@ def absorb(weights: HeadWeights, site: Site) -> Absorbed:
     o_bias = None if weights.o_bias is None else weights.o_bias.double()
     if weights.v_bias is not None:
         if o_bias is not None:
-            o_bias = o_bias + torch.einsum("ogmd,gd->o", o, weights.v_bias.double())
+            each = weights.v_bias.double().unsqueeze(1).expand(g, m, d)  # the same for a group's query heads
+            o_bias = o_bias + o.reshape(len(o), -1) @ each.reshape(-1)
         else:
             v = torch.cat([v, weights.v_bias.double().unsqueeze(1)], dim=1)
     return Absorbed(qk, Pair(v, o.permute(1, 2, 0, 3).reshape(g, m * site.output_width, d)), o_bias)

@@ -66,7 +66,10 @@ def joined(parts: list[HeadWeights], like: HeadWeights) -> HeadWeights:
 
     def side(name: str, axis: int = 0) -> Any:
         tensors = [getattr(part, name) for part in parts]
-        return None if tensors[0] is None else torch.cat(tensors, axis).to(getattr(like, name).dtype)
+        if tensors[0] is None:
+            return None
+        whole = tensors[0] if len(tensors) == 1 else torch.cat(tensors, axis)
+        return whole.to(getattr(like, name).dtype)
 
     letters = {name: side(name) for name in ("q", "k", "v", "q_bias", "k_bias", "v_bias")}
     return HeadWeights(**letters, o=side("o", axis=1), o_bias=parts[-1].o_bias)
