@@ -21,9 +21,11 @@ def is_gguf(path: Path) -> bool:
 
 def _architecture(path: Path) -> str:
     try:
+        import accelerate  # noqa: F401  # transformers loads GGUF files with it
         from gguf import GGUFReader
-    except ImportError:
-        raise PessaError(f"{path} is a GGUF file, and gguf is not installed", "pip install 'pessa[gguf]'") from None
+    except ImportError as error:
+        what = f"{path} is a GGUF file, and {error.name} is not installed"
+        raise PessaError(what, "pip install 'pessa[gguf]'") from None
     try:
         return str(GGUFReader(path).fields["general.architecture"].contents())
     except Exception as error:  # the package checks little, so a damaged file ends in whatever comes first

