@@ -13,8 +13,9 @@ import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 from pessa_cli.errors import PessaError, listed
 
@@ -282,18 +283,18 @@ class CheckpointReader:
     def file_of(self, name: str) -> str:
         return self._places[name].file
 
-    def chunks(self, name: str, size: int = CHUNK) -> Iterator[bytes]:
+    def chunks(self, name: str, size: int = CHUNK) -> Iterator[bytearray]:
         """The tensor's raw little-endian bytes, at most `size` at a time."""
         with self._at(name) as (file, left):
             while left:
-                chunk = file.read(min(size, left))
-                if not chunk:
+                chunk = bytearray(min(size, left))
+                if file.readinto(chunk) != len(chunk):
                     raise self._shorter(name)
                 left -= len(chunk)
                 yield chunk
 
     @contextmanager
-    def _at(self, name: str) -> Iterator[tuple[BinaryIO, int]]:
+    def _at(self, name: str) -> Iterator[tuple[BufferedReader, int]]:
         """The file open at the tensor's first byte, and its number of bytes."""
         place = self._places[name]
         with (self.folder / place.file).open("rb") as file:
@@ -303,7 +304,7 @@ class CheckpointReader:
     def _shorter(self, name: str) -> PessaError:
         return PessaError(f"{self.folder / self.file_of(name)} became shorter while it was read", "run again")
 
-    def checked_chunks(self, name: str) -> Iterator[bytes]:
+    def checked_chunks(self, name: str) -> Iterator[bytearray]:
         """As `chunks`. Raises PessaError at a NaN, which no good checkpoint holds; infinities may be masks."""
         import torch
 
@@ -311,7 +312,7 @@ class CheckpointReader:
         dtype: torch.dtype = getattr(torch, TORCH_DTYPES[info.dtype])
         for chunk in self.chunks(name):
             # amin is NaN when any entry is, and makes no copy.
-            if dtype.is_floating_point and torch.frombuffer(bytearray(chunk), dtype=dtype).amin().isnan():
+            if dtype.is_floating_point and torch.frombuffer(chunk, dtype=dtype).amin().isnan():
                 raise PessaError(f"{name} of {self.folder} holds NaN", "the checkpoint is damaged; download it again")
             yield chunk
 
@@ -325,7 +326,7 @@ class CheckpointReader:
             if not nbytes:
                 return torch.empty(info.shape, dtype=dtype)
             data = bytearray(nbytes)  # the header was checked against the file's size
-            if file.readinto(data) != nbytes:  # type: ignore[attr-defined]
+            if file.readinto(data) != nbytes:
                 raise self._shorter(name)
         return torch.frombuffer(data, dtype=dtype).reshape(info.shape)
 

@@ -53,44 +53,94 @@ class Absorbed:
     o_bias: Tensor | None
 
 
-def absorb(weights: HeadWeights, site: Site) -> Absorbed:
-    """The block's products in float64, with both bias rules of a plain softmax applied.
+def absorb(weights: HeadWeights, site: Site, dtype: torch.dtype = torch.float64) -> Absorbed:
+    """The block's products in `dtype`, with both bias rules of a plain softmax applied.
 
     The key bias adds the same number to every key's score of a query, which softmax removes: it is dropped. The
     rows of attention sum to one, so a value bias adds `sum_h b_V,h W_O,h` to the output whatever the input: it
-    moves into the output bias, if there is one.
+    moves into the output bias, if there is one, which is float64 always.
     """
     g, m, d = len(weights.v), site.group, site.head_dim
     qk = None
     if site.merges_qk:
-        q = weights.q.double().mT  # (G, M, D_q, d)
-        if weights.q_bias is not None:
-            q = torch.cat([q, weights.q_bias.double().unsqueeze(2)], dim=2)
-        qk = Pair(q.reshape(g, -1, d), weights.k.double().mT)
-    v = weights.v.double().mT  # (G, D_k, d)
-    o = weights.o.double()  # (D_o, G, M, d)
-    o_bias = None if weights.o_bias is None else weights.o_bias.double()
-    if weights.v_bias is not None:
-        if o_bias is not None:
+        q = _with_bias(weights.q.to(dtype), weights.q_bias)  # (G, M, d, D_q or D_q + 1)
+        qk = Pair(q.mT.reshape(g, -1, d), weights.k.to(dtype).mT)
+    v, o, o_bias = weights.v.to(dtype), weights.o, None  # (G, d, D_k) and (D_o, G, M, d)
+    if weights.o_bias is not None:
+        o_bias = weights.o_bias.double()
+        if weights.v_bias is not None:
             each = weights.v_bias.double().unsqueeze(1).expand(g, m, d)  # the same for a group's query heads
-            o_bias = o_bias + o.reshape(len(o), -1) @ each.reshape(-1)
-        else:
-            v = torch.cat([v, weights.v_bias.double().unsqueeze(1)], dim=1)
-    return Absorbed(qk, Pair(v, o.permute(1, 2, 0, 3).reshape(g, m * site.output_width, d)), o_bias)
+            o_bias = o_bias + o.double().reshape(len(o), -1) @ each.reshape(-1)
+    else:
+        v = _with_bias(v, weights.v_bias)
+    o = o.to(dtype).permute(1, 2, 0, 3).reshape(g, m * site.output_width, d)
+    return Absorbed(qk, Pair(v.mT, o), o_bias)
+
+
+def _with_bias(weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The bias as one more input."""
+    return weight if bias is None else torch.cat([weight, bias.to(weight.dtype).unsqueeze(-1)], dim=-1)
+
+
+@dataclass(frozen=True)
+class Transforms:
+    """What makes factors out of a pair, `pair.left @ left` and `pair.right @ right`: (G, d, d) each, and the spectrum.
+
+    They are as small as the heads are narrow, so that one pass can find them and another apply them. `growth`, (G,):
+    the numbers that add up to an entry of a factor are so many times larger than its column, and so are their
+    rounding errors. Infinite for a head whose columns are nearly dependent: `transformed` starts from its weights.
+    """
+
+    left: Tensor
+    right: Tensor
+    growth: Tensor
+    spectrum: Tensor
+
+
+def transformed(pair: Pair, transforms: Transforms) -> Factors:
+    """The factors of a pair whose transforms are known, in the dtype of the pair."""
+
+    def times(factor: Tensor, transform: Tensor) -> Tensor:  # by rows, as files store weights: it is faster, too
+        return (transform.to(factor.dtype).mT @ factor.mT).mT
+
+    left, right = times(pair.left, transforms.left), times(pair.right, transforms.right)
+    ill = transforms.growth.isinf()
+    if ill.any():
+        exact = _by_householder(Pair(pair.left[ill].double(), pair.right[ill].double()))
+        left[ill], right[ill] = (factor.to(left.dtype) for factor in exact)
+    return Factors(left, right, transforms.spectrum)
+
+
+def svd_transforms(pair: Pair) -> Transforms:
+    """The SVD of each head's product, as transforms: O(D d^2) for each head, where the dense product takes O(D^3)."""
+    (left, ill_left), (right, ill_right) = _triangular(pair.left), _triangular(pair.right)
+    u, spectrum, vh = torch.linalg.svd(_core(left, right), full_matrices=False)
+    root, ill, width = spectrum.sqrt().unsqueeze(-2), ill_left | ill_right, pair.left.shape[-1]
+    spectrum = _padded(spectrum, width)
+    if ill.all():
+        zero = spectrum.new_zeros(len(spectrum), width, width)
+        return Transforms(zero, zero, torch.full_like(spectrum[:, 0], torch.inf), spectrum)
+
+    def transform(r: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
+        solved = torch.linalg.solve_triangular(r, basis * root, upper=True)
+        terms = r.norm(dim=-2).unsqueeze(-1) * solved  # of each column; those of R are as long as those of the factor
+        growth = terms.norm(dim=-2) / root.squeeze(-2)
+        return solved.masked_fill(ill.reshape(-1, 1, 1), 0), growth.nan_to_num(nan=1).amax(-1)
+
+    (t_left, growth_left), (t_right, growth_right) = transform(left, u), transform(right, vh.mT)
+    growth = torch.maximum(growth_left, growth_right).masked_fill(ill, torch.inf)
+    return Transforms(t_left, t_right, growth, spectrum)
 
 
 def decompose(pair: Pair) -> Factors:
-    """The SVD of each head's product: O(D d^2) for each head, where the dense product takes O(D^3)."""
-    left, right = _thin_qr(pair.left), _thin_qr(pair.right)
-    u, spectrum, vh = torch.linalg.svd(_core(left, right), full_matrices=False)
-    root = spectrum.sqrt().unsqueeze(-2)
-    return _padded(Factors(left.times(u * root), right.times(vh.mT * root), spectrum), pair.left.shape[-1])
+    """The factors of a pair by the SVD of each head's product."""
+    return transformed(pair, svd_transforms(pair))
 
 
 def singular_values(pair: Pair) -> Tensor:
     """The spectrum of each head's product alone, (G, d), descending; at a third of the cost of `decompose`."""
-    values = torch.linalg.svdvals(_core(_thin_qr(pair.left), _thin_qr(pair.right)))
-    return torch.nn.functional.pad(values, (0, pair.left.shape[-1] - values.shape[-1]))
+    (left, _), (right, _) = _triangular(pair.left), _triangular(pair.right)
+    return _padded(torch.linalg.svdvals(_core(left, right)), pair.left.shape[-1])
 
 
 def norm_products(pair: Pair) -> Tensor:
@@ -99,17 +149,23 @@ def norm_products(pair: Pair) -> Tensor:
     return products.sort(dim=-1, descending=True).values
 
 
-def sort_by_norm(pair: Pair) -> Factors:
-    """The baseline of the paper, "vanilla": the original dimensions, by the product of their L2 norms."""
+def norm_transforms(pair: Pair) -> Transforms:
+    """The baseline of the paper, "vanilla": the original dimensions in the order of the product of their L2 norms."""
     left, right = pair.left.norm(dim=-2), pair.right.norm(dim=-2)  # (G, d)
     spectrum, order = (left * right).sort(dim=-1, descending=True, stable=True)
+    places = torch.nn.functional.one_hot(order, order.shape[-1]).mT  # (G, d, d): one column for each place
 
-    def columns(factor: Tensor, norms: Tensor) -> Tensor:
+    def transform(norms: Tensor) -> Tensor:
         scale = (left * right).sqrt() / norms.where(norms > 0, 1.0)
-        balanced: Tensor = factor * scale.unsqueeze(-2)
-        return balanced.gather(-1, order.unsqueeze(-2).expand_as(balanced))
+        weighed: Tensor = scale.unsqueeze(-1) * places
+        return weighed
 
-    return Factors(columns(pair.left, left), columns(pair.right, right), spectrum)
+    return Transforms(transform(left), transform(right), torch.ones_like(spectrum[:, 0]), spectrum)
+
+
+def sort_by_norm(pair: Pair) -> Factors:
+    """The factors of a pair in "vanilla" order."""
+    return transformed(pair, norm_transforms(pair))
 
 
 def recompose(weights: HeadWeights, absorbed: Absorbed, qk: Factors | None, vo: Factors, site: Site) -> HeadWeights:
@@ -160,24 +216,9 @@ def product_norm(pair: Pair) -> Tensor:
     return norm
 
 
-@dataclass(frozen=True)
-class _ThinQR:
-    """Q and R of each head, with Q kept as the factor itself where it is `factor @ inverse(R)`."""
-
-    base: Tensor  # (G, L, d): Q where `explicit`, the factor elsewhere
-    r: Tensor  # (G, min(L, d), d)
-    explicit: Tensor  # (G, 1, 1), bool
-
-    def times(self, u: Tensor) -> Tensor:
-        """Q @ u."""
-        if self.explicit.all():
-            return self.base @ u
-        return self.base @ torch.where(self.explicit, u, torch.linalg.solve_triangular(self.r, u, upper=True))
-
-
-def _core(left: _ThinQR, right: _ThinQR) -> Tensor:
+def _core(left: Tensor, right: Tensor) -> Tensor:
     """The d x d core of each head. Raises PessaError for numbers that only float64 checkpoints can hold."""
-    core = left.r @ right.r.mT
+    core = left @ right.mT
     if not (core.abs() < MOST_PRODUCT).all():  # nor NaN
         raise PessaError(
             f"a product of attention weights is too large for float64 ({MOST_PRODUCT:g})",
@@ -186,34 +227,35 @@ def _core(left: _ThinQR, right: _ThinQR) -> Tensor:
     return core
 
 
-def _thin_qr(factor: Tensor) -> _ThinQR:
-    """QR of each head by the Cholesky factor of its Gram matrix, by Householder where that is not safe.
+def _triangular(factor: Tensor) -> tuple[Tensor, Tensor]:
+    """R of each head's thin QR, (G, min(L, d), d), and where Q must not be taken as `factor @ inverse(R)`, (G,) bool.
 
-    Cholesky costs a third, but its error grows with the square of the condition number. R_ii / ||a_i|| is what is
-    left of a column once those before it are projected out: above WELL_CONDITIONED the spectrum keeps ten digits.
+    R is the Cholesky factor of the Gram matrix, and Householder's where that is not safe. Cholesky costs a third, but
+    its error grows with the square of the condition number. R_ii / ||a_i|| is what is left of a column once those
+    before it are projected out: above WELL_CONDITIONED the spectrum keeps ten digits.
     """
     length, width = factor.shape[-2:]
     if length < width:
-        q, r = torch.linalg.qr(factor)
-        return _ThinQR(q, r, torch.ones(len(factor), 1, 1, dtype=torch.bool))
+        return torch.linalg.qr(factor, mode="r").R, torch.ones(len(factor), dtype=torch.bool, device=factor.device)
     gram = factor.mT @ factor
     lower, failed = torch.linalg.cholesky_ex(gram)
     left = lower.diagonal(dim1=-2, dim2=-1) / gram.diagonal(dim1=-2, dim2=-1).sqrt()  # (G, d)
     ill = (failed != 0) | ~(left > WELL_CONDITIONED).all(-1)
-    base, r = factor, lower.mT
+    r = lower.mT
     if ill.any():
-        base, r = factor.clone(), r.clone()
-        base[ill], r[ill] = torch.linalg.qr(factor[ill])
-    return _ThinQR(base, r, ill.reshape(-1, 1, 1))
+        r = r.clone()
+        r[ill] = torch.linalg.qr(factor[ill], mode="r").R
+    return r, ill
 
 
-def _padded(factors: Factors, width: int) -> Factors:
+def _by_householder(pair: Pair) -> tuple[Tensor, Tensor]:
+    """The factors of heads of any condition, from the bases of both sides."""
+    (q_left, left), (q_right, right) = torch.linalg.qr(pair.left), torch.linalg.qr(pair.right)
+    u, spectrum, vh = torch.linalg.svd(_core(left, right), full_matrices=False)
+    root, width = spectrum.sqrt().unsqueeze(-2), pair.left.shape[-1]
+    return _padded(q_left @ (u * root), width), _padded(q_right @ (vh.mT * root), width)
+
+
+def _padded(tensor: Tensor, width: int) -> Tensor:
     """Zero directions added where the inputs are narrower than the head, so that there are always d of them."""
-    missing = width - factors.spectrum.shape[-1]
-    if not missing:
-        return factors
-
-    def pad(tensor: Tensor) -> Tensor:
-        return torch.nn.functional.pad(tensor, (0, missing))
-
-    return Factors(pad(factors.left), pad(factors.right), pad(factors.spectrum))
+    return torch.nn.functional.pad(tensor, (0, width - tensor.shape[-1]))

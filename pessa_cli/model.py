@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -96,30 +96,36 @@ def check_spectra(model: Model, site: Site, weights: HeadWeights) -> None:
     In balanced factors both columns of a direction have the norm sqrt(s), so that a change shows without an SVD.
     """
     known = model.spectra[site.name]
-    moved = weights.v_bias is not None and weights.o_bias is not None  # the value bias, which is zero then
-    pairs = [(known.vo, _norms(weights.v, None if moved else weights.v_bias), _norms(weights.o.permute(1, 2, 3, 0)))]
-    if known.qk is not None:
-        pairs.append((known.qk, _norms(weights.q, weights.q_bias), _norms(weights.k)))
     # Rounding a column moves its norm by far less than the roundoff of its largest entries, but for numbers too small
     # for the dtype; and where the dtype is finer than the algebra, the algebra's own error is what is left.
     roundoff = max(UNIT_ROUNDOFF[site.dtype], 2.0**-40)
     longest = site.group * max(site.query_width, site.key_width, site.output_width) + site.group
     least = UNDERFLOW[site.dtype] * longest**0.5
-    for spectrum, *norms in pairs:
-        roots = torch.from_numpy(spectrum).sqrt()  # (G, d)
+    for side, norms in _norms(weights, known.qk is not None):
+        roots = torch.from_numpy(known.vo if known.qk is None or side in "vo" else known.qk).sqrt()  # (G, d)
         allowed = 4 * roundoff * roots.amax(dim=-1, keepdim=True) + least
-        if any(((norm.cpu() - roots).abs() > allowed).any() for norm in norms):
+        if ((norms - roots).abs() > allowed).any():
             raise PessaError(
                 f"{model.reader.folder / SPECTRA_FILE} is not of these weights: {site.name} has changed since",
                 "delete it, and the model will be decomposed anew",
             )
 
 
-def _norms(weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """The norm of each direction over its inputs or outputs, its bias and all query heads of a group: (G, d)."""
-    squares: torch.Tensor = torch.linalg.vector_norm(weight, dim=-1, dtype=torch.float64).square()  # (G, [M,] d)
-    if bias is not None:
-        squares = squares + bias.double().square()
-    if squares.dim() == 3:
-        squares = squares.sum(dim=1)
-    return squares.sqrt()
+def _norms(weights: HeadWeights, merged_qk: bool) -> Iterator[tuple[str, torch.Tensor]]:
+    """The norm of each direction over its inputs, its bias and all query heads of a group: (G, d), by projection."""
+    moved = weights.o_bias is not None  # the value bias, which is zero then
+    rows = {"v": None if moved else weights.v_bias}
+    if merged_qk:
+        rows |= {"q": weights.q_bias, "k": None}
+    squares: dict[str, list[torch.Tensor]] = {}
+    for part in weights.parts():
+        for side in rows:
+            weight: torch.Tensor = getattr(part, side)
+            each = torch.linalg.vector_norm(weight.double(), dim=-1).square()  # (G, [M,] d)
+            squares.setdefault(side, []).append(each.sum(dim=1) if each.dim() == 3 else each)
+        squares.setdefault("o", []).append(part.o.double().square().sum(dim=0).sum(dim=1))
+    for side, parts in squares.items():
+        total, bias = torch.cat(parts), rows.get(side)
+        if bias is not None:
+            total = total + bias.double().square().reshape(len(total), -1, total.shape[1]).sum(dim=1)
+        yield side, total.sqrt().cpu()

@@ -7,51 +7,57 @@ header needs every shape; what is not attention is copied byte for byte.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, closing, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from pessa_cli.checkpoint import read_json
 from pessa_cli.errors import PessaError, UsageError, listed
 from pessa_cli.factors import (
-    Factors,
+    Absorbed,
     Pair,
+    Transforms,
     absorb,
-    decompose,
     norm_products,
+    norm_transforms,
     recompose,
     singular_values,
-    sort_by_norm,
+    svd_transforms,
+    transformed,
 )
 from pessa_cli.heads import HeadWeights, Layout, NotFiniteError, joined, read_site, write_site
 from pessa_cli.jobs import in_order, one_thread
 from pessa_cli.model import MANIFEST_FILE, Model, check_spectra
 from pessa_cli.output import SHARD_BYTES, Method, Rewrite, write_output
 from pessa_cli.ragged import Ranks
-from pessa_cli.ranks import RankPlan, Rule, Spectra, plan_ranks
+from pessa_cli.ranks import RankPlan, Rule, Spectra, Spectrum, plan_ranks
 from pessa_cli.sites import Site
+from pessa_cli.spool import Spool
 from pessa_cli.writer import new_folder
 
+TRANSFORMS = tuple(field.name for field in fields(Transforms))
+Sides = list[NDArray[np.float64]]  # of a block's products, one after the other: each with its TRANSFORMS
 Tick = Callable[[int, int], None]  # bytes and blocks done since the last call
 Progress = Callable[[str, int, int], AbstractContextManager[Tick]]  # what is done, bytes and blocks in all
 IN_FLIGHT = 400 * 10**6  # bytes of float64 weights in work at a time, if that leaves one block at least
 
 
 class Way(NamedTuple):
-    """One way to order a head's directions: what each is worth, and the head rewritten in that order."""
+    """One way to order a head's directions: what each is worth, and that with how to get there."""
 
     spectrum: Callable[[Pair], torch.Tensor]
-    factorise: Callable[[Pair], Factors]
+    transforms: Callable[[Pair], Transforms]
 
 
 METHODS: dict[Method, Way] = {
-    "svd": Way(singular_values, decompose),
-    "vanilla": Way(norm_products, sort_by_norm),
+    "svd": Way(singular_values, svd_transforms),
+    "vanilla": Way(norm_products, norm_transforms),
 }
 
 
@@ -99,33 +105,35 @@ def _count(site: Site) -> int:
 
 
 def measure(
-    model: Model, sites: list[Site], method: Method = "svd", run: Run | None = None, trust: bool = False
+    model: Model, sites: list[Site], method: Method = "svd", run: Run | None = None, spool: Spool | None = None
 ) -> dict[str, Spectra]:
     """The spectra of the given sites: those on file, or computed from the weights block by block.
 
-    `trust`: spectra on file are not held against the weights, because that will be done when they are rewritten.
-    Raises PessaError with every tensor that is not finite, after having looked at all of them, and when weights
-    have changed since their spectra were written.
+    `spool` is for a pass that rewrites the blocks afterwards: their transforms go there, and spectra on file are not
+    held against the weights yet, since the rewriting reads them anyway. Raises PessaError with every tensor that is
+    not finite, after having looked at all of them, and when weights have changed since their spectra were written.
     """
     run = run or Run()
+    way = METHODS[method]
 
-    def measured(site: Site) -> Spectra | NotFiniteError:
-        if trust and site.name in model.spectra and method == "svd":
-            return model.spectra[site.name]
+    def measured(site: Site) -> tuple[Spectra, Sides] | NotFiniteError:
+        known = model.spectra.get(site.name) if method == "svd" else None
+        if known is not None and spool is not None:
+            return known, []
         try:
             weights = read_site(model.reader, site).to(run.device)
         except NotFiniteError as error:
             return error
-        if site.name in model.spectra and method == "svd":
+        if known is not None:
             check_spectra(model, site, weights)
-            return model.spectra[site.name]
-        values = METHODS[method].spectrum
-        qk, vo = [], []
-        for part in weights.parts():
-            absorbed = absorb(part, site)
-            qk += [] if absorbed.qk is None else [values(absorbed.qk).cpu().numpy()]
-            vo.append(values(absorbed.vo).cpu().numpy())
-        return Spectra(np.concatenate(qk) if qk else None, np.concatenate(vo))
+            return known, []
+        pairs = (_pairs(absorb(part, site)) for part in weights.parts())
+        if spool is None:
+            spectra = zip(*([way.spectrum(pair) for pair in part] for part in pairs), strict=True)
+            return _spectra([_together(side) for side in spectra]), []
+        found = list(zip(*([way.transforms(pair) for pair in part] for part in pairs), strict=True))
+        sides = [[_together(getattr(t, name) for t in side) for name in TRANSFORMS] for side in found]
+        return _spectra([side[-1] for side in sides]), [t for side in sides for t in side]
 
     spectra: dict[str, Spectra] = {}
     faults: list[str] = []
@@ -140,11 +148,26 @@ def measure(
             if isinstance(found, NotFiniteError):
                 faults += found.faults
             else:
-                spectra[site.name] = found
+                spectra[site.name], transforms = found
+                if spool is not None:
+                    spool.put(site.name, transforms)
             tick(nbytes[site.name], 1)
     if faults:
         raise NotFiniteError(model.reader, faults)
     return spectra
+
+
+def _pairs(absorbed: Absorbed) -> list[Pair]:
+    """The products of a block that are decomposed: Q-K, if it can be merged, and V-O."""
+    return [absorbed.vo] if absorbed.qk is None else [absorbed.qk, absorbed.vo]
+
+
+def _spectra(sides: list[Spectrum]) -> Spectra:
+    return Spectra(sides[0] if len(sides) == 2 else None, sides[-1])
+
+
+def _together(parts: Iterable[torch.Tensor]) -> NDArray[np.float64]:
+    return np.concatenate([part.cpu().numpy() for part in parts])
 
 
 def decompose_model(model: Model, out: Path, sites: list[Site] | None = None, run: Run | None = None) -> Rewrite:
@@ -152,8 +175,8 @@ def decompose_model(model: Model, out: Path, sites: list[Site] | None = None, ru
     run, sites = run or Run(), model.sites if sites is None else sites
     full = {site.name: site.full for site in sites}
 
-    def plan() -> Rewrite:
-        spectra = measure(model, sites, run=run, trust=not run.dry)
+    def plan(spool: Spool | None) -> Rewrite:
+        spectra = measure(model, sites, run=run, spool=spool)
         return _rewrite("decompose", model, sites, RankPlan(full, full), spectra, "full rank", "svd", "dense", run)
 
     return _written(plan, model, out, run)
@@ -180,8 +203,8 @@ def prune_model(
             "give --method vanilla the original model",
         )
 
-    def plan() -> Rewrite:
-        spectra = measure(model, sites, method, run, trust=not run.dry)
+    def plan(spool: Spool | None) -> Rewrite:
+        spectra = measure(model, sites, method, run, spool)
         ranks = plan_ranks(sites, spectra, rule)
         return _rewrite("prune", model, sites, ranks, spectra, str(rule), method, layout, run)
 
@@ -199,7 +222,7 @@ def export_model(model: Model, out: Path, layout: Layout, run: Run | None = None
     sites = [site for site in model.sites if site.name in ranks]
     plan = RankPlan({name: qk for name, (qk, _) in ranks.items()}, {name: vo for name, (_, vo) in ranks.items()})
     rewrite = _rewrite("export", model, sites, plan, {}, rule, method, layout, run)
-    return _written(lambda: rewrite, model, out, run, as_stored=True)
+    return _written(lambda _: rewrite, model, out, run, as_stored=True)
 
 
 def _rewrite(
@@ -217,26 +240,28 @@ def _rewrite(
     return Rewrite(command, source, model, sites, ranks, spectra, rule, method, layout, run.shard_bytes)
 
 
-def _written(plan: Callable[[], Rewrite], model: Model, out: Path, run: Run, as_stored: bool = False) -> Rewrite:
+def _written(
+    plan: Callable[[Spool | None], Rewrite], model: Model, out: Path, run: Run, as_stored: bool = False
+) -> Rewrite:
     """Plan and carry out; the place of the output is made sure of before any work.
 
     `as_stored`: the blocks are in factored form already, whatever is known of their spectra.
     """
     if run.dry:
-        return plan()
+        return plan(None)
     reader = model.reader
-    with new_folder(out, reader.folder, run.force, run.resume) as staging:
-        rewrite = plan()
+    with new_folder(out, reader.folder, run.force, run.resume) as staging, Spool(staging.folder) as spool:
+        rewrite = plan(spool)
 
         def tensors_of(site: Site) -> dict[str, torch.Tensor]:
             weights = read_site(reader, site)
             ranks = rewrite.ranks.qk[site.name], rewrite.ranks.vo[site.name]
             if as_stored:
                 _check_nothing_lost(model, weights, site, *ranks)
-            elif site.name in model.spectra:
-                check_spectra(model, site, weights)
+            elif transforms := spool.take(site.name):
+                weights = _factorised(weights.to(run.device), site, transforms).to("cpu")
             else:
-                weights = _factorised(weights.to(run.device), site, rewrite.method).to("cpu")
+                check_spectra(model, site, weights)
             return write_site(weights, site, *ranks, reader.header, rewrite.layout)
 
         total = sum(info.nbytes for info in rewrite.header.values())
@@ -246,19 +271,34 @@ def _written(plan: Callable[[], Rewrite], model: Model, out: Path, run: Run, as_
     return rewrite
 
 
-def _factorised(weights: HeadWeights, site: Site, method: Method) -> HeadWeights:
+def _factorised(weights: HeadWeights, site: Site, found: Sides) -> HeadWeights:
     """The block in factored form, at full rank."""
-    factorise = METHODS[method].factorise
     parts: list[HeadWeights] = []
-    o_bias = weights.o_bias
+    o_bias, start, device = weights.o_bias, 0, weights.v.device
+    sides = [found[at : at + len(TRANSFORMS)] for at in range(0, len(found), len(TRANSFORMS))]
     for part in weights.parts():
         part = replace(part, o_bias=o_bias)  # which each part adds its value biases to
-        absorbed = absorb(part, site)
-        qk = None if absorbed.qk is None else factorise(absorbed.qk)
-        rewritten = recompose(part, absorbed, qk, factorise(absorbed.vo), site)
+        cut = slice(start, start := start + len(part.v))
+        transforms = [Transforms(*(torch.from_numpy(array[cut]).to(device) for array in side)) for side in sides]
+        absorbed = absorb(part, site, _precision(part, transforms))
+        factors = [transformed(pair, known) for pair, known in zip(_pairs(absorbed), transforms, strict=True)]
+        rewritten = recompose(part, absorbed, factors[0] if len(factors) == 2 else None, factors[-1], site)
         o_bias = rewritten.o_bias
         parts.append(joined([rewritten], weights))
     return joined(parts, weights)
+
+
+def _precision(weights: HeadWeights, transforms: list[Transforms]) -> torch.dtype:
+    """What the transforms are applied in: float32 where its errors stay below an eighth of what the dtype rounds off.
+
+    That is half of the work, and 16-bit numbers are exact in it. The transforms come from float64.
+    """
+    dtypes = {tensor.dtype for tensor in (weights.q, weights.k, weights.v, weights.o)}
+    if not dtypes <= {torch.float16, torch.bfloat16}:
+        return torch.float64
+    finest = min(torch.finfo(dtype).eps for dtype in dtypes)
+    growth = max(float(t.growth.where(t.growth.isfinite(), 0.0).max()) for t in transforms)
+    return torch.float32 if 8 * growth * torch.finfo(torch.float32).eps <= finest else torch.float64
 
 
 def _known_ranks(model: Model) -> tuple[dict[str, tuple[Ranks, Ranks]], Method, str]:

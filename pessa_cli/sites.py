@@ -124,6 +124,7 @@ def find_sites(specs: Iterable[AttentionSpec], config: Mapping[str, Any], header
     most = max(ALWAYS_FINE, MOST_GROWTH * sum(info.count for info in header.values()))
     known = False
     for spec in specs:
+        faults += [f"{module}: a layer without its {spec.kind} attention" for module in _gaps(spec, header)]
         for layer, modules in _layers(spec, header):
             known = True
             owned |= {f"{modules[side]}.{part}" for side in "qkvo" for part in ("weight", "bias")}
@@ -194,14 +195,33 @@ def ragged_site(site: Site) -> dict[str, Ragged]:
 
 def _layers(spec: AttentionSpec, header: Header) -> Iterator[tuple[int, dict[str, str]]]:
     """The layers that have any of the row's projections, with the module names of all four under the same prefix."""
-    found: set[tuple[str, int]] = set()  # prefix and layer
-    for pattern in (spec.q, spec.k, spec.v, spec.o):
-        before, after = (re.escape(part) for part in pattern.split("{i}"))
-        regex = re.compile(rf"((?:.*\.)?){before}(0|[1-9][0-9]{{0,4}}){after}\.weight")
-        found |= {(match[1], int(match[2])) for name in header if (match := regex.fullmatch(name))}
-    for prefix, layer in sorted(found):
+    for prefix, layer in _found(spec, header):
         names = {"q": spec.q, "k": spec.k, "v": spec.v, "o": spec.o}
         yield layer, {side: prefix + name.replace("{i}", str(layer)) for side, name in names.items()}
+
+
+def _found(spec: AttentionSpec, header: Header) -> list[tuple[str, int]]:
+    """The prefixes and layers that have any of the row's projections."""
+    patterns = (spec.q, spec.k, spec.v, spec.o)
+    return sorted({place for pattern in patterns for place in _places(f"{pattern}.weight", header)})
+
+
+def _gaps(spec: AttentionSpec, header: Header) -> list[str]:
+    """The layers that are there, but have none of the row's projections, beside layers that do."""
+    found = _found(spec, header)
+    prefixes = {prefix for prefix, _ in found}
+    stem = spec.q.partition("{i}")[0]
+    there = {place for place in _places(f"{stem}{{i}}.", header) if place[0] in prefixes}
+    return [f"{prefix}{stem}{layer}" for prefix, layer in sorted(there.difference(found))]
+
+
+def _places(pattern: str, header: Header) -> Iterator[tuple[str, int]]:
+    """Prefix and layer of each name that the pattern describes: to its end, or with more behind a final dot."""
+    before, after = (re.escape(part) for part in pattern.split("{i}"))
+    regex = re.compile(rf"((?:.*\.)?){before}(0|[1-9][0-9]{{0,4}}){after}{'.*' if pattern.endswith('.') else ''}")
+    for name in header:
+        if match := regex.fullmatch(name):
+            yield match[1], int(match[2])
 
 
 def _complete(spec: AttentionSpec, header: Header) -> Iterator[bool]:

@@ -12,7 +12,9 @@ import json
 import os
 import shutil
 import tempfile
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +22,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from pessa_cli.checkpoint import (
+    CHUNK,
     CONFIG_FILE,
     INDEX_FILE,
     SINGLE_FILE,
@@ -34,8 +37,29 @@ from pessa_cli.errors import PessaError, listed
 if TYPE_CHECKING:
     import torch
 
+CHUNKS_BEHIND = 8  # that the hash may be behind the writing
 JOURNAL_FILE = ".pessa-journal.json"
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class _Digest:
+    """SHA-256 of what is written, in a thread of its own, never more than a few chunks behind."""
+
+    def __init__(self) -> None:
+        self._hash = hashlib.sha256()
+        self._pool = ThreadPoolExecutor(1)
+        self._waiting: deque[Future[None]] = deque()
+
+    def update(self, chunk: bytes | bytearray | memoryview) -> None:
+        """Add a chunk, which must not change from now on."""
+        self._waiting.append(self._pool.submit(self._hash.update, chunk))
+        if len(self._waiting) > CHUNKS_BEHIND:
+            self._waiting.popleft().result()
+
+    def close(self) -> str:
+        """The digest of everything."""
+        self._pool.shutdown()
+        return self._hash.hexdigest()
 
 
 class ShardWriter:
@@ -55,7 +79,8 @@ class ShardWriter:
         encoded += b" " * (-len(encoded) % 8)  # the format asks for data that starts 8-aligned
         self._plan = plan
         self._order = iter(plan)
-        self._digest = hashlib.sha256()
+        self._digest = _Digest()
+        self.sha256 = ""
         self._file: BinaryIO = path.open("wb")
         with self._closed_on_error():
             self._file.truncate(8 + len(encoded) + end)  # a disk too small for it says so now
@@ -71,7 +96,7 @@ class ShardWriter:
         flat = tensor.detach().cpu().contiguous().reshape(-1)
         self.write(name, [flat.view(torch.uint8).numpy().data] if flat.numel() else [])
 
-    def write(self, name: str, chunks: Iterable[bytes | memoryview]) -> None:
+    def write(self, name: str, chunks: Iterable[bytes | bytearray | memoryview]) -> None:
         """Write the next planned tensor from its raw bytes."""
         expected = next(self._order, None)
         if name != expected:
@@ -80,15 +105,13 @@ class ShardWriter:
         if written != self._plan[name].nbytes:
             raise PessaError(f"{name} came with {written:,} bytes, planned were {self._plan[name].nbytes:,}")
 
-    @property
-    def sha256(self) -> str:
-        return self._digest.hexdigest()
-
-    def _write(self, chunks: Iterable[bytes | memoryview]) -> int:
+    def _write(self, chunks: Iterable[bytes | bytearray | memoryview]) -> int:
         total = 0
         for chunk in chunks:
-            self._file.write(chunk)
-            self._digest.update(chunk)
+            for start in range(0, len(chunk), CHUNK):
+                piece = memoryview(chunk)[start : start + CHUNK]
+                self._digest.update(piece)
+                self._file.write(piece)
             total += len(chunk)
         return total
 
@@ -97,6 +120,7 @@ class ShardWriter:
         try:
             yield
         except BaseException:
+            self._digest.close()
             self._file.close()
             raise
 
@@ -113,6 +137,7 @@ class ShardWriter:
             if error is None:
                 self._file.flush()
                 os.fsync(self._file.fileno())
+            self.sha256 = self._digest.close()
         self._file.close()
 
 
@@ -320,7 +345,8 @@ def _check_free(out: Path, source: Path, force: bool) -> None:
         raise PessaError(f"{out} exists", "give another -o, or --force to replace it")
     if place == read or place in read.parents:
         raise PessaError(f"{out} is where the model is read from, so --force does not replace it", "give another -o")
-    model = (out / CONFIG_FILE).exists() and ((out / SINGLE_FILE).exists() or (out / INDEX_FILE).exists())
+    weights = (out / SINGLE_FILE).exists() or (out / INDEX_FILE).exists() or any(out.glob("*.onnx"))
+    model = (out / CONFIG_FILE).exists() and weights
     if not model and not (out.is_dir() and not any(out.iterdir())):
         raise PessaError(f"{out} is not a model, so --force does not replace it", "give another -o")
 

@@ -262,6 +262,10 @@ FAULTS = {
     "k_proj missing": Fault(edit_weights(lambda t: t.pop(K1)), (K1,)),
     "o_proj missing": Fault(edit_weights(lambda t: t.pop("model.layers.0.self_attn.o_proj.weight")),
                             ("model.layers.0.self_attn.o_proj",), "llama"),
+    "a block missing": Fault(
+        edit_weights(lambda t: [t.pop(name) for name in list(t) if "decoder.layers.1.encoder_attn." in name]),
+        ("model.decoder.layers.1: a layer without its decoder.cross attention",),
+    ),
     "no attention": Fault(
         edit_weights(lambda t: [t.pop(name) for name in list(t) if "attn." in name]), ("no attention block", "whisper")
     ),

@@ -159,8 +159,8 @@ def test_negative_control_a_dropped_value_bias_is_caught(
     """If the value bias were forgotten instead of moved into the output bias, verify must say so."""
     right = pessa_cli.factors.absorb
 
-    def forgetful(weights: Any, site: Any) -> Any:
-        absorbed = right(weights, site)
+    def forgetful(weights: Any, *arguments: Any) -> Any:
+        absorbed = right(weights, *arguments)
         return replace(absorbed, o_bias=weights.o_bias.double())
 
     model = open_model(tiny_folder(name))
