@@ -3,23 +3,44 @@
 from __future__ import annotations
 
 import io
-import re
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from pessa_cli import __version__, console
+from pessa_cli import __version__, app_tune, console
 from pessa_cli.errors import PessaError, UsageError, listed
+from pessa_cli.options import (
+    ALLOW_PICKLE,
+    AS,
+    CALIBRATE,
+    DEVICE,
+    DRY_RUN,
+    FORCE,
+    JOBS,
+    JSON,
+    MODEL,
+    OUT,
+    RESUME,
+    REVISION,
+    SEQUENTIAL,
+    SHARD_SIZE,
+    STATISTICS,
+    run_of,
+)
 
 if TYPE_CHECKING:
     from pessa_cli.model import Model
     from pessa_cli.output import Rewrite
     from pessa_cli.pipeline import Run
+    from pessa_cli.ranks import Rule
     from pessa_cli.recipe import Recipe
     from pessa_cli.sites import Site
+    from pessa_cli.statistics import Statistics
     from pessa_cli.verify import Report
 
 app = typer.Typer(
@@ -30,22 +51,6 @@ app = typer.Typer(
     rich_markup_mode="markdown",
 )
 
-MODEL = Annotated[
-    str, typer.Argument(metavar="MODEL", help="A folder, a .pt or GGUF file, or a name: owner/name, tiny.en.")
-]
-REVISION = Annotated[
-    str | None, typer.Option(metavar="NAME", help="Branch, tag or commit of a MODEL that comes from a hub.")
-]
-ALLOW_PICKLE = Annotated[
-    bool, typer.Option("--allow-pickle", help="Convert pickled weights too: tensors are taken, code is refused.")
-]
-OUT = Annotated[Path, typer.Option("-o", "--out", help="Folder to write; must not exist.")]
-FORCE = Annotated[bool, typer.Option("--force", help="Replace the output folder if it exists.")]
-JSON = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
-AS = Annotated[
-    str | None,
-    typer.Option("--as", metavar="TYPE", help="Treat the model as this architecture, whatever its config says."),
-]
 SITES = Annotated[
     str, typer.Option("--sites", metavar="KINDS", help="Only these blocks, as encoder.self,decoder.cross.")
 ]
@@ -66,11 +71,10 @@ METHOD = Annotated[
 LAYOUT = Annotated[
     Literal["compact", "dense"], typer.Option(help="compact: smaller shapes. dense: original shapes, zeros inside.")
 ]
-RESUME = Annotated[bool, typer.Option("--resume", help="Go on with the finished shards of a killed run.")]
-DRY_RUN = Annotated[bool, typer.Option("--dry-run", help="Only say what would be written: ranks, sizes, shards.")]
-JOBS = Annotated[int, typer.Option(help="Blocks worked on at a time; 0 for one a core. Changes no byte.")]
-DEVICE = Annotated[str, typer.Option(help="Where the algebra runs, as cuda.")]
-SHARD_SIZE = Annotated[str, typer.Option(metavar="SIZE", help="Largest file of weights, as 5GB or 500MB.")]
+TO = Annotated[
+    Literal["transformers", "openai-whisper", "onnx"],
+    typer.Option(help="What for: a folder, a .pt file that whisper.load_model reads, or a folder of ONNX graphs."),
+]
 LEVEL = Annotated[
     Literal["weights", "blocks", "outputs"], typer.Option(help="How deep to look; each level includes those before.")
 ]
@@ -99,6 +103,8 @@ def inspect(
     min_rank: MIN_RANK = 0,
     sites: SITES = "",
     layers: LAYERS = None,
+    calibrate: CALIBRATE = None,
+    statistics: STATISTICS = None,
     plot: Annotated[Path | None, typer.Option(help="Draw the spectra to this PNG or SVG file.")] = None,
     jobs: JOBS = 0,
     device: DEVICE = "cpu",
@@ -112,7 +118,7 @@ def inspect(
     Example: `pessa inspect whisper-tiny.en --qk-thr 5e-3 --vo-thr 6e-3 --plot spectra.png`
     """
     recipe = _recipe(qk_thr, vo_thr, ratio, rank, energy, lossless, round_to, min_rank, sites, layers)
-    run = _run(model, jobs=jobs, device=device)
+    run = run_of(model, jobs=jobs, device=device)
     from pessa_cli.plot import check_plot, plot_spectra
 
     if plot is not None:
@@ -130,14 +136,17 @@ def inspect(
         if not json:
             before = report.totals(opened.reader.header, opened.sites, chosen, as_is)
             console.show_model(model, opened.reader.config, chosen, before)
-        spectra = measure(opened, chosen, run=run)
+        with _calibrated(opened, chosen, calibrate, statistics, run) as found:
+            spectra = measure(opened, chosen, run=run, statistics=found)
         plan = plan_ranks(chosen, spectra, recipe.rule)
         blocks = [report.block(site, spectra[site.name], plan) for site in chosen]
         totals = report.totals(opened.reader.header, opened.sites, chosen, plan)
         if plot is not None:
             plot_spectra(plot, chosen, spectra, measure(opened, chosen, "vanilla", run))
     if json:
-        console.show_json({"model": model, "rule": str(recipe.rule), "blocks": blocks, "totals": totals})
+        method = "calibrated" if any(known.calibrated for known in spectra.values()) else "svd"
+        document = {"model": model, "method": method, "rule": str(recipe.rule), "blocks": blocks, "totals": totals}
+        console.show_json(document)
         return
     console.show_blocks(blocks)
     console.show_totals(totals, str(recipe.rule))
@@ -151,6 +160,8 @@ def decompose(
     out: OUT,
     sites: SITES = "",
     layers: LAYERS = None,
+    calibrate: CALIBRATE = None,
+    statistics: STATISTICS = None,
     dry_run: DRY_RUN = False,
     resume: RESUME = False,
     jobs: JOBS = 0,
@@ -167,14 +178,16 @@ def decompose(
     Example: `pessa decompose whisper-tiny.en -o decomposed/`
     """
     recipe = _recipe(sites=sites, layers=layers)
-    run = _run(model, force, resume, dry_run, jobs, device, max_shard_size)
+    run = run_of(model, force, resume, dry_run, jobs, device, max_shard_size)
     from pessa_cli.model import open_model
     from pessa_cli.pipeline import decompose_model
     from pessa_cli.sources import open_source
 
     with open_source(model, revision, allow_pickle) as folder:
         opened = open_model(folder, architecture)
-        written = decompose_model(opened, out, _chosen(opened, recipe), run)
+        chosen = _chosen(opened, recipe)
+        with _calibrated(opened, chosen, calibrate, statistics, run) as found:
+            written = decompose_model(opened, out, chosen, run, found)
         document = _document(written, model, out)
     console.show_json(document) if json else _show_written(document, dry_run)
 
@@ -195,6 +208,9 @@ def prune(
     layers: LAYERS = None,
     method: METHOD = "svd",
     layout: LAYOUT = "compact",
+    calibrate: CALIBRATE = None,
+    statistics: STATISTICS = None,
+    sequential: SEQUENTIAL = False,
     dry_run: DRY_RUN = False,
     resume: RESUME = False,
     jobs: JOBS = 0,
@@ -211,7 +227,9 @@ def prune(
     Example: `pessa prune whisper-large-v3 --qk-thr 5e-3 --vo-thr 6e-3 -o out/`
     """
     recipe = _recipe(qk_thr, vo_thr, ratio, rank, energy, lossless, round_to, min_rank, sites, layers)
-    run = _run(model, force, resume, dry_run, jobs, device, max_shard_size)
+    if method == "vanilla" and (calibrate or statistics):
+        raise UsageError("--method vanilla goes by the weights alone", "leave out the data, or the method")
+    run = run_of(model, force, resume, dry_run, jobs, device, max_shard_size)
     from pessa_cli.model import open_model
     from pessa_cli.pipeline import prune_model
     from pessa_cli.sources import open_source
@@ -219,7 +237,8 @@ def prune(
     with open_source(model, revision, allow_pickle) as folder:
         opened = open_model(folder, architecture)
         chosen = _chosen(opened, recipe)
-        written = prune_model(opened, out, recipe.rule, chosen, method, layout, run)
+        with _calibrated(opened, chosen, calibrate, statistics, run, recipe.rule if sequential else None) as found:
+            written = prune_model(opened, out, recipe.rule, chosen, method, layout, run, found)
         document = _document(written, model, out)
     console.show_json(document) if json else _show_written(document, dry_run)
 
@@ -228,6 +247,7 @@ def prune(
 def export(
     model: MODEL,
     out: OUT,
+    to: TO = "transformers",
     layout: LAYOUT = "dense",
     dry_run: DRY_RUN = False,
     resume: RESUME = False,
@@ -237,20 +257,48 @@ def export(
     architecture: AS = None,
     revision: REVISION = None,
 ) -> None:
-    """Turn a pruned model from one layout into the other, without changing a number.
+    """Turn a pruned model from one layout into the other, without changing a number, or into another program's format.
 
     Example: `pessa export out/ -o dense/ --layout dense`
     """
+    if to != "transformers":
+        options = {"--layout": layout != "dense", "--dry-run": dry_run, "--resume": resume, "--as": architecture}
+        options["--max-shard-size"] = max_shard_size != "5GB"
+        _export_to(to, model, out, revision, force, json, [name for name, given in options.items() if given])
+        return
     from pessa_cli.model import open_model
     from pessa_cli.pipeline import export_model
     from pessa_cli.sources import open_source
 
-    run = _run(model, force, resume, dry_run, max_shard_size=max_shard_size)
+    run = run_of(model, force, resume, dry_run, max_shard_size=max_shard_size)
     with open_source(model, revision) as folder:
         opened = open_model(folder, architecture)
         written = export_model(opened, out, layout, run)
         document = _document(written, model, out)
     console.show_json(document) if json else _show_written(document, dry_run)
+
+
+def _export_to(to: str, model: str, out: Path, revision: str | None, force: bool, json: bool, unfit: list[str]) -> None:
+    """Write a model in another program's format; `unfit` are the options given that only a folder of ours has."""
+    if unfit:
+        raise UsageError(f"--to {to} has no {', '.join(unfit)}", "leave it out")
+    if out.exists() and Path(model).exists() and out.samefile(model):
+        raise PessaError(f"{out} is where the model is read from", "give another -o")
+    from pessa_cli.sources import open_source
+
+    with open_source(model, revision) as folder:
+        if to == "onnx":
+            from pessa_cli.onnx_export import export_onnx
+
+            export_onnx(folder, out, force, console.progress)
+        else:
+            from pessa_cli.openai_export import export_openai
+
+            export_openai(folder, out, force, console.progress)
+    if json:
+        console.show_json({"command": "export", "source": model, "to": to, "out": str(out)})
+    else:
+        console.note(f"{out} written, for {to}")
 
 
 @app.command()
@@ -266,6 +314,7 @@ def verify(
     tolerance: Annotated[float | None, typer.Option(help="Largest relative error; default: by dtype.")] = None,
     min_agreement: Annotated[float | None, typer.Option(help="Least share of equal top-1 predictions.")] = None,
     junit: Annotated[Path | None, typer.Option(help="Also write the result as a JUnit XML file.")] = None,
+    card: Annotated[bool, typer.Option("--card", help="Also put the figures into the candidate's README.md.")] = False,
     json: JSON = False,
     architecture: AS = None,
     revision: REVISION = None,
@@ -275,11 +324,16 @@ def verify(
 
     Example: `pessa verify whisper-tiny.en out/ --audio speech.wav`
     """
+    from pessa_cli.card import check_card, write_figures
     from pessa_cli.junit import check_junit, write_junit
 
     if candidate is None:
+        if card:
+            raise UsageError("--card: there are no figures without a CANDIDATE", "give both models")
         _verify_folder(Path(reference), json)
         return
+    if card:
+        check_card(Path(candidate))
     if junit is not None:
         check_junit(junit)
     report = _verify(
@@ -296,12 +350,48 @@ def verify(
     )
     if junit is not None:
         write_junit(junit, report)
+    if card:
+        write_figures(Path(candidate), Path(reference).name, report.rows, report.verdict)
     if json:
         console.show_json({"reference": reference, "candidate": candidate} | report.to_dict())
     else:
         console.show_report(report, (reference, candidate))
     if not report.same:
         raise typer.Exit(1)
+
+
+@app.command()
+def bench(
+    reference: Annotated[str, typer.Argument(metavar="REFERENCE", help="The original model.")],
+    candidate: Annotated[str, typer.Argument(metavar="CANDIDATE", help="The model made from it.")],
+    device: Annotated[str, typer.Option(help="Where both run, as cuda.")] = "cpu",
+    dtype: Annotated[Literal["float32", "float16", "bfloat16"], typer.Option(help="What both run in.")] = "float32",
+    threads: Annotated[int | None, typer.Option(help="Threads of each; default: as many as torch takes.")] = None,
+    batch: Annotated[int, typer.Option(help="Inputs at a time.")] = 1,
+    tokens: Annotated[int, typer.Option(help="Tokens to generate.")] = 32,
+    rounds: Annotated[int, typer.Option(help="Timed runs of each kind and model.")] = 5,
+    json: JSON = False,
+    revision: REVISION = None,
+    allow_pickle: ALLOW_PICKLE = False,
+) -> None:
+    """Measure which of two models is faster and smaller: time, memory, cache, parameters, bytes, and their ratios.
+
+    Example: `pessa bench whisper-tiny.en out/ --threads 2`
+    """
+    from pessa_cli.bench import Settings, bench_models
+    from pessa_cli.model import open_model
+    from pessa_cli.sources import open_source
+
+    settings = Settings(device, dtype, threads, batch, tokens, rounds)
+    with (
+        open_source(reference, revision, allow_pickle) as ours,
+        open_source(candidate, allow_pickle=allow_pickle) as theirs,
+    ):
+        found = bench_models(open_model(ours), open_model(theirs), settings, console.progress)
+    if json:
+        console.show_json({"reference": reference, "candidate": candidate} | found.to_dict())
+    else:
+        console.show_bench(found, (reference, candidate))
 
 
 @app.command()
@@ -326,7 +416,7 @@ def run(
     from pessa_cli.recipe import load_recipe
 
     recipe = load_recipe(recipe_file)
-    how = _run(model, force, resume, jobs=jobs, device=device, max_shard_size=max_shard_size)
+    how = run_of(model, force, resume, jobs=jobs, device=device, max_shard_size=max_shard_size)
     from pessa_cli.model import open_model
     from pessa_cli.pipeline import prune_model
     from pessa_cli.sources import open_source
@@ -352,6 +442,10 @@ def run(
             f"{out} is written, but is not the same model within the recipe's limits\n{listed(report.failures)}",
             "prune less, or set tolerance and min_agreement in the recipe's [verify]",
         )
+
+
+for command in (app_tune.tune, app_tune.merge, app_tune.evaluate):
+    app.command("eval" if command is app_tune.evaluate else None)(command)
 
 
 def _recipe(
@@ -381,6 +475,28 @@ def _chosen(model: Model, recipe: Recipe) -> list[Site]:
     from pessa_cli.sites import select
 
     return select(model.sites, recipe.sites, recipe.layers)
+
+
+@contextmanager
+def _calibrated(
+    model: Model,
+    sites: list[Site],
+    data: list[Path] | None,
+    files: list[Path] | None,
+    run: Run,
+    rule: Rule | None = None,
+) -> Iterator[Statistics | None]:
+    """The statistics that a command was given or has to collect; None, at no cost, where it goes by the weights."""
+    if not data and not files and rule is None:
+        yield None
+        return
+    from pessa_cli.calibrate import statistics_for
+
+    with statistics_for(model, sites, data or [], files or [], rule, console.progress, run.device) as found:
+        warnings = [] if found is None else found.warnings(sites)
+        if warnings:
+            console.note(f"few data, so the plain rule has its say in {len(warnings)} blocks\n{listed(warnings, 3)}")
+        yield found
 
 
 def _verify_folder(folder: Path, json: bool) -> None:
@@ -418,27 +534,6 @@ def _verify(
         return verify_models(*models, progress=console.progress, **options)
 
 
-def _run(
-    model: str,
-    force: bool = False,
-    resume: bool = False,
-    dry_run: bool = False,
-    jobs: int = 0,
-    device: str = "cpu",
-    max_shard_size: str = "5GB",
-) -> Run:
-    """How a command is to be carried out."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?(kB|KB|MB|GB|TB)", max_shard_size)
-    if match is None:
-        raise UsageError(f"--max-shard-size {max_shard_size!r} is no size", "write it as 5GB or 500MB")
-    unit = {"K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}[match[2][0].upper()]
-    from pessa_cli.pipeline import Run
-
-    path = Path(model)
-    name = path.resolve().name if path.exists() else model  # where it lies on this machine is nobody's business
-    return Run(name, force, resume, dry_run, jobs, device, int(float(match[1]) * unit), console.progress)
-
-
 def _document(written: Rewrite, source: str, out: Path) -> dict[str, Any]:
     """What a writing command has to say, as data."""
     from pessa_cli import report
@@ -451,6 +546,7 @@ def _document(written: Rewrite, source: str, out: Path) -> dict[str, Any]:
 
 def _show_written(document: dict[str, Any], dry_run: bool = False, check: bool = True) -> None:
     out, rule, layout = document["out"], document["rule"], document["layout"]
+    rule += ", calibrated" if document["method"] == "calibrated" else ""
     if document["command"] == "prune":
         console.show_totals(document["totals"], rule)
     if dry_run:

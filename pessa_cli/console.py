@@ -3,26 +3,33 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from math import log10
 from statistics import geometric_mean, median
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.live import Live
 from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from pessa_cli.errors import PessaError, badness
+from pessa_cli.errors import PessaError
 
 if TYPE_CHECKING:
+    from pessa_cli.bench import Bench
+    from pessa_cli.evaluate import Scores
     from pessa_cli.sites import Site
+    from pessa_cli.tune import Step
     from pessa_cli.verify import Report
 
 # Lines wrap where the terminal does it, so that a pipe gets them whole.
 OUT = Console(highlight=False, soft_wrap=True)
 ERR = Console(stderr=True, highlight=False, soft_wrap=True)
+MOST_STEPS = 12  # of a training run, in the moving table
 BARS = "▁▂▃▄▅▆▇█" if "utf" in OUT.encoding.lower() else "_.-:=+*#"
 
 
@@ -141,30 +148,12 @@ def show_plan(document: dict[str, Any]) -> None:
 
 def show_report(report: Report, names: tuple[str, str]) -> None:
     """What `verify` found, level by level, the worst places first, and the verdict last."""
-    limits = report.limits
     width = max(map(len, names))
     for name, parameters, nbytes in zip(names, report.parameters, report.nbytes, strict=True):
         OUT.print(f"{escape(name.ljust(width))}  {parameters:,} parameters, {size(nbytes)}")
     table = Table("level", "measure", "worst", "limit", "where", box=None, pad_edge=False)
-    for side in ("Q-K", "V-O", "Q", "K", "output bias"):
-        found = [d for d in report.weights if d.where.endswith(" " + side)]
-        if found:
-            worst = max(found, key=lambda d: badness(d.error))
-            where = worst.where.removesuffix(" " + side)
-            table.add_row("weights", f"{side}, relative error", f"{worst.error:.2e}", f"{limits.weights:.1e}", where)
-    equal = f"{len(report.unequal)} differ" if report.unequal else "equal"
-    table.add_row("weights", "all other tensors, bytes", equal, "equal", ", ".join(report.unequal[:2]))
-    if report.blocks:
-        worst = max(report.blocks, key=lambda d: badness(d.error))
-        table.add_row("blocks", "output, relative error", f"{worst.error:.2e}", f"{limits.outputs:.1e}", worst.where)
-    out = report.outputs
-    if out is not None:
-        table.add_row("outputs", f"{out.what}, relative error", f"{out.error:.2e}", f"{limits.outputs:.1e}", "")
-        table.add_row("outputs", f"{out.what}, largest difference", f"{out.max_difference:.2e}", "", "")
-        table.add_row("outputs", f"{out.what}, mean difference", f"{out.mean_difference:.2e}", "", "")
-        if out.kl is not None and out.agreement is not None:
-            table.add_row("outputs", "KL divergence, nats", f"{out.kl:.2e}", "", "")
-            table.add_row("outputs", "top-1 agreement", f"{out.agreement:.2%}", f"{limits.agreement:.2%}", "")
+    for row in report.rows:
+        table.add_row(*row)
     OUT.print(table)
     for text in report.texts:
         verdict = "the same text" if text.reference == text.candidate else "[red]different texts[/]"
@@ -179,6 +168,94 @@ def show_report(report: Report, names: tuple[str, str]) -> None:
     OUT.print("[bold red]not the same model[/]")
     for failure in report.failures:
         OUT.print(f"  {escape(failure)}")
+
+
+@contextmanager
+def training() -> Iterator[Callable[[Step], None]]:
+    """The last steps of a training run as a table that moves, on stderr; in a file or a pipe a line for each."""
+    shown: deque[Step] = deque(maxlen=MOST_STEPS)
+    with Live(console=ERR, auto_refresh=False) as live:
+
+        def watch(step: Step) -> None:
+            if ERR.is_terminal:
+                shown.append(step)
+                live.update(_steps_table(shown), refresh=True)
+            else:
+                ERR.print("  ".join(filter(None, (f"{h} {v}" if v else "" for h, v in _step_row(step).items()))))
+
+        yield watch
+
+
+def _steps_table(steps: Iterable[Step]) -> Table:
+    table = Table(box=None, pad_edge=False)
+    rows = [_step_row(step) for step in steps]
+    for heading in rows[0]:
+        table.add_column(heading, justify="right")
+    for row in rows:
+        table.add_row(*row.values())
+    return table
+
+
+def _step_row(step: Step) -> dict[str, str]:
+    left = step.seconds / max(1, step.step - step.first) * (step.steps - step.step)
+    return {
+        "step": f"{step.step}/{step.steps}",
+        "epoch": f"{step.epoch:.2f}",
+        "loss": "" if step.loss is None else f"{step.loss:.4f}",
+        "eval loss": "" if step.eval_loss is None else f"{step.eval_loss:.4f}",
+        "learning rate": "" if step.learning_rate is None else f"{step.learning_rate:.2e}",
+        "tokens/s": f"{step.tokens_per_second:,.0f}" if step.tokens_per_second else "",
+        "time": f"{timedelta(seconds=round(step.seconds))}",
+        "left": f"{timedelta(seconds=round(left))}",
+    }
+
+
+def show_tuned(record: dict[str, Any]) -> None:
+    """What a training run came to."""
+    share = record["trainable_parameters"] / record["parameters"]
+    OUT.print(
+        f"[bold]{escape(record['options']['adapter']['method'])}[/] trained {record['trainable_parameters']:,} of "
+        f"{record['parameters']:,} parameters ({share:.2%}) for {record['steps']} steps in {record['seconds']:.0f} s"
+    )
+    held_out = "" if record["eval_loss"] is None else f", {record['eval_loss']:.4f} on {record['eval_data']['file']}"
+    OUT.print(f"mean loss {record['loss']:.4f}{escape(held_out)}")
+
+
+def show_scores(scores: list[Scores], metric: str) -> None:
+    """The table of `eval`: a row a model, a column a task."""
+    OUT.print(f"accuracy in %, by {metric}; questions: {', '.join(f'{s.task} {s.count}' for s in scores[0].tasks)}")
+    table = Table("model", box=None, pad_edge=False)
+    for task in scores[0].tasks:
+        table.add_column(escape(task.task), justify="right")
+    table.add_column("mean", justify="right")
+    for model in scores:
+        values = (f"{100 * value:.1f}" for value in (*(task.accuracy for task in model.tasks), model.mean))
+        table.add_row(escape(model.model), *values)
+    OUT.print(table)
+
+
+def show_bench(bench: Bench, names: tuple[str, str]) -> None:
+    """The table of `bench`: the reference, the candidate, and the candidate's share of the reference."""
+    settings = bench.settings
+    rounds = f"medians of {settings.rounds} alternating runs"
+    how = f"{settings.device}, {settings.dtype}, {bench.threads} threads, batch {settings.batch}, {rounds}"
+    OUT.print(f"{how} ({escape(bench.processor)})")
+    table = Table("", box=None, pad_edge=False)
+    for name in (*names, "ratio"):
+        table.add_column(escape(name), justify="right")
+    for measure in bench.measures:
+        what = f"generate {settings.tokens} tokens" if measure.name == "generate" else measure.name
+        values = (_quantity(value, measure.unit) for value in (measure.reference, measure.candidate))
+        table.add_row(what, *values, "" if measure.ratio is None else f"{measure.ratio:.3f}")
+    OUT.print(table)
+
+
+def _quantity(value: float, unit: str) -> str:
+    if unit == "bytes":
+        return size(value)
+    if unit == "seconds":
+        return f"{value * 1000:.1f} ms" if value < 1 else f"{value:.2f} s"
+    return f"{value:,.0f}"
 
 
 def sparkline(spectrum: list[list[float]], width: int = 20) -> str:

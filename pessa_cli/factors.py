@@ -17,6 +17,7 @@ from pessa_cli.heads import HeadWeights
 from pessa_cli.sites import Site
 
 WELL_CONDITIONED = 1e-3
+NOTHING = 1e-13  # an eigenvalue of a Gram matrix of unit columns that is rounding and no direction
 MOST_PRODUCT = 1e150  # whose square is still a number
 
 
@@ -143,6 +144,93 @@ def singular_values(pair: Pair) -> Tensor:
     return _padded(torch.linalg.svdvals(_core(left, right)), pair.left.shape[-1])
 
 
+@dataclass(frozen=True)
+class Weighting:
+    """What real inputs make of the two factors of a product, as Gram matrices (G, d, d) that stand for their own.
+
+    `left` is the second moment of `x^T pair.left` over the inputs x that the left factor meets, `A^T E[x x^T] A`: what
+    comes out of a projection says all that is needed of what goes into it. `right` is the same for the other side,
+    None where what comes out of it counts as it is. Both are mixed with `shrinkage` times the plain Gram matrices,
+    brought to the same trace, so that samples too few to fill a head leave the plain rule and not noise.
+    """
+
+    left: Tensor
+    right: Tensor | None
+    shrinkage: float
+
+    def of_heads(self, heads: slice) -> Weighting:
+        """The same for some of the key/value heads."""
+        return Weighting(self.left[heads], None if self.right is None else self.right[heads], self.shrinkage)
+
+
+def weighted_transforms(pair: Pair, weighting: Weighting) -> Transforms:
+    """The SVD of each head's product as real inputs see it, C_l^(1/2) A B^T C_r^(1/2), as transforms of A and B.
+
+    A root of a Gram matrix is all that an SVD needs of a factor, so the weighted one takes the place of the plain
+    one: `R_l^T R_l = A^T C_l A`, `R_l R_r^T = U S V^T`, and the factors are `A R_l^-1 U S^(1/2)`, `B R_r^-1 V S^(1/2)`.
+    They make the same product, and by Eckart and Young their first r columns are its best approximation of rank r in
+    the weighted norm; what that loses is the norm of the spectrum's tail. Balanced are the plain norms of the columns,
+    which is what 16-bit numbers have to hold.
+    """
+    plain = [factor.mT @ factor for factor in (pair.left, pair.right)]
+    grams = [
+        _shrunk(gram, own, weighting.shrinkage)
+        for gram, own in zip((weighting.left, weighting.right), plain, strict=True)
+    ]
+    (left, inverse_left), (right, inverse_right) = (_roots(gram) for gram in grams)
+    u, spectrum, vh = torch.linalg.svd(_core(left, right))
+    root = spectrum.sqrt().unsqueeze(-2)
+    found = [inverse_left @ (u * root), inverse_right @ (vh.mT * root)]
+    norms = [(t * (own @ t)).sum(-2).clamp(min=0).sqrt() for t, own in zip(found, plain, strict=True)]  # (G, d)
+    balanced = (norms[0] * norms[1]).sqrt()
+    transforms, growth = [], torch.ones_like(spectrum[:, 0])
+    for t, own, norm in zip(found, plain, norms, strict=True):
+        t = t * (balanced / norm.where(norm > 0, 1.0)).unsqueeze(-2)
+        terms = own.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt().unsqueeze(-1) * t
+        growth = torch.maximum(growth, (terms.norm(dim=-2) / balanced.where(balanced > 0, torch.inf)).amax(-1))
+        transforms.append(t)
+    return Transforms(transforms[0], transforms[1], growth, spectrum)
+
+
+def _shrunk(gram: Tensor | None, plain: Tensor, shrinkage: float) -> Tensor:
+    """A weighted Gram matrix with so many times the plain one mixed in, brought to its trace; (G, d, d)."""
+    if gram is None:
+        return plain
+    trace, own = (g.diagonal(dim1=-2, dim2=-1).sum(-1).reshape(-1, 1, 1) for g in (gram, plain))
+    mixed = gram + shrinkage * trace / own.where(own > 0, 1.0) * plain
+    return torch.where(trace > 0, mixed, plain)  # inputs that were zero always say nothing
+
+
+def _roots(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """R with R^T R = gram, and its pseudo-inverse, (G, d, d) each: for columns of any scale, some of them zero."""
+    _check_size(gram)
+    scale = gram.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()  # (G, d)
+    inverse = torch.where(scale > 0, 1 / scale.where(scale > 0, 1.0), 0.0)
+    values, vectors = torch.linalg.eigh(inverse.unsqueeze(-1) * gram * inverse.unsqueeze(-2))
+    there = values > NOTHING * gram.shape[-1]
+    root = values.where(there, 0.0).sqrt()
+    over = torch.where(there, 1 / root.where(there, 1.0), 0.0)
+    return root.unsqueeze(-1) * vectors.mT * scale.unsqueeze(-2), inverse.unsqueeze(-1) * vectors * over.unsqueeze(-2)
+
+
+def refitted(o: Tensor, moment: Tensor, kept: Tensor, ridge: float) -> Tensor:
+    """The output projection of a block, (D_o, N), fitted anew to the directions that are kept, for all heads jointly.
+
+    moment: (N, N), the second moment of what the N directions of all heads carry. Least squares for what the full
+    projection makes of them: `O_kept + O_dropped M_dk (M_kk + ridge diag M_kk)^-1`; an infinite ridge changes nothing.
+    What is dropped of a head is uncorrelated to what it keeps, but not to what the others keep.
+    """
+    gone = torch.ones(len(moment), dtype=torch.bool, device=moment.device)
+    gone[kept] = False
+    inner = moment[kept][:, kept]
+    scale = inner.diagonal().clamp(min=0).sqrt()
+    inverse = torch.where(scale > 0, 1 / scale.where(scale > 0, 1.0), 0.0)
+    unit = inverse.unsqueeze(-1) * inner * inverse  # correlations, so that directions of any size count alike
+    unit = unit + (ridge + NOTHING) * torch.eye(len(unit), dtype=unit.dtype, device=unit.device)
+    correction = torch.linalg.solve(unit, inverse.unsqueeze(-1) * moment[kept][:, gone]) * inverse.unsqueeze(-1)
+    return o.index_add(1, kept, o[:, gone] @ correction.mT)
+
+
 def norm_products(pair: Pair) -> Tensor:
     """The L2 norms of each dimension's two columns multiplied, (G, d), descending: what "vanilla" pruning goes by."""
     products: Tensor = pair.left.norm(dim=-2) * pair.right.norm(dim=-2)
@@ -168,10 +256,19 @@ def sort_by_norm(pair: Pair) -> Factors:
     return transformed(pair, norm_transforms(pair))
 
 
-def recompose(weights: HeadWeights, absorbed: Absorbed, qk: Factors | None, vo: Factors, site: Site) -> HeadWeights:
+def recompose(
+    weights: HeadWeights,
+    absorbed: Absorbed,
+    qk: Factors | None,
+    vo: Factors,
+    site: Site,
+    mean: Tensor | None = None,
+) -> HeadWeights:
     """The block's weights with its products in factored form: the same function of its inputs, in float64.
 
-    Biases that the algebra has moved elsewhere stay as zeros, since the model's code expects to load them.
+    Biases that the algebra has moved elsewhere stay as zeros, since the model's code expects to load them. `mean`,
+    (G, d), is what the directions of V-O carry on average, for blocks with both biases: the value bias takes it off
+    and the output bias gives it back, so that a direction that is cut leaves its mean behind.
     """
     g, m, d = len(weights.v), site.group, site.head_dim
     q, k, q_bias, k_bias = weights.q, weights.k, weights.q_bias, weights.k_bias
@@ -181,9 +278,12 @@ def recompose(weights: HeadWeights, absorbed: Absorbed, qk: Factors | None, vo: 
         q_bias = None if q_bias is None else stacked[..., site.query_width]
         k_bias = None if k_bias is None else torch.zeros_like(k_bias)
     rows = vo.left.mT  # (G, d, D_k or D_k + 1)
-    v_bias = weights.v_bias
+    v_bias, o_bias = weights.v_bias, absorbed.o_bias
     if v_bias is not None:
-        v_bias = rows[..., site.key_width] if absorbed.o_bias is None else torch.zeros_like(v_bias)
+        v_bias = rows[..., site.key_width] if o_bias is None else torch.zeros_like(v_bias)
+    if mean is not None and v_bias is not None and o_bias is not None:
+        v_bias = -mean
+        o_bias = o_bias + (vo.right.double() @ mean.unsqueeze(-1)).reshape(-1, site.output_width).sum(0)
     return HeadWeights(
         q=q,
         k=k,
@@ -192,7 +292,7 @@ def recompose(weights: HeadWeights, absorbed: Absorbed, qk: Factors | None, vo: 
         q_bias=q_bias,
         k_bias=k_bias,
         v_bias=v_bias,
-        o_bias=absorbed.o_bias,
+        o_bias=o_bias,
     )
 
 
@@ -219,12 +319,16 @@ def product_norm(pair: Pair) -> Tensor:
 def _core(left: Tensor, right: Tensor) -> Tensor:
     """The d x d core of each head. Raises PessaError for numbers that only float64 checkpoints can hold."""
     core = left @ right.mT
-    if not (core.abs() < MOST_PRODUCT).all():  # nor NaN
+    _check_size(core)
+    return core
+
+
+def _check_size(product: Tensor) -> None:
+    if not (product.abs() < MOST_PRODUCT).all():  # nor NaN
         raise PessaError(
             f"a product of attention weights is too large for float64 ({MOST_PRODUCT:g})",
             "rescale the weights; no float32 checkpoint is that large",
         )
-    return core
 
 
 def _triangular(factor: Tensor) -> tuple[Tensor, Tensor]:

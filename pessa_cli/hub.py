@@ -26,7 +26,17 @@ REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 CTRANSLATE2 = ("model.bin", "vocabulary.json", "vocabulary.txt")
 # Beside the weights: configs, tokenizers and processors, licences, what pessa leaves in its own outputs, and the
 # modules of sentence-transformers. Code and pictures are not among them.
-SIDE_FILES = ("*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja", "LICEN[CS]E*", "NOTICE*", "spectra.safetensors")
+SIDE_FILES = (
+    "*.json",
+    "*.txt",
+    "*.model",
+    "*.tiktoken",
+    "*.jinja",
+    "LICEN[CS]E*",
+    "NOTICE*",
+    "spectra.safetensors",
+    "README.md",
+)
 MODULES = "[0-9]_*/config.json"
 Index = Callable[[str], Iterable[str]]
 ATTEMPTS = 3

@@ -18,7 +18,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from pessa_cli.errors import PessaError
-from pessa_cli.ragged import QUANT_METHOD, match_module, ragged_modules
+from pessa_cli.ragged import LOAD_HINT, QUANT_METHOD, match_module, ragged_modules
 from pessa_cli.runtime import RaggedIn, RaggedOut
 
 
@@ -37,6 +37,14 @@ class PessaQuantizer(HfQuantizer):  # type: ignore[misc]
     """Swaps the projections named in the config for ragged ones; nothing is quantised."""
 
     requires_calibration = False
+
+    def update_attn_implementation(self, config: Any) -> Any:
+        """Take out what config.json says to those who load it without us; what the user asked for stays."""
+        if config._attn_implementation == LOAD_HINT:
+            config._attn_implementation = None
+        return config
+
+    update_tp_plan = update_attn_implementation  # the hook of transformers before 5.20, called at the same place
 
     def _process_model_before_weight_loading(self, model: Any, **_: Any) -> Any:
         modules = ragged_modules({"quantization_config": self.quantization_config.to_dict()})
@@ -70,6 +78,11 @@ class PessaQuantizer(HfQuantizer):  # type: ignore[misc]
                 module.to_device(module.weight.device)
             if hasattr(module, "config"):
                 module.config._is_quantized = False
+        # Here, because it imports the code of the models that it knows.
+        from pessa_cli.narrow import narrow
+
+        narrow(model)
+        model.config.attn_implementation = LOAD_HINT  # read by nobody here, written by save_pretrained
         model.is_quantized = False  # plain floats: half(), to(dtype) and training work as for any model
         return model
 

@@ -16,6 +16,7 @@ from pessa_cli.sites import Site, find_sites, specs_of
 
 SPECTRA_FILE = "spectra.safetensors"
 MANIFEST_FILE = "pessa.json"
+CALIBRATED = "calibrated"
 
 
 @dataclass(frozen=True)
@@ -46,13 +47,16 @@ def open_model(folder: Path, architecture: str | None = None) -> Model:
 
 
 def save_spectra(folder: Path, spectra: Mapping[str, Spectra]) -> None:
-    """Write spectra.safetensors: "<site>.qk" and "<site>.vo", float64, (G, d) each."""
+    """Write spectra.safetensors: "<site>.qk" and "<site>.vo", float64, (G, d) each; metadata for calibrated ones."""
     from safetensors.torch import save
 
     tensors = {f"{name}.vo": torch.from_numpy(s.vo) for name, s in spectra.items()}
     tensors |= {f"{name}.qk": torch.from_numpy(s.qk) for name, s in spectra.items() if s.qk is not None}
     # As bytes, since the library's own files are for their owner's eyes only.
-    (folder / SPECTRA_FILE).write_bytes(save({name: tensor.contiguous() for name, tensor in sorted(tensors.items())}))
+    calibrated = " ".join(sorted(name for name, s in spectra.items() if s.calibrated))
+    about = {CALIBRATED: calibrated} if calibrated else None
+    ordered = {name: tensor.contiguous() for name, tensor in sorted(tensors.items())}
+    (folder / SPECTRA_FILE).write_bytes(save(ordered, about))
 
 
 def _load_spectra(folder: Path, sites: list[Site]) -> dict[str, Spectra]:
@@ -66,6 +70,7 @@ def _load_spectra(folder: Path, sites: list[Site]) -> dict[str, Spectra]:
     try:
         with safe_open(path, framework="pt") as file:
             there = set(file.keys())
+            calibrated = (file.metadata() or {}).get(CALIBRATED, "").split()
             tensors = {name: file.get_tensor(name) for name in wanted if name in there}
     except (SafetensorError, OSError, TypeError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
@@ -77,7 +82,7 @@ def _load_spectra(folder: Path, sites: list[Site]) -> dict[str, Spectra]:
             continue
         if (qk is None) == site.merges_qk or not all(_plausible(t, site) for t in (qk, vo) if t is not None):
             raise PessaError(f"{path} does not fit the weights at {site.name}", "decompose the model again")
-        spectra[site.name] = Spectra(None if qk is None else qk.numpy(), vo.numpy())
+        spectra[site.name] = Spectra(None if qk is None else qk.numpy(), vo.numpy(), site.name in calibrated)
     return spectra
 
 
@@ -93,7 +98,8 @@ def _plausible(spectrum: torch.Tensor, site: Site) -> bool:
 def check_spectra(model: Model, site: Site, weights: HeadWeights) -> None:
     """Raise PessaError when the spectra on file are of other weights than those read.
 
-    In balanced factors both columns of a direction have the norm sqrt(s), so that a change shows without an SVD.
+    In balanced factors both columns of a direction have the norm sqrt(s), so that a change shows without an SVD. Where
+    the spectrum is calibrated it says nothing about norms, but both are still the same.
     """
     known = model.spectra[site.name]
     # Rounding a column moves its norm by far less than the roundoff of its largest entries, but for numbers too small
@@ -101,8 +107,11 @@ def check_spectra(model: Model, site: Site, weights: HeadWeights) -> None:
     roundoff = max(UNIT_ROUNDOFF[site.dtype], 2.0**-40)
     longest = site.group * max(site.query_width, site.key_width, site.output_width) + site.group
     least = UNDERFLOW[site.dtype] * longest**0.5
-    for side, norms in _norms(weights, known.qk is not None):
-        roots = torch.from_numpy(known.vo if known.qk is None or side in "vo" else known.qk).sqrt()  # (G, d)
+    found = dict(_norms(weights, known.qk is not None))
+    for side, norms in found.items():
+        other = found[{"q": "k", "k": "q", "v": "o", "o": "v"}[side]]
+        spectrum = torch.from_numpy(known.vo if known.qk is None or side in "vo" else known.qk)
+        roots = other if known.calibrated else spectrum.sqrt()  # (G, d)
         allowed = 4 * roundoff * roots.amax(dim=-1, keepdim=True) + least
         if ((norms - roots).abs() > allowed).any():
             raise PessaError(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -23,16 +24,20 @@ from typing import Any, Literal
 import numpy as np
 
 from pessa_cli import __version__
+from pessa_cli.card import CARD_FILE, ORIGINAL_FILE, front_matter, is_card, model_card, read_card
 from pessa_cli.checkpoint import CONFIG_FILE, SINGLE_FILE, Header, write_json
 from pessa_cli.heads import Layout
 from pessa_cli.jobs import in_order
 from pessa_cli.model import MANIFEST_FILE, Model, save_spectra
-from pessa_cli.ragged import QUANT_METHOD, Ranks
+from pessa_cli.ragged import LOAD_HINT, QUANT_METHOD, Ranks
 from pessa_cli.ranks import RankPlan, Spectra, Spectrum
+from pessa_cli.report import totals
 from pessa_cli.sites import Site, ragged_site, with_ranks
+from pessa_cli.sources import source_name
 from pessa_cli.writer import ShardWriter, Staging, sha256_of, write_index
 
-Method = Literal["svd", "vanilla"]
+Method = Literal["svd", "vanilla", "calibrated"]
+UNHASHED = (MANIFEST_FILE, CARD_FILE)  # what cannot hold its own hash, and what people edit
 SHARD_BYTES = 5 * 10**9  # as transformers
 # Weights in other formats: a copy of them in the output would be the unpruned model again.
 WEIGHT_SUFFIXES = (
@@ -59,6 +64,7 @@ class Rewrite:
     method: Method = "svd"
     layout: Layout = "compact"
     shard_bytes: int = SHARD_BYTES
+    data: str | None = None
 
     @cached_property
     def stored(self) -> list[Site]:
@@ -73,33 +79,28 @@ class Rewrite:
         return with_ranks(site, self.ranks.qk[site.name], self.ranks.vo[site.name])
 
     @cached_property
+    def owner(self) -> dict[str, Site]:
+        """The rewritten block that a tensor belongs to."""
+        return {name: site for site in self.sites for name in site.tensors}
+
+    def sites_of(self, plan: Header) -> list[Site]:
+        """The rewritten blocks in a part of the header, in order."""
+        return list({self.owner[name].name: self.owner[name] for name in plan if name in self.owner}.values())
+
+    @cached_property
     def header(self) -> Header:
         """Every tensor of the output, in the output's order."""
         source = self.model.reader.header
         shapes = {name: shape for site in self.stored for name, shape in site.tensors.items()}
-        owner = {name: site for site in self.sites for name in site.tensors}
         order: dict[str, None] = {}
         for name in source:
-            order |= dict.fromkeys(owner[name].tensors if name in owner else [name])
+            order |= dict.fromkeys(self.owner[name].tensors if name in self.owner else [name])
         return {name: replace(source[name], shape=shapes.get(name, source[name].shape)) for name in order}
 
     @cached_property
     def shards(self) -> dict[str, dict[str, Any]]:
         """The files of the output under their final names, each with its part of the header."""
-        owner = {name: site.name for site in self.sites for name in site.tensors}
-        parts: list[dict[str, Any]] = [{}]
-        size = 0
-        for _, names in groupby(self.header, lambda name: owner.get(name, name)):
-            together = {name: self.header[name] for name in names}
-            nbytes = sum(info.nbytes for info in together.values())
-            if parts[-1] and size + nbytes > self.shard_bytes:
-                parts.append({})
-                size = 0
-            parts[-1] |= together
-            size += nbytes
-        if len(parts) == 1:
-            return {SINGLE_FILE: parts[0]}
-        return {f"model-{i:05}-of-{len(parts):05}.safetensors": part for i, part in enumerate(parts, 1)}
+        return cut_into_files(self.header, {name: site.name for name, site in self.owner.items()}, self.shard_bytes)
 
     @property
     def summary(self) -> dict[str, Any]:
@@ -111,6 +112,7 @@ class Rewrite:
             "command": self.command,
             "source": self.source,
             "method": self.method,
+            **({} if self.data is None else {"calibration_sha256": self.data}),
             "rule": self.rule,
             "layout": self.layout,
             "ranks": {s.name: {side: _text(plan[s.name]) for side, plan in sides.items()} for s in self.sites},
@@ -123,6 +125,23 @@ class Rewrite:
         shapes = {file: {name: info.shape for name, info in part.items()} for file, part in self.shards.items()}
         files = [(file, stat.st_size, stat.st_mtime_ns) for file, stat in self.model.reader.stats().items()]
         return hashlib.sha256(json.dumps([self.summary, shapes, files], sort_keys=True).encode()).hexdigest()
+
+
+def cut_into_files(header: Header, owner: Mapping[str, str], most_bytes: int) -> dict[str, dict[str, Any]]:
+    """The header in parts of at most so many bytes, by file name; neighbours of one owner stay together."""
+    parts: list[dict[str, Any]] = [{}]
+    size = 0
+    for _, names in groupby(header, lambda name: owner.get(name, name)):
+        together = {name: header[name] for name in names}
+        nbytes = sum(info.nbytes for info in together.values())
+        if parts[-1] and size + nbytes > most_bytes:
+            parts.append({})
+            size = 0
+        parts[-1] |= together
+        size += nbytes
+    if len(parts) == 1:
+        return {SINGLE_FILE: parts[0]}
+    return {f"model-{i:05}-of-{len(parts):05}.safetensors": part for i, part in enumerate(parts, 1)}
 
 
 def _text(ranks: Ranks) -> str:
@@ -159,9 +178,9 @@ def write_output(
         hashes = {file: hasher.submit(sha256_of, reader.folder / file) for file in reader.files}
         for file, plan in rewrite.shards.items():
             if file in staging.finished:
-                tick(sum(info.nbytes for info in plan.values()), len(_sites(rewrite, plan)))
+                tick(sum(info.nbytes for info in plan.values()), len(rewrite.sites_of(plan)))
                 continue
-            last = {list(site.tensors)[-1] for site in _sites(rewrite, plan)}
+            last = {list(site.tensors)[-1] for site in rewrite.sites_of(plan)}
             with ShardWriter(folder / file, plan, reader.metadata) as shard:
                 for name, tensor in _tensors(rewrite, plan, tensors_of, jobs):
                     if tensor is None:
@@ -176,14 +195,17 @@ def write_output(
         hasher.shutdown(cancel_futures=True)
     if len(rewrite.shards) > 1:
         write_index(folder, rewrite.shards)
-    copied = _copy_side_files(reader.folder, folder)
+    copied = copy_side_files(reader.folder, folder)
     _write_config(reader.config, rewrite.stored, folder)
-    if rewrite.method == "svd" and (rewrite.spectra or rewrite.model.spectra):
-        save_spectra(folder, dict(rewrite.model.spectra) | _cut(rewrite))
+    _write_card(rewrite, folder)
+    if known := _left(rewrite):
+        save_spectra(folder, known)
     reader.check_unchanged()
-    files = visible_files(folder)
+    files = {name: path for name, path in visible_files(folder).items() if name not in UNHASHED}
     outputs = {name: staging.finished.get(name) or sha256_of(path) for name, path in files.items()}
-    sources |= {CONFIG_FILE: sha256_of(reader.folder / CONFIG_FILE)} | {name: outputs[name] for name in copied}
+    sources |= {CONFIG_FILE: sha256_of(reader.folder / CONFIG_FILE)} | {
+        name: outputs[copy] for name, copy in copied.items()
+    }
     manifest = rewrite.summary | {
         "source_sha256": dict(sorted(sources.items())),
         "sha256": dict(sorted(outputs.items())),
@@ -195,26 +217,21 @@ def _tensors(
     rewrite: Rewrite, plan: Header, tensors_of: Callable[[Site], Mapping[str, Any]], jobs: int
 ) -> Iterator[tuple[str, Any]]:
     """The planned tensors in order: None for one to copy, computed ones a few blocks ahead."""
-    sites = _sites(rewrite, plan)
-    owned = {name for site in sites for name in site.tensors}
     ready: dict[str, Any] = {}
-    with closing(in_order(tensors_of, sites, jobs)) as results:
+    with closing(in_order(tensors_of, rewrite.sites_of(plan), jobs)) as results:
         for name in plan:
-            if name in owned and name not in ready:
+            if name in rewrite.owner and name not in ready:
                 ready = dict(next(results))
             yield name, ready.pop(name) if name in ready else None
-
-
-def _sites(rewrite: Rewrite, plan: Header) -> list[Site]:
-    """The rewritten blocks in a part of the header, in order."""
-    owner = {name: site for site in rewrite.sites for name in site.tensors}
-    return list({owner[name].name: owner[name] for name in plan if name in owner}.values())
 
 
 def _write_config(config: dict[str, Any], stored: list[Site], folder: Path) -> None:
     modules = {name: str(ragged) for site in stored for name, ragged in ragged_site(site).items()}
     config = {key: value for key, value in config.items() if key != "quantization_config"}
+    if config.get("attn_implementation") == LOAD_HINT:
+        del config["attn_implementation"]
     if modules:
+        config.setdefault("attn_implementation", LOAD_HINT)
         config["quantization_config"] = {"quant_method": QUANT_METHOD, "modules": modules}
     write_json(folder / CONFIG_FILE, config)
 
@@ -235,17 +252,43 @@ def visible_files(folder: Path) -> dict[str, Path]:
     return {name.as_posix(): path for name, path in files.items() if not any(p.startswith(".") for p in name.parts)}
 
 
-def _copy_side_files(source: Path, folder: Path) -> list[str]:
-    """Tokenizer, generation config and whatever else the source has, but no weights and nothing we write anew."""
-    names = [
-        name
+def copy_side_files(source: Path, folder: Path) -> dict[str, str]:
+    """Copy tokenizer, generation config and whatever else the source has, but no weights and nothing we write anew.
+
+    Returns the names there and here: a card that pessa did not write gets another one, byte for byte as it is.
+    """
+    copied = {
+        name: name
         for name in visible_files(source)
-        if name not in (CONFIG_FILE, MANIFEST_FILE) and not name.endswith(WEIGHT_SUFFIXES)
-    ]
-    for name in names:
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source / name, folder / name)
-    return names
+        if name not in (CONFIG_FILE, *UNHASHED) and not name.endswith(WEIGHT_SUFFIXES)
+    }
+    if CARD_FILE in visible_files(source) and not is_card(read_card(source)):
+        copied[CARD_FILE] = ORIGINAL_FILE
+    for name, copy in copied.items():
+        (folder / copy).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source / name, folder / copy)
+    return copied
+
+
+def _write_card(rewrite: Rewrite, folder: Path) -> None:
+    reader, model = rewrite.model.reader, rewrite.model
+    card = read_card(reader.folder) if CARD_FILE in visible_files(reader.folder) else ""
+    known = front_matter(card)
+    names = (source_name(reader.folder), rewrite.source, known.pop("base_model", "") if is_card(card) else "")
+    repository = next((name for name in names if re.fullmatch(r"[\w.-]+/[\w.-]+", name, re.ASCII)), None)
+    counts = totals(reader.header, model.sites, rewrite.sites, rewrite.ranks)
+    original = (folder / ORIGINAL_FILE).exists()
+    text = model_card(rewrite.summary, reader.config, counts, known, repository, original)
+    (folder / CARD_FILE).write_text(text, encoding="utf-8")
+
+
+def _left(rewrite: Rewrite) -> dict[str, Spectra]:
+    """The spectra that hold for the output: none of blocks that are in no such order, or were fitted anew."""
+    if rewrite.method == "vanilla":
+        return {}
+    fitted = rewrite.command == "prune" and rewrite.data is not None
+    others = {name: known for name, known in rewrite.model.spectra.items() if name not in rewrite.ranks.vo}
+    return others if fitted else dict(rewrite.model.spectra) | _cut(rewrite)
 
 
 def _cut(rewrite: Rewrite) -> dict[str, Spectra]:
@@ -256,7 +299,9 @@ def _cut(rewrite: Rewrite) -> dict[str, Spectra]:
 
     plan = rewrite.ranks
     return {
-        name: Spectra(None if known.qk is None else cut(known.qk, plan.qk[name]), cut(known.vo, plan.vo[name]))
+        name: replace(
+            known, qk=None if known.qk is None else cut(known.qk, plan.qk[name]), vo=cut(known.vo, plan.vo[name])
+        )
         for name, known in rewrite.spectra.items()
         if name in plan.vo
     }

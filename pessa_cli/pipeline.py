@@ -27,9 +27,11 @@ from pessa_cli.factors import (
     norm_products,
     norm_transforms,
     recompose,
+    refitted,
     singular_values,
     svd_transforms,
     transformed,
+    weighted_transforms,
 )
 from pessa_cli.heads import HeadWeights, Layout, NotFiniteError, joined, read_site, write_site
 from pessa_cli.jobs import in_order, one_thread
@@ -39,6 +41,7 @@ from pessa_cli.ragged import Ranks
 from pessa_cli.ranks import RankPlan, Rule, Spectra, Spectrum, plan_ranks
 from pessa_cli.sites import Site
 from pessa_cli.spool import Spool
+from pessa_cli.statistics import Statistics, Weighed, kept_directions, refit_moment, weigh
 from pessa_cli.writer import new_folder
 
 TRANSFORMS = tuple(field.name for field in fields(Transforms))
@@ -58,6 +61,7 @@ class Way(NamedTuple):
 METHODS: dict[Method, Way] = {
     "svd": Way(singular_values, svd_transforms),
     "vanilla": Way(norm_products, norm_transforms),
+    "calibrated": Way(singular_values, svd_transforms),  # where there are no statistics any more: the plain way
 }
 
 
@@ -105,10 +109,16 @@ def _count(site: Site) -> int:
 
 
 def measure(
-    model: Model, sites: list[Site], method: Method = "svd", run: Run | None = None, spool: Spool | None = None
+    model: Model,
+    sites: list[Site],
+    method: Method = "svd",
+    run: Run | None = None,
+    spool: Spool | None = None,
+    statistics: Statistics | None = None,
 ) -> dict[str, Spectra]:
     """The spectra of the given sites: those on file, or computed from the weights block by block.
 
+    With `statistics` the spectra are what real inputs make of them, whatever is on file.
     `spool` is for a pass that rewrites the blocks afterwards: their transforms go there, and spectra on file are not
     held against the weights yet, since the rewriting reads them anyway. Raises PessaError with every tensor that is
     not finite, after having looked at all of them, and when weights have changed since their spectra were written.
@@ -117,7 +127,7 @@ def measure(
     way = METHODS[method]
 
     def measured(site: Site) -> tuple[Spectra, Sides] | NotFiniteError:
-        known = model.spectra.get(site.name) if method == "svd" else None
+        known = model.spectra.get(site.name) if method == "svd" and statistics is None else None
         if known is not None and spool is not None:
             return known, []
         try:
@@ -128,12 +138,15 @@ def measure(
             check_spectra(model, site, weights)
             return known, []
         pairs = (_pairs(absorb(part, site)) for part in weights.parts())
-        if spool is None:
+        if statistics is not None:
+            sides = _sides(_weighted(pairs, _weighed(statistics, site, weights, run.device)))
+        elif spool is not None:
+            sides = _sides([way.transforms(pair) for pair in part] for part in pairs)
+        else:
             spectra = zip(*([way.spectrum(pair) for pair in part] for part in pairs), strict=True)
             return _spectra([_together(side) for side in spectra]), []
-        found = list(zip(*([way.transforms(pair) for pair in part] for part in pairs), strict=True))
-        sides = [[_together(getattr(t, name) for t in side) for name in TRANSFORMS] for side in found]
-        return _spectra([side[-1] for side in sides]), [t for side in sides for t in side]
+        known_as = replace(_spectra(sides[len(TRANSFORMS) - 1 :: len(TRANSFORMS)]), calibrated=statistics is not None)
+        return known_as, sides
 
     spectra: dict[str, Spectra] = {}
     faults: list[str] = []
@@ -157,6 +170,26 @@ def measure(
     return spectra
 
 
+def _sides(parts: Iterable[list[Transforms]]) -> Sides:
+    """The transforms of a block from those of its parts."""
+    found = zip(*parts, strict=True)
+    return [_together(getattr(t, name) for t in side) for side in found for name in TRANSFORMS]
+
+
+def _weighed(statistics: Statistics, site: Site, weights: HeadWeights, device: str) -> Weighed:
+    v_bias = None if weights.v_bias is None else weights.v_bias.to(device)
+    return weigh(statistics.of(site, weights).to(device), site, v_bias)
+
+
+def _weighted(parts: Iterable[list[Pair]], weighed: Weighed) -> Iterator[list[Transforms]]:
+    """The transforms of each part of a block, whose heads follow one another."""
+    start = 0
+    for pairs in parts:
+        cut = slice(start, start := start + len(pairs[-1].left))
+        sides = (weighed.qk, weighed.vo)[-len(pairs) :]
+        yield [weighted_transforms(pair, side.of_heads(cut)) for pair, side in zip(pairs, sides, strict=True)]
+
+
 def _pairs(absorbed: Absorbed) -> list[Pair]:
     """The products of a block that are decomposed: Q-K, if it can be merged, and V-O."""
     return [absorbed.vo] if absorbed.qk is None else [absorbed.qk, absorbed.vo]
@@ -170,16 +203,23 @@ def _together(parts: Iterable[torch.Tensor]) -> NDArray[np.float64]:
     return np.concatenate([part.cpu().numpy() for part in parts])
 
 
-def decompose_model(model: Model, out: Path, sites: list[Site] | None = None, run: Run | None = None) -> Rewrite:
+def decompose_model(
+    model: Model,
+    out: Path,
+    sites: list[Site] | None = None,
+    run: Run | None = None,
+    statistics: Statistics | None = None,
+) -> Rewrite:
     """Write the model with every block as balanced factors at full rank, and its spectra: same names and shapes."""
     run, sites = run or Run(), model.sites if sites is None else sites
     full = {site.name: site.full for site in sites}
 
     def plan(spool: Spool | None) -> Rewrite:
-        spectra = measure(model, sites, run=run, spool=spool)
-        return _rewrite("decompose", model, sites, RankPlan(full, full), spectra, "full rank", "svd", "dense", run)
+        spectra = measure(model, sites, run=run, spool=spool, statistics=statistics)
+        rewrite = _rewrite("decompose", model, sites, RankPlan(full, full), spectra, "full rank", "svd", "dense", run)
+        return rewrite if statistics is None else replace(rewrite, method="calibrated", data=statistics.sha256)
 
-    return _written(plan, model, out, run)
+    return _written(plan, model, out, run, statistics=statistics)
 
 
 def prune_model(
@@ -190,13 +230,18 @@ def prune_model(
     method: Method = "svd",
     layout: Layout = "compact",
     run: Run | None = None,
+    statistics: Statistics | None = None,
 ) -> Rewrite:
     """Write the model with only the directions that the rule keeps, and return what was written.
 
+    With `statistics` directions are ordered and cut by what real inputs make of them, and the output projection is
+    fitted anew to those that are kept; without, by the weights alone.
     Blocks that are stored as balanced factors already (from `decompose` or an earlier `prune`) are sliced; the
     others are decomposed first, with the same bytes as a result.
     """
     run, sites = run or Run(), model.sites if sites is None else sites
+    if method == "vanilla" and statistics is not None:
+        raise UsageError("--method vanilla goes by the weights alone", "leave out the data, or the method")
     if method == "vanilla" and any(site.name in model.spectra for site in sites):
         raise UsageError(
             f"{model.reader.folder} is decomposed: its original dimensions are gone",
@@ -204,11 +249,15 @@ def prune_model(
         )
 
     def plan(spool: Spool | None) -> Rewrite:
-        spectra = measure(model, sites, method, run, spool)
+        spectra = measure(model, sites, method, run, spool, statistics)
         ranks = plan_ranks(sites, spectra, rule)
-        return _rewrite("prune", model, sites, ranks, spectra, str(rule), method, layout, run)
+        known = any(found.calibrated for found in spectra.values())
+        rewrite = _rewrite(
+            *("prune", model, sites, ranks, spectra, str(rule)), "calibrated" if known else method, layout, run
+        )
+        return rewrite if statistics is None else replace(rewrite, method="calibrated", data=statistics.sha256)
 
-    return _written(plan, model, out, run)
+    return _written(plan, model, out, run, statistics=statistics)
 
 
 def export_model(model: Model, out: Path, layout: Layout, run: Run | None = None) -> Rewrite:
@@ -241,7 +290,12 @@ def _rewrite(
 
 
 def _written(
-    plan: Callable[[Spool | None], Rewrite], model: Model, out: Path, run: Run, as_stored: bool = False
+    plan: Callable[[Spool | None], Rewrite],
+    model: Model,
+    out: Path,
+    run: Run,
+    as_stored: bool = False,
+    statistics: Statistics | None = None,
 ) -> Rewrite:
     """Plan and carry out; the place of the output is made sure of before any work.
 
@@ -259,7 +313,9 @@ def _written(
             if as_stored:
                 _check_nothing_lost(model, weights, site, *ranks)
             elif transforms := spool.take(site.name):
-                weights = _factorised(weights.to(run.device), site, transforms).to("cpu")
+                weights = weights.to(run.device)
+                weighed = None if statistics is None else _weighed(statistics, site, weights, run.device)
+                weights = _factorised(weights, site, transforms, weighed, ranks[1]).to("cpu")
             else:
                 check_spectra(model, site, weights)
             return write_site(weights, site, *ranks, reader.header, rewrite.layout)
@@ -271,8 +327,21 @@ def _written(
     return rewrite
 
 
-def _factorised(weights: HeadWeights, site: Site, found: Sides) -> HeadWeights:
-    """The block in factored form, at full rank."""
+def calibrated_block(
+    model: Model, site: Site, ranks: tuple[Ranks, Ranks], statistics: Statistics
+) -> dict[str, torch.Tensor]:
+    """The tensors of one block as `prune_model` would write it in the dense layout."""
+    weights = read_site(model.reader, site)
+    weighed = _weighed(statistics, site, weights, "cpu")
+    found = _sides(_weighted((_pairs(absorb(part, site)) for part in weights.parts()), weighed))
+    weights = _factorised(weights, site, found, weighed, ranks[1])
+    return write_site(weights, site, *ranks, model.reader.header, "dense")
+
+
+def _factorised(
+    weights: HeadWeights, site: Site, found: Sides, weighed: Weighed | None, vo_ranks: Ranks
+) -> HeadWeights:
+    """The block in factored form, at full rank; a calibrated one ready to be cut to `vo_ranks`."""
     parts: list[HeadWeights] = []
     o_bias, start, device = weights.o_bias, 0, weights.v.device
     sides = [found[at : at + len(TRANSFORMS)] for at in range(0, len(found), len(TRANSFORMS))]
@@ -282,10 +351,24 @@ def _factorised(weights: HeadWeights, site: Site, found: Sides) -> HeadWeights:
         transforms = [Transforms(*(torch.from_numpy(array[cut]).to(device) for array in side)) for side in sides]
         absorbed = absorb(part, site, _precision(part, transforms))
         factors = [transformed(pair, known) for pair, known in zip(_pairs(absorbed), transforms, strict=True)]
-        rewritten = recompose(part, absorbed, factors[0] if len(factors) == 2 else None, factors[-1], site)
+        mean = None
+        if weighed is not None and weighed.center is not None:
+            mean = (weighed.center[cut].unsqueeze(1) @ transforms[-1].left).squeeze(1)
+        rewritten = recompose(part, absorbed, factors[0] if len(factors) == 2 else None, factors[-1], site, mean)
         o_bias = rewritten.o_bias
         parts.append(joined([rewritten], weights))
-    return joined(parts, weights)
+    whole = joined(parts, weights)
+    if weighed is None or vo_ranks == site.full:
+        return whole
+    return _refitted(whole, site, vo_ranks, found, weighed)
+
+
+def _refitted(weights: HeadWeights, site: Site, ranks: Ranks, found: Sides, weighed: Weighed) -> HeadWeights:
+    """The factored block with its output projection fitted anew to the directions of V-O that are kept."""
+    transform = torch.from_numpy(found[-len(TRANSFORMS)]).to(weights.o.device)
+    moment, kept = refit_moment(weighed, transform, site), kept_directions(site, ranks).to(weights.o.device)
+    o = refitted(weights.o.double().reshape(site.output_width, -1), moment, kept, weighed.ridge)
+    return replace(weights, o=o.reshape(weights.o.shape).to(weights.o.dtype))
 
 
 def _precision(weights: HeadWeights, transforms: list[Transforms]) -> torch.dtype:

@@ -10,6 +10,9 @@ from typing import Any
 from pessa_cli.errors import PessaError
 
 QUANT_METHOD = "pessa"
+# Stands in config.json as `attn_implementation`. The loader takes it out again; where there is no loader, transformers
+# stops and quotes it, which it does with nothing else that a model folder says.
+LOAD_HINT = "compact model: pip install pessa, and `import pessa_cli` before from_pretrained"
 Ranks = tuple[int, ...]  # one rank a head; for a whole block, one a key/value head
 
 

@@ -24,10 +24,15 @@ UNDERFLOW = {"F64": 0.0, "F32": 2.0**-150, "F16": 2.0**-25, "BF16": 2.0**-134}
 
 @dataclass(frozen=True)
 class Spectra:
-    """The spectra of one block, (G, d) each and descending; no Q-K where it cannot be merged."""
+    """The spectra of one block, (G, d) each and descending; no Q-K where it cannot be merged.
+
+    Singular values of the products, or where `calibrated` what real inputs make of them: in units of the attention
+    scores for Q-K, and of what is added to the residual stream for V-O.
+    """
 
     qk: Spectrum | None
     vo: Spectrum
+    calibrated: bool = False
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,11 @@ _PRUNE: Mapping[str, type | tuple[type, ...]] = {
     "layout": str,
 }
 _VERIFY: Mapping[str, type | tuple[type, ...]] = {"level": str, "tolerance": _NUMBER, "min_agreement": _NUMBER}
-_CHOICES = {"method": ("svd", "vanilla"), "layout": ("compact", "dense"), "level": ("weights", "blocks", "outputs")}
+_CHOICES = {
+    ("prune", "method"): ("svd", "vanilla"),
+    ("prune", "layout"): ("compact", "dense"),
+    ("verify", "level"): ("weights", "blocks", "outputs"),
+}
 _RULE = ("qk_thr", "vo_thr", "ratio", "rank", "energy", "round_to", "min_rank")
 
 
@@ -49,18 +53,9 @@ class Recipe:
 
 def load_recipe(path: Path) -> Recipe:
     """The recipe in a TOML file. Raises UsageError for keys that do not exist and values of the wrong type."""
-    try:
-        size = file_size(path)
-        if size > MOST_BYTES:
-            raise ValueError(f"it has {size:,} bytes, more than {MOST_BYTES:,}")
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:  # UnicodeDecodeError and TOMLDecodeError are ValueErrors
-        raise PessaError(f"{path} is not a readable recipe: {error}", "see the examples in configs/") from None
-    unknown = [key for key in content if key not in ("prune", "verify")]
-    if unknown:
-        raise UsageError(f"{path}: unknown table or key {shortened(unknown[0])}", "a recipe has [prune] and [verify]")
-    prune = _checked(path, "prune", content.get("prune", {}), _PRUNE)
-    verify = _checked(path, "verify", content["verify"], _VERIFY) if "verify" in content else None
+    content = read_toml(path, "prune", "verify")
+    prune = checked(path, "prune", content.get("prune", {}), _PRUNE)
+    verify = checked(path, "verify", content["verify"], _VERIFY) if "verify" in content else None
     try:
         if verify is not None:
             check_limits(verify.get("tolerance"), verify.get("min_agreement"))
@@ -73,6 +68,22 @@ def load_recipe(path: Path) -> Recipe:
         )
     except UsageError as error:
         raise UsageError(f"{path}: {error.message}", error.hint) from None
+
+
+def read_toml(path: Path, *tables: str) -> dict[str, Any]:
+    """The content of a recipe. Raises UsageError for anything at the top but these tables."""
+    try:
+        size = file_size(path)
+        if size > MOST_BYTES:
+            raise ValueError(f"it has {size:,} bytes, more than {MOST_BYTES:,}")
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:  # UnicodeDecodeError and TOMLDecodeError are ValueErrors
+        raise PessaError(f"{path} is not a readable recipe: {error}", "see the examples in configs/") from None
+    unknown = [key for key in content if key not in tables]
+    if unknown:
+        known = " and ".join(f"[{table}]" for table in tables)
+        raise UsageError(f"{path}: unknown table or key {shortened(unknown[0])}", f"a recipe has {known}")
+    return content
 
 
 def check_limits(tolerance: float | None, min_agreement: float | None) -> None:
@@ -97,19 +108,22 @@ def parse_layers(text: str) -> frozenset[int]:
     return frozenset(layers)
 
 
-def _checked(path: Path, table: str, values: Any, known: Mapping[str, type | tuple[type, ...]]) -> dict[str, Any]:
+def checked(path: Path, table: str, values: Any, known: Mapping[str, type | tuple[type, ...]]) -> dict[str, Any]:
+    """The values of one table, when each key is known and of its type. Raises UsageError otherwise."""
     if not isinstance(values, dict):
         raise UsageError(f"{path}: {table} is no table", f"write [{table}] above its keys")
     for key, value in values.items():
         if key not in known:
             raise UsageError(f"{path}: [{table}] has no key {shortened(key)}", f"it has {', '.join(known)}")
-        if not isinstance(value, known[key]) or isinstance(value, bool):
+        if not isinstance(value, known[key]) or (isinstance(value, bool) and known[key] is not bool):
             kind = type(value).__name__
             raise UsageError(f"{path}: {key} = {shortened(value)} is a {kind}", "see the examples in configs/")
         if isinstance(value, int) and abs(value) > 2**53:
             raise UsageError(f"{path}: {key} = {shortened(value)} is too large", "see the examples in configs/")
-        if key in _CHOICES and value not in _CHOICES[key]:
-            raise UsageError(f"{path}: {key} = {shortened(value)}", f"it is one of {', '.join(_CHOICES[key])}")
+        choices = _CHOICES.get((table, key))
+        if choices is not None and value not in choices:
+            raise UsageError(f"{path}: {key} = {shortened(value)}", f"it is one of {', '.join(choices)}")
         if isinstance(value, list) and {type(site) for site in value} != {str}:
-            raise UsageError(f"{path}: sites = {shortened(value)}", 'write it as ["encoder.self"]')
+            example = "encoder.self" if key == "sites" else "q_proj"
+            raise UsageError(f"{path}: {key} = {shortened(value)}", f'write it as ["{example}"]')
     return values

@@ -1,12 +1,14 @@
 """Ragged projections: linear layers that store only the kept directions of each head and still look full-width.
 
 Between them the stock attention code sees slots of the original head_dim, zero where a direction was cut, so its
-caches, masks and kernels run unchanged and the softmax scale stays that of the original head_dim.
+caches, masks and kernels run unchanged and the softmax scale stays that of the original head_dim. `attention` asks
+them for other slots.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -14,14 +16,58 @@ from torch import Tensor, nn
 from pessa_cli.heads import live
 from pessa_cli.ragged import Ragged
 
+FEW_ROWS = 64
+
+
+@dataclass(frozen=True)
+class Slots:
+    """Columns to be set side by side: `index` names for each slot the column it takes, or their number for zeros.
+
+    `pieces` are the same as runs of columns, (first column, how many), the first None for zeros: copying those is four
+    times as fast as picking columns one by one, but for few rows not worth so many steps.
+    """
+
+    index: Tensor
+    pieces: tuple[tuple[int | None, int], ...]
+
+    @staticmethod
+    def of(index: Tensor, columns: int) -> Slots:
+        pieces: list[tuple[int | None, int]] = []
+        for column in index.tolist():
+            first, length = pieces[-1] if pieces else (-1, 0)
+            follows = column == columns if first is None else column == first + length < columns
+            if follows and length:
+                pieces[-1] = first, length + 1
+            else:
+                pieces.append((None if column == columns else column, 1))
+        return Slots(index, tuple(pieces))
+
+    def to(self, device: torch.device) -> Slots:
+        return Slots(self.index.to(device), self.pieces)
+
+    def fill(self, x: Tensor) -> Tensor:
+        """(..., columns) -> (..., slots)."""
+        if self.pieces == ((0, x.shape[-1]),):
+            return x
+        if x.shape[:-1].numel() < FEW_ROWS or not x.is_cpu:
+            index = self.index if self.index.device == x.device else self.index.to(x.device)
+            zeros = any(first is None for first, _ in self.pieces)
+            return (nn.functional.pad(x, (0, 1)) if zeros else x).index_select(-1, index)
+        widest = max([0, *(length for first, length in self.pieces if first is None)])
+        zero = x.new_zeros(*x.shape[:-1], widest)
+        parts = [(zero if first is None else x).narrow(-1, first or 0, length) for first, length in self.pieces]
+        return torch.cat(parts, -1) if parts else x[..., :0]
+
 
 class _RaggedLinear(nn.Linear):
     """A linear layer with some of its rows or columns left out; reports the full in_features and out_features."""
 
-    index: Tensor  # a plain attribute: transformers overwrites buffers that no checkpoint holds
+    slots: Slots  # a plain attribute: transformers overwrites buffers that no checkpoint holds
+    ragged: Ragged
 
-    def _adopt(self, index: Tensor) -> None:
-        self.index = index
+    def _adopt(self, ragged: Ragged, slots: Slots) -> None:
+        self.ragged = ragged
+        self.slots = slots
 
     def _apply(self, fn: Callable[..., Tensor], recurse: bool = True) -> nn.Module:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -29,12 +75,9 @@ class _RaggedLinear(nn.Linear):
         return self
 
     def to_device(self, device: torch.device) -> None:
-        """Keep the index beside the weight; what is on meta has no place yet."""
+        """Keep the slots beside the weight; what is on meta has no place yet."""
         if device.type != "meta":
-            self.index = self.index.to(device)
-
-    def index_beside(self, x: Tensor) -> Tensor:
-        return self.index if self.index.device == x.device else self.index.to(x.device)
+            self.slots = self.slots.to(device)
 
 
 class RaggedOut(_RaggedLinear):
@@ -60,17 +103,18 @@ class RaggedOut(_RaggedLinear):
         # For each slot the column of the narrow output that fills it; the last column is the added zero.
         gather = torch.full((self.out_features,), len(index), device="cpu")
         gather[index] = torch.arange(len(index), device="cpu")
-        self._adopt(gather)
+        self._adopt(ragged, Slots.of(gather, len(index)))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, slots: Slots | None = None) -> Tensor:
+        """`slots`: others than head_dim a head."""
         narrow = nn.functional.linear(x, self.weight, self.bias)
-        return nn.functional.pad(narrow, (0, 1)).index_select(-1, self.index_beside(x))
+        return (slots or self.slots).fill(narrow)
 
 
 class RaggedIn(_RaggedLinear):
     """W_O with columns for the kept directions only; takes the full slots and reads the live ones.
 
-    weight: (out_features, sum of ranks); input: (..., len(ranks) * head_dim).
+    weight: (out_features, sum of ranks); input: (..., len(ranks) * head_dim), or just the live slots.
     """
 
     def __init__(self, linear: nn.Linear, ragged: Ragged) -> None:
@@ -85,7 +129,8 @@ class RaggedIn(_RaggedLinear):
         )
         self.weight = nn.Parameter(self.weight[:, : len(index)], linear.weight.requires_grad)
         self.in_features = len(ragged.ranks) * ragged.head_dim
-        self._adopt(index)
+        self._adopt(ragged, Slots.of(index, self.in_features))
 
     def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.linear(x.index_select(-1, self.index_beside(x)), self.weight, self.bias)
+        live = x if x.shape[-1] == self.weight.shape[1] else self.slots.fill(x)
+        return nn.functional.linear(live, self.weight, self.bias)

@@ -66,7 +66,7 @@ def run_both(
     reference: Model, candidate: Model, whole: bool, audio: list[Path], text: list[Path]
 ) -> tuple[list[tuple[str, float]], Outputs | None, list[Text]]:
     """The relative error of each attention block's output, and if `whole` those of the outputs and all texts."""
-    with _quiet_transformers():
+    with quiet_transformers():
         return _run_both(reference, candidate, whole, audio, text)
 
 
@@ -87,19 +87,36 @@ def _run_both(
             written = [(name, *_transcribe(folder, (ours, theirs), samples)) for name, samples in clips]
             texts = [Text(name, *said) for name, said, _ in written]
             samples = [_speech_inputs(ours, features, ids) for _, _, (features, ids) in written]
-            samples = samples or [_noise(ours)]
+            samples = samples or [noise(ours)]
         else:
             prompts = _prompts(folder, ours, text)
             samples = [inputs for _, inputs in prompts]
             if whole and ours.can_generate():
                 texts = [_continue(folder, ours, theirs, name, inputs) for name, inputs in prompts]
         blocks, expected = _compare_blocks(reference.sites, ours, theirs, samples)
-        outputs = _compare_outputs(expected, [_output(theirs, inputs) for inputs in samples]) if whole else None
+        outputs = _compare_outputs(expected, [output_of(theirs, inputs) for inputs in samples]) if whole else None
     return blocks, outputs, texts if whole else []
 
 
-def load(model: Model) -> Any:
-    """The model in its own class from transformers, float32, in eval mode."""
+def load(model: Model, dtype: torch.dtype = torch.float32) -> Any:
+    """The model in its own class from transformers, in eval mode."""
+    folder, kind = model.reader.folder, model_class(model)
+    hint = "the checkpoint and its config.json do not fit; weights alone compare with --level weights"
+    try:
+        # Mismatched sizes are asked for as data, because as an exception they come without the names.
+        options = {"output_loading_info": True, "ignore_mismatched_sizes": True} | LOCAL_ONLY
+        loaded, info = kind.from_pretrained(folder, dtype=dtype, **options)
+    except Exception as error:  # whatever transformers raises, it is about this folder
+        raise PessaError(f"transformers cannot load {folder}\n{listed(str(error).splitlines())}", hint) from error
+    faults = [f"{name}: missing" for name in sorted(info["missing_keys"])]
+    faults += [f"{name}: {tuple(found)}, the model has {tuple(own)}" for name, found, own in info["mismatched_keys"]]
+    if faults:
+        raise PessaError(f"{folder} does not have the weights of a {kind.__name__}\n{listed(faults)}", hint)
+    return loaded.eval()
+
+
+def model_class(model: Model) -> Any:
+    """The class from transformers that config.json names, and whose construction runs no code of the checkpoint."""
     folder, names = model.reader.folder, model.reader.config.get("architectures")
     kind = getattr(transformers, str(names[0]), None) if isinstance(names, list) and names else None
     kernels = str(model.reader.config.get("attn_implementation") or "")
@@ -110,21 +127,10 @@ def load(model: Model) -> Any:
             f"{folder}: config.json names no model of transformers under `architectures` ({names})",
             "add the class it was saved from, or compare weights alone: --level weights",
         )
-    hint = "the checkpoint and its config.json do not fit; weights alone compare with --level weights"
-    try:
-        # Mismatched sizes are asked for as data, because as an exception they come without the names.
-        options = {"output_loading_info": True, "ignore_mismatched_sizes": True} | LOCAL_ONLY
-        loaded, info = kind.from_pretrained(folder, dtype=torch.float32, **options)  # type: ignore[attr-defined]
-    except Exception as error:  # whatever transformers raises, it is about this folder
-        raise PessaError(f"transformers cannot load {folder}\n{listed(str(error).splitlines())}", hint) from error
-    faults = [f"{name}: missing" for name in sorted(info["missing_keys"])]
-    faults += [f"{name}: {tuple(found)}, the model has {tuple(own)}" for name, found, own in info["mismatched_keys"]]
-    if faults:
-        raise PessaError(f"{folder} does not have the weights of a {names[0]}\n{listed(faults)}", hint)
-    return loaded.eval()
+    return kind
 
 
-def _from_folder(kind: Any, folder: Path, what: str) -> Any:
+def from_folder(kind: Any, folder: Path, what: str) -> Any:
     """A tokenizer or processor. Raises PessaError when the folder has none."""
     try:
         return kind.from_pretrained(folder, **LOCAL_ONLY)
@@ -134,7 +140,7 @@ def _from_folder(kind: Any, folder: Path, what: str) -> Any:
 
 
 @contextmanager
-def _quiet_transformers() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """transformers' own progress bars and notes would stand among our results."""
     log = transformers.utils.logging
     verbosity, bars = log.get_verbosity(), log.is_progress_bar_enabled()
@@ -148,7 +154,7 @@ def _quiet_transformers() -> Iterator[None]:
             log.enable_progress_bar()
 
 
-def _output(model: Any, inputs: Inputs) -> tuple[str, Tensor]:
+def output_of(model: Any, inputs: Inputs) -> tuple[str, Tensor]:
     extra = {"use_cache": False} if hasattr(model.config, "use_cache") else {}
     output = model(**inputs, **extra)
     logits = getattr(output, "logits", None)
@@ -182,13 +188,14 @@ def _compare_blocks(
     with ExitStack() as hooks:
         for site in sites:
             _hook_block(site, ours, theirs, squares[site.name], hooks)
-        expected = [_output(ours, inputs) for inputs in samples]
+        expected = [output_of(ours, inputs) for inputs in samples]
     return [(name, (off / all_) ** 0.5 if all_ else off**0.5) for name, (off, all_) in squares.items()], expected
 
 
 def _hook_block(site: Site, ours: Any, theirs: Any, squares: list[float], hooks: ExitStack) -> None:
     """Add to `squares` the squared norms of the difference and of the reference's output, at every call."""
-    (block, o), (other_block, other_o) = _modules(site, ours), _modules(site, theirs)
+    (block, ours_at), (other_block, theirs_at) = modules_of(site, ours), modules_of(site, theirs)
+    o, other_o = ours_at["o"], theirs_at["o"]
     seen: dict[str, Any] = {}
 
     def entered(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -213,26 +220,27 @@ def _hook_block(site: Site, ours: Any, theirs: Any, squares: list[float], hooks:
     hooks.callback(block.register_forward_hook(finished).remove)
 
 
-def _modules(site: Site, model: Any) -> tuple[nn.Module, nn.Module]:
-    """The module that holds the block's four projections, and its output projection."""
+def modules_of(site: Site, model: Any) -> tuple[nn.Module, dict[str, nn.Module]]:
+    """The module that holds the block's four projections, and those, by their letter."""
     modules = dict(model.named_modules())
-    names = [match_module(site.module(side), modules) for side in "qo"]
-    if names[0] is None or names[1] is None:
+    found = {side: match_module(site.module(side), modules) for side in "qkvo"}
+    names = {side: name for side, name in found.items() if name is not None}
+    if len(names) < len(found):
         raise PessaError(f"{type(model).__name__} has no module named {site.q}", "compare with --level weights")
     shared = 0
-    q, o = names[0].split("."), names[1].split(".")
+    q, o = names["q"].split("."), names["o"].split(".")
     while q[shared] == o[shared]:
         shared += 1
-    return modules[".".join(q[:shared])], modules[names[1]]
+    return modules[".".join(q[:shared])], {side: modules[name] for side, name in names.items()}
 
 
-def _noise(model: Any) -> Inputs:
+def noise(model: Any, batch: int = 1) -> Inputs:
     """Built-in input for a speech model: one window of noise in the range of log-mel features, random tokens."""
     generator = torch.Generator().manual_seed(SEED)
     config = model.config
-    features = torch.randn(1, config.num_mel_bins, 2 * config.max_source_positions, generator=generator)
+    features = torch.randn(batch, config.num_mel_bins, 2 * config.max_source_positions, generator=generator)
     length = min(64, config.max_target_positions)
-    ids = torch.randint(config.vocab_size, (1, length), generator=generator)
+    ids = torch.randint(config.vocab_size, (batch, length), generator=generator)
     ids[:, 0] = config.decoder_start_token_id
     return {"input_features": features.clamp(-1, 1.5), "decoder_input_ids": ids}
 
@@ -247,7 +255,7 @@ def _speech_inputs(model: Any, features: Tensor, ids: Tensor) -> Inputs:
 
 def _transcribe(folder: Path, models: tuple[Any, Any], samples: Any) -> tuple[list[str], tuple[Tensor, Tensor]]:
     """What each model hears under greedy decoding, and the reference's features and tokens."""
-    processor = _from_folder(transformers.AutoProcessor, folder, "preprocessor and tokenizer")
+    processor = from_folder(transformers.AutoProcessor, folder, "preprocessor and tokenizer")
     long = len(samples) > 30 * SAMPLE_RATE
     more = {"truncation": False, "padding": "longest", "return_attention_mask": True} if long else {}
     inputs = processor(samples, sampling_rate=SAMPLE_RATE, return_tensors="pt", **more)
@@ -261,15 +269,20 @@ def _prompts(folder: Path, model: Any, paths: list[Path]) -> list[tuple[str, Inp
     """Token inputs for a text model: the given files', or a built-in passage, or random tokens for no tokenizer."""
     most = min(TEXT_TOKENS, getattr(model.config, "max_position_embeddings", TEXT_TOKENS))
     if not paths and not _has_tokenizer(folder):
-        ids = torch.randint(model.config.vocab_size, (2, min(64, most)), generator=torch.Generator().manual_seed(SEED))
-        return [("random tokens", {"input_ids": ids, "attention_mask": torch.ones_like(ids)})]
+        return [("random tokens", random_tokens(model, 2, min(64, most)))]
     contents = [(path.name, _read_text(path)) for path in paths] or [("built-in text", PASSAGE)]
-    tokenizer = _from_folder(transformers.AutoTokenizer, folder, "tokenizer")
+    tokenizer = from_folder(transformers.AutoTokenizer, folder, "tokenizer")
     prompts: list[tuple[str, Inputs]] = []
     for name, content in contents:
         encoded = tokenizer(content, return_tensors="pt", truncation=True, max_length=most)
         prompts.append((name, {key: encoded[key] for key in ("input_ids", "attention_mask")}))
     return prompts
+
+
+def random_tokens(model: Any, batch: int, length: int) -> Inputs:
+    """Built-in input for a text model without a tokenizer."""
+    ids = torch.randint(model.config.vocab_size, (batch, length), generator=torch.Generator().manual_seed(SEED))
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
 def _read_text(path: Path) -> str:
@@ -296,5 +309,5 @@ def _continue(folder: Path, ours: Any, theirs: Any, name: str, inputs: Inputs) -
     ]
     if not _has_tokenizer(folder):
         return Text(name, *(" ".join(map(str, ids)) for ids in tokens))
-    tokenizer = _from_folder(transformers.AutoTokenizer, folder, "tokenizer")
+    tokenizer = from_folder(transformers.AutoTokenizer, folder, "tokenizer")
     return Text(name, *(tokenizer.decode(ids) for ids in tokens))

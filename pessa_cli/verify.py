@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from pessa_cli.card import CARD_FILE
 from pessa_cli.checkpoint import CheckpointReader, read_json
 from pessa_cli.errors import PessaError, UsageError, badness
 from pessa_cli.factors import Pair, absorb, relative_difference
@@ -114,6 +115,41 @@ class Report:
     @property
     def same(self) -> bool:
         return all(check.passed for check in self.checks)
+
+    @property
+    def rows(self) -> list[tuple[str, str, str, str, str]]:
+        """The worst of each measure in words: level, measure, worst, limit, where."""
+        limits, out = self.limits, self.outputs
+        rows: list[tuple[str, str, str, str, str]] = []
+        limit = f"{limits.weights:.1e}"
+        for side in ("Q-K", "V-O", "Q", "K", "output bias"):
+            found = [d for d in self.weights if d.where.endswith(" " + side)]
+            if found:
+                worst = max(found, key=lambda d: badness(d.error))
+                where = worst.where.removesuffix(" " + side)
+                rows.append(("weights", f"{side}, relative error", f"{worst.error:.2e}", limit, where))
+        equal = f"{len(self.unequal)} differ" if self.unequal else "equal"
+        rows.append(("weights", "all other tensors, bytes", equal, "equal", ", ".join(self.unequal[:2])))
+        limit = f"{limits.outputs:.1e}"
+        if self.blocks:
+            worst = max(self.blocks, key=lambda d: badness(d.error))
+            rows.append(("blocks", "output, relative error", f"{worst.error:.2e}", limit, worst.where))
+        if out is not None:
+            rows.append(("outputs", f"{out.what}, relative error", f"{out.error:.2e}", limit, ""))
+            rows.append(("outputs", f"{out.what}, largest difference", f"{out.max_difference:.2e}", "", ""))
+            rows.append(("outputs", f"{out.what}, mean difference", f"{out.mean_difference:.2e}", "", ""))
+            if out.kl is not None and out.agreement is not None:
+                rows.append(("outputs", "KL divergence, nats", f"{out.kl:.2e}", "", ""))
+                least = f"{limits.agreement:.2%}"
+                rows.append(("outputs", "top-1 agreement", f"{out.agreement:.2%}", least, ""))
+        return rows
+
+    @property
+    def verdict(self) -> str:
+        """The answer in a line, for the model card."""
+        equal = sum(text.reference == text.candidate for text in self.texts)
+        texts = f"; {equal} of {len(self.texts)} texts written by both are the same" if self.texts else ""
+        return ("the same model within these limits" if self.same else "not the same model") + texts
 
     @property
     def worst(self) -> Difference:
@@ -282,7 +318,7 @@ def _unequal(reference: Model, candidate: Model, tick: Tick) -> list[str]:
     return found
 
 
-def _chunks(ours: CheckpointReader, theirs: CheckpointReader, name: str) -> Iterator[tuple[bytes | None, bytes | None]]:
+def _chunks(ours: CheckpointReader, theirs: CheckpointReader, name: str) -> Iterator[tuple[object, object]]:
     return zip_longest(ours.chunks(name), theirs.chunks(name))
 
 
@@ -295,7 +331,7 @@ def verify_folder(folder: Path) -> list[str]:
     hashes = manifest.get("sha256")
     if not isinstance(hashes, dict) or not hashes or not all(isinstance(name, str) for name in hashes):
         raise PessaError(f"{folder / MANIFEST_FILE} lists no SHA-256 of its files", "verify it against its original")
-    found = visible_files(folder).keys() - {MANIFEST_FILE}
+    found = visible_files(folder).keys() - {MANIFEST_FILE, *({CARD_FILE} - hashes.keys())}
     faults = [f"{name}: missing" for name in hashes if name not in found]
     faults += [f"{name}: changed" for name in hashes if name in found and sha256_of(folder / name) != hashes[name]]
     return faults + [f"{name}: not in the manifest" for name in sorted(found - hashes.keys())]

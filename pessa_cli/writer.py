@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     import torch
 
 CHUNKS_BEHIND = 8  # that the hash may be behind the writing
+ADAPTER_FILE = "adapter_config.json"
 JOURNAL_FILE = ".pessa-journal.json"
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -196,14 +197,16 @@ def write_index(folder: Path, plan: Mapping[str, Header]) -> None:
 
 @dataclass
 class Staging:
-    """The folder an output is written in, with a journal of the shards that are complete: file -> SHA-256.
+    """The folder an output is written in, with a journal of the parts that are complete: name -> SHA-256.
 
-    `run` identifies what is being written; a journal of another run is of no use to this one.
+    `run` identifies what is being written; a journal of another run is of no use to this one. A part is a file or a
+    folder; `parts` is what messages call them.
     """
 
     folder: Path
     out: Path
     resume: bool = False
+    parts: str = "finished shards"
     finished: dict[str, str] = field(default_factory=dict)
     _run: str = ""
 
@@ -217,7 +220,7 @@ class Staging:
         found = read_json(journal) if journal.exists() else {}
         shards = found.get("finished")
         if isinstance(shards, dict) and shards:
-            left = f"{self.folder} holds {len(shards)} finished shards of an earlier run"
+            left = f"{self.folder} holds {len(shards)} {self.parts} of an earlier run"
             if not self.resume:
                 raise PessaError(left, f"--resume goes on with it; rm -r {self.folder} gives it up")
             if found.get("run") != run:
@@ -233,10 +236,11 @@ class Staging:
 
     def _intact(self, file: str, digest: str) -> bool:
         path = self.folder / file
-        return Path(file).name == file and path.is_file() and sha256_of(path) == digest
+        return Path(file).name == file and path.exists() and sha256_of(path) == digest
 
     def done(self, file: str, digest: str) -> None:
-        """Note a shard that is complete and on the disk."""
+        """Note a part that is complete and on the disk; parts that are gone by now are forgotten."""
+        self.finished = {name: known for name, known in self.finished.items() if (self.folder / name).exists()}
         self.finished[file] = digest
         self._write_journal()
 
@@ -270,13 +274,15 @@ class Staging:
 
 
 @contextmanager
-def new_folder(out: Path, source: Path, force: bool = False, resume: bool = False) -> Iterator[Staging]:
-    """A folder beside `out` that becomes `out` at the end; when anything is raised, only finished shards stay in it.
+def new_folder(
+    out: Path, source: Path, force: bool = False, resume: bool = False, parts: str = "finished shards"
+) -> Iterator[Staging]:
+    """A folder beside `out` that becomes `out` at the end; when anything is raised, only finished parts stay in it.
 
     `force` lets another model give way, but never `source`, which is still being read, nor a folder that is no
     model. Raises PessaError in these cases, where nothing can be written, and where another run writes just now.
     """
-    folder = out.parent / f".{out.name}.partial"
+    folder = partial_folder(out)
     made: list[Path] = []
     try:
         _check_free(out, source, force)
@@ -286,7 +292,7 @@ def new_folder(out: Path, source: Path, force: bool = False, resume: bool = Fals
     except OSError as error:
         _remove_empty(made)
         raise PessaError(f"cannot write {out}: {error}", "give an -o in a folder you may write to") from None
-    staging = Staging(folder, out, resume)
+    staging = Staging(folder, out, resume, parts)
     try:
         yield staging
         staging.put_in_place()
@@ -303,6 +309,11 @@ def new_folder(out: Path, source: Path, force: bool = False, resume: bool = Fals
         _remove_empty(made)
 
 
+def partial_folder(out: Path) -> Path:
+    """Where an output is written until it is complete."""
+    return out.parent / f".{out.name}.partial"
+
+
 def _holds_shards(folder: Path) -> bool:
     """Whether a run, this one or an earlier one, has left shards that --resume can use."""
     try:
@@ -315,7 +326,7 @@ def _what_stays(staging: Staging) -> str:
     if not staging.finished:
         return ""
     return (
-        f"; {len(staging.finished)} finished shards stay in {staging.folder}: "
+        f"; {len(staging.finished)} {staging.parts} stay in {staging.folder}: "
         f"--resume goes on with them, rm -r {staging.folder} gives them up"
     )
 
@@ -346,7 +357,7 @@ def _check_free(out: Path, source: Path, force: bool) -> None:
     if place == read or place in read.parents:
         raise PessaError(f"{out} is where the model is read from, so --force does not replace it", "give another -o")
     weights = (out / SINGLE_FILE).exists() or (out / INDEX_FILE).exists() or any(out.glob("*.onnx"))
-    model = (out / CONFIG_FILE).exists() and weights
+    model = ((out / CONFIG_FILE).exists() and weights) or (out / ADAPTER_FILE).exists()
     if not model and not (out.is_dir() and not any(out.iterdir())):
         raise PessaError(f"{out} is not a model, so --force does not replace it", "give another -o")
 
@@ -365,6 +376,10 @@ def _remove_empty(folders: list[Path]) -> None:
 
 
 def sha256_of(path: Path) -> str:
-    """SHA-256 of a file, read in chunks."""
+    """SHA-256 of a file, read in chunks, or of a folder: of its files' names and digests."""
+    if path.is_dir():
+        files = [file for file in sorted(path.rglob("*")) if file.is_file()]
+        listing = [(file.relative_to(path).as_posix(), sha256_of(file)) for file in files]
+        return hashlib.sha256(json.dumps(listing).encode()).hexdigest()
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

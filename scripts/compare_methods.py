@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from fetch_models import fetch
@@ -20,7 +20,6 @@ from transformers.utils import logging
 
 from pessa_cli.audio import SAMPLE_RATE, load_audio
 from pessa_cli.model import open_model
-from pessa_cli.output import Method
 from pessa_cli.pipeline import prune_model
 from pessa_cli.ranks import Rule
 from pessa_cli.report import totals
@@ -62,7 +61,7 @@ def main() -> None:
     print("|---|---|---|---|---|")
     print(f"| 0% | {model.parameters:,} | original | 0% | {original} |")
     for ratio in (float(ratio) for ratio in args.ratios.split(",")):
-        for method in get_args(Method):
+        for method in ("svd", "vanilla"):
             with tempfile.TemporaryDirectory() as folder:
                 out = Path(folder) / "out"
                 written = prune_model(model, out, Rule(ratio=ratio), sites, method)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import tiny
@@ -15,6 +16,9 @@ import transformers
 from harness import Pessa, Result, TinyFolder
 
 from pessa_cli.app import main
+from pessa_cli.model import open_model
+from pessa_cli.pipeline import prune_model
+from pessa_cli.ranks import Rule
 
 # One thread a test process: for tiny matrices more are slower, and the cores are for other tests.
 os.environ["OMP_NUM_THREADS"] = "1"  # of the commands that tests start
@@ -43,6 +47,22 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> TinyFolder:
         return made[key]
 
     return folder
+
+
+@pytest.fixture(scope="session")
+def pruned(tiny_folder: TinyFolder, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`pruned("whisper", "dense")`: a tiny model pruned to uneven ranks, in that layout or compact, made once."""
+    made: dict[tuple[str, str], Path] = {}
+
+    def get(name: str, layout: Literal["compact", "dense"] = "compact") -> Path:
+        if (name, layout) not in made:
+            out = tmp_path_factory.mktemp("pruned") / "out"
+            written = prune_model(open_model(tiny_folder(name)), out, Rule(ratio=0.45), layout=layout)
+            assert len({rank for ranks in written.ranks.vo.values() for rank in ranks}) > 1
+            made[name, layout] = out
+        return made[name, layout]
+
+    return get
 
 
 @pytest.fixture

@@ -31,7 +31,7 @@ from safetensors.numpy import load_file
 
 Array = NDArray[np.float64]
 COMMANDS = ("inspect", "decompose", "prune", "export", "verify", "run")
-CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.toml"))
+CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("[!t]*.toml"))  # those of `pessa tune` are tune-*
 TOTALS = (
     "blocks blocks_chosen qk_pruned vo_pruned attention_parameters attention_parameters_after attention_pruned "
     "parameters parameters_after model_pruned bytes bytes_after"

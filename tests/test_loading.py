@@ -15,40 +15,12 @@ import tiny
 import torch
 import transformers
 from harness import TinyFolder
+from tiny import close, load
 
 from pessa_cli.model import open_model
 from pessa_cli.pipeline import prune_model
 from pessa_cli.ranks import Rule
 from pessa_cli.runtime import RaggedIn, RaggedOut
-
-UNEVEN = Rule(ratio=0.45)
-
-
-@pytest.fixture(scope="session")
-def pruned(tiny_folder: TinyFolder, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path]:
-    """A tiny model pruned to uneven ranks, by name and layout."""
-    made: dict[tuple[str, str], Path] = {}
-
-    def get(name: str, layout: str = "compact") -> Path:
-        if (name, layout) not in made:
-            out = tmp_path_factory.mktemp("pruned") / "out"
-            written = prune_model(open_model(tiny_folder(name)), out, UNEVEN, layout=layout)  # type: ignore[arg-type]
-            assert len({rank for ranks in written.ranks.vo.values() for rank in ranks}) > 1
-            made[name, layout] = out
-        return made[name, layout]
-
-    return get
-
-
-def load(folder: Path, **options: Any) -> Any:
-    kind = getattr(transformers, tiny.read_config(folder)["architectures"][0])
-    return kind.from_pretrained(folder, **options).eval()
-
-
-def close(a: Any, b: Any, tolerance: float = 1e-5) -> bool:
-    with torch.no_grad():
-        x, y = a(**tiny.inputs(a)).logits, b(**tiny.inputs(b)).logits
-    return float((x.float() - y.float()).norm() / x.float().norm()) < tolerance
 
 
 @pytest.mark.parametrize("name", tiny.NAMES)
@@ -175,19 +147,6 @@ def test_heads_of_rank_zero_and_whole_blocks_of_rank_zero(name: str, tiny_folder
     written = prune_model(open_model(tmp_path / "source"), tmp_path / "out", Rule())
     assert written.ranks.vo[site.name] == written.ranks.qk[site.name] == (0, 0, 0, 0)
     assert close(model, load(tmp_path / "out"))
-
-
-def test_without_the_import_loading_fails_loudly(pruned: Callable[[str, str], Path]) -> None:
-    code = (
-        "import sys, transformers\n"
-        f"sys.argv.append({str(pruned('bert', 'compact'))!r})\n"
-        "transformers.BertForMaskedLM.from_pretrained(sys.argv[-1])\n"
-    )
-    alone = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert alone.returncode != 0
-    assert "pessa" in alone.stderr
-    both = subprocess.run([sys.executable, "-c", "import pessa_cli\n" + code], capture_output=True, text=True)
-    assert both.returncode == 0, both.stderr
 
 
 def test_the_import_works_before_and_after_transformers() -> None:

@@ -56,10 +56,11 @@ def ask(server: Hub, place: Path, *arguments: object, **env: str) -> Result:
 
 
 def written(out: Path) -> dict[str, Any]:
-    """What a folder holds, but for what the manifest calls the source."""
+    """What a folder holds, but for what the manifest and the card call the source."""
     manifest = json.loads((out / "pessa.json").read_text())
     manifest.pop("source")
-    return snapshot(out) | {"pessa.json": manifest}
+    assert "attention pruned" in (out / "README.md").read_text()
+    return snapshot(out) | {"pessa.json": manifest, "README.md": ""}
 
 
 @pytest.fixture
@@ -80,7 +81,7 @@ def repository(tiny_folder: TinyFolder, place: Path) -> Path:
 
 
 NEEDED = [
-    *("added_tokens.json", "config.json", "generation_config.json", "merges.txt", "model.safetensors"),
+    *("README.md", "added_tokens.json", "config.json", "generation_config.json", "merges.txt", "model.safetensors"),
     *("preprocessor_config.json", "tokenizer.json", "vocab.json"),
 ]
 

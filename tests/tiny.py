@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from transformers import (
     BertConfig,
     BertForMaskedLM,
@@ -49,7 +50,7 @@ def inputs(model: PreTrainedModel, batch: int = 2) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(5, 90, (batch, 9), generator=generator)
     if model.config.model_type == "whisper":
-        features = torch.randn(batch, 8, 60, generator=generator)
+        features = torch.randn(batch, 8, 60, generator=generator).to(model.dtype)
         return {"input_features": features, "decoder_input_ids": ids}
     mask = torch.ones_like(ids)
     mask[-1, 6:] = 0
@@ -122,3 +123,16 @@ def read_config(folder: Path) -> dict[str, Any]:
     """A folder's config.json as it is, without the classes that would interpret it."""
     config: dict[str, Any] = json.loads((folder / "config.json").read_text())
     return config
+
+
+def load(folder: Path, **options: Any) -> Any:
+    """The model in the class that its config names; options as for from_pretrained."""
+    kind = getattr(transformers, read_config(folder)["architectures"][0])
+    return kind.from_pretrained(folder, **options).eval()
+
+
+def close(a: Any, b: Any, tolerance: float = 1e-5) -> bool:
+    """Whether two models say the same on the sample inputs."""
+    with torch.no_grad():
+        x, y = a(**inputs(a)).logits, b(**inputs(b)).logits
+    return float((x.float() - y.float()).norm() / x.float().norm()) < tolerance

@@ -1,0 +1,179 @@
+"""Bucketed attention: pruned heads in the kernel and in the cache no wider than their bucket.
+
+Queries, keys and values of all heads stand one after the other in one row a position, (batch, positions, row): so do
+the stock caches hold them, as one head of that width. A bucket is a view of it. The kernel wants q, k and v
+equally wide, and the narrower ones of keys and values are simply read beyond their end: what is read there meets
+zeros in the queries, or comes out in columns that nobody reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from pessa_cli.buckets import Bucket, Cost, Plan, plan
+from pessa_cli.heads import live
+from pessa_cli.ragged import Ranks
+from pessa_cli.runtime import Slots
+
+# Measured by `scripts/bench_attention.py --calibrate`, in microseconds. Constants rather than a race at loading:
+# the same folder computes the same numbers on every machine of a kind. What is not here runs scattered.
+ENCODING = {  # 1500 queries against 1500 keys
+    "cpu": Cost(call=30, head=430, width=40.6, stored=0, least=16),
+}
+DECODING = {  # one query against 1500 keys in the cache, which come from memory: other layers' were read in between
+    "cpu": Cost(call=15, head=2, width=0.05, stored=0.2),
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """Where a bucket's heads stand in a row: the first at `start`, the next each `step` on, read `width` wide."""
+
+    start: int
+    heads: int
+    step: int
+    width: int
+
+    def of_rows(self, rows: Tensor) -> Tensor:
+        """(batch, positions, row) -> (batch, heads, positions, width), nothing copied."""
+        length = (self.heads - 1) * self.step + self.width
+        return rows.narrow(-1, self.start, length).unfold(-1, self.width, self.step).transpose(1, 2)
+
+    def of_packed(self, packed: Tensor) -> Tensor:
+        """The same of what `Side.pack` made, (batch, 1, positions, row)."""
+        positions = packed.shape[-2]
+        length = (self.heads * positions - 1) * self.step + self.width
+        windows = packed.flatten(1).narrow(-1, self.start * positions, length).unfold(-1, self.width, self.step)
+        return windows.view(-1, self.heads, positions, self.width)
+
+
+@dataclass(frozen=True)
+class Side:
+    """How one of q, k and v is laid out: a run a bucket, and what the projection puts in the slots of a row."""
+
+    runs: tuple[Run, ...]
+    slots: Slots
+
+    def of_rows(self, rows: Tensor) -> list[Tensor]:
+        return [run.of_rows(rows) for run in self.runs]
+
+    def of_packed(self, packed: Tensor) -> list[Tensor]:
+        return [run.of_packed(packed) for run in self.runs]
+
+    def pack(self, rows: Tensor) -> Tensor:
+        """Rows (batch, positions, row) with the positions of each head together, for a cache: (batch, 1, positions, W).
+
+        Reading what is in memory in one piece is what a decoding step across to an encoder does most. Heads end
+        nowhere near the borders of the last two dimensions, so this suits only what is cached once and for all.
+        """
+        batch, positions, _ = rows.shape
+        runs = sorted(self.runs, key=lambda run: run.start)
+        heads = [
+            rows.narrow(-1, run.start, run.heads * run.step).view(batch, positions, run.heads, run.step).transpose(1, 2)
+            for run in runs
+        ]
+        beyond = any(run.step < run.width for run in runs) or not runs  # as in rows, never nothing
+        tail = [rows.new_zeros(batch, positions)] * beyond
+        return torch.cat([part.flatten(1) for part in [*heads, *tail]], -1).view(batch, 1, positions, -1)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A block's plan as views and indices. Results stand like queries; `live` names their live slots in file order,
+    and `spread` puts those in slots of head_dim, zeros in the others."""
+
+    plan: Plan
+    q: Side
+    k: Side
+    v: Side
+    live: Slots  # (sum of V-O ranks,)
+    spread: Slots  # (heads * head_dim,)
+
+    def to(self, device: torch.device) -> Layout:
+        def moved(side: Side) -> Side:
+            return replace(side, slots=side.slots.to(device))
+
+        return Layout(
+            self.plan,
+            moved(self.q),
+            moved(self.k),
+            moved(self.v),
+            self.live.to(device),
+            self.spread.to(device),
+        )
+
+    def attend(
+        self, call: Callable[..., Tensor], q: Tensor, k: list[Tensor], v: list[Tensor], mask: Tensor | None, exact: bool
+    ) -> Tensor:
+        """The live results (batch, queries, sum of V-O ranks) of `call(q, k, v, mask)`, once a bucket.
+
+        q is rows (batch, queries, row), k and v are views of theirs. `call` is given (batch, heads, positions, width)
+        and gives (batch, positions, heads, width); where it is `exact`, keys and values as wide as they are stored.
+        """
+        results = []
+        for bucket, *qkv in zip(self.plan.buckets, self.q.of_rows(q), k, v, strict=True):
+            own = mask if mask is None or mask.ndim < 4 or mask.shape[1] == 1 else mask[:, list(bucket.heads)]
+            if exact:
+                qkv = [x[..., :width] for x, width in zip(qkv, (bucket.qk, bucket.qk, bucket.vo), strict=True)]
+            result = call(*qkv, own)
+            results.append(nn.functional.pad(result, (0, bucket.width - result.shape[-1])).flatten(2))
+        return self.live.fill(torch.cat(results, -1) if results else q[..., :0])
+
+    def in_slots(self, results: Tensor) -> Tensor:
+        """The live results in slots of head_dim, as the stock attention gives them."""
+        return self.spread.fill(results)
+
+
+def one_query(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
+    """Attention of a single query in a batch of one, as two products: (1, heads, 1 or positions, width) each.
+
+    Reading keys and values is all the work there is, and matrix products read a quarter faster than the fused kernel.
+    """
+    scores = torch.bmm(q[0] * scaling, k[0].mT)  # (heads, 1, positions)
+    if mask is not None:
+        scores = scores.masked_fill(~mask[0], -torch.inf) if mask.dtype == torch.bool else scores + mask[0]
+    return torch.bmm(scores.softmax(-1), v[0]).transpose(0, 1).unsqueeze(0)
+
+
+def lay_out(qk_ranks: Ranks, vo_ranks: Ranks, head_dim: int, cost: Cost) -> Layout:
+    """The layout of a block by its cheapest plan, on the CPU."""
+    found = plan(qk_ranks, vo_ranks, head_dim, cost)
+    q = _side(found.buckets, [bucket.width for bucket in found.buckets], qk_ranks)
+    k = _side(found.buckets, [bucket.qk for bucket in found.buckets], qk_ranks)
+    v = _side(found.buckets, [bucket.vo for bucket in found.buckets], vo_ranks)
+    starts = _starts(found.buckets, q.runs)
+    order = [starts[head] + i for head, rank in enumerate(vo_ranks) for i in range(rank)]
+    spread = torch.full((len(vo_ranks) * head_dim,), len(order), device="cpu")
+    spread[live(vo_ranks, head_dim)] = torch.arange(len(order), device="cpu")
+    from_results = Slots.of(torch.tensor(order, dtype=torch.long, device="cpu"), len(q.slots.index))
+    return Layout(found, q, k, v, from_results, Slots.of(spread, len(order)))
+
+
+def _side(buckets: Sequence[Bucket], steps: Sequence[int], ranks: Ranks) -> Side:
+    """Buckets side by side, those last that are read the least beyond their end: so that rows end there too."""
+    runs: dict[int, Run] = {}
+    start = 0
+    for i in sorted(range(len(buckets)), key=lambda i: steps[i] - buckets[i].width):
+        runs[i] = Run(start, len(buckets[i].heads), steps[i], buckets[i].width)
+        start += runs[i].heads * steps[i]
+    ordered = tuple(runs[i] for i in range(len(buckets)))
+    # Never without a slot: a cache takes keys without a number in them for no keys.
+    row = max([1, start, *(run.start + (run.heads - 1) * run.step + run.width for run in ordered)])
+    slots = torch.full((row,), sum(ranks), device="cpu")
+    for head, first in _starts(buckets, ordered).items():
+        column = sum(ranks[:head])
+        slots[first : first + ranks[head]] = torch.arange(column, column + ranks[head], device="cpu")
+    return Side(ordered, Slots.of(slots, sum(ranks)))
+
+
+def _starts(buckets: Sequence[Bucket], runs: Sequence[Run]) -> dict[int, int]:
+    """Where in a row each head begins."""
+    return {
+        head: run.start + i * run.step
+        for bucket, run in zip(buckets, runs, strict=True)
+        for i, head in enumerate(bucket.heads)
+    }

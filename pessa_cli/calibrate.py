@@ -1,0 +1,331 @@
+"""Calibration: one pass of real data through the model, collecting what each attention block does with it.
+
+Speech models hear audio files, folders of them, or the clips of JSON lines; text models read text files or JSON lines.
+Every input runs alone, so that nothing is padding but what the model itself pads.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from pessa_cli.audio import SAMPLE_RATE, load_audio
+from pessa_cli.errors import PessaError, UsageError
+from pessa_cli.heads import read_site
+from pessa_cli.model import Model
+from pessa_cli.pipeline import Progress, Tick, calibrated_block, measure, quietly
+from pessa_cli.ranks import Rule, plan_ranks
+from pessa_cli.sidebyside import Inputs, from_folder, load, modules_of, output_of, quiet_transformers
+from pessa_cli.sites import Site
+from pessa_cli.statistics import BlockStatistics, Statistics, fingerprint, save_statistics
+from pessa_cli.writer import sha256_of
+
+AUDIO = (".wav", ".flac", ".ogg", ".mp3", ".opus")
+TEXT_TOKENS = 512  # of a window of text, if the model reads so many
+
+
+@dataclass(frozen=True)
+class Item:
+    """One file, or one line of JSON lines: a clip with what is said in it, if that is known, or a text."""
+
+    audio: Path | None = None
+    text: str | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return len(self.text or "") if self.audio is None else self.audio.stat().st_size
+
+
+@contextmanager
+def statistics_for(
+    model: Model,
+    sites: Sequence[Site],
+    data: Sequence[Path],
+    files: Sequence[Path],
+    rule: Rule | None = None,
+    progress: Progress = quietly,
+    device: str = "cpu",
+) -> Iterator[Statistics | None]:
+    """What the options --calibrate and --statistics come to: statistics read or collected, or None without either.
+
+    With both, what is collected goes to the one file. With `rule` they are collected in sequence.
+    """
+    if rule is not None and not data:
+        raise UsageError("--sequential depends on the rule", "give it the data itself: --calibrate")
+    if not data:
+        yield Statistics(*files) if files else None
+        return
+    if len(files) > 1:
+        raise UsageError("--calibrate writes one --statistics", "collect first, and add files up afterwards")
+    if files and files[0].exists():
+        raise UsageError(f"{files[0]} is there already", "leave out --calibrate to use it, or give another file")
+    with tempfile.TemporaryDirectory() as folder:
+        path = files[0] if files else Path(folder) / "statistics.safetensors"
+        collect(model, sites, data, path, rule, progress, device)
+        yield Statistics(path)
+
+
+def collect(
+    model: Model,
+    sites: Sequence[Site],
+    data: Sequence[Path],
+    out: Path,
+    rule: Rule | None = None,
+    progress: Progress = quietly,
+    device: str = "cpu",
+) -> None:
+    """Run the data through the model and write the statistics of its blocks to `out`.
+
+    Takes a float64 matrix of a block's width for each block, and the attention of one input at a time. With `rule`
+    each block meets what the blocks before it produce when they are pruned by it: one more pass for each block.
+    """
+    items, hashes = read_data(data)
+    weights = {site.name: fingerprint(read_site(model.reader, site)) for site in sites}
+    with quiet_transformers():
+        loaded = load_for_calibration(model).to(device)
+        with torch.inference_mode():
+            said = any(not site.spec.kind.startswith("encoder") for site in sites)
+            inputs = (given for item in items for given in _windows(model.reader.folder, loaded, item, said))
+            total = sum(item.nbytes for item in items)
+            if rule is None:
+                found = _listen(loaded, sites, inputs, progress("calibrating", total, 1))
+            else:
+                kept = list(inputs)  # what the whole model hears is what its decoder goes on with
+                found = _listen(loaded, sites, kept, progress("calibrating", total, 1))
+                save_statistics(out, found, weights, hashes)
+                plan = plan_ranks(list(sites), measure(model, list(sites), statistics=Statistics(out)), rule)
+                for site in sorted(sites, key=_place):
+                    found |= _listen(loaded, [site], kept, progress(f"calibrating {site.name}", total, 1))
+                    save_statistics(out, found, weights, hashes)
+                    ranks = plan.qk[site.name], plan.vo[site.name]
+                    _put(loaded, site, calibrated_block(model, site, ranks, Statistics(out)))
+    save_statistics(out, found, weights, hashes)
+
+
+def _place(site: Site) -> tuple[bool, int, bool]:
+    """Where a block stands among those that one input passes through."""
+    return not site.spec.kind.startswith("encoder"), site.layer, site.spec.kind.endswith("cross")
+
+
+def _put(model: Any, site: Site, tensors: Mapping[str, Tensor]) -> None:
+    """Exchange the weights of one block."""
+    _, projections = modules_of(site, model)
+    for side, module in projections.items():
+        for name, parameter in module.named_parameters():
+            parameter.copy_(tensors[f"{site.module(side)}.{name}"])
+
+
+def _windows(folder: Path, model: Any, item: Item, said: bool) -> Iterator[tuple[Inputs, int]]:
+    """The inputs of an item, each with its share of the bytes."""
+    windows = list(inputs_of(folder, model, item, said))
+    for window in windows:
+        yield window, item.nbytes // len(windows)
+
+
+def _listen(
+    model: Any,
+    sites: Sequence[Site],
+    inputs: Iterable[tuple[Inputs, int]],
+    progress: AbstractContextManager[Tick],
+) -> dict[str, BlockStatistics]:
+    """The statistics of the given blocks over all inputs."""
+    with ExitStack() as hooks, progress as tick:
+        collectors = {site.name: Collector(site, model, hooks) for site in sites}
+        for given, nbytes in inputs:
+            run(model, given, list(collectors.values()))
+            tick(nbytes, 0)
+        tick(0, 1)
+        return {name: collector.found() for name, collector in collectors.items()}
+
+
+def load_for_calibration(model: Model) -> Any:
+    """The model with an attention that gives its weights away. Raises UsageError for one in the compact layout."""
+    if any((site.qk_ranks, site.vo_ranks) != (site.full, site.full) for site in model.sites):
+        raise UsageError(
+            f"{model.reader.folder} is compact: some of its directions are gone",
+            "calibrate the original, or what `pessa export --layout dense` makes of this one",
+        )
+    loaded = load(model)
+    loaded.set_attn_implementation("eager")
+    return loaded
+
+
+def read_data(paths: Sequence[Path]) -> tuple[list[Item], list[str]]:
+    """The calibration data in files and folders, and the SHA-256 of each file of audio or text, once for equal ones.
+
+    Raises PessaError when there is none.
+    """
+    found: dict[str, list[Item]] = {}
+    for path in paths:
+        if path.is_dir():
+            files = sorted(file for file in path.rglob("*") if file.suffix.lower() in AUDIO)
+            if not files:
+                raise PessaError(f"{path} holds no audio", f"it has no file that ends in {', '.join(AUDIO)}")
+            found |= {sha256_of(file): [Item(audio=file)] for file in files}
+        elif not path.is_file():
+            raise PessaError(f"{path} is not there", "give audio or text files, folders of audio, or JSON lines")
+        elif path.suffix.lower() in AUDIO:
+            found[sha256_of(path)] = [Item(audio=path)]
+        elif path.suffix.lower() in (".jsonl", ".json"):
+            lines = list(_lines(path))
+            found |= {sha256_of(line.audio): [line] for line in lines if line.audio is not None}
+            if texts := [line for line in lines if line.audio is None]:
+                found[sha256_of(path)] = texts
+        else:
+            found[sha256_of(path)] = [Item(text=_text(path))]
+    return [item for items in found.values() for item in items], list(found)
+
+
+def _lines(path: Path) -> Iterator[Item]:
+    for number, line in enumerate(_text(path).splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            audio, text = row.get("audio", row.get("file")), row.get("text")
+            if not isinstance(audio or text, str) or not isinstance(text or "", str):
+                raise ValueError("it has no text and no audio")
+        except (ValueError, AttributeError, RecursionError) as error:
+            raise PessaError(f"{path}, line {number}: {error}", 'write {"audio": FILE} or {"text": "..."}') from None
+        clip = None if audio is None else path.parent / audio
+        if clip is not None and not clip.is_file():
+            raise PessaError(f"{path}, line {number}: {clip} is not there", "correct the path")
+        yield Item(clip, text)
+
+
+def _text(path: Path) -> str:
+    try:
+        content = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise PessaError(f"cannot read {path}: {error}", "give audio, UTF-8 text or JSON lines") from None
+    if not content.strip():
+        raise PessaError(f"{path} is empty", "give a file with some text")
+    return content
+
+
+def inputs_of(folder: Path, model: Any, item: Item, said: bool = True) -> Iterator[Inputs]:
+    """An item as inputs of batch 1, cut into windows of what the model takes at a time.
+
+    A decoder of speech gets the transcript, or what the model itself hears where there is none; unless `said` it is of
+    no interest, and gets next to nothing.
+    """
+    speech = model.main_input_name == "input_features"
+    if speech != (item.audio is not None):
+        what = "listens, and there is text" if speech else "reads, and there is audio"
+        raise UsageError(f"{folder} {what} in the data", "give audio to speech models and text to text models")
+    if item.audio is not None:
+        yield from _speech(folder, model, load_audio(item.audio), item.text, said)
+        return
+    tokenizer = from_folder(transformers.AutoTokenizer, folder, "tokenizer")
+    length = min(TEXT_TOKENS, getattr(model.config, "max_position_embeddings", TEXT_TOKENS))
+    if not tokenizer.is_fast:
+        raise PessaError(f"{folder}: its tokenizer cuts no windows", "add the tokenizer.json of the original model")
+    cut = tokenizer(item.text, truncation=True, max_length=length, return_overflowing_tokens=True)
+    for ids in cut["input_ids"]:
+        window = torch.tensor([ids])
+        yield {"input_ids": window, "attention_mask": torch.ones_like(window)}
+
+
+def _speech(folder: Path, model: Any, samples: NDArray[np.float32], text: str | None, said: bool) -> Iterator[Inputs]:
+    processor = from_folder(transformers.AutoProcessor, folder, "preprocessor and tokenizer")
+    window = processor.feature_extractor.n_samples
+    for start in range(0, len(samples), window):
+        part = samples[start : start + window]
+        features = processor(part, sampling_rate=SAMPLE_RATE, return_tensors="pt")["input_features"].to(model.device)
+        start_token = torch.full((1, 1), model.config.decoder_start_token_id, device=model.device)
+        if not said:
+            ids = start_token
+        elif text is not None and len(samples) <= window:
+            ids = processor.tokenizer(text, return_tensors="pt").input_ids[:, :-1]
+        else:
+            ids = model.generate(input_features=features, do_sample=False, num_beams=1)
+            if ids[0, 0] != start_token[0, 0]:
+                ids = torch.cat([start_token, ids], dim=1)
+        yield {"input_features": features, "decoder_input_ids": ids[:, : model.config.max_target_positions]}
+
+
+def run(model: Any, inputs: Inputs, collectors: Sequence[Collector]) -> None:
+    """One input through the model, with the collectors listening; generating before it does not count."""
+    for collector in collectors:
+        collector.on = True
+    try:
+        output_of(model, {name: tensor.to(model.device) for name, tensor in inputs.items()})
+    finally:
+        for collector in collectors:
+            collector.on = False
+
+
+class Collector:
+    """Listens to one attention block of a model, and adds up its statistics while `on`."""
+
+    def __init__(self, site: Site, model: Any, hooks: ExitStack) -> None:
+        g, d, n = site.kv_heads, site.head_dim, site.heads * site.head_dim
+        self.on = False
+        self._site = site
+        self._seen: dict[str, Tensor] = {}
+        shapes = ((), (g, d, d), (g, d, d), (n, n), (n,))
+        self._sums = [torch.zeros(shape, dtype=torch.float64, device=model.device) for shape in shapes]
+        block, projections = modules_of(site, model)
+        for side in "qk":
+            hooks.callback(projections[side].register_forward_hook(self._heard(side)).remove)
+        hooks.callback(projections["o"].register_forward_pre_hook(self._mixed).remove)
+        hooks.callback(block.register_forward_hook(self._finished).remove)
+
+    def found(self) -> BlockStatistics:
+        return BlockStatistics(*(total.cpu() for total in self._sums))
+
+    def _heard(self, side: str) -> Any:
+        def hook(_module: nn.Module, _args: Any, output: Tensor) -> None:
+            if self.on:
+                self._seen[side] = output
+
+        return hook
+
+    def _mixed(self, _module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        if self.on:
+            self._seen["o"] = args[0]
+
+    def _finished(self, _module: nn.Module, _args: Any, output: Any) -> None:
+        """Add up one call of the block. Everything is of batch 1.
+
+        To weigh each key by the attention that falls on it measured worse than to count all that a query sees alike.
+        """
+        if not self.on:
+            return
+        site = self._site
+        g, m, d = site.kv_heads, site.group, site.head_dim
+        attention = next(
+            (t[0] for t in output if isinstance(t, Tensor) and t.dim() == 4 and t.shape[1] == site.heads), None
+        )  # (G M, queries, keys)
+        if attention is None:
+            raise PessaError(f"{site.name} gives no attention weights", "this model cannot be calibrated")
+        queries = self._seen["q"][0].double().reshape(-1, g, m, d)
+        keys = self._seen["k"][0].double().reshape(-1, g, d)
+        mixtures = self._seen["o"][0].double().reshape(-1, g * m * d)
+        self._seen.clear()
+        keys = (keys - keys.mean(0)).transpose(0, 1)  # (G, keys, d); what is common would only cost digits
+        seen = (attention.reshape(g, m, *attention.shape[1:])[:, 0] > 0).to(attention.dtype)
+        seen = seen / seen.sum(-1, keepdim=True)  # (G, queries, keys): each query's keys alike, none that is masked
+        falls = seen.sum(1).double()  # (G, keys)
+        means = (seen @ keys.to(seen.dtype)).double()  # (G, queries, d)
+        flat = queries.permute(1, 2, 0, 3).flatten(1, 2)  # (G, M queries, d)
+        frames, *sums = self._sums
+        frames += len(mixtures)
+        for total, more in zip(
+            sums,
+            (flat.mT @ flat, keys.mT @ (falls.unsqueeze(-1) * keys) - means.mT @ means, mixtures.mT @ mixtures),
+            strict=False,
+        ):
+            total += more
+        sums[-1] += mixtures.sum(0)

@@ -1,0 +1,159 @@
+"""A pruned Whisper against its original in onnxruntime: the encoder, and one step of the decoder with a cache.
+
+The original is exported twice: as it is (`stock`: transformers' own attention through torch's exporter, what anyone
+would get), and by pessa, whose graphs are faster for unpruned models too. All run in turn in one process on the same
+inputs; the numbers are medians, and medians of the ratios within a round. CPU time is that of all threads, for a
+machine that others use, too.
+
+    python scripts/bench_onnx.py models/whisper-tiny.en out/ [--threads 2 --rounds 41 --past 32]
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim
+from transformers import DynamicCache, EncoderDecoderCache, WhisperForConditionalGeneration
+
+from pessa_cli.onnx_export import export_onnx
+
+ENCODER, STEP = "encoder_model.onnx", "decoder_with_past_model.onnx"
+
+
+class StockEncoder(nn.Module):
+    """transformers' own encoder."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.encoder = model.model.encoder
+
+    def forward(self, input_features: Tensor) -> Any:
+        return self.encoder(input_features).last_hidden_state
+
+
+class StockStep(nn.Module):
+    """transformers' own decoder with its own caches."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.decoder, self.head = model.model.decoder, model.proj_out
+
+    def forward(self, input_ids: Tensor, past: list[Tensor]) -> tuple[Tensor, ...]:
+        own = DynamicCache(list(zip(past[::4], past[1::4], strict=True)))
+        frames = DynamicCache(list(zip(past[2::4], past[3::4], strict=True)))
+        cache = EncoderDecoderCache(own, frames)
+        found = self.decoder(input_ids, encoder_hidden_states=past[2], past_key_values=cache, use_cache=True)
+        grown = [each for layer in cache.self_attention_cache.layers for each in (layer.keys, layer.values)]
+        return self.head(found.last_hidden_state), *grown
+
+
+def export_stock(folder: Path, out: Path) -> None:
+    """The original as torch's exporter makes it, with the same names and dynamic axes as ours."""
+    model = WhisperForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+    config = model.config
+    heads, head_dim = config.decoder_attention_heads, config.d_model // config.decoder_attention_heads
+    names = [
+        f"{i}.{kind}.{side}"
+        for i in range(config.decoder_layers)
+        for kind in ("decoder", "encoder")
+        for side in ("key", "value")
+    ]
+    past = [torch.randn(2, heads, 5 if "decoder" in name else 7, head_dim) for name in names]
+    batch, tokens, cached, source = Dim("batch_size"), Dim("tokens"), Dim("past_tokens"), Dim("frames")
+    past_shapes = [{0: batch, 2: cached if "decoder" in name else source} for name in names]
+    features = torch.randn(2, config.num_mel_bins, 2 * config.max_source_positions)
+    out.mkdir()
+    for file, module, samples, shapes, inputs in (
+        (ENCODER, StockEncoder(model), (features,), ({0: batch},), ["input_features"]),
+        (
+            STEP,
+            StockStep(model),
+            (torch.ones(2, 3, dtype=torch.long), past),
+            ({0: batch, 1: tokens}, past_shapes),
+            ["input_ids", *(f"past_key_values.{name}" for name in names)],
+        ),
+    ):
+        program = torch.onnx.export(
+            module.eval(), samples, dynamo=True, input_names=inputs, dynamic_shapes=shapes, verbose=False
+        )
+        assert program is not None
+        program.save(out / file)
+
+
+def session(path: Path, threads: int) -> Any:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = threads, 3
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # waiting is not work
+    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+
+def inputs_of(running: Any, past: int, frames: int) -> dict[str, Any]:
+    """Noise in the shapes that a graph asks for: batch 1, one new token."""
+    sizes = {"past_decoder_sequence_length": past, "past_tokens": past, "encoder_sequence_length": frames}
+    sizes |= {"frames": frames}
+    arrays = {}
+    for each in running.get_inputs():
+        shape = [axis if isinstance(axis, int) else sizes.get(axis, 1) for axis in each.shape]
+        arrays[each.name] = (torch.ones(shape, dtype=torch.long) if "int" in each.type else torch.randn(shape)).numpy()
+    return arrays
+
+
+def compare(file: str, folders: dict[str, Path], args: argparse.Namespace, frames: int) -> None:
+    """Print one table row a folder."""
+    sessions = {name: session(folder / file, args.threads) for name, folder in folders.items()}
+    inputs = {name: inputs_of(running, args.past, frames) for name, running in sessions.items()}
+    wall: dict[str, list[float]] = {name: [] for name in sessions}
+    cpu: dict[str, list[float]] = {name: [] for name in sessions}
+    for _ in range(args.rounds if file == ENCODER else 10 * args.rounds):
+        for name, running in sessions.items():
+            start, busy = time.perf_counter(), time.process_time()
+            running.run(None, inputs[name])
+            wall[name].append(time.perf_counter() - start)
+            cpu[name].append(time.process_time() - busy)
+    for name in sessions:
+        cells = [f"{statistics.median(times[name]) * 1e3:.1f}" for times in (wall, cpu)]
+        for other in ("stock", "original"):
+            cells += [f"{_ratio(times[name], times[other]):.2f}" for times in (wall, cpu)]
+        cache = sum(array.nbytes for key, array in inputs[name].items() if "past" in key)
+        size = (folders[name] / file).stat().st_size
+        print(f"| {file} | {name} | {' | '.join(cells)} | {cache / 1e6:.1f} | {size / 1e6:.0f} |", flush=True)
+
+
+def _ratio(ours: list[float], theirs: list[float]) -> float:
+    return statistics.median(one / other for one, other in zip(ours, theirs, strict=True))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("original", type=Path)
+    parser.add_argument("pruned", type=Path, nargs="+")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=41)
+    parser.add_argument("--past", type=int, default=32)
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    with tempfile.TemporaryDirectory() as place:
+        folders = {"stock": Path(place) / "stock", "original": Path(place) / "original"}
+        export_stock(args.original, folders["stock"])
+        export_onnx(args.original, folders["original"])
+        for folder in args.pruned:
+            folders[folder.name] = Path(place) / f"pruned-{folder.name}"
+            export_onnx(folder, folders[folder.name])
+        frames = WhisperForConditionalGeneration.config_class.from_pretrained(args.original).max_source_positions
+        print("| graph | model | ms | CPU ms | of stock | CPU | of original | CPU | cache MB | file MB |")
+        print("|---|---|---|---|---|---|---|---|---|---|")
+        for file in (ENCODER, STEP):
+            compare(file, folders, args, frames)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,31 @@
+"""PEFT's own tests with our methods: a part of them that is quick; `python scripts/peft_tests.py` runs all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import peft_tests
+
+
+def test_peft_accepts_our_methods() -> None:
+    outcome = peft_tests.run(["custom", "decoder"], quick=True, jobs=1, more=[])
+    peft_tests.report(outcome, print)
+    assert not outcome.unexplained
+    assert len(outcome.passed) > 500
+    for method in ("PESSA", "SORSA", "MiLoRA", "PiCa", "PiCa shared", "SVFT", "LoRA-XS"):
+        assert len([name for name in outcome.passed if f"[{method} 0 MLP-" in name]) > 35
+
+
+def test_failures_are_only_explained_by_name(tmp_path: Path) -> None:
+    """Negative control: of two failures, one like an explained one and one unlike it, the other stays a failure."""
+    case = '<testcase classname="tests.test_custom_models.TestPeftCustomModel" name="{0}">{1}</testcase>'
+    broken = '<failure message="assert False">...</failure>'
+    names = ("test_parameters_after_loading_model[SORSA 0 MLP]", "test_parameters_after_loading_model[SVFT 0 MLP]")
+    cases = [case.format(name, broken) for name in names] + [case.format("test_merge[SORSA]", "")]
+    report = tmp_path / "report.xml"
+    report.write_text(f"<testsuites><testsuite>{''.join(cases)}</testsuite></testsuites>")
+    outcome = peft_tests.read(report)
+    assert list(outcome.explained) == ["test_custom_models.py::test_parameters_after_loading_model[SORSA 0 MLP]"]
+    assert list(outcome.unexplained) == ["test_custom_models.py::test_parameters_after_loading_model[SVFT 0 MLP]"]
+    assert outcome.passed == ["test_custom_models.py::test_merge[SORSA]"]
+    assert len(outcome.stale) == len(peft_tests.EXPLAINED) - 1

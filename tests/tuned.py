@@ -1,0 +1,63 @@
+"""What the tests about fine-tuning share: a tokenizer of single characters, and examples in every form."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from harness import copy_of
+from tokenizers import Tokenizer, decoders, models, processors
+from transformers import PreTrainedTokenizerFast
+
+SPECIAL = ("<pad>", "<s>", "</s>", "<unk>")  # the ids that tests/tiny.py gives them
+CHAT = (
+    "{% for m in messages %}<s>{{ m['role'][0] }}:{{ m['content'] }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<s>a:{% endif %}"
+)
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """One token a printable character, at most 100 in all; <s> before a text."""
+    characters = [*SPECIAL, "\n", *map(chr, range(32, 127))]
+    backend = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(characters)}, merges=[], unk_token="<unk>"))
+    backend.decoder = decoders.Fuse()
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    names = dict(zip(("pad_token", "bos_token", "eos_token", "unk_token"), SPECIAL, strict=True))
+    return PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=CHAT, **names)
+
+
+def with_tokenizer(folder: Path, to: Path) -> Path:
+    """A copy of a model that can read."""
+    copy_of(folder, to)
+    tokenizer().save_pretrained(to)
+    return to
+
+
+def write_lines(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    return path
+
+
+def sums(path: Path, count: int = 16) -> Path:
+    """Lines such as {"prompt": "3+4=", "completion": "7"}."""
+    return write_lines(path, [{"prompt": f"{i}+{i % 3}=", "completion": str(i + i % 3)} for i in range(count)])
+
+
+def history(adapter: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (adapter / "history.jsonl").read_text().splitlines()]
+
+
+def losses(adapter: Path) -> list[float]:
+    return [step["loss"] for step in history(adapter) if "loss" in step]
+
+
+def disturb(model: torch.nn.Module, scale: float = 0.05) -> None:
+    """Give a fresh adapter, which changes nothing yet, something to say."""
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                noise = torch.randn(parameter.shape, generator=generator) * scale
+                parameter.add_(noise.to(parameter.dtype))
