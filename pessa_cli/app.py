@@ -143,13 +143,13 @@ def inspect(
         totals = report.totals(opened.reader.header, opened.sites, chosen, plan)
         if plot is not None:
             plot_spectra(plot, chosen, spectra, measure(opened, chosen, "vanilla", run))
+    method = "calibrated" if any(known.calibrated for known in spectra.values()) else "svd"
     if json:
-        method = "calibrated" if any(known.calibrated for known in spectra.values()) else "svd"
         document = {"model": model, "method": method, "rule": str(recipe.rule), "blocks": blocks, "totals": totals}
         console.show_json(document)
         return
     console.show_blocks(blocks)
-    console.show_totals(totals, str(recipe.rule))
+    console.show_totals(totals, f"{recipe.rule}{', calibrated' if method == 'calibrated' else ''}")
     if plot is not None:
         console.note(f"plot written to {plot}")
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pessa_cli.buckets import Bucket, Cost, Plan, plan
 from pessa_cli.heads import live
@@ -25,7 +25,10 @@ ENCODING = {  # 1500 queries against 1500 keys
     "cpu": Cost(call=30, head=430, width=40.6, stored=0, least=16),
 }
 DECODING = {  # one query against 1500 keys in the cache, which come from memory: other layers' were read in between
-    "cpu": Cost(call=15, head=2, width=0.05, stored=0.2),
+    "cpu": Cost(call=15, head=2, width=0, stored=0.2),
+}
+CONTINUING = {  # one query against the tenth of that which a decoder itself has written: calls are what costs
+    "cpu": Cost(call=15, head=2, width=0.005, stored=0.02),
 }
 
 
@@ -43,12 +46,16 @@ class Run:
         length = (self.heads - 1) * self.step + self.width
         return rows.narrow(-1, self.start, length).unfold(-1, self.width, self.step).transpose(1, 2)
 
-    def of_packed(self, packed: Tensor) -> Tensor:
-        """The same of what `Side.pack` made, (batch, 1, positions, row)."""
-        positions = packed.shape[-2]
-        length = (self.heads * positions - 1) * self.step + self.width
-        windows = packed.flatten(1).narrow(-1, self.start * positions, length).unfold(-1, self.width, self.step)
-        return windows.view(-1, self.heads, positions, self.width)
+    def of_one(self, row: Tensor, width: int) -> Tensor:
+        """(1, 1, row) -> (heads, 1, width)."""
+        return row.as_strided((self.heads, 1, width), (self.step, 1, 1), row.storage_offset() + self.start)
+
+    def of_packed(self, packed: Tensor, width: int | None = None) -> Tensor:
+        """As `of_rows` of what `Side.pack` made, (batch, 1, positions, row); `width`: another one."""
+        batch, _, positions, _ = packed.shape
+        shape = batch, self.heads, positions, width or self.width
+        strides = packed.stride(0), positions * self.step, self.step, 1  # one call: a decoding step makes many of them
+        return packed.as_strided(shape, strides, packed.storage_offset() + self.start * positions)
 
 
 @dataclass(frozen=True)
@@ -91,6 +98,7 @@ class Layout:
     k: Side
     v: Side
     live: Slots  # (sum of V-O ranks,)
+    stored: Slots  # the same among results no wider than values are stored
     spread: Slots  # (heads * head_dim,)
 
     def to(self, device: torch.device) -> Layout:
@@ -103,40 +111,40 @@ class Layout:
             moved(self.k),
             moved(self.v),
             self.live.to(device),
+            self.stored.to(device),
             self.spread.to(device),
         )
 
     def attend(
-        self, call: Callable[..., Tensor], q: Tensor, k: list[Tensor], v: list[Tensor], mask: Tensor | None, exact: bool
+        self, call: Callable[..., Tensor], q: Tensor, k: list[Tensor], v: list[Tensor], mask: Tensor | None
     ) -> Tensor:
         """The live results (batch, queries, sum of V-O ranks) of `call(q, k, v, mask)`, once a bucket.
 
         q is rows (batch, queries, row), k and v are views of theirs. `call` is given (batch, heads, positions, width)
-        and gives (batch, positions, heads, width); where it is `exact`, keys and values as wide as they are stored.
+        and gives (batch, positions, heads, width).
         """
         results = []
         for bucket, *qkv in zip(self.plan.buckets, self.q.of_rows(q), k, v, strict=True):
             own = mask if mask is None or mask.ndim < 4 or mask.shape[1] == 1 else mask[:, list(bucket.heads)]
-            if exact:
-                qkv = [x[..., :width] for x, width in zip(qkv, (bucket.qk, bucket.qk, bucket.vo), strict=True)]
-            result = call(*qkv, own)
-            results.append(nn.functional.pad(result, (0, bucket.width - result.shape[-1])).flatten(2))
+            results.append(call(*qkv, own).flatten(2))
         return self.live.fill(torch.cat(results, -1) if results else q[..., :0])
+
+    def attend_once(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """The live results (1, 1, sum of V-O ranks) of one scaled query, (1, 1, row), with packed keys and values.
+
+        Reading those is all the work there is: matrix products do it a quarter faster than the fused kernel, and there
+        is no width that both have to have.
+        """
+        results = []
+        for bucket, of_q, of_k, of_v in zip(self.plan.buckets, self.q.runs, self.k.runs, self.v.runs, strict=True):
+            asked = of_q.of_one(q, bucket.qk)
+            scores = torch.bmm(asked, of_k.of_packed(k, bucket.qk)[0].mT)  # (heads, 1, positions)
+            results.append(torch.bmm(scores.softmax(-1), of_v.of_packed(v, bucket.vo)[0]).flatten())
+        return self.stored.fill(torch.cat(results).view(1, 1, -1) if results else q[..., :0])
 
     def in_slots(self, results: Tensor) -> Tensor:
         """The live results in slots of head_dim, as the stock attention gives them."""
         return self.spread.fill(results)
-
-
-def one_query(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
-    """Attention of a single query in a batch of one, as two products: (1, heads, 1 or positions, width) each.
-
-    Reading keys and values is all the work there is, and matrix products read a quarter faster than the fused kernel.
-    """
-    scores = torch.bmm(q[0] * scaling, k[0].mT)  # (heads, 1, positions)
-    if mask is not None:
-        scores = scores.masked_fill(~mask[0], -torch.inf) if mask.dtype == torch.bool else scores + mask[0]
-    return torch.bmm(scores.softmax(-1), v[0]).transpose(0, 1).unsqueeze(0)
 
 
 def lay_out(qk_ranks: Ranks, vo_ranks: Ranks, head_dim: int, cost: Cost) -> Layout:
@@ -145,12 +153,29 @@ def lay_out(qk_ranks: Ranks, vo_ranks: Ranks, head_dim: int, cost: Cost) -> Layo
     q = _side(found.buckets, [bucket.width for bucket in found.buckets], qk_ranks)
     k = _side(found.buckets, [bucket.qk for bucket in found.buckets], qk_ranks)
     v = _side(found.buckets, [bucket.vo for bucket in found.buckets], vo_ranks)
-    starts = _starts(found.buckets, q.runs)
-    order = [starts[head] + i for head, rank in enumerate(vo_ranks) for i in range(rank)]
-    spread = torch.full((len(vo_ranks) * head_dim,), len(order), device="cpu")
-    spread[live(vo_ranks, head_dim)] = torch.arange(len(order), device="cpu")
-    from_results = Slots.of(torch.tensor(order, dtype=torch.long, device="cpu"), len(q.slots.index))
-    return Layout(found, q, k, v, from_results, Slots.of(spread, len(order)))
+    spread = torch.full((len(vo_ranks) * head_dim,), sum(vo_ranks), device="cpu")
+    spread[live(vo_ranks, head_dim)] = torch.arange(sum(vo_ranks), device="cpu")
+    return Layout(
+        found,
+        q,
+        k,
+        v,
+        live=_live(found.buckets, [bucket.width for bucket in found.buckets], vo_ranks),
+        stored=_live(found.buckets, [bucket.vo for bucket in found.buckets], vo_ranks),
+        spread=Slots.of(spread, sum(vo_ranks)),
+    )
+
+
+def _live(buckets: Sequence[Bucket], widths: Sequence[int], ranks: Ranks) -> Slots:
+    """Where each head's live slots are, head by head, among results that come bucket by bucket."""
+    starts: dict[int, int] = {}
+    total = 0
+    for bucket, width in zip(buckets, widths, strict=True):
+        for head in bucket.heads:
+            starts[head] = total
+            total += width
+    order = [starts[head] + i for head, rank in enumerate(ranks) for i in range(rank)]
+    return Slots.of(torch.tensor(order, dtype=torch.long, device="cpu"), total)
 
 
 def _side(buckets: Sequence[Bucket], steps: Sequence[int], ranks: Ranks) -> Side:

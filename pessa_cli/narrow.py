@@ -18,8 +18,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.bert.modeling_bert import BertSelfAttention
 from transformers.models.whisper.modeling_whisper import WhisperAttention
 
-from pessa_cli.attention import DECODING, ENCODING, Layout, lay_out, one_query
-from pessa_cli.buckets import get_backend
+from pessa_cli.attention import CONTINUING, DECODING, ENCODING, Layout, lay_out
+from pessa_cli.buckets import Cost, get_backend
 from pessa_cli.runtime import RaggedIn, RaggedOut
 
 
@@ -28,6 +28,7 @@ class _Narrow(nn.Module):
 
     layout: Layout  # a plain attribute, made before anything is traced, as the indices of the projections are
     decodes: bool
+    is_causal: bool
     config: Any
     scaling: float
     layer_idx: int
@@ -36,6 +37,13 @@ class _Narrow(nn.Module):
         """Q, K and V, whatever stands there now."""
         raise NotImplementedError
 
+    @property
+    def costs(self) -> dict[str, Cost]:
+        """By kind of device, for what this block does most."""
+        if not self.decodes:
+            return ENCODING
+        return CONTINUING if self.is_causal else DECODING
+
     def adopt(self) -> None:
         """Lay the heads out for the device that the weights are on, if it is a new one."""
         q, _, v = self.projections()
@@ -43,7 +51,7 @@ class _Narrow(nn.Module):
         layout = getattr(self, "layout", None)
         if device.type == "meta" or (layout is not None and layout.live.index.device == device):
             return
-        costs = DECODING if self.decodes else ENCODING
+        costs = self.costs
         ranks = q.ragged.ranks, v.ragged.ranks, q.ragged.head_dim
         self.layout = lay_out(*ranks, costs.get(device.type, costs["cpu"])).to(device)
 
@@ -55,7 +63,7 @@ class _Narrow(nn.Module):
 
     def bucketed(self, x: Tensor) -> bool:
         """Whether this call is to be bucketed; nothing in here changes while a cache is in use."""
-        costs = DECODING if self.decodes else ENCODING
+        costs = self.costs
         backend = get_backend()
         return (
             backend != "scatter"
@@ -90,11 +98,7 @@ class _Narrow(nn.Module):
                 result: Tensor = kernel(self, q, k, v, mask, dropout=dropout, scaling=self.scaling, **kwargs)[0]
                 return result
 
-        if x.shape[:2] == (1, 1) and x.is_cpu and x.dtype == torch.float32 and not dropout:
-            return self.layout.attend(
-                lambda q, k, v, mask: one_query(q, k, v, mask, self.scaling), q, k, v, mask, exact=True
-            )
-        return self.layout.attend(call, q, k, v, mask, exact=False)
+        return self.layout.attend(call, q, k, v, mask)
 
 
 class NarrowWhisperAttention(_Narrow, WhisperAttention):  # type: ignore[misc]
@@ -121,16 +125,19 @@ class NarrowWhisperAttention(_Narrow, WhisperAttention):  # type: ignore[misc]
                 self, hidden_states, key_value_states, past_key_values, attention_mask, **kwargs
             )
             return stock
+        dropout = self.dropout if self.training else 0.0
         if isinstance(past_key_values, EncoderDecoderCache) and key_value_states is not None:
-            k, v = self._across(key_value_states, past_key_values)
+            result = self._across(hidden_states, key_value_states, past_key_values, attention_mask, dropout, **kwargs)
         else:
             source = hidden_states if key_value_states is None else key_value_states
             k, v = self.keys_and_values(source, _own(past_key_values))
-        dropout = self.dropout if self.training else 0.0
-        return self.out_proj(self.attend(hidden_states, k, v, attention_mask, dropout, **kwargs)), None
+            result = self.attend(hidden_states, k, v, attention_mask, dropout, **kwargs)
+        return self.out_proj(result), None
 
-    def _across(self, encoded: Tensor, caches: Any) -> tuple[list[Tensor], list[Tensor]]:
-        """Keys and values of the encoder's frames, made once and then from the cache."""
+    def _across(
+        self, x: Tensor, encoded: Tensor, caches: Any, mask: Tensor | None, dropout: float, **kwargs: Any
+    ) -> Tensor:
+        """Live results over the encoder's frames, whose keys and values are made once and then from the cache."""
         layout, cache = self.layout, caches.cross_attention_cache
         if caches.is_updated.get(self.layer_idx):
             k, v = cache.layers[self.layer_idx].keys, cache.layers[self.layer_idx].values
@@ -139,7 +146,9 @@ class NarrowWhisperAttention(_Narrow, WhisperAttention):  # type: ignore[misc]
             v = layout.v.pack(self.v_proj(encoded, layout.v.slots))
             k, v = cache.update(k, v, self.layer_idx)
             caches.is_updated[self.layer_idx] = True
-        return layout.k.of_packed(k), layout.v.of_packed(v)
+        if x.shape[:2] == (1, 1) and x.is_cpu and x.dtype == torch.float32 and mask is None and not dropout:
+            return layout.attend_once(self.q_proj(x, layout.q.slots) * self.scaling, k, v)
+        return self.attend(x, layout.k.of_packed(k), layout.v.of_packed(v), mask, dropout, **kwargs)
 
 
 class NarrowBertSelfAttention(_Narrow, BertSelfAttention):  # type: ignore[misc]
