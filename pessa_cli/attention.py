@@ -46,16 +46,18 @@ class Run:
         length = (self.heads - 1) * self.step + self.width
         return rows.narrow(-1, self.start, length).unfold(-1, self.width, self.step).transpose(1, 2)
 
-    def of_one(self, row: Tensor, width: int) -> Tensor:
-        """(1, 1, row) -> (heads, 1, width)."""
-        return row.as_strided((self.heads, 1, width), (self.step, 1, 1), row.storage_offset() + self.start)
+    def of_packed(self, packed: Tensor) -> Tensor:
+        """The same of what `Side.pack` made, (batch, 1, positions, row)."""
+        positions = packed.shape[-2]
+        length = (self.heads * positions - 1) * self.step + self.width
+        windows = packed.flatten(1).narrow(-1, self.start * positions, length).unfold(-1, self.width, self.step)
+        return windows.view(-1, self.heads, positions, self.width)
 
-    def of_packed(self, packed: Tensor, width: int | None = None) -> Tensor:
-        """As `of_rows` of what `Side.pack` made, (batch, 1, positions, row); `width`: another one."""
-        batch, _, positions, _ = packed.shape
-        shape = batch, self.heads, positions, width or self.width
-        strides = packed.stride(0), positions * self.step, self.step, 1  # one call: a decoding step makes many of them
-        return packed.as_strided(shape, strides, packed.storage_offset() + self.start * positions)
+    def of_one(self, packed: Tensor) -> Tensor:
+        """(1, 1, positions, row) -> (heads, positions, step): the first of a batch, as wide as it is stored."""
+        positions = packed.shape[-2]
+        first = packed.flatten().narrow(0, self.start * positions, self.heads * positions * self.step)
+        return first.view(self.heads, positions, self.step)
 
 
 @dataclass(frozen=True)
@@ -137,9 +139,9 @@ class Layout:
         """
         results = []
         for bucket, of_q, of_k, of_v in zip(self.plan.buckets, self.q.runs, self.k.runs, self.v.runs, strict=True):
-            asked = of_q.of_one(q, bucket.qk)
-            scores = torch.bmm(asked, of_k.of_packed(k, bucket.qk)[0].mT)  # (heads, 1, positions)
-            results.append(torch.bmm(scores.softmax(-1), of_v.of_packed(v, bucket.vo)[0]).flatten())
+            asked = of_q.of_one(q)[..., : bucket.qk]
+            scores = torch.bmm(asked, of_k.of_one(k).mT)  # (heads, 1, positions)
+            results.append(torch.bmm(scores.softmax(-1), of_v.of_one(v)).flatten())
         return self.stored.fill(torch.cat(results).view(1, 1, -1) if results else q[..., :0])
 
     def in_slots(self, results: Tensor) -> Tensor:
