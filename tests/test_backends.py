@@ -13,6 +13,7 @@ import pytest
 import tiny
 import torch
 import transformers
+from fetch_models import fetch
 from harness import TinyFolder
 from torch import Tensor, nn
 from transformers.models.whisper.modeling_whisper import WhisperAttention
@@ -216,6 +217,28 @@ def test_the_cache_is_smaller_and_only_there(folders: dict[str, Path]) -> None:
     layer = caches.cross_attention_cache.layers[0]
     assert layer.keys.shape == (1, 1, 70, 6 * 8 + 1)  # and one column more, read by the last head beyond its end
     assert layer.values.shape == (1, 1, 70, 6 * 16)
+
+
+def test_the_real_tiny_en_by_half(tmp_path: Path) -> None:
+    """Encoder, a prompt and steps after it; the control: with half of the original's attention it is another model."""
+    source = fetch("whisper-tiny.en")
+    prune_model(open_model(source), tmp_path / "half", Rule(ratio=0.5))
+    features = torch.randn(1, 80, 3000, generator=torch.Generator().manual_seed(0)).clamp(-1, 1.5)
+    found: dict[str, list[Tensor]] = {}
+    for name, folder in (("scatter", tmp_path / "half"), ("bucketed", tmp_path / "half"), ("original", source)):
+        pessa_cli.set_backend("bucketed" if name == "bucketed" else "scatter")
+        model = load(folder, dtype=torch.float32)
+        cache, logits = None, []
+        with torch.no_grad():
+            states = model.model.encoder(features).last_hidden_state
+            for ids in ([[50257, 50362, 440]], [[1002]], [[717]]):
+                out = model(encoder_outputs=(states,), decoder_input_ids=torch.tensor(ids), past_key_values=cache)
+                cache = out.past_key_values
+                logits.append(out.logits)
+        found[name] = [states, *logits]
+    for scattered, bucketed, original in zip(*found.values(), strict=True):
+        assert error(scattered, bucketed) < 1e-5
+        assert error(original, bucketed) > 1e-2
 
 
 def test_loaded_models_can_be_copied_pickled_compiled_and_cast(folders: dict[str, Path]) -> None:
