@@ -114,7 +114,7 @@ def transformed(pair: Pair, transforms: Transforms) -> Factors:
 
 def svd_transforms(pair: Pair) -> Transforms:
     """The SVD of each head's product, as transforms: O(D d^2) for each head, where the dense product takes O(D^3)."""
-    (left, ill_left), (right, ill_right) = _triangular(pair.left), _triangular(pair.right)
+    (left, ill_left), (right, ill_right) = triangular(pair.left), triangular(pair.right)
     u, spectrum, vh = torch.linalg.svd(_core(left, right), full_matrices=False)
     root, ill, width = spectrum.sqrt().unsqueeze(-2), ill_left | ill_right, pair.left.shape[-1]
     spectrum = _padded(spectrum, width)
@@ -140,7 +140,7 @@ def decompose(pair: Pair) -> Factors:
 
 def singular_values(pair: Pair) -> Tensor:
     """The spectrum of each head's product alone, (G, d), descending; at a third of the cost of `decompose`."""
-    (left, _), (right, _) = _triangular(pair.left), _triangular(pair.right)
+    (left, _), (right, _) = triangular(pair.left), triangular(pair.right)
     return _padded(torch.linalg.svdvals(_core(left, right)), pair.left.shape[-1])
 
 
@@ -331,7 +331,7 @@ def _check_size(product: Tensor) -> None:
         )
 
 
-def _triangular(factor: Tensor) -> tuple[Tensor, Tensor]:
+def triangular(factor: Tensor) -> tuple[Tensor, Tensor]:
     """R of each head's thin QR, (G, min(L, d), d), and where Q must not be taken as `factor @ inverse(R)`, (G,) bool.
 
     R is the Cholesky factor of the Gram matrix, and Householder's where that is not safe. Cholesky costs a third, but

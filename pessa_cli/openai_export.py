@@ -22,8 +22,7 @@ from pessa_cli.checkpoint import TORCH_DTYPES, read_json
 from pessa_cli.errors import PessaError, UsageError, listed
 from pessa_cli.heads import read_site, write_site
 from pessa_cli.model import Model, open_model
-from pessa_cli.openai_whisper import SUFFIXES
-from pessa_cli.openai_whisper import _names as tensor_names
+from pessa_cli.openai_whisper import SUFFIXES, tensor_names
 from pessa_cli.pipeline import Progress, quietly
 from pessa_cli.ragged import shortened
 from pessa_cli.sites import with_ranks

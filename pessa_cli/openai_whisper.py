@@ -47,7 +47,7 @@ def is_openai_file(path: Path) -> bool:
     return path.is_file() and path.suffix in SUFFIXES
 
 
-def _names(dims: Mapping[str, int]) -> Iterator[tuple[str, str, tuple[int, ...]]]:
+def tensor_names(dims: Mapping[str, int]) -> Iterator[tuple[str, str, tuple[int, ...]]]:
     """Every tensor of a Whisper of these dimensions: openai-whisper's name, Hugging Face's, and the shape."""
 
     def both(theirs: str, ours: str, *shape: int) -> Iterator[tuple[str, str, tuple[int, ...]]]:
@@ -149,7 +149,7 @@ def convert(path: Path, into: Path) -> None:
     dims = _dimensions(path, checkpoint)
     state: dict[str, torch.Tensor] = checkpoint["model_state_dict"]
     header = header_of(path, state)
-    plan = {theirs: (ours, shape) for theirs, ours, shape in _names(dims)}
+    plan = {theirs: (ours, shape) for theirs, ours, shape in tensor_names(dims)}
     problems = [f"{name}: not part of a Whisper" for name in header if name not in plan]
     for name, (_, shape) in plan.items():
         if name not in header:

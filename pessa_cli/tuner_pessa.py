@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from pessa_cli.architectures import ARCHITECTURES, AttentionSpec
-from pessa_cli.factors import _triangular as triangular
+from pessa_cli.factors import triangular
 from pessa_cli.heads import live
 from pessa_cli.peft_plugin import Method
 from pessa_cli.ragged import Ranks
