@@ -1,10 +1,11 @@
-"""A pruned Whisper against its original in onnxruntime: the encoder, and one step of the decoder with a cache.
+"""A pruned Whisper or BERT against its original in onnxruntime: encoders, and a decoding step with a cache.
 
 The original is exported twice: as it is (`stock`: transformers' own attention through torch's exporter, what anyone
 would get), and by pessa, whose graphs are faster for unpruned models too. All run in turn in one process on the same
 inputs; the numbers are medians, and medians of the ratios within a round. CPU time is that of all threads, for a
 machine that others use, too.
 
+    python scripts/bench_onnx.py models/minilm out/
     python scripts/bench_onnx.py models/whisper-tiny.en out/ [--threads 2 --rounds 41 --past 32]
 """
 
@@ -20,11 +21,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.export import Dim
-from transformers import DynamicCache, EncoderDecoderCache, WhisperForConditionalGeneration
+from transformers import AutoConfig, AutoModel, DynamicCache, EncoderDecoderCache, WhisperForConditionalGeneration
 
 from pessa_cli.onnx_export import export_onnx
 
-ENCODER, STEP = "encoder_model.onnx", "decoder_with_past_model.onnx"
+ENCODER, STEP, TEXT = "encoder_model.onnx", "decoder_with_past_model.onnx", "model.onnx"
 
 
 class StockEncoder(nn.Module):
@@ -52,6 +53,30 @@ class StockStep(nn.Module):
         found = self.decoder(input_ids, encoder_hidden_states=past[2], past_key_values=cache, use_cache=True)
         grown = [each for layer in cache.self_attention_cache.layers for each in (layer.keys, layer.values)]
         return self.head(found.last_hidden_state), *grown
+
+
+class StockText(nn.Module):
+    """transformers' own BERT."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor) -> Any:
+        return self.model(input_ids, attention_mask, token_type_ids).last_hidden_state
+
+
+def export_stock_text(folder: Path, out: Path) -> None:
+    """As `export_stock`, of a BERT."""
+    names, tokens = ["input_ids", "attention_mask", "token_type_ids"], torch.ones(2, 9, dtype=torch.long)
+    axes = {0: Dim("batch_size"), 1: Dim("sequence_length")}
+    module = StockText(AutoModel.from_pretrained(folder, dtype=torch.float32)).eval()
+    program = torch.onnx.export(
+        module, (tokens,) * 3, dynamo=True, input_names=names, dynamic_shapes=(axes,) * 3, verbose=False
+    )
+    assert program is not None
+    out.mkdir()
+    program.save(out / TEXT)
 
 
 def export_stock(folder: Path, out: Path) -> None:
@@ -99,7 +124,7 @@ def session(path: Path, threads: int) -> Any:
 def inputs_of(running: Any, past: int, frames: int) -> dict[str, Any]:
     """Noise in the shapes that a graph asks for: batch 1, one new token."""
     sizes = {"past_decoder_sequence_length": past, "past_tokens": past, "encoder_sequence_length": frames}
-    sizes |= {"frames": frames}
+    sizes |= {"frames": frames, "sequence_length": frames}
     arrays = {}
     for each in running.get_inputs():
         shape = [axis if isinstance(axis, int) else sizes.get(axis, 1) for axis in each.shape]
@@ -113,7 +138,7 @@ def compare(file: str, folders: dict[str, Path], args: argparse.Namespace, frame
     inputs = {name: inputs_of(running, args.past, frames) for name, running in sessions.items()}
     wall: dict[str, list[float]] = {name: [] for name in sessions}
     cpu: dict[str, list[float]] = {name: [] for name in sessions}
-    for _ in range(args.rounds if file == ENCODER else 10 * args.rounds):
+    for _ in range(args.rounds if file != STEP else 10 * args.rounds):
         for name, running in sessions.items():
             start, busy = time.perf_counter(), time.process_time()
             running.run(None, inputs[name])
@@ -125,7 +150,8 @@ def compare(file: str, folders: dict[str, Path], args: argparse.Namespace, frame
             cells += [f"{_ratio(times[name], times[other]):.2f}" for times in (wall, cpu)]
         cache = sum(array.nbytes for key, array in inputs[name].items() if "past" in key)
         size = (folders[name] / file).stat().st_size
-        print(f"| {file} | {name} | {' | '.join(cells)} | {cache / 1e6:.1f} | {size / 1e6:.0f} |", flush=True)
+        what = f"{file}, {frames} tokens" if file == TEXT else file
+        print(f"| {what} | {name} | {' | '.join(cells)} | {cache / 1e6:.1f} | {size / 1e6:.0f} |", flush=True)
 
 
 def _ratio(ours: list[float], theirs: list[float]) -> float:
@@ -143,16 +169,19 @@ def main() -> None:
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as place:
         folders = {"stock": Path(place) / "stock", "original": Path(place) / "original"}
-        export_stock(args.original, folders["stock"])
+        kind = AutoConfig.from_pretrained(args.original)
+        text = kind.model_type == "bert"
+        (export_stock_text if text else export_stock)(args.original, folders["stock"])
         export_onnx(args.original, folders["original"])
         for folder in args.pruned:
             folders[folder.name] = Path(place) / f"pruned-{folder.name}"
             export_onnx(folder, folders[folder.name])
-        frames = WhisperForConditionalGeneration.config_class.from_pretrained(args.original).max_source_positions
         print("| graph | model | ms | CPU ms | of stock | CPU | of original | CPU | cache MB | file MB |")
         print("|---|---|---|---|---|---|---|---|---|---|")
-        for file in (ENCODER, STEP):
-            compare(file, folders, args, frames)
+        for tokens in (16, 128, 512) if text else ():
+            compare(TEXT, folders, args, tokens)
+        for file in () if text else (ENCODER, STEP):
+            compare(file, folders, args, kind.max_source_positions)
 
 
 if __name__ == "__main__":
