@@ -32,7 +32,7 @@ METHODS: dict[str, tuple[int | None, dict[str, Any], float]] = {
     "dora": (23, {}, 1e-3),
     "pissa": (23, {}, 1e-3),
     "sorsa": (23, {}, 1e-3),
-    "pica": (64, {}, 3e-3),
+    "pica": (64, {"share": False}, 3e-3),
     "svft": (None, {"pattern": "banded", "band": 32}, 1e-3),
 }
 
