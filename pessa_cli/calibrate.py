@@ -26,7 +26,7 @@ from pessa_cli.heads import read_site
 from pessa_cli.model import Model
 from pessa_cli.pipeline import Progress, Tick, calibrated_block, measure, quietly
 from pessa_cli.ranks import Rule, plan_ranks
-from pessa_cli.sidebyside import Inputs, from_folder, load, modules_of, output_of, quiet_transformers
+from pessa_cli.sidebyside import Inputs, from_folder, load, modules_of, output_of, quiet_transformers, read_text
 from pessa_cli.sites import Site
 from pessa_cli.statistics import BlockStatistics, Statistics, fingerprint, save_statistics
 from pessa_cli.writer import sha256_of
@@ -183,12 +183,12 @@ def read_data(paths: Sequence[Path]) -> tuple[list[Item], list[str]]:
             if texts := [line for line in lines if line.audio is None]:
                 found[sha256_of(path)] = texts
         else:
-            found[sha256_of(path)] = [Item(text=_text(path))]
+            found[sha256_of(path)] = [Item(text=read_text(path, "give audio, UTF-8 text or JSON lines"))]
     return [item for items in found.values() for item in items], list(found)
 
 
 def _lines(path: Path) -> Iterator[Item]:
-    for number, line in enumerate(_text(path).splitlines(), 1):
+    for number, line in enumerate(read_text(path, "give audio, UTF-8 text or JSON lines").splitlines(), 1):
         if not line.strip():
             continue
         try:
@@ -202,16 +202,6 @@ def _lines(path: Path) -> Iterator[Item]:
         if clip is not None and not clip.is_file():
             raise PessaError(f"{path}, line {number}: {clip} is not there", "correct the path")
         yield Item(clip, text)
-
-
-def _text(path: Path) -> str:
-    try:
-        content = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise PessaError(f"cannot read {path}: {error}", "give audio, UTF-8 text or JSON lines") from None
-    if not content.strip():
-        raise PessaError(f"{path} is empty", "give a file with some text")
-    return content
 
 
 def inputs_of(folder: Path, model: Any, item: Item, said: bool = True) -> Iterator[Inputs]:

@@ -251,11 +251,6 @@ def norm_transforms(pair: Pair) -> Transforms:
     return Transforms(transform(left), transform(right), torch.ones_like(spectrum[:, 0]), spectrum)
 
 
-def sort_by_norm(pair: Pair) -> Factors:
-    """The factors of a pair in "vanilla" order."""
-    return transformed(pair, norm_transforms(pair))
-
-
 def recompose(
     weights: HeadWeights,
     absorbed: Absorbed,

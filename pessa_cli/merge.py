@@ -8,8 +8,6 @@ knows merges here, with the numbers that PEFT's own merging gives.
 from __future__ import annotations
 
 import copy
-import hashlib
-import json
 import platform
 import re
 import warnings
@@ -29,11 +27,11 @@ from pessa_cli.checkpoint import CONFIG_FILE, CheckpointReader, Header, read_jso
 from pessa_cli.errors import PessaError, listed
 from pessa_cli.jobs import one_thread
 from pessa_cli.model import MANIFEST_FILE, Model
-from pessa_cli.output import UNHASHED, copy_side_files, cut_into_files, visible_files
+from pessa_cli.output import copy_side_files, cut_into_files, hashes_of, write_shards
 from pessa_cli.pipeline import Run
 from pessa_cli.ragged import ModuleNames
 from pessa_cli.sidebyside import model_class, quiet_transformers
-from pessa_cli.writer import ADAPTER_FILE, ShardWriter, Staging, new_folder, sha256_of, write_index
+from pessa_cli.writer import ADAPTER_FILE, Staging, new_folder, run_identity, sha256_of
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_PREFIX = "base_model.model."  # of PEFT's names for what is inside the model
@@ -172,21 +170,11 @@ def merge_adapter(model: Model, adapter: Path, out: Path, run: Run | None = None
             "adapter_method": opened.config.peft_type.value,
             "changed": len(owner),
         }
-        staging.begin(_identity(summary, files, reader))
+        names = {file: list(plan) for file, plan in files.items()}
+        last = {owner[name]: name for plan in files.values() for name in plan if name in owner}.values()
+        staging.begin(run_identity(reader, summary, names))
         with run.progress("merging", sum(info.nbytes for info in reader.header.values()), len(merger.layers)) as tick:
-            for file, plan in files.items():
-                if file not in staging.finished:
-                    with ShardWriter(staging.folder / file, plan, reader.metadata) as shard:
-                        for name, tensor in _tensors(plan, owner, merger):
-                            if tensor is None:
-                                shard.write(name, reader.checked_chunks(name))
-                            else:
-                                shard.put(name, tensor)
-                            tick(plan[name].nbytes, 0)
-                    staging.done(file, shard.sha256)
-                tick(0, len({owner[name] for name in plan if name in owner}))
-        if len(files) > 1:
-            write_index(staging.folder, files)
+            write_shards(reader, staging, files, lambda plan: _tensors(plan, owner, merger), last, tick)
         return _finish(reader, staging, summary)
 
 
@@ -235,12 +223,6 @@ def _tensors(plan: Header, owner: Mapping[str, str], merger: Merger) -> Iterator
         yield name, ready.pop(name, None)
 
 
-def _identity(summary: Mapping[str, Any], files: Mapping[str, Header], reader: CheckpointReader) -> str:
-    stats = [(file, stat.st_size, stat.st_mtime_ns) for file, stat in reader.stats().items()]
-    known = [summary, {file: list(part) for file, part in files.items()}, stats]
-    return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
-
-
 def _finish(reader: CheckpointReader, staging: Staging, summary: Mapping[str, Any]) -> dict[str, Any]:
     """Side files, config and manifest."""
     folder = staging.folder
@@ -248,14 +230,13 @@ def _finish(reader: CheckpointReader, staging: Staging, summary: Mapping[str, An
     write_json(folder / CONFIG_FILE, reader.config)
     before = read_json(reader.folder / MANIFEST_FILE) if (reader.folder / MANIFEST_FILE).is_file() else {}
     reader.check_unchanged()
-    files = {name: path for name, path in visible_files(folder).items() if name not in UNHASHED}
     sources = {file: sha256_of(reader.folder / file) for file in (*reader.files, CONFIG_FILE)}
     manifest = (
         dict(summary)
         | {name: before[name] for name in KEPT if name in before}
         | {
             "source_sha256": dict(sorted(sources.items())),
-            "sha256": {name: staging.finished.get(name) or sha256_of(path) for name, path in sorted(files.items())},
+            "sha256": hashes_of(staging),
         }
     )
     write_json(folder / MANIFEST_FILE, manifest)

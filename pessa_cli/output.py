@@ -6,12 +6,10 @@ end of a shard. So a shard needs nothing from the one before it, and a killed ru
 
 from __future__ import annotations
 
-import hashlib
-import json
 import platform
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -25,7 +23,7 @@ import numpy as np
 
 from pessa_cli import __version__
 from pessa_cli.card import CARD_FILE, ORIGINAL_FILE, front_matter, is_card, model_card, read_card
-from pessa_cli.checkpoint import CONFIG_FILE, SINGLE_FILE, Header, write_json
+from pessa_cli.checkpoint import CONFIG_FILE, SINGLE_FILE, CheckpointReader, Header, write_json
 from pessa_cli.heads import Layout
 from pessa_cli.jobs import in_order
 from pessa_cli.model import MANIFEST_FILE, Model, save_spectra
@@ -34,7 +32,7 @@ from pessa_cli.ranks import RankPlan, Spectra, Spectrum
 from pessa_cli.report import totals
 from pessa_cli.sites import Site, ragged_site, with_ranks
 from pessa_cli.sources import source_name
-from pessa_cli.writer import ShardWriter, Staging, sha256_of, write_index
+from pessa_cli.writer import ShardWriter, Staging, run_identity, sha256_of, write_index
 
 Method = Literal["svd", "vanilla", "calibrated"]
 UNHASHED = (MANIFEST_FILE, CARD_FILE)  # what cannot hold its own hash, and what people edit
@@ -123,8 +121,7 @@ class Rewrite:
     def run(self) -> str:
         """Identifies what is written, for a run that goes on with another's shards."""
         shapes = {file: {name: info.shape for name, info in part.items()} for file, part in self.shards.items()}
-        files = [(file, stat.st_size, stat.st_mtime_ns) for file, stat in self.model.reader.stats().items()]
-        return hashlib.sha256(json.dumps([self.summary, shapes, files], sort_keys=True).encode()).hexdigest()
+        return run_identity(self.model.reader, self.summary, shapes)
 
 
 def cut_into_files(header: Header, owner: Mapping[str, str], most_bytes: int) -> dict[str, dict[str, Any]]:
@@ -176,41 +173,64 @@ def write_output(
     hasher = ThreadPoolExecutor(1)
     try:
         hashes = {file: hasher.submit(sha256_of, reader.folder / file) for file in reader.files}
-        for file, plan in rewrite.shards.items():
-            if file in staging.finished:
-                tick(sum(info.nbytes for info in plan.values()), len(rewrite.sites_of(plan)))
-                continue
-            last = {list(site.tensors)[-1] for site in rewrite.sites_of(plan)}
-            with ShardWriter(folder / file, plan, reader.metadata) as shard:
-                for name, tensor in _tensors(rewrite, plan, tensors_of, jobs):
-                    if tensor is None:
-                        shard.write(name, reader.checked_chunks(name))
-                    else:
-                        shard.put(name, tensor)
-                    tick(plan[name].nbytes, name in last)
-            reader.check_unchanged()
-            staging.done(file, shard.sha256)
+        last = {list(site.tensors)[-1] for site in rewrite.sites}
+        write_shards(
+            reader, staging, rewrite.shards, lambda plan: _tensors(rewrite, plan, tensors_of, jobs), last, tick
+        )
         sources = {file: digest.result() for file, digest in hashes.items()}
     finally:
         hasher.shutdown(cancel_futures=True)
-    if len(rewrite.shards) > 1:
-        write_index(folder, rewrite.shards)
     copied = copy_side_files(reader.folder, folder)
     _write_config(reader.config, rewrite.stored, folder)
     _write_card(rewrite, folder)
     if known := _left(rewrite):
         save_spectra(folder, known)
     reader.check_unchanged()
-    files = {name: path for name, path in visible_files(folder).items() if name not in UNHASHED}
-    outputs = {name: staging.finished.get(name) or sha256_of(path) for name, path in files.items()}
+    outputs = hashes_of(staging)
     sources |= {CONFIG_FILE: sha256_of(reader.folder / CONFIG_FILE)} | {
         name: outputs[copy] for name, copy in copied.items()
     }
     manifest = rewrite.summary | {
         "source_sha256": dict(sorted(sources.items())),
-        "sha256": dict(sorted(outputs.items())),
+        "sha256": outputs,
     }
     write_json(folder / MANIFEST_FILE, manifest)
+
+
+def write_shards(
+    reader: CheckpointReader,
+    staging: Staging,
+    shards: Mapping[str, Header],
+    tensors: Callable[[Header], Iterable[tuple[str, Any]]],
+    last: Container[str],
+    tick: Callable[[int, int], None],
+) -> None:
+    """Write the shards that are not finished yet, and their index where there are several.
+
+    `tensors` gives a shard's in order, None for one to copy. `tick` is called with the bytes written, and with
+    a block for each name in `last`. Raises PessaError when the source changes meanwhile.
+    """
+    for file, plan in shards.items():
+        if file in staging.finished:
+            tick(sum(info.nbytes for info in plan.values()), sum(name in last for name in plan))
+            continue
+        with ShardWriter(staging.folder / file, plan, reader.metadata) as shard:
+            for name, tensor in tensors(plan):
+                if tensor is None:
+                    shard.write(name, reader.checked_chunks(name))
+                else:
+                    shard.put(name, tensor)
+                tick(plan[name].nbytes, name in last)
+        reader.check_unchanged()
+        staging.done(file, shard.sha256)
+    if len(shards) > 1:
+        write_index(staging.folder, shards)
+
+
+def hashes_of(staging: Staging) -> dict[str, str]:
+    """SHA-256 of the files in the staging folder that a manifest lists, by name."""
+    files = {name: path for name, path in visible_files(staging.folder).items() if name not in UNHASHED}
+    return {name: staging.finished.get(name) or sha256_of(path) for name, path in sorted(files.items())}
 
 
 def _tensors(

@@ -270,7 +270,7 @@ def _prompts(folder: Path, model: Any, paths: list[Path]) -> list[tuple[str, Inp
     most = min(TEXT_TOKENS, getattr(model.config, "max_position_embeddings", TEXT_TOKENS))
     if not paths and not _has_tokenizer(folder):
         return [("random tokens", random_tokens(model, 2, min(64, most)))]
-    contents = [(path.name, _read_text(path)) for path in paths] or [("built-in text", PASSAGE)]
+    contents = [(path.name, read_text(path)) for path in paths] or [("built-in text", PASSAGE)]
     tokenizer = from_folder(transformers.AutoTokenizer, folder, "tokenizer")
     prompts: list[tuple[str, Inputs]] = []
     for name, content in contents:
@@ -285,11 +285,12 @@ def random_tokens(model: Any, batch: int, length: int) -> Inputs:
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
-def _read_text(path: Path) -> str:
+def read_text(path: Path, hint: str = "give a UTF-8 text file") -> str:
+    """What is in a text file. Raises PessaError, with the hint, for one that cannot be read, and for an empty one."""
     try:
         content = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise PessaError(f"cannot read {path}: {error}", "give a UTF-8 text file") from None
+        raise PessaError(f"cannot read {path}: {error}", hint) from None
     if not content.strip():
         raise PessaError(f"{path} is empty", "give a file with some text")
     return content

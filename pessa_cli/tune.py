@@ -6,7 +6,6 @@ was stopped leaves there are its checkpoints, for `--resume`.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import platform
@@ -34,7 +33,7 @@ from pessa_cli.model import Model
 from pessa_cli.sidebyside import from_folder, load, quiet_transformers
 from pessa_cli.tuning import Tuning
 from pessa_cli.tuning_data import SpeechData, collate_speech, collate_text, encode_text, form_of, read_rows
-from pessa_cli.writer import ADAPTER_FILE, Staging, new_folder, partial_folder, sha256_of
+from pessa_cli.writer import ADAPTER_FILE, Staging, new_folder, partial_folder, run_identity, sha256_of
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -85,9 +84,7 @@ class Job:
     def run(self) -> str:
         """Identifies what is computed, for a run that goes on with another's checkpoints."""
         data = [None if path is None else sha256_of(path) for path in (self.data, self.eval_data)]
-        files = [(file, stat.st_size, stat.st_mtime_ns) for file, stat in self.model.reader.stats().items()]
-        known = [__version__, self.tuning.to_dict(), data, files]
-        return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
+        return run_identity(self.model.reader, __version__, self.tuning.to_dict(), data)
 
 
 def tune(job: Job) -> dict[str, Any] | None:
