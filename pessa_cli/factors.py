@@ -329,21 +329,27 @@ def _check_size(product: Tensor) -> None:
 def triangular(factor: Tensor) -> tuple[Tensor, Tensor]:
     """R of each head's thin QR, (G, min(L, d), d), and where Q must not be taken as `factor @ inverse(R)`, (G,) bool.
 
+    R is float64. A factor in a smaller dtype is converted head by head: that stays in the cache.
+
     R is the Cholesky factor of the Gram matrix, and Householder's where that is not safe. Cholesky costs a third, but
     its error grows with the square of the condition number. R_ii / ||a_i|| is what is left of a column once those
     before it are projected out: above WELL_CONDITIONED the spectrum keeps ten digits.
     """
     length, width = factor.shape[-2:]
     if length < width:
-        return torch.linalg.qr(factor, mode="r").R, torch.ones(len(factor), dtype=torch.bool, device=factor.device)
-    gram = factor.mT @ factor
+        every = torch.ones(len(factor), dtype=torch.bool, device=factor.device)
+        return torch.linalg.qr(factor.double(), mode="r").R, every
+    if factor.dtype == torch.float64:
+        gram = factor.mT @ factor
+    else:
+        gram = torch.stack([wide.mT @ wide for wide in (head.double() for head in factor)])
     lower, failed = torch.linalg.cholesky_ex(gram)
     left = lower.diagonal(dim1=-2, dim2=-1) / gram.diagonal(dim1=-2, dim2=-1).sqrt()  # (G, d)
     ill = (failed != 0) | ~(left > WELL_CONDITIONED).all(-1)
     r = lower.mT
     if ill.any():
         r = r.clone()
-        r[ill] = torch.linalg.qr(factor[ill], mode="r").R
+        r[ill] = torch.linalg.qr(factor[ill].double(), mode="r").R
     return r, ill
 
 

@@ -67,8 +67,10 @@ class Block:
     def width(self) -> int:
         return _widest(self.ranks)
 
-    def entries(self) -> Tensor:
-        """Where the trained entries are among all of (heads, width, width), flat."""
+    def entries(self) -> Tensor | None:
+        """Where the trained entries are among all of (heads, width, width), flat; None for all."""
+        if self.form == "full" and min(self.ranks) == self.width:  # as usual, and then it is not worth the time
+            return None
         place = torch.arange(self.width, device="cpu")
         row, column = place.unsqueeze(1), place
         inside = torch.tensor(self.ranks, device="cpu").reshape(-1, 1, 1) > torch.maximum(row, column)
@@ -78,7 +80,8 @@ class Block:
             "diagonal": row == column,
             "banded": (row - column).abs() <= self.bandwidth,
         }[self.form]
-        return (inside & chosen).flatten().nonzero().squeeze(1)
+        both = inside & chosen
+        return None if bool(both.all()) else both.flatten().nonzero().squeeze(1)
 
 
 class PessaLayer(TunerLayer):
@@ -97,9 +100,8 @@ class PessaLayer(TunerLayer):
     def initial(self, config: Any, weight: Tensor, bias: Tensor | None, **context: Any) -> dict[str, Any]:
         block: Block = context["block"]
         heads, width = len(block.ranks), block.width
-        entries: Tensor | None = block.entries()
-        assert entries is not None
-        delta = weight.new_zeros(len(entries))
+        entries = block.entries()
+        delta = weight.new_zeros(heads * width * width if entries is None else len(entries))
         if weight.is_meta:
             left = weight.new_empty(heads, width, width)
             right = None if block.partner is None else torch.empty_like(left)
@@ -107,9 +109,7 @@ class PessaLayer(TunerLayer):
             left, right, scale = _bases(block, weight, bias)
             if not config.init_weights:
                 noise = 0.1 * torch.randn_like(left) * (scale.unsqueeze(-1) * scale.unsqueeze(-2)).sqrt()
-                delta = noise.flatten()[entries.to(noise.device)]
-        if len(entries) == heads * width * width:
-            entries = None
+                delta = noise.flatten() if entries is None else noise.flatten()[entries.to(noise.device)]
         return {
             "pessa_delta": delta,
             "pessa_left": left,
@@ -245,7 +245,7 @@ def _bases(block: Block, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, T
     something by multiplying it.
     """
     tolerance = block.width * torch.finfo(weight.dtype).eps
-    own = _by_head(_with_bias(weight, None if block.side == "k" else bias).double(), block.ranks)
+    own = _by_head(_with_bias(weight, None if block.side == "k" else bias), block.ranks)
     r = _square(own)
     if block.partner is None:
         signs = r.diagonal(dim1=-2, dim2=-1).sign()
@@ -276,7 +276,7 @@ def _partner(block: Block) -> Tensor:
     weight, bias = base_weights(module)
     if block.side == "v":  # W_O: columns instead of rows
         weight, bias = weight.mT, None
-    rows = _with_bias(weight.double(), None if bias is None else bias.double())
+    rows = _with_bias(weight, bias)
     group = len(rows) // sum(block.ranks) if sum(block.ranks) else 1
     each = tuple(rank for rank in block.ranks for _ in range(group))
     stacked = _by_head(rows, each)  # (heads * group, in, width)
