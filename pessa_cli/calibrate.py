@@ -33,6 +33,7 @@ from pessa_cli.writer import sha256_of
 
 AUDIO = (".wav", ".flac", ".ogg", ".mp3", ".opus")
 TEXT_TOKENS = 512  # of a window of text, if the model reads so many
+QUERIES = 64  # of an input, whose influence is looked at
 
 
 @dataclass(frozen=True)
@@ -264,10 +265,11 @@ class Collector:
         self.on = False
         self._site = site
         self._seen: dict[str, Tensor] = {}
-        shapes = ((), (g, d, d), (g, d, d), (n, n), (n,))
+        shapes = ((), (g, d, d), (g, d, d), (g, d, d), (n, n), (n,))
         self._sums = [torch.zeros(shape, dtype=torch.float64, device=model.device) for shape in shapes]
         block, projections = modules_of(site, model)
-        for side in "qk":
+        self._o: Any = projections["o"]
+        for side in "qkv":
             hooks.callback(projections[side].register_forward_hook(self._heard(side)).remove)
         hooks.callback(projections["o"].register_forward_pre_hook(self._mixed).remove)
         hooks.callback(block.register_forward_hook(self._finished).remove)
@@ -287,10 +289,7 @@ class Collector:
             self._seen["o"] = args[0]
 
     def _finished(self, _module: nn.Module, _args: Any, output: Any) -> None:
-        """Add up one call of the block. Everything is of batch 1.
-
-        To weigh each key by the attention that falls on it measured worse than to count all that a query sees alike.
-        """
+        """Add up one call of the block. Everything is of batch 1."""
         if not self.on:
             return
         site = self._site
@@ -302,6 +301,7 @@ class Collector:
             raise PessaError(f"{site.name} gives no attention weights", "this model cannot be calibrated")
         queries = self._seen["q"][0].double().reshape(-1, g, m, d)
         keys = self._seen["k"][0].double().reshape(-1, g, d)
+        values = self._seen["v"][0].reshape(-1, g, d).transpose(0, 1)
         mixtures = self._seen["o"][0].double().reshape(-1, g * m * d)
         self._seen.clear()
         keys = (keys - keys.mean(0)).transpose(0, 1)  # (G, keys, d); what is common would only cost digits
@@ -314,8 +314,32 @@ class Collector:
         frames += len(mixtures)
         for total, more in zip(
             sums,
-            (flat.mT @ flat, keys.mT @ (falls.unsqueeze(-1) * keys) - means.mT @ means, mixtures.mT @ mixtures),
+            (
+                flat.mT @ flat,
+                keys.mT @ (falls.unsqueeze(-1) * keys) - means.mT @ means,
+                self._influence(attention, keys.to(values.dtype), values),
+                mixtures.mT @ mixtures,
+            ),
             strict=False,
         ):
             total += more
         sums[-1] += mixtures.sum(0)
+
+    def _influence(self, attention: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """What errors of the keys do to the output, (G, d, d), added up from some of the queries.
+
+        An error e_j of the scores moves what a query gets by sum_j a_j (e_j - mean e) v_j, and where e_j = k_j x by
+        C^T x, with C the covariance of keys and values under the query's attention. attention: (G M, queries, keys).
+        """
+        g, m, d = self._site.kv_heads, self._site.group, self._site.head_dim
+        every = attention.shape[1]
+        some = torch.linspace(0, every - 1, min(QUERIES, every), device=attention.device).round().long()
+        weight = self._o.weight.reshape(-1, g * m, d).transpose(0, 1)  # (G M, D_o, d)
+        total = torch.zeros(g, d, d, dtype=torch.float64, device=attention.device)
+        for head, own in enumerate(attention[:, some]):
+            k, v = keys[head // m], values[head // m]
+            joint = (own @ (k.unsqueeze(2) * v.unsqueeze(1)).flatten(1)).reshape(-1, d, d)  # (queries, d, d)
+            covariance = joint - (own @ k).unsqueeze(2) * (own @ v).unsqueeze(1)
+            through = (covariance @ (weight[head].mT @ weight[head])).transpose(0, 1).flatten(1)
+            total[head // m] += (through @ covariance.transpose(0, 1).flatten(1).mT).double() * (every / len(some))
+        return total

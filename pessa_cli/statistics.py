@@ -23,10 +23,11 @@ from pessa_cli.heads import HeadWeights, live
 from pessa_cli.ragged import Ranks
 from pessa_cli.sites import Site
 
-FORMAT = "pessa-statistics-1"
+FORMAT = "pessa-statistics-2"
 SHRINKAGE = 0.3  # towards the plain rule, however much data there is
 NOISE = 1e-10  # of a variance, against the second moment that it is the difference of
 RIDGE = 1e-2  # of the refit, likewise
+UNIFORM = 0.3  # of the keys' weighting: all keys that a query sees alike, beside what the output makes of them
 
 
 @dataclass(frozen=True)
@@ -35,13 +36,15 @@ class BlockStatistics:
 
     frames: (), how many queries there were. queries: (G, d, d), of q q^T over queries and the query heads of a group,
     their bias included. keys: (G, d, d), of the covariance of the keys that each query sees, which leaves out what is
-    common to all of them, as softmax does. mixtures: (H d, H d), of
-    a a^T where a is what goes into W_O, all heads one after the other; mixture: (H d,), of a.
+    common to all of them, as softmax does. influence: (G, d, d), of what an error of the keys does to the output, to
+    first order: C W_O^T W_O C^T, where C is the covariance of keys and values under a query's own attention.
+    mixtures: (H d, H d), of a a^T where a is what goes into W_O, all heads one after the other; mixture: (H d,), of a.
     """
 
     frames: Tensor
     queries: Tensor
     keys: Tensor
+    influence: Tensor
     mixtures: Tensor
     mixture: Tensor
 
@@ -88,12 +91,32 @@ def weigh(found: BlockStatistics, site: Site, v_bias: Tensor | None) -> Weighed:
     own = moment.reshape(g * m, d, g * m, d)[heads, :, heads].reshape(g, m, d, d).mean(1)
     few = d / float(frames)  # as many frames as directions say as much of them as the weights do
     return Weighed(
-        qk=Weighting(found.queries / frames, found.keys / (frames * d), SHRINKAGE + few),
+        qk=Weighting(found.queries / frames, _key_side(found) / (frames * d), SHRINKAGE + few),
         vo=Weighting(own, None, SHRINKAGE + few),
         center=center if center is None or v_bias is None else center - v_bias.double(),
         moment=moment,
         ridge=RIDGE + m * g * few,
     )
+
+
+def _key_side(found: BlockStatistics) -> Tensor:
+    """What the keys are weighed by: mostly by what comes of their errors in the output, and so in part are the heads.
+
+    The trace is the geometric mean of those of `keys` and of `influence`, brought to the same sum over the heads.
+    """
+    seen, counts = (_trace(moment) for moment in (found.keys, found.influence))
+    if not bool((counts > 0).any()):
+        return found.keys
+    trace = (seen * counts * (seen.sum() / counts.sum())).sqrt()
+    keys, influence = (
+        moment / own.where(own > 0, 1.0) for moment, own in ((found.keys, seen), (found.influence, counts))
+    )
+    return trace * (UNIFORM * keys + (1 - UNIFORM) * influence)
+
+
+def _trace(moments: Tensor) -> Tensor:
+    """(G, d, d) -> (G, 1, 1)."""
+    return moments.diagonal(dim1=-2, dim2=-1).sum(-1).reshape(-1, 1, 1)
 
 
 class Statistics:
@@ -211,7 +234,7 @@ def _about(path: Path) -> dict[str, Any]:
 def _plausible(found: BlockStatistics, site: Site) -> bool:
     """Float64, of the site's shapes, and finite."""
     g, d, n = site.kv_heads, site.head_dim, site.heads * site.head_dim
-    shapes = ((), (g, d, d), (g, d, d), (n, n), (n,))
+    shapes = ((), (g, d, d), (g, d, d), (g, d, d), (n, n), (n,))
     tensors = [getattr(found, name) for name in NAMES]
     return all(
         tensor.dtype == torch.float64 and tuple(tensor.shape) == shape and bool(tensor.isfinite().all())

@@ -24,9 +24,7 @@ from pessa_cli.heads import read_site
 from pessa_cli.model import Model, open_model
 from pessa_cli.pipeline import decompose_model, export_model, measure, prune_model
 from pessa_cli.ranks import Rule
-from pessa_cli.statistics import BlockStatistics, Statistics, independent, weigh
-
-FRAMES = ("frames", "queries", "keys", "mixtures", "mixture")
+from pessa_cli.statistics import NAMES, BlockStatistics, Statistics, independent, weigh
 
 
 def inputs_weigh(seed: int, width: int) -> Tensor:
@@ -188,6 +186,40 @@ def test_statistics_are_those_of_the_inputs(
     assert bool(found.warnings([site])) == (len(rows) < site.heads * site.head_dim)
 
 
+def test_influence_is_what_a_small_error_of_the_keys_does_to_the_output(
+    tiny_folder: TinyFolder, data: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against the derivative of the attention itself, with respect to scores that move by k_j x for every key j."""
+    monkeypatch.setattr(calibrate, "QUERIES", 10**6)
+    model = open_model(tiny_folder("bert"))
+    site = model.sites[0]
+    found = collected(model, data, tmp_path / "s").of(site).influence
+    weights = read_site(model.reader, site)
+    torch_model = tiny.load(tiny_folder("bert"))
+    seen: list[Tensor] = []
+    query = torch_model.get_submodule(next(n for n, _ in torch_model.named_modules() if n.endswith(site.q)))
+    query.register_forward_pre_hook(lambda _m, args: seen.append(args[0][0].double()))
+    with torch.no_grad():
+        for given in batches(torch_model):
+            torch_model(**given)
+    head, d = 1, site.head_dim
+    x = torch.randn(d, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    w = {name: getattr(weights, name)[head].reshape(d, -1).double() for name in "qkv"}
+    o = weights.o[:, head, 0].double()
+    assert weights.q_bias is not None
+    total = 0.0
+    for rows in seen:
+        q, k, v = rows @ w["q"].T + weights.q_bias[head].reshape(-1).double(), rows @ w["k"].T, rows @ w["v"].T
+
+        def output(step: Tensor, q: Tensor = q, k: Tensor = k, v: Tensor = v) -> Tensor:
+            moved: Tensor = (q @ k.T / d**0.5 + step * (k @ x)).softmax(-1) @ v @ o.T
+            return moved
+
+        zero, one = torch.zeros((), dtype=torch.float64), torch.ones((), dtype=torch.float64)
+        total += float(torch.func.jvp(output, (zero,), (one,))[1].square().sum())
+    assert float(x @ found[head] @ x) == pytest.approx(total, rel=1e-3)
+
+
 def test_statistics_of_parts_add_up_to_those_of_all(tiny_folder: TinyFolder, data: list[Path], tmp_path: Path) -> None:
     model = open_model(tiny_folder("whisper"))
     whole = collected(model, data, tmp_path / "all")
@@ -197,7 +229,7 @@ def test_statistics_of_parts_add_up_to_those_of_all(tiny_folder: TinyFolder, dat
     assert both.sha256 == whole.sha256 != Statistics(tmp_path / "a").sha256
     for site in model.sites:
         one, sum_ = whole.of(site), both.of(site)
-        assert all(torch.allclose(getattr(one, name), getattr(sum_, name)) for name in FRAMES)
+        assert all(torch.allclose(getattr(one, name), getattr(sum_, name)) for name in NAMES)
     with pytest.raises(PessaError, match="in common"):
         Statistics(tmp_path / "all", tmp_path / "a")
 
@@ -399,5 +431,5 @@ def test_the_commands(tiny_folder: TinyFolder, data: list[Path], tmp_path: Path,
 
 
 def test_blocks_add() -> None:
-    one = BlockStatistics(*(torch.ones((), dtype=torch.float64) for _ in FRAMES))
+    one = BlockStatistics(*(torch.ones((), dtype=torch.float64) for _ in NAMES))
     assert float((one + one).queries) == 2
