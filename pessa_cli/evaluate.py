@@ -10,7 +10,7 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from transformers import AutoProcessor, AutoTokenizer
+from transformers import AutoTokenizer, WhisperProcessor
 
 from pessa_cli.errors import PessaError, UsageError, listed
 from pessa_cli.extras import need
@@ -121,7 +121,7 @@ def prepare(model: Model, data: Data, settings: Settings) -> dict[str, list[Meas
     """The measures for models with the tokenizer or processor of this one, by the kind of data."""
     folder = model.reader.folder
     if data.speech is not None:
-        processor = from_folder(AutoProcessor, folder, "preprocessor and tokenizer")
+        processor = from_folder(WhisperProcessor, folder, "preprocessor and tokenizer")
         return {"speech": [Speech.load(data.speech, processor, settings)]}
     tokenizer = from_folder(AutoTokenizer, folder, "tokenizer")
     measures: dict[str, list[Measure]] = {}

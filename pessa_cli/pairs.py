@@ -122,12 +122,19 @@ def embedding_of(folder: Path, config: Mapping[str, Any]) -> Embedding:
 
     Raises PessaError for what is not known here: other poolings, and layers on top.
     """
-    modules = _json(folder / "modules.json", [])
-    pooling = _json(folder / "1_Pooling" / "config.json", {"pooling_mode_mean_tokens": True})
-    cut = _json(folder / "sentence_bert_config.json", {}).get("max_seq_length") or Embedding.tokens
-    chosen = [key for key, value in pooling.items() if key.startswith("pooling_mode_") and value is True]
-    unknown = [key for key in chosen if key not in POOLINGS]
-    unknown += [module["type"] for module in modules if module["type"].rpartition(".")[2] not in LAYERS]
+    try:
+        modules = _json(folder / "modules.json", [])
+        pooling = _json(folder / "1_Pooling" / "config.json", {"pooling_mode_mean_tokens": True})
+        cut = int(_json(folder / "sentence_bert_config.json", {}).get("max_seq_length") or Embedding.tokens)
+        chosen = [key for key, value in pooling.items() if key.startswith("pooling_mode_") and value is True]
+        layers = [str(module["type"]) for module in modules]
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise PessaError(
+            f"{folder} is not as sentence-transformers writes it: {error!r}",
+            "restore modules.json, sentence_bert_config.json and 1_Pooling/config.json, or remove them",
+        ) from None
+    unknown = [layer for layer in layers if layer.rpartition(".")[2] not in LAYERS]
+    unknown += [key for key in chosen if key not in POOLINGS]
     if unknown or len(chosen) != 1:
         raise PessaError(
             f"{folder} makes its embeddings in another way: {', '.join(unknown or chosen)}",
@@ -137,4 +144,4 @@ def embedding_of(folder: Path, config: Mapping[str, Any]) -> Embedding:
 
 
 def _json(path: Path, otherwise: Any) -> Any:
-    return json.loads(read_text(path)) if path.is_file() else otherwise
+    return json.loads(read_text(path, "restore it or remove it")) if path.is_file() else otherwise

@@ -34,10 +34,10 @@ class Text:
         Raises PessaError when no document has two tokens: nothing foretells the first one.
         """
         items, hashes = read_data([path])
-        if not all(item.text and item.audio is None for item in items):
+        if any(item.audio for item in items):
             raise PessaError(f"{path} holds audio", 'give a text file, or JSON lines: {"text": "..."}')
         # Long documents are meant to be: the tokenizer's warning about them is not.
-        encoded = [tokenizer(item.text, return_tensors="pt", verbose=False)["input_ids"][0] for item in items]
+        encoded = [tokenizer(item.text or "", return_tensors="pt", verbose=False)["input_ids"][0] for item in items]
         documents = [ids for ids in encoded if len(ids) > 1]
         if not documents:
             raise PessaError(f"{path} is too short", "give a text of two tokens or more")

@@ -112,7 +112,7 @@ def test_names(tmp_path: Path) -> None:
 def test_refusals(pessa: Pessa, llama: Path, adapter: Path, tiny_folder: TinyFolder, tmp_path: Path) -> None:
     task = questions(tmp_path / "task.json", "a/b")
     is_refusal(pessa("eval", f"{llama}+{adapter}", "--adapter", adapter, "--tasks", task), "--adapter", code=2)
-    is_refusal(pessa("eval", tiny_folder("whisper"), "--tasks", task), "--tasks", "WhisperFor", "give it --speech", code=2)
+    is_refusal(pessa("eval", tiny_folder("whisper"), "--tasks", task), "--tasks", "--speech", code=2)
     is_refusal(pessa("eval", tiny_folder("llama"), "--tasks", task), "tokenizer")
     is_refusal(pessa("eval", llama, "--adapter", tmp_path, "--tasks", task), "no adapter")
     is_refusal(pessa("eval", llama, "--tasks", tmp_path), "test.json")
