@@ -83,20 +83,28 @@ def evaluate_models(
     """
     if not data.given:
         raise UsageError("nothing says on what to score the models", "give --tasks, --speech, --text or --pairs")
-    scores = []
     with ExitStack() as sources, quiet_transformers():
         models = [open_model(sources.enter_context(open_source(name, revision, allow_pickle))) for name, _ in subjects]
         for model in models:
             _check(model, data)
-        for (name, adapter), model in zip(subjects, models, strict=True):
-            measures = prepare(model, data, settings)
-            loaded = load_with_adapter(model, adapter, settings)
-            found = {kind: [measure.score(loaded, progress) for measure in some] for kind, some in measures.items()}
-            files = {
-                file: sha for some in measures.values() for measure in some for file, sha in measure.sources.items()
-            }
-            scores.append(Scores(name if adapter is None else f"{name}+{adapter}", found, files))
-    return scores
+        return [
+            _scores(name, model, adapter, prepare(model, data, settings), settings, progress)
+            for (name, adapter), model in zip(subjects, models, strict=True)
+        ]
+
+
+def _scores(
+    name: str,
+    model: Model,
+    adapter: Path | None,
+    measures: Mapping[str, Sequence[Measure]],
+    settings: Settings,
+    progress: Progress,
+) -> Scores:
+    loaded = load_with_adapter(model, adapter, settings)
+    found = {kind: [measure.score(loaded, progress) for measure in some] for kind, some in measures.items()}
+    files = {file: sha for some in measures.values() for measure in some for file, sha in measure.sources.items()}
+    return Scores(name if adapter is None else f"{name}+{adapter}", found, files)
 
 
 def fitting(model: Model) -> tuple[str, ...]:
