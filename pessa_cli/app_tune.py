@@ -152,14 +152,26 @@ def evaluate(
     models: Annotated[list[str], typer.Argument(metavar="MODEL...", help="Models, each alone or as MODEL+ADAPTER.")],
     tasks: Annotated[
         str, typer.Option(metavar="FILES", help="JSON files of questions, or folders with a test.json, with commas.")
-    ],
+    ] = "",
+    speech: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="JSON lines of clips with what is said: word error rate.")
+    ] = None,
+    text: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="A text, or JSON lines of texts: perplexity.")
+    ] = None,
+    pairs: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="CSV of sentence, sentence, similarity: Spearman correlation.")
+    ] = None,
     adapter: Annotated[Path | None, typer.Option(help="An adapter to put on each model.")] = None,
     metric: Annotated[
         Literal["likelihood", "generation"],
         typer.Option(help="likelihood: the likeliest answer by token. generation: the first answer that is written."),
     ] = "likelihood",
-    limit: Annotated[int, typer.Option(help="Only the first questions of each task; 0 for all.")] = 0,
-    batch: Annotated[int, typer.Option(help="Questions at a time.")] = 16,
+    window: Annotated[int, typer.Option(help="Tokens of --text that the model sees at a time, if it can.")] = 512,
+    stride: Annotated[int, typer.Option(help="Tokens from one window to the next.")] = 256,
+    language: Annotated[str | None, typer.Option(help="Of --speech, for a multilingual Whisper.")] = None,
+    limit: Annotated[int, typer.Option(help="Only the first questions, clips, windows or pairs; 0 for all.")] = 0,
+    batch: Annotated[int, typer.Option(help="Questions, clips or sentences at a time.")] = 16,
     template: Annotated[Literal["alpaca", "chat"], typer.Option(help="How questions are put.")] = "alpaca",
     dtype: Annotated[Literal["float32", "bfloat16", "float16"], typer.Option(help="Of the weights.")] = "float32",
     device: Annotated[str, typer.Option(help="Where it runs, as cuda.")] = "cpu",
@@ -167,17 +179,19 @@ def evaluate(
     revision: REVISION = None,
     allow_pickle: ALLOW_PICKLE = False,
 ) -> None:
-    """Score models on tasks: the share of multiple-choice questions that each answers right.
+    """Score models: accuracy on tasks, word error rate on speech, perplexity on text, correlation on pairs.
 
-    Example: `pessa eval smollm2-135m smollm2-135m+adapter/ --tasks commonsense/ARC-Easy,commonsense/boolq`
+    Example: `pessa eval whisper-tiny.en out/ --speech clips.jsonl`
     """
-    from pessa_cli.evaluate import Settings, evaluate_models, load_tasks, split_adapter
+    from pessa_cli.evaluate import Data, evaluate_models, split_adapter
+    from pessa_cli.measures import Settings
 
-    settings = Settings(metric, limit, batch, template, dtype, device)
-    known = load_tasks([Path(task.strip()) for task in tasks.split(",")], limit)
+    settings = Settings(metric, limit, batch, template, dtype, device, language, window, stride)
+    data = Data([Path(task.strip()) for task in tasks.split(",") if task.strip()], speech, text, pairs)
     subjects = [split_adapter(name, adapter) for name in models]
-    scores = evaluate_models(subjects, known, settings, revision, allow_pickle, console.progress)
+    scores = evaluate_models(subjects, data, settings, revision, allow_pickle, console.progress)
     if json:
-        console.show_json({"metric": metric, "models": [score.to_dict() for score in scores]})
+        files = {file: sha for score in scores for file, sha in score.sources.items()}
+        console.show_json({"models": [score.to_dict() for score in scores], "sha256": files})
     else:
-        console.show_scores(scores, metric)
+        console.show_scores(scores)

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 # Lines wrap where the terminal does it, so that a pipe gets them whole.
 OUT = Console(highlight=False, soft_wrap=True)
 ERR = Console(stderr=True, highlight=False, soft_wrap=True)
+PERCENT = ("accuracy", "word error rate")  # shown so
 MOST_STEPS = 12  # of a training run, in the moving table
 BARS = "▁▂▃▄▅▆▇█" if "utf" in OUT.encoding.lower() else "_.-:=+*#"
 
@@ -221,17 +222,33 @@ def show_tuned(record: dict[str, Any]) -> None:
     OUT.print(f"mean loss {record['loss']:.4f}{escape(held_out)}")
 
 
-def show_scores(scores: list[Scores], metric: str) -> None:
-    """The table of `eval`: a row a model, a column a task."""
-    OUT.print(f"accuracy in %, by {metric}; questions: {', '.join(f'{s.task} {s.count}' for s in scores[0].tasks)}")
+def show_scores(scores: list[Scores]) -> None:
+    """The table of `eval`: above it what was measured on how much, then a row a model."""
+    captions: dict[str, dict[str, None]] = {}
+    for score in (score for model in scores for found in model.found.values() for score in found):
+        unit, amount = next(iter(score.counts.items()))
+        percent = " in %" if score.metric in PERCENT else ""
+        captions.setdefault(f"{score.metric}{percent}, {score.how}; {unit}", {})[f"{score.data} {amount:,}"] = None
+    for what, data in captions.items():
+        OUT.print(escape(f"{what}: {', '.join(data)}"))
     table = Table("model", box=None, pad_edge=False)
-    for task in scores[0].tasks:
-        table.add_column(escape(task.task), justify="right")
-    table.add_column("mean", justify="right")
+    for kind, found in scores[0].found.items():
+        for score in found:
+            table.add_column(escape(score.data if kind == "tasks" else score.metric), justify="right")
+        if kind == "tasks":
+            table.add_column("mean", justify="right")
     for model in scores:
-        values = (f"{100 * value:.1f}" for value in (*(task.accuracy for task in model.tasks), model.mean))
+        values = []
+        for kind, found in model.found.items():
+            values += [_measured(score.metric, score.value) for score in found]
+            if kind == "tasks":
+                values.append(_measured("accuracy", model.mean))
         table.add_row(escape(model.model), *values)
     OUT.print(table)
+
+
+def _measured(metric: str, value: float) -> str:
+    return f"{100 * value:.1f}" if metric in PERCENT else f"{value:.4g}"
 
 
 def show_bench(bench: Bench, names: tuple[str, str]) -> None:

@@ -1,123 +1,62 @@
-"""Scoring models on tasks. A metric is one function from a model and questions to how many were answered right.
-
-The questions are those that the papers on LoRA, DoRA and PESSA use: an instruction that names its possible answers,
-and the one that is right.
-"""
+"""`pessa eval`: which measures fit a model, and the models scored by them, one after the other."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, WhisperProcessor
 
 from pessa_cli.errors import PessaError, UsageError, listed
-from pessa_cli.model import open_model
+from pessa_cli.extras import need
+from pessa_cli.measures import Measure, Score, Settings
+from pessa_cli.model import Model, open_model
+from pessa_cli.pairs import Pairs, embedding_of
+from pessa_cli.perplexity import Text
 from pessa_cli.pipeline import Progress, quietly
-from pessa_cli.sidebyside import from_folder, load, quiet_transformers
+from pessa_cli.questions import load_tasks
+from pessa_cli.sidebyside import from_folder, load, model_class, quiet_transformers
 from pessa_cli.sources import open_source
-from pessa_cli.tuning_data import Row, read_rows, render
-
-ANSWERS = re.compile(r"Answer format:\s*([^\n]+?)\s*$")
-NEW_TOKENS = 16  # of an answer that is generated
+from pessa_cli.speech import Speech
 
 
 @dataclass(frozen=True)
-class Question:
-    """What is asked, all possible responses, and which of them is right; `answers` is what tells them apart."""
+class Data:
+    """What models are scored on, by the name of the option of `pessa eval`."""
 
-    row: Row
-    answers: tuple[str, ...]
-    responses: tuple[str, ...]
-    right: int
-
-
-@dataclass(frozen=True)
-class Task:
-    name: str
-    questions: list[Question]
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How models are scored. `limit`: the first questions of each task; `batch`: texts at a time."""
-
-    metric: str = "likelihood"
-    limit: int = 0
-    batch: int = 16
-    template: str = "alpaca"
-    dtype: str = "float32"
-    device: str = "cpu"
-
-    def __post_init__(self) -> None:
-        if self.batch < 1:
-            raise UsageError(f"--batch {self.batch} is no number of questions", "give 1 or more")
-
-
-@dataclass(frozen=True)
-class Score:
-    task: str
-    right: int
-    count: int
+    tasks: Sequence[Path] = ()
+    speech: Path | None = None
+    text: Path | None = None
+    pairs: Path | None = None
 
     @property
-    def accuracy(self) -> float:
-        return self.right / self.count
+    def given(self) -> list[str]:
+        return [name for name, value in vars(self).items() if value]
 
 
 @dataclass(frozen=True)
 class Scores:
-    """One model's."""
+    """One model's: `kind` of data, as in Data, to what was found on them; and the SHA-256 of the files, by name."""
 
     model: str
-    tasks: list[Score]
+    found: Mapping[str, Sequence[Score]]
+    sources: Mapping[str, str]
 
     @property
     def mean(self) -> float:
-        return sum(task.accuracy for task in self.tasks) / len(self.tasks)
+        """Of the accuracies, where there are tasks."""
+        return fmean(score.value for score in self.found["tasks"])
 
     def to_dict(self) -> dict[str, Any]:
-        tasks = {score.task: asdict(score) | {"accuracy": score.accuracy} for score in self.tasks}
-        return {"model": self.model, "tasks": tasks, "mean": self.mean}
-
-
-Metric = Callable[[Any, Any, Sequence[Question], Settings], Iterator[bool]]
-
-
-def load_tasks(paths: Sequence[Path], limit: int = 0) -> list[Task]:
-    """Tasks from files of questions, or from folders with a test.json or test.jsonl, which then give the names."""
-    tasks = []
-    for path in paths:
-        file = next((path / n for n in ("test.json", "test.jsonl") if (path / n).is_file()), None)
-        if path.is_dir() and file is None:
-            raise PessaError(f"{path} holds no test.json", "give a file of questions, or a folder with one")
-        rows = read_rows(file or path)
-        tasks.append(Task(path.name if file else path.stem, _questions(file or path, rows[:limit] if limit else rows)))
-    return tasks
-
-
-def _questions(path: Path, rows: Sequence[Row]) -> list[Question]:
-    found, wrong = [], []
-    for number, row in enumerate(rows, 1):
-        named = ANSWERS.search(str(row.get("instruction", "")))
-        answers = tuple(named[1].split("/")) if named else ()
-        answer, output = row.get("answer"), row.get("output")
-        if not (isinstance(answer, str) and isinstance(output, str) and answer in answers and answer in output):
-            wrong.append(f"question {number}: {str(row)[:80]}")
-            continue
-        responses = tuple(output.replace(answer, other) for other in answers)
-        found.append(Question(row, answers, responses, answers.index(answer)))
-    if wrong:
-        raise PessaError(
-            f"{len(wrong)} questions of {path} have no answer among those they name\n{listed(wrong)}",
-            'a question needs an instruction that ends in "Answer format: a/b", an output and its answer',
-        )
-    return found
+        """Tasks by their names, everything else, of which there is one each, by its kind."""
+        tasks = {score.data: score.to_dict() for score in self.found.get("tasks", ())}
+        others = {kind: score.to_dict() for kind, (score, *_) in self.found.items() if kind != "tasks"}
+        return {"model": self.model} | ({"tasks": tasks, "mean": self.mean} if tasks else {}) | others
 
 
 def split_adapter(name: str, adapter: Path | None) -> tuple[str, Path | None]:
@@ -132,134 +71,91 @@ def split_adapter(name: str, adapter: Path | None) -> tuple[str, Path | None]:
 
 def evaluate_models(
     subjects: Sequence[tuple[str, Path | None]],
-    tasks: Sequence[Task],
+    data: Data,
     settings: Settings,
     revision: str | None = None,
     allow_pickle: bool = False,
     progress: Progress = quietly,
 ) -> list[Scores]:
-    """The scores of each model, with its adapter where one is given, on all tasks."""
-    scores = []
-    for name, adapter in subjects:
-        called = name if adapter is None else f"{name}+{adapter}"
-        with open_source(name, revision, allow_pickle) as folder, quiet_transformers():
-            model = _loaded(folder, adapter, settings)
-            tokenizer = from_folder(AutoTokenizer, folder, "tokenizer")
-            scores.append(Scores(called, [_score(model, tokenizer, task, settings, progress) for task in tasks]))
-    return scores
+    """The scores of each model, with its adapter where one is given, on all data.
+
+    Raises UsageError, before anything runs, when one of the models is of a kind that the data are not for.
+    """
+    if not data.given:
+        raise UsageError("nothing says on what to score the models", "give --tasks, --speech, --text or --pairs")
+    with ExitStack() as sources, quiet_transformers():
+        models = [open_model(sources.enter_context(open_source(name, revision, allow_pickle))) for name, _ in subjects]
+        for model in models:
+            _check(model, data)
+        return [
+            _scores(name, model, adapter, prepare(model, data, settings), settings, progress)
+            for (name, adapter), model in zip(subjects, models, strict=True)
+        ]
 
 
-def _loaded(folder: Path, adapter: Path | None, settings: Settings) -> Any:
-    model = load(open_model(folder), getattr(torch, settings.dtype))
-    if model.main_input_name == "input_features" or not model.can_generate():
-        raise UsageError(f"{folder} is a {type(model).__name__}, which answers no questions", "give a language model")
+def _scores(
+    name: str,
+    model: Model,
+    adapter: Path | None,
+    measures: Mapping[str, Sequence[Measure]],
+    settings: Settings,
+    progress: Progress,
+) -> Scores:
+    loaded = load_with_adapter(model, adapter, settings)
+    found = {kind: [measure.score(loaded, progress) for measure in some] for kind, some in measures.items()}
+    files = {file: sha for some in measures.values() for measure in some for file, sha in measure.sources.items()}
+    return Scores(name if adapter is None else f"{name}+{adapter}", found, files)
+
+
+def fitting(model: Model) -> tuple[str, ...]:
+    """On which data a model can be scored."""
+    kind = model_class(model)
+    if kind.main_input_name == "input_features":
+        return ("speech",) if kind.can_generate() else ()
+    if model.reader.config.get("is_encoder_decoder"):
+        return ()
+    return ("tasks", "text") if kind.can_generate() else ("pairs",)
+
+
+def _check(model: Model, data: Data) -> None:
+    fit = fitting(model)
+    if wrong := [name for name in data.given if name not in fit]:
+        options = " and ".join(f"--{name}" for name in wrong)
+        hint = f"give it {' or '.join(f'--{name}' for name in fit)}" if fit else "there is no measure for it yet"
+        raise UsageError(f"{options}: not for {model.reader.folder}, a {model_class(model).__name__}", hint)
+
+
+def prepare(model: Model, data: Data, settings: Settings) -> dict[str, list[Measure]]:
+    """The measures for models with the tokenizer or processor of this one, by the kind of data."""
+    folder = model.reader.folder
+    if data.speech is not None:
+        processor = from_folder(WhisperProcessor, folder, "preprocessor and tokenizer")
+        return {"speech": [Speech.load(data.speech, processor, settings)]}
+    tokenizer = from_folder(AutoTokenizer, folder, "tokenizer")
+    measures: dict[str, list[Measure]] = {}
+    if data.tasks:
+        measures["tasks"] = [*load_tasks(data.tasks, tokenizer, settings)]
+    if data.text is not None:
+        measures["text"] = [Text.load(data.text, tokenizer, settings)]
+    if data.pairs is not None:
+        measures["pairs"] = [Pairs.load(data.pairs, tokenizer, settings, embedding_of(folder, model.reader.config))]
+    return measures
+
+
+def load_with_adapter(model: Model, adapter: Path | None, settings: Settings) -> Any:
+    """A model as it is scored."""
+    loaded, folder = load(model, getattr(torch, settings.dtype)), model.reader.folder
     if adapter is not None:
-        from pessa_cli.extras import need
-
         need("peft")
         from peft import PeftModel
 
         if not (adapter / "adapter_config.json").is_file():
             raise PessaError(f"{adapter} is no adapter: it has no adapter_config.json", "give what `pessa tune` wrote")
         try:
-            model = PeftModel.from_pretrained(model, str(adapter))
+            loaded = PeftModel.from_pretrained(loaded, str(adapter))
         except (ValueError, TypeError, KeyError, RuntimeError) as error:
             reasons = listed(str(error).splitlines())
             raise PessaError(
                 f"{adapter} cannot be put on {folder}\n{reasons}", "give the model that it was tuned on"
             ) from error
-    return model.to(settings.device).eval()
-
-
-def _score(model: Any, tokenizer: Any, task: Task, settings: Settings, progress: Progress) -> Score:
-    right = 0
-    with progress(task.name, len(task.questions), 1) as tick, torch.inference_mode():
-        for correct in METRICS[settings.metric](model, tokenizer, task.questions, settings):
-            right += correct
-            tick(1, 0)
-    return Score(task.name, right, len(task.questions))
-
-
-def by_likelihood(model: Any, tokenizer: Any, questions: Sequence[Question], settings: Settings) -> Iterator[bool]:
-    """Right where the right response has the highest mean log-likelihood a token, given the question.
-
-    Responses that differ in their last token only, as "answer1" and "answer2" do, take one pass for all of them.
-    """
-    for group in _groups(questions, settings.batch):
-        contexts: dict[tuple[int, ...], int] = {}
-        scored: list[list[tuple[int, list[int]]]] = []  # for each question and response: context, response's tokens
-        for question in group:
-            scored.append([])
-            for response in question.responses:
-                ids, first = _tokens({**question.row, "output": response}, tokenizer, settings.template)
-                context = contexts.setdefault(tuple(ids[:-1]), len(contexts))
-                scored[-1].append((context, ids[first:]))
-        longest = max(len(ids) for responses in scored for _, ids in responses)
-        logits = _last_logits(model, list(contexts), longest, settings.batch)
-        for question, responses in zip(group, scored, strict=True):
-            means = []
-            for context, ids in responses:
-                logprobs = logits[context, longest - len(ids) :].float().log_softmax(-1)  # (tokens, vocabulary)
-                means.append(float(logprobs.gather(1, torch.tensor(ids, device=logprobs.device)[:, None]).mean()))
-            yield max(range(len(means)), key=means.__getitem__) == question.right
-
-
-def by_generation(model: Any, tokenizer: Any, questions: Sequence[Question], settings: Settings) -> Iterator[bool]:
-    """Right where the first of the possible answers in what the model writes, greedily, is the right one.
-
-    This is how the evaluation scripts of LLM-Adapters and DoRA count.
-    """
-    for group in _groups(questions, settings.batch):
-        rendered = [render(question.row, tokenizer, settings.template) for question in group]
-        prompts = [r.text[: r.spans[-1][0]] for r in rendered]
-        rows = [
-            tokenizer(p, add_special_tokens=not r.framed)["input_ids"] for p, r in zip(prompts, rendered, strict=True)
-        ]
-        ids, mask = _left_padded(rows, model.device)
-        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-        written = model.generate(
-            input_ids=ids, attention_mask=mask, max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=pad
-        )
-        for question, tokens in zip(group, written[:, ids.shape[1] :], strict=True):
-            said = tokenizer.decode(tokens, skip_special_tokens=True)
-            found = re.search("|".join(re.escape(answer) for answer in question.answers), said)
-            yield found is not None and found[0] == question.answers[question.right]
-
-
-METRICS: dict[str, Metric] = {"likelihood": by_likelihood, "generation": by_generation}
-
-
-def _groups(questions: Sequence[Question], size: int) -> Iterator[Sequence[Question]]:
-    """Questions of about the same length together."""
-    ordered = sorted(questions, key=lambda question: len(question.row["instruction"]))
-    for start in range(0, len(ordered), size):
-        yield ordered[start : start + size]
-
-
-def _tokens(row: Row, tokenizer: Any, template: str) -> tuple[list[int], int]:
-    """The tokens up to the end of the response, and at which of them it begins."""
-    rendered = render(row, tokenizer, template)
-    begin = rendered.spans[-1][0]
-    end = begin + len(row["output"])
-    found = tokenizer(rendered.text[:end], return_offsets_mapping=True, add_special_tokens=not rendered.framed)
-    first = next(i for i, (a, b) in enumerate(found["offset_mapping"]) if a < b and b > begin)
-    return found["input_ids"], first
-
-
-def _last_logits(model: Any, rows: Sequence[Sequence[int]], count: int, batch: int) -> Tensor:
-    """What follows each of the last `count` tokens: (rows, count, vocabulary)."""
-    found = []
-    for start in range(0, len(rows), batch):
-        ids, mask = _left_padded(rows[start : start + batch], model.device)
-        positions = (mask.cumsum(-1) - 1).clamp(min=0)
-        options = {"position_ids": positions, "use_cache": False, "logits_to_keep": count}
-        found.append(model(input_ids=ids, attention_mask=mask, **options).logits[:, -count:])
-    return torch.cat(found)
-
-
-def _left_padded(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Token ids and mask, (rows, tokens), filled up on the left, so that all end together."""
-    width = max(map(len, rows))
-    ids = torch.tensor([[0] * (width - len(row)) + list(row) for row in rows], device=device)
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
-    return ids, mask
+    return loaded.to(settings.device).eval()

@@ -12,8 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from pessa_cli.audio import SAMPLE_RATE, load_audio
@@ -256,13 +258,32 @@ def _speech_inputs(model: Any, features: Tensor, ids: Tensor) -> Inputs:
 def _transcribe(folder: Path, models: tuple[Any, Any], samples: Any) -> tuple[list[str], tuple[Tensor, Tensor]]:
     """What each model hears under greedy decoding, and the reference's features and tokens."""
     processor = from_folder(transformers.AutoProcessor, folder, "preprocessor and tokenizer")
-    long = len(samples) > 30 * SAMPLE_RATE
-    more = {"truncation": False, "padding": "longest", "return_attention_mask": True} if long else {}
-    inputs = processor(samples, sampling_rate=SAMPLE_RATE, return_tensors="pt", **more)
-    options = {"return_timestamps": True} if long else {}
-    tokens = [model.generate(**inputs, do_sample=False, num_beams=1, **options) for model in models]
+    inputs = listen(processor, samples)
+    tokens = [write_down(model, inputs) for model in models]
     said = [processor.batch_decode(ids, skip_special_tokens=True)[0].strip() for ids in tokens]
     return said, (inputs["input_features"], tokens[0])
+
+
+def listen(processor: Any, samples: NDArray[np.float32]) -> Inputs:
+    """A clip as a speech model hears it: input_features (1, mels, frames), one window of them, or the whole clip.
+
+    One that is longer than the window has an attention_mask (1, frames).
+    """
+    long = len(samples) > processor.feature_extractor.n_samples
+    more = {"truncation": False, "padding": "longest", "return_attention_mask": True} if long else {}
+    return dict(processor(samples, sampling_rate=SAMPLE_RATE, return_tensors="pt", **more))
+
+
+def write_down(model: Any, inputs: Inputs, **options: Any) -> Tensor:
+    """The tokens that a speech model writes under greedy decoding, (clips, tokens).
+
+    Options as for generate. Through clips that are longer than its window it finds its way by its timestamps.
+    """
+    features = inputs["input_features"].to(model.device, model.dtype)
+    if features.shape[-1] > 2 * model.config.max_source_positions:
+        options |= {"return_timestamps": True, "attention_mask": inputs["attention_mask"].to(model.device)}
+    tokens: Tensor = model.generate(input_features=features, do_sample=False, num_beams=1, **options)
+    return tokens
 
 
 def _prompts(folder: Path, model: Any, paths: list[Path]) -> list[tuple[str, Inputs]]:

@@ -9,52 +9,35 @@ clip counts and none was seen. The word error rate is against the reference text
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from fetch_models import fetch
 from transformers import AutoProcessor, WhisperForConditionalGeneration
-from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
 from transformers.utils import logging
 
 from pessa_cli.audio import SAMPLE_RATE, load_audio
 from pessa_cli.calibrate import collect
+from pessa_cli.measures import Settings
 from pessa_cli.model import open_model
 from pessa_cli.pipeline import prune_model
 from pessa_cli.ranks import Rule
 from pessa_cli.report import totals
 from pessa_cli.sites import select
+from pessa_cli.speech import Speech, read_clips
 from pessa_cli.statistics import Statistics
 
-Clip = tuple[Path, str | None]
 
-
-def read_clips(folder: Path) -> list[Clip]:
-    rows = [json.loads(line) for line in (folder / "clips.jsonl").read_text(encoding="utf-8").splitlines()]
-    return [(folder / row["file"], row["text"]) for row in rows]
-
-
-def transcribe(folder: Path, clips: Sequence[Clip], processor: Any) -> list[tuple[str, str]]:
-    """Reference and transcript of each clip that has a reference, normalised."""
-    model = WhisperForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
-    normal, pairs = EnglishTextNormalizer({}), []
-    for path, text in clips:
-        if text is not None:
-            features = processor(load_audio(path), sampling_rate=SAMPLE_RATE, return_tensors="pt")["input_features"]
-            tokens = model.generate(features, do_sample=False, num_beams=1, max_new_tokens=100)
-            pairs.append((normal(text), normal(processor.batch_decode(tokens, skip_special_tokens=True)[0])))
-    return pairs
-
-
-def word_error_rate(pairs: Sequence[tuple[str, str]]) -> float:
-    from jiwer import wer
-
-    return float(wer([reference for reference, _ in pairs], [found for _, found in pairs]))
+def word_error_rate(folders: Sequence[Path], speech: Sequence[Speech]) -> float:
+    """That of several models, each on its own clips."""
+    counts = []
+    for folder, clips in zip(folders, speech, strict=True):
+        model = WhisperForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+        counts.append(clips.score(model).counts)
+    return sum(count["errors"] for count in counts) / sum(count["words"] for count in counts)
 
 
 def main() -> None:
@@ -70,32 +53,33 @@ def main() -> None:
     processor = AutoProcessor.from_pretrained(source)
     model = open_model(source)
     sites = select(model.sites, () if args.sites == "all" else tuple(args.sites.split(",")))
-    clips = read_clips(args.speech)
-    halves = [(clips[0::2], clips[1::2]), (clips[1::2], clips[0::2])]  # calibrated on, transcribed
+    clips = read_clips(args.speech / "clips.jsonl")
+    halves = clips[0::2], clips[1::2]
+    settings = Settings(new_tokens=100)
+    others = [Speech.of("the other half", half, processor, settings) for half in reversed(halves)]
 
     with tempfile.TemporaryDirectory() as folder:
         files, started = [Path(folder) / f"{half}.safetensors" for half in range(2)], time.perf_counter()
-        for (calibration, _), file in zip(halves, files, strict=True):
-            collect(model, sites, [path for path, _ in calibration], file)
-        seconds = sum(len(load_audio(path)) for path, _ in clips) / SAMPLE_RATE
+        for half, file in zip(halves, files, strict=True):
+            collect(model, sites, [clip.file for clip in half], file)
+        seconds = sum(len(load_audio(clip.file)) for clip in clips) / SAMPLE_RATE
         print(f"calibrated on {seconds:.0f} s of speech in {time.perf_counter() - started:.0f} s\n")
 
         def pruned(ratio: float, method: str) -> str:
             """A row of the table."""
-            pairs: list[tuple[str, str]] = []
-            for half, (calibration, evaluation) in enumerate(halves):
-                out, file = Path(tempfile.mkdtemp(dir=folder)) / "out", files[half]
+            outs = []
+            for half, file in zip(halves, files, strict=True):
+                outs.append(Path(tempfile.mkdtemp(dir=folder)) / "out")
                 if method == "in sequence":
                     file = Path(folder) / "sequence.safetensors"
-                    collect(model, sites, [path for path, _ in calibration], file, Rule(ratio=ratio))
+                    collect(model, sites, [clip.file for clip in half], file, Rule(ratio=ratio))
                 statistics = None if method == "weights alone" else Statistics(file)
-                written = prune_model(model, out, Rule(ratio=ratio), sites, statistics=statistics)
-                pairs += transcribe(out, evaluation, processor)
+                written = prune_model(model, outs[-1], Rule(ratio=ratio), sites, statistics=statistics)
             left = totals(model.reader.header, model.sites, sites, written.ranks)["parameters_after"]
-            return f"| {ratio:.0%} | {left:,} | {method} | {word_error_rate(pairs):.1%} |"
+            return f"| {ratio:.0%} | {left:,} | {method} | {word_error_rate(outs, others):.1%} |"
 
         print(f"| pruned ({args.sites}) | parameters | by | WER |\n|---|---|---|---|")
-        print(f"| 0% | {model.parameters:,} | | {word_error_rate(transcribe(source, clips, processor)):.1%} |")
+        print(f"| 0% | {model.parameters:,} | | {word_error_rate([source, source], others):.1%} |")
         methods = ["weights alone", "calibrated", *(["in sequence"] if args.sequential else [])]
         for ratio in map(float, args.ratios.split(",")):
             for method in methods:

@@ -18,28 +18,20 @@ from fetch_models import fetch
 from transformers import AutoProcessor, WhisperForConditionalGeneration
 from transformers.utils import logging
 
-from pessa_cli.audio import SAMPLE_RATE, load_audio
+from pessa_cli.audio import load_audio
+from pessa_cli.measures import Settings
 from pessa_cli.model import open_model
 from pessa_cli.pipeline import prune_model
 from pessa_cli.ranks import Rule
 from pessa_cli.report import totals
+from pessa_cli.sidebyside import Inputs, listen
 from pessa_cli.sites import select
+from pessa_cli.speech import compare_words, transcribe
 
 
-def transcribe(folder: Path, features: torch.Tensor, processor: Any) -> str:
+def heard(folder: Path, clip: Inputs, processor: Any) -> str:
     model = WhisperForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
-    tokens = model.generate(features, do_sample=False, num_beams=1, max_new_tokens=100)
-    text: str = processor.batch_decode(tokens, skip_special_tokens=True)[0]
-    return text.strip()
-
-
-def word_error_rate(reference: str, found: str) -> float:
-    """Edit distance over words, by the number of reference words."""
-    from jiwer import wer
-    from whisper.normalizers import EnglishTextNormalizer
-
-    normal = EnglishTextNormalizer()
-    return float(wer(normal(reference), normal(found)))
+    return transcribe(model, processor, [clip], Settings(new_tokens=100))[0]
 
 
 def main() -> None:
@@ -53,10 +45,10 @@ def main() -> None:
     source = fetch("whisper-tiny.en")
     clip = args.clip or fetch("speech") / "beckett.wav"
     processor = AutoProcessor.from_pretrained(source)
-    features = processor(load_audio(clip), sampling_rate=SAMPLE_RATE, return_tensors="pt")["input_features"]
+    inputs = listen(processor, load_audio(clip))
     model = open_model(source)
     sites = select(model.sites, () if args.sites == "all" else tuple(args.sites.split(",")))
-    original = transcribe(source, features, processor)
+    original = heard(source, inputs, processor)
     print(f"| pruned ({args.sites}) | parameters | method | WER | transcript of {clip.name} |")
     print("|---|---|---|---|---|")
     print(f"| 0% | {model.parameters:,} | original | 0% | {original} |")
@@ -65,9 +57,9 @@ def main() -> None:
             with tempfile.TemporaryDirectory() as folder:
                 out = Path(folder) / "out"
                 written = prune_model(model, out, Rule(ratio=ratio), sites, method)
-                said = transcribe(out, features, processor)
+                said = heard(out, inputs, processor)
             counts = totals(model.reader.header, model.sites, sites, written.ranks)
-            rate, left = word_error_rate(original, said), counts["parameters_after"]
+            rate, left = compare_words([original], [said]).rate, counts["parameters_after"]
             said = said if len(said) <= 80 else said[:80] + " ..."
             name = "pessa" if method == "svd" else method
             print(f"| {ratio:.0%} | {left:,} | {name} | {rate:.0%} | {said} |", flush=True)

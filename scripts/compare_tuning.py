@@ -42,8 +42,9 @@ def one(args: argparse.Namespace) -> dict[str, Any]:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from pessa_cli.evaluate import Settings, by_likelihood, load_tasks
+    from pessa_cli.measures import Settings
     from pessa_cli.methods import attach, build_config
+    from pessa_cli.questions import load_tasks
     from pessa_cli.tuning import DataOptions
     from pessa_cli.tuning_data import collate_text, encode_text, read_rows
 
@@ -93,10 +94,8 @@ def one(args: argparse.Namespace) -> dict[str, Any]:
 
     model.eval()
     accuracy = {}
-    with torch.inference_mode():
-        for task in load_tasks([args.data / task for task in TRAIN], args.questions):
-            right = list(by_likelihood(model, tokenizer, task.questions, Settings(batch=8)))
-            accuracy[task.name] = sum(right) / len(right)
+    for task in load_tasks([args.data / task for task in TRAIN], tokenizer, Settings(limit=args.questions, batch=8)):
+        accuracy[task.name] = task.score(model).value
     return {
         "method": method,
         "seed": seed,

@@ -11,34 +11,23 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from compare_methods import word_error_rate
 from fetch_models import fetch
 from peft import PeftModel
 from transformers import AutoProcessor, WhisperForConditionalGeneration
 from transformers.utils import logging
 
-from pessa_cli.audio import SAMPLE_RATE, load_audio
+from pessa_cli.measures import Settings
 from pessa_cli.model import open_model
 from pessa_cli.pipeline import prune_model
 from pessa_cli.ranks import Rule
 from pessa_cli.sites import select
+from pessa_cli.speech import Speech, read_clips, transcribe
 from pessa_cli.tune import Job, tune
 from pessa_cli.tuning import AdapterOptions, DataOptions, TrainOptions, Tuning
-
-
-@torch.inference_mode()
-def transcribe(model: Any, processor: Any, clips: Sequence[Path]) -> list[str]:
-    texts = []
-    for clip in clips:
-        features = processor(load_audio(clip), sampling_rate=SAMPLE_RATE, return_tensors="pt")["input_features"]
-        tokens = model.generate(input_features=features, do_sample=False, num_beams=1, max_new_tokens=100)
-        texts.append(processor.batch_decode(tokens, skip_special_tokens=True)[0].strip())
-    return texts
 
 
 def main() -> None:
@@ -50,24 +39,21 @@ def main() -> None:
     args = parser.parse_args()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    rows = [row for row in map(json.loads, args.clips.read_text().splitlines()) if row["text"]]
-    development, test = rows[::2], rows[1::2]
+    clips = [clip for clip in read_clips(args.clips) if clip.text]
     source = fetch("whisper-tiny.en")
-    processor = AutoProcessor.from_pretrained(source)
+    processor, settings = AutoProcessor.from_pretrained(source), Settings(new_tokens=100)
+    development, test = (Speech.of("clips", half, processor, settings) for half in (clips[::2], clips[1::2]))
 
     def load(folder: Path) -> Any:
         return WhisperForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
 
     def errors(model: Any) -> str:
-        rates = []
-        for part in (development, test):
-            found = transcribe(model, processor, [args.clips.parent / row["file"] for row in part])
-            rates.append(word_error_rate(" ".join(row["text"] for row in part), " ".join(found)))
-        return " | ".join(f"{rate:.1%}" for rate in rates)
+        return " | ".join(f"{part.score(model).value:.1%}" for part in (development, test))
 
     original = load(source)
     print(
-        f"| tiny.en, {args.ratio:.0%} of encoder.self | WER, {len(development)} clips trained on | {len(test)} others |"
+        f"| tiny.en, {args.ratio:.0%} of encoder.self "
+        f"| WER, {len(development.clips)} clips trained on | {len(test.clips)} others |"
     )
     print("|---|---|---|")
     print(f"| original | {errors(original)} |", flush=True)
@@ -76,10 +62,10 @@ def main() -> None:
         model = open_model(source)
         prune_model(model, folder, Rule(ratio=args.ratio), select(model.sites, ("encoder.self",)))
         print(f"| pruned | {errors(load(folder))} |", flush=True)
-        heard = transcribe(original, processor, [args.clips.parent / row["file"] for row in development])
+        heard = transcribe(original, processor, development.inputs, settings)
         lines = [
-            {"audio": str((args.clips.parent / row["file"]).resolve()), "text": text}
-            for row, text in zip(development, heard, strict=True)
+            {"audio": str(clip.file.resolve()), "text": text}
+            for clip, text in zip(development.clips, heard, strict=True)
         ]
         data.write_text("".join(json.dumps(line) + "\n" for line in lines))
         tuning = Tuning(

@@ -13,8 +13,10 @@ from harness import Pessa, TinyFolder, is_refusal
 from peft import PeftModel, get_peft_model
 from tuned import disturb, tokenizer, with_tokenizer
 
-from pessa_cli.evaluate import METRICS, Settings, load_tasks, split_adapter
+from pessa_cli.evaluate import split_adapter
+from pessa_cli.measures import Settings
 from pessa_cli.methods import build_config
+from pessa_cli.questions import METRICS, load_tasks
 from pessa_cli.tuning_data import render
 
 
@@ -82,7 +84,7 @@ def test_generation(llama: Path, tmp_path: Path) -> None:
             said = torch.tensor(tokenizer()("oh, bb it is; or a", add_special_tokens=False)["input_ids"])
             return torch.cat([input_ids, said.expand(len(input_ids), -1)], dim=1)
 
-    task = load_tasks([questions(tmp_path / "task.json", "a/bb/ccc")])[0]
+    task = load_tasks([questions(tmp_path / "task.json", "a/bb/ccc")], tokenizer(), Settings())[0]
     right = list(METRICS["generation"](Parrot(), tokenizer(), task.questions, Settings()))
     assert sum(right) == 4  # the first answer in it is bb
     assert sum(METRICS["generation"](tiny.load(llama), tokenizer(), task.questions, Settings())) <= 12
@@ -110,7 +112,7 @@ def test_names(tmp_path: Path) -> None:
 def test_refusals(pessa: Pessa, llama: Path, adapter: Path, tiny_folder: TinyFolder, tmp_path: Path) -> None:
     task = questions(tmp_path / "task.json", "a/b")
     is_refusal(pessa("eval", f"{llama}+{adapter}", "--adapter", adapter, "--tasks", task), "--adapter", code=2)
-    is_refusal(pessa("eval", tiny_folder("whisper"), "--tasks", task), "answers no questions", code=2)
+    is_refusal(pessa("eval", tiny_folder("whisper"), "--tasks", task), "--tasks", "--speech", code=2)
     is_refusal(pessa("eval", tiny_folder("llama"), "--tasks", task), "tokenizer")
     is_refusal(pessa("eval", llama, "--adapter", tmp_path, "--tasks", task), "no adapter")
     is_refusal(pessa("eval", llama, "--tasks", tmp_path), "test.json")

@@ -8,17 +8,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from compare_methods import transcribe, word_error_rate
+from compare_methods import heard
 from fetch_models import fetch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoProcessor, AutoTokenizer, WhisperForConditionalGeneration
 
-from pessa_cli.audio import SAMPLE_RATE, load_audio
+from pessa_cli.audio import load_audio
 from pessa_cli.model import open_model
 from pessa_cli.pipeline import decompose_model, prune_model
 from pessa_cli.ranks import Rule
 from pessa_cli.report import totals
+from pessa_cli.sidebyside import listen
 from pessa_cli.sites import select
+from pessa_cli.speech import compare_words
 from pessa_cli.verify import verify_models
 
 NAMES = ("whisper-tiny.en", "minilm", "smollm2-135m")
@@ -118,13 +120,13 @@ def test_vanilla_is_clearly_worse_at_the_same_ratio(clip: Path, tmp_path: Path) 
     source = fetch("whisper-tiny.en")
     model = open_model(source)
     processor = AutoProcessor.from_pretrained(source)
-    features = processor(load_audio(clip), sampling_rate=SAMPLE_RATE, return_tensors="pt")["input_features"]
-    original = transcribe(source, features, processor)
+    inputs = listen(processor, load_audio(clip))
+    original = heard(source, inputs, processor)
     encoder = select(model.sites, ("encoder.self",))
     rates = {}
     for method in ("svd", "vanilla"):
         prune_model(model, tmp_path / method, Rule(ratio=0.1), encoder, method)
-        rates[method] = word_error_rate(original, transcribe(tmp_path / method, features, processor))
+        rates[method] = compare_words([original], [heard(tmp_path / method, inputs, processor)]).rate
     assert rates["svd"] == 0
     assert rates["vanilla"] > 0.3
 
