@@ -7,6 +7,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -31,6 +32,7 @@ from pessa_cli.options import (
     SHARD_SIZE,
     STATISTICS,
     run_of,
+    size_of,
 )
 
 if TYPE_CHECKING:
@@ -63,6 +65,13 @@ ENERGY = Annotated[float | None, typer.Option(help="Keep this share of each head
 LOSSLESS = Annotated[
     bool, typer.Option("--lossless", help="Drop only what the dtype's own rounding hides (the default).")
 ]
+TARGET_PARAMS = Annotated[float | None, typer.Option(help="Keep this share of all parameters, the best for quality.")]
+TARGET_ATTENTION = Annotated[float | None, typer.Option(help="Keep this share of the chosen attention's parameters.")]
+TARGET_SIZE = Annotated[str | None, typer.Option(metavar="SIZE", help="Keep weights of this size, as 120MB.")]
+MAX_ERROR = Annotated[
+    float | None, typer.Option(help="Keep every block's output within this relative error on the calibration data.")
+]
+CURVE = Annotated[bool, typer.Option("--curve", help="Show what budgets would keep, and the errors to expect.")]
 ROUND_TO = Annotated[int, typer.Option(help="Round ranks up to a multiple of this.")]
 MIN_RANK = Annotated[int, typer.Option(help="Keep at least this many directions in every head.")]
 METHOD = Annotated[
@@ -98,6 +107,10 @@ def inspect(
     ratio: RATIO = None,
     rank: RANK = None,
     energy: ENERGY = None,
+    target_params: TARGET_PARAMS = None,
+    target_attention: TARGET_ATTENTION = None,
+    target_size: TARGET_SIZE = None,
+    max_error: MAX_ERROR = None,
     lossless: LOSSLESS = False,
     round_to: ROUND_TO = 1,
     min_rank: MIN_RANK = 0,
@@ -105,7 +118,10 @@ def inspect(
     layers: LAYERS = None,
     calibrate: CALIBRATE = None,
     statistics: STATISTICS = None,
-    plot: Annotated[Path | None, typer.Option(help="Draw the spectra to this PNG or SVG file.")] = None,
+    curve: Annotated[
+        bool, typer.Option("--curve", help="Show what is kept against what it costs, as budgets go.")
+    ] = False,
+    plot: Annotated[Path | None, typer.Option(help="Draw the spectra, or the curve, to this PNG or SVG file.")] = None,
     jobs: JOBS = 0,
     device: DEVICE = "cpu",
     json: JSON = False,
@@ -117,16 +133,22 @@ def inspect(
 
     Example: `pessa inspect whisper-tiny.en --qk-thr 5e-3 --vo-thr 6e-3 --plot spectra.png`
     """
-    recipe = _recipe(qk_thr, vo_thr, ratio, rank, energy, lossless, round_to, min_rank, sites, layers)
+    from pessa_cli.ranks import Rule
+
+    recipe = _recipe(
+        *(sites, layers, lossless, target_size),
+        Rule(qk_thr, vo_thr, ratio, rank, energy, target_params, target_attention, None, max_error, round_to, min_rank),
+    )
     run = run_of(model, jobs=jobs, device=device)
-    from pessa_cli.plot import check_plot, plot_spectra
+    from pessa_cli.plot import check_plot, plot_curve, plot_spectra
 
     if plot is not None:
         check_plot(plot)
     from pessa_cli import report
+    from pessa_cli.budget import ranks_for, trade_off
     from pessa_cli.model import open_model
     from pessa_cli.pipeline import measure
-    from pessa_cli.ranks import RankPlan, plan_ranks
+    from pessa_cli.ranks import RankPlan
     from pessa_cli.sources import open_source
 
     with open_source(model, revision, allow_pickle) as folder:
@@ -138,17 +160,23 @@ def inspect(
             console.show_model(model, opened.reader.config, chosen, before)
         with _calibrated(opened, chosen, calibrate, statistics, run) as found:
             spectra = measure(opened, chosen, run=run, statistics=found)
-        plan = plan_ranks(chosen, spectra, recipe.rule)
+        plan = ranks_for(chosen, spectra, recipe.rule, opened.size)
         blocks = [report.block(site, spectra[site.name], plan) for site in chosen]
         totals = report.totals(opened.reader.header, opened.sites, chosen, plan)
-        if plot is not None:
+        points = trade_off(chosen, spectra, recipe.rule, opened.size) if curve else []
+        if plot is not None and curve:
+            plot_curve(plot, points)
+        elif plot is not None:
             plot_spectra(plot, chosen, spectra, measure(opened, chosen, "vanilla", run))
     method = "calibrated" if any(known.calibrated for known in spectra.values()) else "svd"
     if json:
         document = {"model": model, "method": method, "rule": str(recipe.rule), "blocks": blocks, "totals": totals}
-        console.show_json(document)
+        console.show_json(document | ({"curve": [asdict(point) for point in points]} if curve else {}))
         return
-    console.show_blocks(blocks)
+    if curve:
+        console.show_curve(points, method)
+    else:
+        console.show_blocks(blocks)
     console.show_totals(totals, f"{recipe.rule}{', calibrated' if method == 'calibrated' else ''}")
     if plot is not None:
         console.note(f"plot written to {plot}")
@@ -177,7 +205,7 @@ def decompose(
 
     Example: `pessa decompose whisper-tiny.en -o decomposed/`
     """
-    recipe = _recipe(sites=sites, layers=layers)
+    recipe = _recipe(sites, layers)
     run = run_of(model, force, resume, dry_run, jobs, device, max_shard_size)
     from pessa_cli.model import open_model
     from pessa_cli.pipeline import decompose_model
@@ -201,6 +229,10 @@ def prune(
     ratio: RATIO = None,
     rank: RANK = None,
     energy: ENERGY = None,
+    target_params: TARGET_PARAMS = None,
+    target_attention: TARGET_ATTENTION = None,
+    target_size: TARGET_SIZE = None,
+    max_error: MAX_ERROR = None,
     lossless: LOSSLESS = False,
     round_to: ROUND_TO = 1,
     min_rank: MIN_RANK = 0,
@@ -226,7 +258,12 @@ def prune(
 
     Example: `pessa prune whisper-large-v3 --qk-thr 5e-3 --vo-thr 6e-3 -o out/`
     """
-    recipe = _recipe(qk_thr, vo_thr, ratio, rank, energy, lossless, round_to, min_rank, sites, layers)
+    from pessa_cli.ranks import Rule
+
+    recipe = _recipe(
+        *(sites, layers, lossless, target_size),
+        Rule(qk_thr, vo_thr, ratio, rank, energy, target_params, target_attention, None, max_error, round_to, min_rank),
+    )
     if method == "vanilla" and (calibrate or statistics):
         raise UsageError("--method vanilla goes by the weights alone", "leave out the data, or the method")
     run = run_of(model, force, resume, dry_run, jobs, device, max_shard_size)
@@ -449,23 +486,20 @@ for command in (app_tune.tune, app_tune.merge, app_tune.evaluate):
 
 
 def _recipe(
-    qk_thr: float | None = None,
-    vo_thr: float | None = None,
-    ratio: float | None = None,
-    rank: int | None = None,
-    energy: float | None = None,
-    lossless: bool = False,
-    round_to: int = 1,
-    min_rank: int = 0,
     sites: str = "",
     layers: str | None = None,
+    lossless: bool = False,
+    target_size: str | None = None,
+    rule: Rule | None = None,
 ) -> Recipe:
     """The options of a command as the recipe they are short for."""
-    from pessa_cli.ranks import Rule
+    from pessa_cli.ranks import WAYS, Rule
     from pessa_cli.recipe import Recipe, parse_layers
 
-    rule = Rule(qk_thr, vo_thr, ratio, rank, energy, round_to, min_rank)
-    if lossless and any(value is not None for value in (qk_thr, vo_thr, ratio, rank, energy)):
+    rule = rule or Rule()
+    if target_size is not None:
+        rule = replace(rule, target_size=size_of(target_size, "--target-size"))
+    if lossless and any(getattr(rule, way) is not None for way in WAYS):
         raise UsageError(f"--lossless and {rule} are different rules", "give one of them")
     kinds = tuple(kind.strip() for kind in sites.split(",")) if sites else ()
     return Recipe(rule, kinds, None if layers is None else parse_layers(layers))

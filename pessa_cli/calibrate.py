@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +21,22 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from pessa_cli.audio import SAMPLE_RATE, load_audio
+from pessa_cli.budget import ranks_for
 from pessa_cli.errors import PessaError, UsageError
 from pessa_cli.heads import read_site
 from pessa_cli.model import Model
-from pessa_cli.pipeline import Progress, Tick, calibrated_block, measure, quietly
-from pessa_cli.ranks import Rule, plan_ranks
+from pessa_cli.pipeline import Cuts, Progress, Tick, measure, quietly
+from pessa_cli.ranks import Rule
 from pessa_cli.sidebyside import Inputs, from_folder, load, modules_of, output_of, quiet_transformers, read_text
 from pessa_cli.sites import Site
-from pessa_cli.statistics import BlockStatistics, Statistics, fingerprint, save_statistics
+from pessa_cli.spool import Spool
+from pessa_cli.statistics import BlockStatistics, Statistics, fingerprint, save_statistics, shapes_of
+from pessa_cli.trials import PASSES, put, try_out
 from pessa_cli.writer import sha256_of
 
 AUDIO = (".wav", ".flac", ".ogg", ".mp3", ".opus")
 TEXT_TOKENS = 512  # of a window of text, if the model reads so many
+TRIED = 8  # inputs that trials are made on
 QUERIES = 64  # of an input, whose influence is looked at
 
 
@@ -99,18 +103,32 @@ def collect(
             said = any(not site.spec.kind.startswith("encoder") for site in sites)
             inputs = (given for item in items for given in _windows(model.reader.folder, loaded, item, said))
             total = sum(item.nbytes for item in items)
-            if rule is None:
-                found = _listen(loaded, sites, inputs, progress("calibrating", total, 1))
-            else:
-                kept = list(inputs)  # what the whole model hears is what its decoder goes on with
-                found = _listen(loaded, sites, kept, progress("calibrating", total, 1))
+            tried: list[tuple[Inputs, int]] = []
+            # In sequence, what the whole model hears is what its decoder goes on with.
+            kept = _thinned(inputs, tried) if rule is None else list(inputs)
+            found = _listen(loaded, sites, kept, progress("calibrating", total, 1))
+        if rule is not None:
+            tried = list(kept)
+        samples = [given for given, _ in tried[:: -(-len(tried) // TRIED) or 1]]
+        save_statistics(out, found, weights, hashes)
+        with progress("trying out", 0, PASSES) as tick:
+            loaded.set_attn_implementation("sdpa")
+            found = try_out(model, loaded, sites, on_device(samples, device), found, Statistics(out), tick)
+        if rule is not None:
+            save_statistics(out, found, weights, hashes)
+            spectra = measure(model, list(sites), statistics=Statistics(out))
+            plan = ranks_for(list(sites), spectra, rule, model.size)
+            loaded.set_attn_implementation("eager")
+            for site in sorted(sites, key=_place):
+                with torch.inference_mode():
+                    anew = _listen(loaded, [site], kept, progress(f"calibrating {site.name}", total, 1))[site.name]
+                before = found[site.name]
+                found[site.name] = replace(anew, output=before.output, tried=before.tried, harm=before.harm)
                 save_statistics(out, found, weights, hashes)
-                plan = plan_ranks(list(sites), measure(model, list(sites), statistics=Statistics(out)), rule)
-                for site in sorted(sites, key=_place):
-                    found |= _listen(loaded, [site], kept, progress(f"calibrating {site.name}", total, 1))
-                    save_statistics(out, found, weights, hashes)
-                    ranks = plan.qk[site.name], plan.vo[site.name]
-                    _put(loaded, site, calibrated_block(model, site, ranks, Statistics(out)))
+                with tempfile.TemporaryDirectory() as folder, Spool(Path(folder)) as spool:
+                    measure(model, [site], spool=spool, statistics=Statistics(out))
+                    cuts = Cuts(model, spool, Statistics(out))
+                    put(loaded, site, cuts.tensors(site, (plan.qk[site.name], plan.vo[site.name])))
     save_statistics(out, found, weights, hashes)
 
 
@@ -119,12 +137,16 @@ def _place(site: Site) -> tuple[bool, int, bool]:
     return not site.spec.kind.startswith("encoder"), site.layer, site.spec.kind.endswith("cross")
 
 
-def _put(model: Any, site: Site, tensors: Mapping[str, Tensor]) -> None:
-    """Exchange the weights of one block."""
-    _, projections = modules_of(site, model)
-    for side, module in projections.items():
-        for name, parameter in module.named_parameters():
-            parameter.copy_(tensors[f"{site.module(side)}.{name}"])
+def _thinned(inputs: Iterable[tuple[Inputs, int]], kept: list[tuple[Inputs, int]]) -> Iterator[tuple[Inputs, int]]:
+    """The same inputs, with some of them kept on the way, evenly spaced: at least TRIED where there are so many."""
+    every = 1
+    for number, given in enumerate(inputs):
+        if number % every == 0:
+            kept.append(given)
+        if len(kept) == 2 * TRIED:
+            del kept[1::2]
+            every *= 2
+        yield given
 
 
 def _windows(folder: Path, model: Any, item: Item, said: bool) -> Iterator[tuple[Inputs, int]]:
@@ -246,12 +268,17 @@ def _speech(folder: Path, model: Any, samples: NDArray[np.float32], text: str | 
         yield {"input_features": features, "decoder_input_ids": ids[:, : model.config.max_target_positions]}
 
 
+def on_device(inputs: Sequence[Inputs], device: str | torch.device) -> list[Inputs]:
+    """Copies of the inputs there, which gradients may flow beside."""
+    return [{name: tensor.clone().to(device) for name, tensor in given.items()} for given in inputs]
+
+
 def run(model: Any, inputs: Inputs, collectors: Sequence[Collector]) -> None:
     """One input through the model, with the collectors listening; generating before it does not count."""
     for collector in collectors:
         collector.on = True
     try:
-        output_of(model, {name: tensor.to(model.device) for name, tensor in inputs.items()})
+        output_of(model, on_device([inputs], model.device)[0])
     finally:
         for collector in collectors:
             collector.on = False
@@ -261,12 +288,10 @@ class Collector:
     """Listens to one attention block of a model, and adds up its statistics while `on`."""
 
     def __init__(self, site: Site, model: Any, hooks: ExitStack) -> None:
-        g, d, n = site.kv_heads, site.head_dim, site.heads * site.head_dim
         self.on = False
         self._site = site
         self._seen: dict[str, Tensor] = {}
-        shapes = ((), (g, d, d), (g, d, d), (g, d, d), (n, n), (n,))
-        self._sums = [torch.zeros(shape, dtype=torch.float64, device=model.device) for shape in shapes]
+        self._sums = [torch.zeros(shape, dtype=torch.float64, device=model.device) for shape in shapes_of(site)]
         block, projections = modules_of(site, model)
         self._o: Any = projections["o"]
         for side in "qkv":
@@ -319,11 +344,11 @@ class Collector:
                 keys.mT @ (falls.unsqueeze(-1) * keys) - means.mT @ means,
                 self._influence(attention, keys.to(values.dtype), values),
                 mixtures.mT @ mixtures,
+                mixtures.sum(0),
             ),
             strict=False,
         ):
             total += more
-        sums[-1] += mixtures.sum(0)
 
     def _influence(self, attention: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """What errors of the keys do to the output, (G, d, d), added up from some of the queries.

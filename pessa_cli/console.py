@@ -21,6 +21,7 @@ from pessa_cli.errors import PessaError
 
 if TYPE_CHECKING:
     from pessa_cli.bench import Bench
+    from pessa_cli.budget import Point
     from pessa_cli.evaluate import Scores
     from pessa_cli.sites import Site
     from pessa_cli.tune import Step
@@ -122,6 +123,21 @@ def show_blocks(blocks: list[dict[str, Any]]) -> None:
                 table.add_row(name, label, *numbers, f"{kept}/{len(values)}", sparkline(spectrum))
             name = ""
     OUT.print(table)
+
+
+def show_curve(points: list[Point], method: str) -> None:
+    """What budgets would keep, and the errors to expect."""
+    whole = points[0]
+    calibrated = method == "calibrated"
+    error = "worst block, relative error" if calibrated else "worst product, relative error"
+    table = Table("attention kept", "parameters", error, *(["harm to the output"] if calibrated else []))
+    table.box, table.pad_edge = None, False
+    for point in points:
+        harm = [f"{point.harm:.2e}"] if calibrated else []
+        table.add_row(f"{point.attention / whole.attention:.0%}", f"{point.parameters:,}", f"{point.error:.3f}", *harm)
+    OUT.print(table)
+    if calibrated:
+        OUT.print("harm: the KL divergence of the logits in nats, or the relative squared error of hidden states")
 
 
 def show_totals(totals: dict[str, Any], rule: str) -> None:

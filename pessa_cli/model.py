@@ -11,7 +11,7 @@ import torch
 from pessa_cli.checkpoint import CheckpointReader
 from pessa_cli.errors import PessaError
 from pessa_cli.heads import HeadWeights
-from pessa_cli.ranks import UNDERFLOW, UNIT_ROUNDOFF, Spectra
+from pessa_cli.ranks import LEVELS, UNDERFLOW, UNIT_ROUNDOFF, Size, Spectra, Trials
 from pessa_cli.sites import Site, find_sites, specs_of
 
 SPECTRA_FILE = "spectra.safetensors"
@@ -35,6 +35,10 @@ class Model:
     def nbytes(self) -> int:
         return sum(info.nbytes for info in self.reader.header.values())
 
+    @property
+    def size(self) -> Size:
+        return Size(self.parameters, self.nbytes)
+
 
 def open_model(folder: Path, architecture: str | None = None) -> Model:
     """Headers, sites and known spectra of a Hugging Face folder; no weights are read."""
@@ -47,11 +51,19 @@ def open_model(folder: Path, architecture: str | None = None) -> Model:
 
 
 def save_spectra(folder: Path, spectra: Mapping[str, Spectra]) -> None:
-    """Write spectra.safetensors: "<site>.qk" and "<site>.vo", float64, (G, d) each; metadata for calibrated ones."""
+    """Write spectra.safetensors: "<site>.qk" and "<site>.vo", float64, (G, d) each; metadata for calibrated ones.
+
+    "<site>.trials", (2 LEVELS + 1,), where there are any: errors of Q-K, errors of V-O, harm.
+    """
     from safetensors.torch import save
 
     tensors = {f"{name}.vo": torch.from_numpy(s.vo) for name, s in spectra.items()}
     tensors |= {f"{name}.qk": torch.from_numpy(s.qk) for name, s in spectra.items() if s.qk is not None}
+    tensors |= {
+        f"{name}.trials": torch.tensor([*s.trials.qk, *s.trials.vo, s.trials.harm], dtype=torch.float64)
+        for name, s in spectra.items()
+        if s.trials is not None
+    }
     # As bytes, since the library's own files are for their owner's eyes only.
     calibrated = " ".join(sorted(name for name, s in spectra.items() if s.calibrated))
     about = {CALIBRATED: calibrated} if calibrated else None
@@ -66,7 +78,7 @@ def _load_spectra(folder: Path, sites: list[Site]) -> dict[str, Spectra]:
     path = folder / SPECTRA_FILE
     if not path.is_file():
         return {}
-    wanted = [f"{site.name}.{side}" for site in sites for side in ("qk", "vo")]
+    wanted = [f"{site.name}.{part}" for site in sites for part in ("qk", "vo", "trials")]
     try:
         with safe_open(path, framework="pt") as file:
             there = set(file.keys())
@@ -82,8 +94,30 @@ def _load_spectra(folder: Path, sites: list[Site]) -> dict[str, Spectra]:
             continue
         if (qk is None) == site.merges_qk or not all(_plausible(t, site) for t in (qk, vo) if t is not None):
             raise PessaError(f"{path} does not fit the weights at {site.name}", "decompose the model again")
-        spectra[site.name] = Spectra(None if qk is None else qk.numpy(), vo.numpy(), site.name in calibrated)
+        trials = tensors.get(f"{site.name}.trials")
+        if trials is not None and not _plausible_trials(trials):
+            raise PessaError(f"{path}: its trials of {site.name} are damaged", "decompose the model again")
+        spectra[site.name] = Spectra(
+            None if qk is None else qk.numpy(),
+            vo.numpy(),
+            site.name in calibrated,
+            None if trials is None else _trials(trials.tolist()),
+        )
     return spectra
+
+
+def _trials(numbers: list[float]) -> Trials:
+    levels = len(LEVELS)
+    return Trials(tuple(numbers[:levels]), tuple(numbers[levels : 2 * levels]), numbers[-1])
+
+
+def _plausible_trials(numbers: torch.Tensor) -> bool:
+    """Float64, as many as there are, finite, and not negative."""
+    return (
+        numbers.dtype == torch.float64
+        and tuple(numbers.shape) == (2 * len(LEVELS) + 1,)
+        and bool(numbers.isfinite().all() and (numbers >= 0).all())
+    )
 
 
 def _plausible(spectrum: torch.Tensor, site: Site) -> bool:

@@ -48,6 +48,14 @@ SEQUENTIAL = Annotated[
 ]
 
 
+def size_of(text: str, flag: str) -> int:
+    """Bytes of a size as people write it: 5GB, 1.5 MB. Raises UsageError for anything else."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?(kB|KB|MB|GB|TB)", text)
+    if match is None:
+        raise UsageError(f"{flag} {text!r} is no size", "write it as 5GB or 500MB")
+    return int(float(match[1]) * {"K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}[match[2][0].upper()])
+
+
 def run_of(
     model: str,
     force: bool = False,
@@ -58,12 +66,9 @@ def run_of(
     max_shard_size: str = "5GB",
 ) -> Run:
     """How a command is to be carried out."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?(kB|KB|MB|GB|TB)", max_shard_size)
-    if match is None:
-        raise UsageError(f"--max-shard-size {max_shard_size!r} is no size", "write it as 5GB or 500MB")
-    unit = {"K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}[match[2][0].upper()]
+    shard_bytes = size_of(max_shard_size, "--max-shard-size")
     from pessa_cli.pipeline import Run
 
     path = Path(model)
     name = path.resolve().name if path.exists() else model  # where it lies on this machine is nobody's business
-    return Run(name, force, resume, dry_run, jobs, device, int(float(match[1]) * unit), progress)
+    return Run(name, force, resume, dry_run, jobs, device, shard_bytes, progress)

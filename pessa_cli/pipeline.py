@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from pessa_cli.budget import ranks_for
 from pessa_cli.checkpoint import read_json
 from pessa_cli.errors import PessaError, UsageError, listed
 from pessa_cli.factors import (
@@ -38,7 +39,7 @@ from pessa_cli.jobs import in_order, one_thread
 from pessa_cli.model import MANIFEST_FILE, Model, check_spectra
 from pessa_cli.output import SHARD_BYTES, Method, Rewrite, write_output
 from pessa_cli.ragged import Ranks
-from pessa_cli.ranks import RankPlan, Rule, Spectra, Spectrum, plan_ranks
+from pessa_cli.ranks import RankPlan, Rule, Spectra, Spectrum
 from pessa_cli.sites import Site
 from pessa_cli.spool import Spool
 from pessa_cli.statistics import Statistics, Weighed, kept_directions, refit_moment, weigh
@@ -138,15 +139,17 @@ def measure(
             check_spectra(model, site, weights)
             return known, []
         pairs = (_pairs(absorb(part, site)) for part in weights.parts())
+        trials = None
         if statistics is not None:
             sides = _sides(_weighted(pairs, _weighed(statistics, site, weights, run.device)))
+            trials = statistics.of(site).trials
         elif spool is not None:
             sides = _sides([way.transforms(pair) for pair in part] for part in pairs)
         else:
             spectra = zip(*([way.spectrum(pair) for pair in part] for part in pairs), strict=True)
             return _spectra([_together(side) for side in spectra]), []
-        known_as = replace(_spectra(sides[len(TRANSFORMS) - 1 :: len(TRANSFORMS)]), calibrated=statistics is not None)
-        return known_as, sides
+        found = _spectra(sides[len(TRANSFORMS) - 1 :: len(TRANSFORMS)])
+        return replace(found, calibrated=statistics is not None, trials=trials), sides
 
     spectra: dict[str, Spectra] = {}
     faults: list[str] = []
@@ -250,7 +253,7 @@ def prune_model(
 
     def plan(spool: Spool | None) -> Rewrite:
         spectra = measure(model, sites, method, run, spool, statistics)
-        ranks = plan_ranks(sites, spectra, rule)
+        ranks = ranks_for(sites, spectra, rule, model.size)
         known = any(found.calibrated for found in spectra.values())
         rewrite = _rewrite(
             *("prune", model, sites, ranks, spectra, str(rule)), "calibrated" if known else method, layout, run
@@ -308,16 +311,12 @@ def _written(
         rewrite = plan(spool)
 
         def tensors_of(site: Site) -> dict[str, torch.Tensor]:
-            weights = read_site(reader, site)
             ranks = rewrite.ranks.qk[site.name], rewrite.ranks.vo[site.name]
             if as_stored:
+                weights = read_site(reader, site)
                 _check_nothing_lost(model, weights, site, *ranks)
-            elif transforms := spool.take(site.name):
-                weights = weights.to(run.device)
-                weighed = None if statistics is None else _weighed(statistics, site, weights, run.device)
-                weights = _factorised(weights, site, transforms, weighed, ranks[1]).to("cpu")
             else:
-                check_spectra(model, site, weights)
+                weights = _decomposed(model, site, spool, statistics, ranks[1], run.device)
             return write_site(weights, site, *ranks, reader.header, rewrite.layout)
 
         total = sum(info.nbytes for info in rewrite.header.values())
@@ -327,15 +326,32 @@ def _written(
     return rewrite
 
 
-def calibrated_block(
-    model: Model, site: Site, ranks: tuple[Ranks, Ranks], statistics: Statistics
-) -> dict[str, torch.Tensor]:
-    """The tensors of one block as `prune_model` would write it in the dense layout."""
+@dataclass(frozen=True)
+class Cuts:
+    """Blocks that are decomposed once, by `measure` with the same spool, and cut again and again."""
+
+    model: Model
+    spool: Spool
+    statistics: Statistics | None = None
+
+    def tensors(self, site: Site, ranks: tuple[Ranks, Ranks]) -> dict[str, torch.Tensor]:
+        """The tensors of one block as `prune_model` would write it in the dense layout."""
+        weights = _decomposed(self.model, site, self.spool, self.statistics, ranks[1])
+        return write_site(weights, site, *ranks, self.model.reader.header, "dense")
+
+
+def _decomposed(
+    model: Model, site: Site, spool: Spool, statistics: Statistics | None, vo_ranks: Ranks, device: str = "cpu"
+) -> HeadWeights:
+    """A block in factored form, at full rank: by the transforms that were put aside for it, or as it is stored."""
     weights = read_site(model.reader, site)
-    weighed = _weighed(statistics, site, weights, "cpu")
-    found = _sides(_weighted((_pairs(absorb(part, site)) for part in weights.parts()), weighed))
-    weights = _factorised(weights, site, found, weighed, ranks[1])
-    return write_site(weights, site, *ranks, model.reader.header, "dense")
+    transforms = spool.take(site.name)
+    if not transforms:
+        check_spectra(model, site, weights)
+        return weights
+    weights = weights.to(device)
+    weighed = None if statistics is None else _weighed(statistics, site, weights, device)
+    return _factorised(weights, site, transforms, weighed, vo_ranks).to("cpu")
 
 
 def _factorised(

@@ -1,10 +1,12 @@
-"""The paper's figure 2: how much faster the spectrum falls than the norms of the original dimensions."""
+"""Pictures: the paper's figure 2, how much faster spectra fall than norms, and the trade-off of budgets."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+from pessa_cli.budget import Point
 from pessa_cli.errors import PessaError, UsageError
 from pessa_cli.ranks import Spectra, Spectrum
 from pessa_cli.sites import Site
@@ -57,12 +59,36 @@ def plot_spectra(path: Path, sites: list[Site], spectra: Mapping[str, Spectra], 
     axes[0][0].legend(fontsize=7)
     figure.supxlabel("direction of the head, sorted", fontsize=9)
     figure.supylabel("importance", fontsize=9)
+    _save(figure, path)
+
+
+def _save(figure: Any, path: Path) -> None:
+    from matplotlib import pyplot as plt
+
     try:
         figure.savefig(path, dpi=150)
     except OSError as error:
         raise PessaError(f"cannot write {path}: {error}", "give --plot a file in a folder that exists") from None
     finally:
         plt.close(figure)
+
+
+def plot_curve(path: Path, points: list[Point]) -> None:
+    """Draw the predicted errors against the share of attention that is kept, to a PNG, SVG or PDF."""
+    check_plot(path)
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(5.5, 3.6), layout="constrained")
+    kept = [point.attention / points[0].attention for point in points[1:]]
+    axis.plot(kept, [point.error for point in points[1:]], label="worst block, relative error")
+    axis.plot(kept, [point.harm for point in points[1:]], label="harm to the output")
+    axis.set(xlabel="share of this attention that is kept", yscale="log")
+    axis.invert_xaxis()
+    axis.legend(fontsize=8)
+    _save(figure, path)
 
 
 def check_plot(path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,8 +19,33 @@ Spectrum = NDArray[np.float64]
 # Half the distance from 1 to the next number: the relative error of storing one weight.
 UNIT_ROUNDOFF = {"F64": 2.0**-53, "F32": 2.0**-24, "F16": 2.0**-11, "BF16": 2.0**-8}
 
+BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+
 # Half the distance between a dtype's smallest numbers: the error of storing one weight, however small it is.
 UNDERFLOW = {"F64": 0.0, "F32": 2.0**-150, "F16": 2.0**-25, "BF16": 2.0**-134}
+
+
+LEVELS = (0.125, 0.25, 0.5, 0.75)  # shares of a block's directions that trials cut
+
+
+@dataclass(frozen=True)
+class Trials:
+    """What cutting a block does on real inputs, measured.
+
+    qk, vo: the relative squared errors of its output with LEVELS of the directions of one side cut, the smallest first.
+    harm: what a relative squared error of 1 would do to the output of the whole model, small errors extrapolated.
+    """
+
+    qk: tuple[float, ...]
+    vo: tuple[float, ...]
+    harm: float
+
+
+class Size(NamedTuple):
+    """Of a whole model."""
+
+    parameters: int
+    nbytes: int
 
 
 @dataclass(frozen=True)
@@ -33,6 +59,7 @@ class Spectra:
     qk: Spectrum | None
     vo: Spectrum
     calibrated: bool = False
+    trials: Trials | None = None
 
 
 @dataclass(frozen=True)
@@ -42,6 +69,9 @@ class Rule:
     qk_thr, vo_thr: keep singular values above (Q-K and V-O apart; one alone leaves the other side whole).
     ratio: drop that share of all directions, the smallest first, Q-K and V-O apart.
     rank: keep so many in every head. energy: keep that share of each head's squared spectrum.
+    target_params, target_attention: keep that share of all parameters, and of those of the chosen blocks' attention;
+    target_size: keep the weights' bytes at that; max_error: keep the relative error of every block's output on the
+    calibration data at that. What goes is what costs least for each parameter, over all blocks and both sides.
     lossless: drop the tail whose norm is no more than what storing the head in its dtype rounds off anyway.
     Then ranks above zero are rounded up to a multiple of `round_to`, and none is under `min_rank`.
     """
@@ -51,16 +81,16 @@ class Rule:
     ratio: float | None = None
     rank: int | None = None
     energy: float | None = None
+    target_params: float | None = None
+    target_attention: float | None = None
+    target_size: int | None = None
+    max_error: float | None = None
     round_to: int = 1
     min_rank: int = 0
 
     def __post_init__(self) -> None:
-        ways = {
-            "--qk-thr/--vo-thr": self.qk_thr is not None or self.vo_thr is not None,
-            "--ratio": self.ratio is not None,
-            "--rank": self.rank is not None,
-            "--energy": self.energy is not None,
-        }
+        ways = {"--qk-thr/--vo-thr": self.qk_thr is not None or self.vo_thr is not None}
+        ways |= {_flag(name): getattr(self, name) is not None for name in WAYS if not name.endswith("_thr")}
         given = [way for way, on in ways.items() if on]
         if len(given) > 1:
             raise UsageError(f"{' and '.join(given)} are different rules", "give one of them")
@@ -71,9 +101,14 @@ class Rule:
             raise UsageError(
                 f"--ratio {self.ratio} would not leave a model", "give the share to drop, from 0 to below 1"
             )
-        if self.energy is not None and not 0 < self.energy <= 1:
-            raise UsageError(f"--energy {self.energy} is no share", "give the share to keep, above 0 to 1, as 0.99")
+        for name in ("energy", "target_params", "target_attention"):
+            share = getattr(self, name)
+            if share is not None and not 0 < share <= 1:
+                raise UsageError(f"{_flag(name)} {share} is no share", "give the share to keep, above 0 to 1, as 0.99")
+        if self.max_error is not None and not 0 <= self.max_error < math.inf:
+            raise UsageError(f"--max-error {self.max_error} is no error to allow", "give a number from 0 up, as 0.01")
         for flag, count, least in (
+            ("--target-size", self.target_size, 1),
             ("--rank", self.rank, 1),
             ("--round-to", self.round_to, 1),
             ("--min-rank", self.min_rank, 0),
@@ -82,19 +117,29 @@ class Rule:
                 raise UsageError(f"{flag} {count} is too small", f"give {least} or more")
 
     def __str__(self) -> str:
-        ways = {
-            "qk_thr": self.qk_thr,
-            "vo_thr": self.vo_thr,
-            "ratio": self.ratio,
-            "rank": self.rank,
-            "energy": self.energy,
-        }
-        text = ", ".join(f"{name} {value:g}" for name, value in ways.items() if value is not None) or "lossless"
+        ways = {name: getattr(self, name) for name in WAYS}
+        text = ", ".join(f"{name} {value:.12g}" for name, value in ways.items() if value is not None) or "lossless"
         return (
             text
             + (f", round_to {self.round_to}" if self.round_to > 1 else "")
             + (f", min_rank {self.min_rank}" if self.min_rank else "")
         )
+
+    @property
+    def budgeted(self) -> bool:
+        """Whether ranks are shared out over all heads and blocks at once."""
+        budgets = (self.target_params, self.target_attention, self.target_size, self.max_error)
+        return any(budget is not None for budget in budgets)
+
+
+WAYS = (
+    *("qk_thr", "vo_thr", "ratio", "rank", "energy"),
+    *("target_params", "target_attention", "target_size", "max_error"),
+)
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 @dataclass(frozen=True)
@@ -106,7 +151,7 @@ class RankPlan:
 
 
 def plan_ranks(sites: list[Site], spectra: Mapping[str, Spectra], rule: Rule) -> RankPlan:
-    """The rule applied to every site. Raises PessaError when it would prune all of Q-K or all of V-O."""
+    """A rule without a budget applied to every site. Raises PessaError when it would prune all of Q-K or of V-O."""
     qk = {site.name: spectra[site.name].qk for site in sites}
     vo = {site.name: spectra[site.name].vo for site in sites}
     dtypes = {site.name: site.dtype for site in sites}
@@ -121,7 +166,7 @@ def _side(spectra: Mapping[str, Spectrum], dtypes: Mapping[str, str], rule: Rule
     if not spectra:
         return {}
     if rule.ratio is not None:
-        counts = _drop_smallest(spectra, rule.ratio)
+        counts = smallest_dropped(spectra, rule.ratio)
     else:
         counts = {name: _keep(spectrum, rule, what, dtypes[name]) for name, spectrum in spectra.items()}
     plan: dict[str, Ranks] = {}
@@ -154,7 +199,7 @@ def _keep(spectrum: Spectrum, rule: Rule, what: str, dtype: str) -> NDArray[np.i
     return kept
 
 
-def _drop_smallest(spectra: Mapping[str, Spectrum], ratio: float) -> dict[str, NDArray[np.int64]]:
+def smallest_dropped(spectra: Mapping[str, Spectrum], ratio: float) -> dict[str, NDArray[np.int64]]:
     """The smallest `ratio` of all directions dropped wherever they are; of equal ones the later in a head."""
     values = np.concatenate([spectrum.ravel() for spectrum in spectra.values()])
     places = np.concatenate([np.tile(np.arange(s.shape[1]), s.shape[0]) for s in spectra.values()])

@@ -13,7 +13,7 @@ from typing import Any
 from pessa_cli.checkpoint import file_size
 from pessa_cli.errors import PessaError, UsageError
 from pessa_cli.ragged import shortened
-from pessa_cli.ranks import Rule
+from pessa_cli.ranks import WAYS, Rule
 
 MOST_BYTES = 2**20  # of a recipe
 MOST_PARTS = 200  # of a list of layers, between its commas
@@ -24,6 +24,10 @@ _PRUNE: Mapping[str, type | tuple[type, ...]] = {
     "ratio": _NUMBER,
     "rank": int,
     "energy": _NUMBER,
+    "target_params": _NUMBER,
+    "target_attention": _NUMBER,
+    "target_size": int,
+    "max_error": _NUMBER,
     "round_to": int,
     "min_rank": int,
     "sites": list,
@@ -37,7 +41,7 @@ _CHOICES = {
     ("prune", "layout"): ("compact", "dense"),
     ("verify", "level"): ("weights", "blocks", "outputs"),
 }
-_RULE = ("qk_thr", "vo_thr", "ratio", "rank", "energy", "round_to", "min_rank")
+_RULE = (*WAYS, "round_to", "min_rank")
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ arithmetic.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,7 +95,10 @@ def _run_both(
             samples = [inputs for _, inputs in prompts]
             if whole and ours.can_generate():
                 texts = [_continue(folder, ours, theirs, name, inputs) for name, inputs in prompts]
-        blocks, expected = _compare_blocks(reference.sites, ours, theirs, samples)
+        with ExitStack() as hooks:
+            squares = block_squares(reference.sites, ours, theirs, hooks)
+            expected = [output_of(ours, inputs) for inputs in samples]
+        blocks = [(name, (off / all_) ** 0.5 if all_ else off**0.5) for name, (off, all_) in squares.items()]
         outputs = _compare_outputs(expected, [output_of(theirs, inputs) for inputs in samples]) if whole else None
     return blocks, outputs, texts if whole else []
 
@@ -178,24 +181,28 @@ def _compare_outputs(expected: list[tuple[str, Tensor]], found: list[tuple[str, 
     return Outputs(what, error, float(difference.max()), float(difference.mean()), kl, agreement)
 
 
-def _compare_blocks(
-    sites: list[Site], ours: Any, theirs: Any, samples: list[Inputs]
-) -> tuple[list[tuple[str, float]], list[tuple[str, Tensor]]]:
-    """Run the reference; whenever it enters an attention block, run the candidate's on the very same inputs.
+def block_squares(sites: Sequence[Site], ours: Any, theirs: Any, hooks: ExitStack) -> dict[str, list[float]]:
+    """Sums that go on while our model runs: of the squares of what each block of theirs does differently, and of ours.
 
-    Compared is what leaves the output projection. Returns each site's relative error over all samples, and the
-    reference's outputs.
+    Whenever our model enters an attention block, theirs runs on the very same inputs; compared is what leaves the
+    output projections.
     """
     squares = {site.name: [0.0, 0.0] for site in sites}
-    with ExitStack() as hooks:
-        for site in sites:
-            _hook_block(site, ours, theirs, squares[site.name], hooks)
-        expected = [output_of(ours, inputs) for inputs in samples]
-    return [(name, (off / all_) ** 0.5 if all_ else off**0.5) for name, (off, all_) in squares.items()], expected
+    for site in sites:
+
+        def add(expected: Tensor, found: Tensor, sums: list[float] = squares[site.name]) -> None:
+            expected = expected.double()
+            sums[0] += float((expected - found.double()).square().sum())
+            sums[1] += float(expected.square().sum())
+
+        compare_block(site, ours, theirs, add, hooks)
+    return squares
 
 
-def _hook_block(site: Site, ours: Any, theirs: Any, squares: list[float], hooks: ExitStack) -> None:
-    """Add to `squares` the squared norms of the difference and of the reference's output, at every call."""
+def compare_block(
+    site: Site, ours: Any, theirs: Any, heard: Callable[[Tensor, Tensor], None], hooks: ExitStack
+) -> None:
+    """Tell `heard` at every call of a block what leaves its output projection, and what does in the other model."""
     (block, ours_at), (other_block, theirs_at) = modules_of(site, ours), modules_of(site, theirs)
     o, other_o = ours_at["o"], theirs_at["o"]
     seen: dict[str, Any] = {}
@@ -213,9 +220,7 @@ def _hook_block(site: Site, ours: Any, theirs: Any, squares: list[float], hooks:
             other_block(*seen["args"], **seen["kwargs"])
         finally:
             handle.remove()
-        expected = seen["expected"].double()
-        squares[0] += float((expected - found[-1].double()).square().sum())
-        squares[1] += float(expected.square().sum())
+        heard(seen["expected"], found[-1])
 
     hooks.callback(block.register_forward_pre_hook(entered, with_kwargs=True).remove)
     hooks.callback(o.register_forward_hook(left).remove)

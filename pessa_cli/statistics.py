@@ -21,6 +21,7 @@ from pessa_cli.errors import PessaError, listed
 from pessa_cli.factors import Weighting
 from pessa_cli.heads import HeadWeights, live
 from pessa_cli.ragged import Ranks
+from pessa_cli.ranks import LEVELS, Trials
 from pessa_cli.sites import Site
 
 FORMAT = "pessa-statistics-2"
@@ -39,6 +40,9 @@ class BlockStatistics:
     common to all of them, as softmax does. influence: (G, d, d), of what an error of the keys does to the output, to
     first order: C W_O^T W_O C^T, where C is the covariance of keys and values under a query's own attention.
     mixtures: (H d, H d), of a a^T where a is what goes into W_O, all heads one after the other; mixture: (H d,), of a.
+    From trials on some of the data: output, (), squares of what the block puts out; tried: (2, LEVELS), squares of the
+    difference with that share of Q-K and of V-O cut; harm: (3,), what a difference does to the model's output (nats,
+    or the relative squared error of hidden states), over how many tokens, and the squares of that difference.
     """
 
     frames: Tensor
@@ -47,6 +51,19 @@ class BlockStatistics:
     influence: Tensor
     mixtures: Tensor
     mixture: Tensor
+    output: Tensor
+    tried: Tensor
+    harm: Tensor
+
+    @property
+    def trials(self) -> Trials | None:
+        """What the trials say, None without any."""
+        output, (done, tokens, moved) = float(self.output), self.harm.tolist()
+        if output == 0:
+            return None
+        qk, vo = ((errors / output).tolist() for errors in self.tried)
+        # A block that nothing comes of any more, and one that cannot be moved, do no harm.
+        return Trials(tuple(qk), tuple(vo), done / tokens * output / moved if tokens and moved else 0.0)
 
     def __add__(self, other: BlockStatistics) -> BlockStatistics:
         return BlockStatistics(*(getattr(self, name) + getattr(other, name) for name in NAMES))
@@ -56,6 +73,13 @@ class BlockStatistics:
 
 
 NAMES = tuple(field.name for field in fields(BlockStatistics))
+
+
+def shapes_of(site: Site) -> tuple[tuple[int, ...], ...]:
+    """Of the statistics of a block, in the order of NAMES."""
+    g, d, n = site.kv_heads, site.head_dim, site.heads * site.head_dim
+    head, levels = (g, d, d), len(LEVELS)
+    return (), head, head, head, (n, n), (n,), (), (2, levels), (3,)
 
 
 @dataclass(frozen=True)
@@ -233,10 +257,8 @@ def _about(path: Path) -> dict[str, Any]:
 
 def _plausible(found: BlockStatistics, site: Site) -> bool:
     """Float64, of the site's shapes, and finite."""
-    g, d, n = site.kv_heads, site.head_dim, site.heads * site.head_dim
-    shapes = ((), (g, d, d), (g, d, d), (g, d, d), (n, n), (n,))
     tensors = [getattr(found, name) for name in NAMES]
     return all(
         tensor.dtype == torch.float64 and tuple(tensor.shape) == shape and bool(tensor.isfinite().all())
-        for tensor, shape in zip(tensors, shapes, strict=True)
+        for tensor, shape in zip(tensors, shapes_of(site), strict=True)
     )
