@@ -65,6 +65,9 @@ LOSSLESS = Annotated[
 ]
 ROUND_TO = Annotated[int, typer.Option(help="Round ranks up to a multiple of this.")]
 MIN_RANK = Annotated[int, typer.Option(help="Keep at least this many directions in every head.")]
+ROPE_RATIO = Annotated[
+    float | None, typer.Option(help="Under RoPE, also drop this share of each head's frequency pairs of Q-K.")
+]
 METHOD = Annotated[
     Literal["svd", "vanilla"], typer.Option(help="vanilla: rank the original dimensions by their norms, to compare.")
 ]
@@ -101,6 +104,7 @@ def inspect(
     lossless: LOSSLESS = False,
     round_to: ROUND_TO = 1,
     min_rank: MIN_RANK = 0,
+    rope_ratio: ROPE_RATIO = None,
     sites: SITES = "",
     layers: LAYERS = None,
     calibrate: CALIBRATE = None,
@@ -117,7 +121,7 @@ def inspect(
 
     Example: `pessa inspect whisper-tiny.en --qk-thr 5e-3 --vo-thr 6e-3 --plot spectra.png`
     """
-    recipe = _recipe(qk_thr, vo_thr, ratio, rank, energy, lossless, round_to, min_rank, sites, layers)
+    recipe = _recipe(qk_thr, vo_thr, ratio, rank, energy, lossless, round_to, min_rank, sites, layers, rope_ratio)
     run = run_of(model, jobs=jobs, device=device)
     from pessa_cli.plot import check_plot, plot_spectra
 
@@ -132,7 +136,7 @@ def inspect(
     with open_source(model, revision, allow_pickle) as folder:
         opened = open_model(folder, architecture)
         chosen = _chosen(opened, recipe)
-        as_is = RankPlan({s.name: s.qk_ranks for s in chosen}, {s.name: s.vo_ranks for s in chosen})
+        as_is = RankPlan.stored(chosen)
         if not json:
             before = report.totals(opened.reader.header, opened.sites, chosen, as_is)
             console.show_model(model, opened.reader.config, chosen, before)
@@ -204,6 +208,7 @@ def prune(
     lossless: LOSSLESS = False,
     round_to: ROUND_TO = 1,
     min_rank: MIN_RANK = 0,
+    rope_ratio: ROPE_RATIO = None,
     sites: SITES = "",
     layers: LAYERS = None,
     method: METHOD = "svd",
@@ -226,7 +231,7 @@ def prune(
 
     Example: `pessa prune whisper-large-v3 --qk-thr 5e-3 --vo-thr 6e-3 -o out/`
     """
-    recipe = _recipe(qk_thr, vo_thr, ratio, rank, energy, lossless, round_to, min_rank, sites, layers)
+    recipe = _recipe(qk_thr, vo_thr, ratio, rank, energy, lossless, round_to, min_rank, sites, layers, rope_ratio)
     if method == "vanilla" and (calibrate or statistics):
         raise UsageError("--method vanilla goes by the weights alone", "leave out the data, or the method")
     run = run_of(model, force, resume, dry_run, jobs, device, max_shard_size)
@@ -459,12 +464,13 @@ def _recipe(
     min_rank: int = 0,
     sites: str = "",
     layers: str | None = None,
+    rope_ratio: float | None = None,
 ) -> Recipe:
     """The options of a command as the recipe they are short for."""
     from pessa_cli.ranks import Rule
     from pessa_cli.recipe import Recipe, parse_layers
 
-    rule = Rule(qk_thr, vo_thr, ratio, rank, energy, round_to, min_rank)
+    rule = Rule(qk_thr, vo_thr, ratio, rank, energy, round_to, min_rank, rope_ratio)
     if lossless and any(value is not None for value in (qk_thr, vo_thr, ratio, rank, energy)):
         raise UsageError(f"--lossless and {rule} are different rules", "give one of them")
     kinds = tuple(kind.strip() for kind in sites.split(",")) if sites else ()

@@ -26,6 +26,7 @@ from pessa_cli.heads import read_site
 from pessa_cli.model import Model
 from pessa_cli.pipeline import Progress, Tick, calibrated_block, measure, quietly
 from pessa_cli.ranks import Rule, plan_ranks
+from pessa_cli.rope import rotated
 from pessa_cli.sidebyside import Inputs, from_folder, load, modules_of, output_of, quiet_transformers, read_text
 from pessa_cli.sites import Site
 from pessa_cli.statistics import BlockStatistics, Statistics, fingerprint, save_statistics
@@ -108,8 +109,7 @@ def collect(
                 for site in sorted(sites, key=_place):
                     found |= _listen(loaded, [site], kept, progress(f"calibrating {site.name}", total, 1))
                     save_statistics(out, found, weights, hashes)
-                    ranks = plan.qk[site.name], plan.vo[site.name]
-                    _put(loaded, site, calibrated_block(model, site, ranks, Statistics(out)))
+                    _put(loaded, site, calibrated_block(model, plan.kept(site), Statistics(out)))
     save_statistics(out, found, weights, hashes)
 
 
@@ -270,7 +270,7 @@ class Collector:
         for side in "qk":
             hooks.callback(projections[side].register_forward_hook(self._heard(side)).remove)
         hooks.callback(projections["o"].register_forward_pre_hook(self._mixed).remove)
-        hooks.callback(block.register_forward_hook(self._finished).remove)
+        hooks.callback(block.register_forward_hook(self._finished, with_kwargs=True).remove)
 
     def found(self) -> BlockStatistics:
         return BlockStatistics(*(total.cpu() for total in self._sums))
@@ -286,7 +286,7 @@ class Collector:
         if self.on:
             self._seen["o"] = args[0]
 
-    def _finished(self, _module: nn.Module, _args: Any, output: Any) -> None:
+    def _finished(self, _module: nn.Module, _args: Any, kwargs: Mapping[str, Any], output: Any) -> None:
         """Add up one call of the block. Everything is of batch 1.
 
         To weigh each key by the attention that falls on it measured worse than to count all that a query sees alike.
@@ -304,6 +304,11 @@ class Collector:
         keys = self._seen["k"][0].double().reshape(-1, g, d)
         mixtures = self._seen["o"][0].double().reshape(-1, g * m * d)
         self._seen.clear()
+        if site.spec.rope:
+            if "position_embeddings" not in kwargs:
+                raise PessaError(f"{site.name} is given no rotations", "this model cannot be calibrated")
+            cos, sin = (angle[0] for angle in kwargs["position_embeddings"])  # (positions, d)
+            queries, keys = rotated(queries, cos, sin), rotated(keys, cos, sin)
         keys = (keys - keys.mean(0)).transpose(0, 1)  # (G, keys, d); what is common would only cost digits
         seen = (attention.reshape(g, m, *attention.shape[1:])[:, 0] > 0).to(attention.dtype)
         seen = seen / seen.sum(-1, keepdim=True)  # (G, queries, keys): each query's keys alike, none that is masked

@@ -37,9 +37,10 @@ from pessa_cli.heads import HeadWeights, Layout, NotFiniteError, joined, read_si
 from pessa_cli.jobs import in_order, one_thread
 from pessa_cli.model import MANIFEST_FILE, Model, check_spectra
 from pessa_cli.output import SHARD_BYTES, Method, Rewrite, write_output
-from pessa_cli.ragged import Ranks
+from pessa_cli.ragged import Pairs, Ranks, last_pair, pair_ranks, parse_pairs
 from pessa_cli.ranks import RankPlan, Rule, Spectra, Spectrum, plan_ranks
-from pessa_cli.sites import Site
+from pessa_cli.rope import compensated, contributions
+from pessa_cli.sites import Site, in_full
 from pessa_cli.spool import Spool
 from pessa_cli.statistics import Statistics, Weighed, kept_directions, refit_moment, weigh
 from pessa_cli.writer import new_folder
@@ -128,7 +129,7 @@ def measure(
 
     def measured(site: Site) -> tuple[Spectra, Sides] | NotFiniteError:
         known = model.spectra.get(site.name) if method == "svd" and statistics is None else None
-        if known is not None and spool is not None:
+        if known is not None and spool is not None and site.merges_qk:
             return known, []
         try:
             weights = read_site(model.reader, site).to(run.device)
@@ -136,17 +137,19 @@ def measure(
             return error
         if known is not None:
             check_spectra(model, site, weights)
-            return known, []
+            return replace(known, pairs=_contributions(weights, site)), []
+        weighed = None if statistics is None else _weighed(statistics, site, weights, run.device)
+        of_pairs = _contributions(weights, site, weighed)
         pairs = (_pairs(absorb(part, site)) for part in weights.parts())
-        if statistics is not None:
-            sides = _sides(_weighted(pairs, _weighed(statistics, site, weights, run.device)))
+        if weighed is not None:
+            sides = _sides(_weighted(pairs, weighed))
         elif spool is not None:
             sides = _sides([way.transforms(pair) for pair in part] for part in pairs)
         else:
             spectra = zip(*([way.spectrum(pair) for pair in part] for part in pairs), strict=True)
-            return _spectra([_together(side) for side in spectra]), []
-        known_as = replace(_spectra(sides[len(TRANSFORMS) - 1 :: len(TRANSFORMS)]), calibrated=statistics is not None)
-        return known_as, sides
+            return replace(_spectra([_together(side) for side in spectra]), pairs=of_pairs), []
+        known_as = _spectra(sides[len(TRANSFORMS) - 1 :: len(TRANSFORMS)])
+        return replace(known_as, calibrated=statistics is not None, pairs=of_pairs), sides
 
     spectra: dict[str, Spectra] = {}
     faults: list[str] = []
@@ -168,6 +171,13 @@ def measure(
     if faults:
         raise NotFiniteError(model.reader, faults)
     return spectra
+
+
+def _contributions(weights: HeadWeights, site: Site, weighed: Weighed | None = None) -> Spectrum | None:
+    """Those of the frequency pairs, where there are any."""
+    if site.merges_qk:
+        return None
+    return contributions(weights, None if weighed is None else weighed.qk).cpu().numpy()
 
 
 def _sides(parts: Iterable[list[Transforms]]) -> Sides:
@@ -267,9 +277,8 @@ def export_model(model: Model, out: Path, layout: Layout, run: Run | None = None
     pessa did not write, since its ranks are not known.
     """
     run = run or Run()
-    ranks, method, rule = _known_ranks(model)
-    sites = [site for site in model.sites if site.name in ranks]
-    plan = RankPlan({name: qk for name, (qk, _) in ranks.items()}, {name: vo for name, (_, vo) in ranks.items()})
+    plan, method, rule = _known_ranks(model)
+    sites = [site for site in model.sites if site.name in plan.vo]
     rewrite = _rewrite("export", model, sites, plan, {}, rule, method, layout, run)
     return _written(lambda _: rewrite, model, out, run, as_stored=True)
 
@@ -308,17 +317,16 @@ def _written(
         rewrite = plan(spool)
 
         def tensors_of(site: Site) -> dict[str, torch.Tensor]:
-            weights = read_site(reader, site)
-            ranks = rewrite.ranks.qk[site.name], rewrite.ranks.vo[site.name]
+            weights, kept = read_site(reader, site), rewrite.ranks.kept(site)
             if as_stored:
-                _check_nothing_lost(model, weights, site, *ranks)
+                _check_nothing_lost(model, weights, kept)
             elif transforms := spool.take(site.name):
                 weights = weights.to(run.device)
                 weighed = None if statistics is None else _weighed(statistics, site, weights, run.device)
-                weights = _factorised(weights, site, transforms, weighed, ranks[1]).to("cpu")
+                weights = _factorised(weights, kept, transforms, weighed).to("cpu")
             else:
                 check_spectra(model, site, weights)
-            return write_site(weights, site, *ranks, reader.header, rewrite.layout)
+            return write_site(weights, kept, reader.header, rewrite.layout)
 
         total = sum(info.nbytes for info in rewrite.header.values())
         jobs = run.jobs_for(rewrite.sites or model.sites)
@@ -327,21 +335,18 @@ def _written(
     return rewrite
 
 
-def calibrated_block(
-    model: Model, site: Site, ranks: tuple[Ranks, Ranks], statistics: Statistics
-) -> dict[str, torch.Tensor]:
-    """The tensors of one block as `prune_model` would write it in the dense layout."""
+def calibrated_block(model: Model, kept: Site, statistics: Statistics) -> dict[str, torch.Tensor]:
+    """The tensors of one block of a dense model as `prune_model` would write it, in the dense layout again."""
+    site = in_full(kept)
     weights = read_site(model.reader, site)
     weighed = _weighed(statistics, site, weights, "cpu")
     found = _sides(_weighted((_pairs(absorb(part, site)) for part in weights.parts()), weighed))
-    weights = _factorised(weights, site, found, weighed, ranks[1])
-    return write_site(weights, site, *ranks, model.reader.header, "dense")
+    weights = _factorised(weights, kept, found, weighed)
+    return write_site(weights, kept, model.reader.header, "dense")
 
 
-def _factorised(
-    weights: HeadWeights, site: Site, found: Sides, weighed: Weighed | None, vo_ranks: Ranks
-) -> HeadWeights:
-    """The block in factored form, at full rank; a calibrated one ready to be cut to `vo_ranks`."""
+def _factorised(weights: HeadWeights, site: Site, found: Sides, weighed: Weighed | None) -> HeadWeights:
+    """The block in factored form, at full rank; a calibrated one ready to be cut to what `site` keeps."""
     parts: list[HeadWeights] = []
     o_bias, start, device = weights.o_bias, 0, weights.v.device
     sides = [found[at : at + len(TRANSFORMS)] for at in range(0, len(found), len(TRANSFORMS))]
@@ -358,15 +363,17 @@ def _factorised(
         o_bias = rewritten.o_bias
         parts.append(joined([rewritten], weights))
     whole = joined(parts, weights)
-    if weighed is None or vo_ranks == site.full:
+    if weighed is not None and site.pairs is not None:
+        whole = compensated(whole, site.pairs, weighed.qk)
+    if weighed is None or site.vo_ranks == site.full:
         return whole
-    return _refitted(whole, site, vo_ranks, found, weighed)
+    return _refitted(whole, site, found, weighed)
 
 
-def _refitted(weights: HeadWeights, site: Site, ranks: Ranks, found: Sides, weighed: Weighed) -> HeadWeights:
+def _refitted(weights: HeadWeights, site: Site, found: Sides, weighed: Weighed) -> HeadWeights:
     """The factored block with its output projection fitted anew to the directions of V-O that are kept."""
     transform = torch.from_numpy(found[-len(TRANSFORMS)]).to(weights.o.device)
-    moment, kept = refit_moment(weighed, transform, site), kept_directions(site, ranks).to(weights.o.device)
+    moment, kept = refit_moment(weighed, transform, site), kept_directions(site, site.vo_ranks).to(weights.o.device)
     o = refitted(weights.o.double().reshape(site.output_width, -1), moment, kept, weighed.ridge)
     return replace(weights, o=o.reshape(weights.o.shape).to(weights.o.dtype))
 
@@ -384,13 +391,13 @@ def _precision(weights: HeadWeights, transforms: list[Transforms]) -> torch.dtyp
     return torch.float32 if 8 * growth * torch.finfo(torch.float32).eps <= finest else torch.float64
 
 
-def _known_ranks(model: Model) -> tuple[dict[str, tuple[Ranks, Ranks]], Method, str]:
-    """The ranks of each block that pessa has rewritten, with the method and the rule."""
+def _known_ranks(model: Model) -> tuple[RankPlan, Method, str]:
+    """What each block that pessa has rewritten keeps, with the method and the rule."""
     path = model.reader.folder / MANIFEST_FILE
-    compact = {s.name: (s.qk_ranks, s.vo_ranks) for s in model.sites if (s.qk_ranks, s.vo_ranks) != (s.full, s.full)}
+    compact = [site for site in model.sites if site != in_full(site)]
     if not path.exists():
         if compact:  # saved again by transformers, say
-            return compact, "svd", "as stored"
+            return RankPlan.stored(compact), "svd", "as stored"
         raise PessaError(
             f"{model.reader.folder} has no {MANIFEST_FILE}: it is not a model that pessa wrote",
             "prune it first; `pessa prune` without a rule removes only what is zero",
@@ -398,31 +405,50 @@ def _known_ranks(model: Model) -> tuple[dict[str, tuple[Ranks, Ranks]], Method, 
     manifest = read_json(path)
     try:
         ranks = {name: (_ranks(sides["qk"]), _ranks(sides["vo"])) for name, sides in manifest["ranks"].items()}
+        pairs = {name: parse_pairs(sides["pairs"]) for name, sides in manifest["ranks"].items() if "pairs" in sides}
         method, rule = manifest["method"], manifest["rule"]
     except (KeyError, TypeError, ValueError, AttributeError):
-        ranks, method, rule = {}, "", ""
+        ranks, pairs, method, rule = {}, {}, "", ""
     if not ranks or not isinstance(method, str) or method not in METHODS or not isinstance(rule, str):
         raise PessaError(f"{path} is damaged", "prune the original again")
-    fits = {site.name: all(_fit(site, side) for side in ranks.get(site.name, ())) for site in model.sites}
-    wrong = [name for name in ranks if not fits.get(name)]
+    by_name = {site.name: site for site in model.sites}
+    wrong = [
+        name
+        for name, both in ranks.items()
+        if name not in by_name or not _fit(by_name[name], *both, pairs.get(name, ()))
+    ]
     if wrong:
         raise PessaError(f"{path} and the weights disagree about {wrong[0]}", "prune the original again")
-    return ranks, method, rule
+    known = RankPlan(
+        {name: qk for name, (qk, _) in ranks.items()},
+        {name: vo for name, (_, vo) in ranks.items()},
+        {name: each for name, each in pairs.items() if each},
+    )
+    return known, method, rule
 
 
-def _fit(site: Site, ranks: Ranks) -> bool:
-    return len(ranks) == site.kv_heads and all(0 <= rank <= site.head_dim for rank in ranks)
+def _fit(site: Site, qk_ranks: Ranks, vo_ranks: Ranks, pairs: tuple[Pairs, ...] | None) -> bool:
+    """Whether a file of this block could have such ranks, and such pairs; () stands for all, None for nonsense."""
+    counted = all(
+        len(ranks) == site.kv_heads and all(0 <= rank <= site.head_dim for rank in ranks)
+        for ranks in (qk_ranks, vo_ranks)
+    )
+    if pairs is None or not counted:
+        return False
+    if not pairs:
+        return site.merges_qk or qk_ranks == site.full
+    return not site.merges_qk and pair_ranks(pairs) == qk_ranks and 2 * last_pair(pairs) < site.head_dim
 
 
 def _ranks(text: str) -> Ranks:
     return tuple(int(rank) for rank in text.split())
 
 
-def _check_nothing_lost(model: Model, weights: HeadWeights, site: Site, qk_ranks: Ranks, vo_ranks: Ranks) -> None:
-    """What another layout leaves out must be zero in this one."""
+def _check_nothing_lost(model: Model, weights: HeadWeights, site: Site) -> None:
+    """What another layout, which stores what `site` does, leaves out must be zero in this one."""
     reader = model.reader
-    whole = write_site(weights, site, site.full, site.full, reader.header, "dense")
-    kept = write_site(weights, site, qk_ranks, vo_ranks, reader.header, "dense")
+    whole = write_site(weights, in_full(site), reader.header, "dense")
+    kept = write_site(weights, site, reader.header, "dense")
     lost = [name for name, tensor in whole.items() if not torch.equal(tensor, kept[name])]
     if lost:
         raise PessaError(

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pessa_cli.errors import PessaError, UsageError
-from pessa_cli.ragged import Ranks
-from pessa_cli.sites import Site
+from pessa_cli.ragged import Pairs, Ranks, pair_ranks
+from pessa_cli.sites import Site, with_ranks
 
 Spectrum = NDArray[np.float64]
 
@@ -27,12 +27,14 @@ class Spectra:
     """The spectra of one block, (G, d) each and descending; no Q-K where it cannot be merged.
 
     Singular values of the products, or where `calibrated` what real inputs make of them: in units of the attention
-    scores for Q-K, and of what is added to the residual stream for V-O.
+    scores for Q-K, and of what is added to the residual stream for V-O. `pairs`, (G, d/2), only where a rotation keeps
+    Q-K from being merged: what each frequency pair contributes, squared and in the order of the file; see `rope`.
     """
 
     qk: Spectrum | None
     vo: Spectrum
     calibrated: bool = False
+    pairs: Spectrum | None = None
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,7 @@ class Rule:
     ratio: drop that share of all directions, the smallest first, Q-K and V-O apart.
     rank: keep so many in every head. energy: keep that share of each head's squared spectrum.
     lossless: drop the tail whose norm is no more than what storing the head in its dtype rounds off anyway.
+    rope_ratio, beside any of these: under RoPE, drop that share of each key/value head's frequency pairs.
     Then ranks above zero are rounded up to a multiple of `round_to`, and none is under `min_rank`.
     """
 
@@ -53,6 +56,7 @@ class Rule:
     energy: float | None = None
     round_to: int = 1
     min_rank: int = 0
+    rope_ratio: float | None = None
 
     def __post_init__(self) -> None:
         ways = {
@@ -67,10 +71,9 @@ class Rule:
         for flag, value in (("--qk-thr", self.qk_thr), ("--vo-thr", self.vo_thr)):
             if value is not None and not (0 <= value < math.inf):
                 raise UsageError(f"{flag} {value} is no threshold", "give a number from 0 up, as 5e-3")
-        if self.ratio is not None and not 0 <= self.ratio < 1:
-            raise UsageError(
-                f"--ratio {self.ratio} would not leave a model", "give the share to drop, from 0 to below 1"
-            )
+        for flag, share in (("--ratio", self.ratio), ("--rope-ratio", self.rope_ratio)):
+            if share is not None and not 0 <= share < 1:
+                raise UsageError(f"{flag} {share} would not leave a model", "give the share to drop, from 0 to below 1")
         if self.energy is not None and not 0 < self.energy <= 1:
             raise UsageError(f"--energy {self.energy} is no share", "give the share to keep, above 0 to 1, as 0.99")
         for flag, count, least in (
@@ -92,6 +95,7 @@ class Rule:
         text = ", ".join(f"{name} {value:g}" for name, value in ways.items() if value is not None) or "lossless"
         return (
             text
+            + (f", rope_ratio {self.rope_ratio:g}" if self.rope_ratio is not None else "")
             + (f", round_to {self.round_to}" if self.round_to > 1 else "")
             + (f", min_rank {self.min_rank}" if self.min_rank else "")
         )
@@ -99,10 +103,27 @@ class Rule:
 
 @dataclass(frozen=True)
 class RankPlan:
-    """The ranks to keep, by site name: one a key/value head, for Q-K and for V-O."""
+    """The ranks to keep, by site name: one a key/value head, for Q-K and for V-O.
+
+    pairs: under RoPE which frequency pairs those of Q-K are, for blocks that keep less than all.
+    """
 
     qk: Mapping[str, Ranks]
     vo: Mapping[str, Ranks]
+    pairs: Mapping[str, tuple[Pairs, ...]] = field(default_factory=dict)
+
+    @staticmethod
+    def stored(sites: Iterable[Site]) -> RankPlan:
+        """What the file stores of these sites."""
+        sites = list(sites)
+        pairs = {site.name: site.pairs for site in sites if site.pairs is not None}
+        return RankPlan(
+            {site.name: site.qk_ranks for site in sites}, {site.name: site.vo_ranks for site in sites}, pairs
+        )
+
+    def kept(self, site: Site) -> Site:
+        """The site as a compact file stores what is kept of it."""
+        return with_ranks(site, self.qk[site.name], self.vo[site.name], self.pairs.get(site.name))
 
 
 def plan_ranks(sites: list[Site], spectra: Mapping[str, Spectra], rule: Rule) -> RankPlan:
@@ -110,11 +131,56 @@ def plan_ranks(sites: list[Site], spectra: Mapping[str, Spectra], rule: Rule) ->
     qk = {site.name: spectra[site.name].qk for site in sites}
     vo = {site.name: spectra[site.name].vo for site in sites}
     dtypes = {site.name: site.dtype for site in sites}
+    rotated = [site for site in sites if qk[site.name] is None]
+    pairs = _pairs(rotated, spectra, rule)
     return RankPlan(
         qk=_side({name: spectrum for name, spectrum in qk.items() if spectrum is not None}, dtypes, rule, "Q-K")
-        | {site.name: site.full for site in sites if qk[site.name] is None},
+        | {site.name: pair_ranks(pairs[site.name]) if site.name in pairs else site.full for site in rotated},
         vo=_side(vo, dtypes, rule, "V-O"),
+        pairs=pairs,
     )
+
+
+def largest_pairs(contributions: Spectrum, counts: NDArray[np.int64]) -> tuple[Pairs, ...]:
+    """The `counts`, (G,), pairs of each head that contribute most; contributions: (G, d/2). Of equal ones the first."""
+    order = np.argsort(-contributions, axis=-1, kind="stable")
+    return tuple(_runs(np.sort(row[:count])) for row, count in zip(order, counts, strict=True))
+
+
+def _runs(places: NDArray[np.int64]) -> Pairs:
+    """Ascending numbers as runs."""
+    parts = np.split(places, np.flatnonzero(np.diff(places) > 1) + 1)
+    return tuple(range(int(part[0]), int(part[-1]) + 1) for part in parts if len(part))
+
+
+def _pairs(sites: list[Site], spectra: Mapping[str, Spectra], rule: Rule) -> dict[str, tuple[Pairs, ...]]:
+    """The frequency pairs that the rule keeps, of blocks that keep less than all; what the file lacks stays away.
+
+    The same share goes of each key/value head. To drop the smallest wherever they are measured worse by far: errors
+    of scores count for more in some blocks than in others, and heads that lose half of their pairs break.
+    """
+    if rule.rope_ratio is not None and not sites:
+        raise UsageError("--rope-ratio: none of these blocks rotates its queries and keys", "leave it out")
+    found: dict[str, tuple[Pairs, ...]] = {}
+    for site in sites:
+        contributions = spectra[site.name].pairs
+        if rule.rope_ratio is None or contributions is None:
+            if site.pairs is not None:
+                found[site.name] = site.pairs
+            continue
+        count = contributions.shape[1]
+        rank = _rounded(np.array([2 * (count - int(rule.rope_ratio * count))]), rule, 2 * count)
+        there = (contributions > 0).sum(-1)  # the others are nothing already
+        pairs = largest_pairs(contributions, np.minimum(there, -(-rank // 2)))
+        if pair_ranks(pairs) != site.full:
+            found[site.name] = pairs
+    return found
+
+
+def _rounded(kept: NDArray[np.int64], rule: Rule, width: int) -> NDArray[np.int64]:
+    """Ranks of heads of that width as `round_to` and `min_rank` want them."""
+    step, least = min(rule.round_to, width), min(rule.min_rank, width)  # numpy refuses numbers beyond 64 bits
+    return (-(-kept // step) * step).clip(least, width)
 
 
 def _side(spectra: Mapping[str, Spectrum], dtypes: Mapping[str, str], rule: Rule, what: str) -> dict[str, Ranks]:
@@ -126,9 +192,7 @@ def _side(spectra: Mapping[str, Spectrum], dtypes: Mapping[str, str], rule: Rule
         counts = {name: _keep(spectrum, rule, what, dtypes[name]) for name, spectrum in spectra.items()}
     plan: dict[str, Ranks] = {}
     for name, kept in counts.items():
-        width = spectra[name].shape[1]
-        step, least = min(rule.round_to, width), min(rule.min_rank, width)  # numpy refuses numbers beyond 64 bits
-        plan[name] = tuple(int(r) for r in (-(-kept // step) * step).clip(least, width))
+        plan[name] = tuple(int(r) for r in _rounded(kept, rule, spectra[name].shape[1]))
     if not any(any(ranks) for ranks in plan.values()):
         largest = max(float(spectrum.max()) for spectrum in spectra.values())
         raise PessaError(

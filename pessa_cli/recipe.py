@@ -26,6 +26,7 @@ _PRUNE: Mapping[str, type | tuple[type, ...]] = {
     "energy": _NUMBER,
     "round_to": int,
     "min_rank": int,
+    "rope_ratio": _NUMBER,
     "sites": list,
     "layers": str,
     "method": str,
@@ -37,7 +38,7 @@ _CHOICES = {
     ("prune", "layout"): ("compact", "dense"),
     ("verify", "level"): ("weights", "blocks", "outputs"),
 }
-_RULE = ("qk_thr", "vo_thr", "ratio", "rank", "energy", "round_to", "min_rank")
+_RULE = ("qk_thr", "vo_thr", "ratio", "rank", "energy", "round_to", "min_rank", "rope_ratio")
 
 
 @dataclass(frozen=True)

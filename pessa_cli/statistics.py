@@ -26,7 +26,7 @@ from pessa_cli.sites import Site
 FORMAT = "pessa-statistics-1"
 SHRINKAGE = 0.3  # towards the plain rule, however much data there is
 NOISE = 1e-10  # of a variance, against the second moment that it is the difference of
-RIDGE = 1e-2  # of the refit, likewise
+RIDGE = 1e-2  # of the refit, likewise, and of frequency pairs, for which shrinking is no more than a ridge
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class BlockStatistics:
 
     frames: (), how many queries there were. queries: (G, d, d), of q q^T over queries and the query heads of a group,
     their bias included. keys: (G, d, d), of the covariance of the keys that each query sees, which leaves out what is
-    common to all of them, as softmax does. mixtures: (H d, H d), of
+    common to all of them, as softmax does. Both as RoPE has turned them, where it does. mixtures: (H d, H d), of
     a a^T where a is what goes into W_O, all heads one after the other; mixture: (H d,), of a.
     """
 
@@ -88,7 +88,7 @@ def weigh(found: BlockStatistics, site: Site, v_bias: Tensor | None) -> Weighed:
     own = moment.reshape(g * m, d, g * m, d)[heads, :, heads].reshape(g, m, d, d).mean(1)
     few = d / float(frames)  # as many frames as directions say as much of them as the weights do
     return Weighed(
-        qk=Weighting(found.queries / frames, found.keys / (frames * d), SHRINKAGE + few),
+        qk=Weighting(found.queries / frames, found.keys / (frames * d), (RIDGE if site.spec.rope else SHRINKAGE) + few),
         vo=Weighting(own, None, SHRINKAGE + few),
         center=center if center is None or v_bias is None else center - v_bias.double(),
         moment=moment,

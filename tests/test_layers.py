@@ -23,7 +23,7 @@ LAYERS = (
     {"buckets", "sites", "gguf_source", "openai_tokenizer", "pickled"},
     {"heads", "ranks", "ctranslate2", "hub", "openai_whisper"},
     {"factors", "recipe", "report", "plot", "runtime", "sources", "card", "onnx_attention"},
-    {"attention", "methods", "statistics", "tuning"},
+    {"attention", "methods", "rope", "statistics", "tuning"},
     {"narrow"},
     {"peft_plugin", "singular"},
     {"tuner_base"},

@@ -1,0 +1,150 @@
+"""Q-K under RoPE: what each frequency pair is worth, which to keep, and how those make up for the others.
+
+Rotary embeddings turn directions i and i + d/2 of a head together, pair i by its own frequency (Su et al., RoFormer,
+arXiv 2104.09864; the halves as in transformers). So W_Q and W_K cannot be mixed, but whole pairs can go, and what
+commutes with every rotation may be put between the two: a I + b J, a scaling and a turn of each kept pair.
+
+For rotated queries q and keys k the scores are sums over pairs of q_p^T k_p. With X for the identity, block diagonal
+with a_p I + b_p J, or zero for what is dropped, the squared error of the scores is tr((I-X)^T C_q (I-X) C_k): a
+quadratic form in the coefficients (a_p, b_p), whose Gram matrix is G[pb, p'b'] = tr(B_pb^T C_q B_p'b' C_k).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from pessa_cli.factors import Weighting, shrunk
+from pessa_cli.heads import HeadWeights
+from pessa_cli.ragged import Pairs
+
+# I and J, what a pair may be multiplied with: (coefficient, 2, 2).
+BASIS = torch.tensor([[[1.0, 0.0], [0.0, 1.0]], [[0.0, -1.0], [1.0, 0.0]]], dtype=torch.float64, device="cpu")
+
+
+def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Queries or keys (positions, ..., d) as RoPE turns them; cos and sin: (positions, d)."""
+    first, second = x.chunk(2, -1)
+    cos, sin = (angle.reshape(len(x), *[1] * (x.dim() - 2), -1).to(x.dtype) for angle in (cos, sin))
+    return x * cos + torch.cat([-second, first], -1) * sin
+
+
+def contributions(weights: HeadWeights, weighting: Weighting | None = None) -> Tensor:
+    """What each pair is worth to the scores of a key/value head's queries, squared: (G, d/2) float64, unsorted.
+
+    By the weights alone ||W_Q,p||^2 ||W_K,p||^2 / 2, the mean over all rotations. With `weighting`, the second moments
+    of rotated queries and keys, it is the error that dropping the pair adds once all that are worth less are gone and
+    the others make up for it: backward elimination, which measured better than each pair's own tr(C_q,pp C_k,pp).
+    """
+    gram = _gram(weights, weighting)
+    if weighting is None:
+        return gram.diagonal(dim1=-2, dim2=-1)[:, ::2].contiguous()
+    return _eliminated(gram)
+
+
+def compensated(weights: HeadWeights, pairs: Sequence[Pairs], weighting: Weighting) -> HeadWeights:
+    """The block with each kept pair of its queries scaled and turned so that the scores change least (least squares).
+
+    `weighting`: the second moments of rotated queries and keys. What is not kept stays as it is, to be cut.
+    """
+    gram = _gram(weights, weighting)
+    kept = torch.zeros(gram.shape[:2], dtype=torch.bool)
+    half = kept.shape[1] // 2
+    for row, runs in zip(kept, pairs, strict=True):
+        for run in runs:
+            row[2 * run.start : 2 * run.stop] = True
+    change = _coefficients(gram, kept.to(gram.device)).reshape(-1, 1, half, 2)  # the same for all query heads
+    scale, turn = change[..., 0], change[..., 1]
+
+    def multiplied(q: Tensor, by: tuple[Tensor, Tensor]) -> Tensor:  # (a I + b J)^T, of columns q_p
+        first, second = q.double().chunk(2, 2)
+        a, b = (c.reshape(*c.shape, *[1] * (q.dim() - 3)) for c in by)
+        return torch.cat([a * first + b * second, a * second - b * first], 2).to(q.dtype)
+
+    q_bias = None if weights.q_bias is None else multiplied(weights.q_bias, (scale, turn))
+    return replace(weights, q=multiplied(weights.q, (scale, turn)), q_bias=q_bias)
+
+
+def _gram(weights: HeadWeights, weighting: Weighting | None) -> Tensor:
+    """G of each key/value head, (G, d, d): rows and columns are a_0, b_0, a_1, b_1 and so on.
+
+    Shrinking the moments towards the plain ones, which are multiples of I in each pair, only adds to G's diagonal: it
+    is a ridge, so that what few data say of pairs together counts for little, and no data leave the plain rule.
+    """
+    queries = _plain(weights.q, weights.q_bias).sum(1)
+    keys = _plain(weights.k, weights.k_bias)
+    if weighting is not None:
+        assert weighting.right is not None
+        queries = shrunk(weighting.left, queries, weighting.shrinkage)
+        keys = shrunk(weighting.right, keys, weighting.shrinkage)
+    half, basis = queries.shape[-1] // 2, BASIS.to(queries.device)
+    queries, keys = (m.reshape(-1, 2, half, 2, half).permute(0, 2, 1, 4, 3) for m in (queries, keys))
+    turned = torch.einsum("bmi,gpmqn,cnl->gpqbcil", basis, queries, basis)
+    return torch.einsum("gpqbcil,gqlpi->gpbqc", turned, keys).reshape(-1, 2 * half, 2 * half)
+
+
+def _plain(weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The second moment of (..., d, D) W x for white x, a bias as one more input, and rotations of every angle.
+
+    (..., d, d), diagonal: in a pair half of its squared norm, and the frequencies of two pairs are never in step.
+    """
+    norms = torch.linalg.vector_norm(weight, dim=-1, dtype=torch.float64).square()
+    if bias is not None:
+        norms = norms + bias.double().square()
+    first, second = norms.chunk(2, -1)
+    mean = (first + second) / 2
+    return torch.diag_embed(torch.cat([mean, mean], -1))
+
+
+def _unit(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """The Gram matrix with a diagonal of ones, (G, d, d), also where it was zero, and the roots of what it was."""
+    scale = gram.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()
+    inverse = torch.where(scale > 0, 1 / scale.where(scale > 0, 1.0), 0.0)
+    unit = inverse.unsqueeze(-1) * gram * inverse.unsqueeze(-2)
+    return unit + torch.diag_embed(unit.new_ones(scale.shape) - unit.diagonal(dim1=-2, dim2=-1)), scale
+
+
+def _coefficients(gram: Tensor, kept: Tensor) -> Tensor:
+    """a and b of the kept pairs by least squares, (G, d), zero for the others; kept: (G, d) bool."""
+    unit, scale = _unit(gram)
+    both = kept.unsqueeze(-1) & kept.unsqueeze(-2)
+    identity = torch.zeros_like(scale)
+    identity[:, ::2] = 1
+    gone = (unit @ (identity * scale * ~kept).unsqueeze(-1)).masked_fill(~kept.unsqueeze(-1), 0)
+    system = torch.where(both, unit, torch.diag_embed(torch.ones_like(scale)))
+    change = torch.linalg.solve(system, gone).squeeze(-1)
+    return identity * kept + torch.where(scale > 0, change / scale.where(scale > 0, 1.0), 0.0)
+
+
+def _eliminated(gram: Tensor) -> Tensor:
+    """What dropping each pair adds to the error, in the order of least error, (G, d/2), never falling on the way.
+
+    With S the inverse of G among the pairs that are left and x their coefficients, dropping pair p adds
+    x_p^T S_pp^-1 x_p, and the others become x - S_.p S_pp^-1 x_p (optimal brain surgeon, Hassibi and Stork, 1993).
+    """
+    unit, scale = _unit(gram)
+    groups, half = len(gram), gram.shape[-1] // 2
+    inverse = torch.linalg.inv(unit)
+    x = torch.zeros_like(scale)
+    x[:, ::2] = scale[:, ::2]
+    found = torch.full((groups, half), torch.inf, dtype=gram.dtype, device=gram.device)
+    last = found.new_zeros(groups)
+    every = torch.arange(groups, device=gram.device)
+    for _ in range(half):
+        own = inverse.reshape(groups, half, 2, half, 2).diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2)  # (G, d/2, 2, 2)
+        pairs = x.reshape(groups, half, 2, 1)
+        costs = (pairs.mT @ torch.linalg.solve(own, pairs)).reshape(groups, half)
+        p = costs.masked_fill(found.isfinite(), torch.inf).argmin(-1)
+        last = torch.maximum(last, costs[every, p])
+        found[every, p] = last
+        at = torch.stack([2 * p, 2 * p + 1], -1)  # (G, 2)
+        columns = inverse.gather(2, at.unsqueeze(1).expand(-1, 2 * half, -1))  # (G, d, 2)
+        factor = torch.linalg.solve(columns.gather(1, at.unsqueeze(-1).expand(-1, -1, 2)), columns.mT)  # (G, 2, d)
+        x = x - (factor.mT @ x.gather(1, at).unsqueeze(-1)).squeeze(-1)
+        inverse = inverse - columns @ factor
+        rest = torch.ones_like(x).scatter_(1, at, 0.0)  # what is gone: no more than a place
+        x, inverse = x * rest, inverse * rest.unsqueeze(-1) * rest.unsqueeze(-2) + torch.diag_embed(1 - rest)
+    return found
