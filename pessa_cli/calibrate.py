@@ -26,13 +26,14 @@ from pessa_cli.heads import read_site
 from pessa_cli.model import Model
 from pessa_cli.pipeline import Progress, Tick, calibrated_block, measure, quietly
 from pessa_cli.ranks import Rule, plan_ranks
-from pessa_cli.rope import rotated
+from pessa_cli.rope import rotated, score_gram
 from pessa_cli.sidebyside import Inputs, from_folder, load, modules_of, output_of, quiet_transformers, read_text
 from pessa_cli.sites import Site
-from pessa_cli.statistics import BlockStatistics, Statistics, fingerprint, save_statistics
+from pessa_cli.statistics import BlockStatistics, Statistics, fingerprint, save_statistics, statistic_shapes
 from pessa_cli.writer import sha256_of
 
 AUDIO = (".wav", ".flac", ".ogg", ".mp3", ".opus")
+QUERIES = 64  # of an input whose scores are taken apart by pairs: more cost much and say little
 TEXT_TOKENS = 512  # of a window of text, if the model reads so many
 
 
@@ -260,12 +261,10 @@ class Collector:
     """Listens to one attention block of a model, and adds up its statistics while `on`."""
 
     def __init__(self, site: Site, model: Any, hooks: ExitStack) -> None:
-        g, d, n = site.kv_heads, site.head_dim, site.heads * site.head_dim
         self.on = False
         self._site = site
         self._seen: dict[str, Tensor] = {}
-        shapes = ((), (g, d, d), (g, d, d), (n, n), (n,))
-        self._sums = [torch.zeros(shape, dtype=torch.float64, device=model.device) for shape in shapes]
+        self._sums = [torch.zeros(shape, dtype=torch.float64, device=model.device) for shape in statistic_shapes(site)]
         block, projections = modules_of(site, model)
         for side in "qk":
             hooks.callback(projections[side].register_forward_hook(self._heard(side)).remove)
@@ -305,22 +304,33 @@ class Collector:
         mixtures = self._seen["o"][0].double().reshape(-1, g * m * d)
         self._seen.clear()
         if site.spec.rope:
-            if "position_embeddings" not in kwargs:
-                raise PessaError(f"{site.name} is given no rotations", "this model cannot be calibrated")
-            cos, sin = (angle[0] for angle in kwargs["position_embeddings"])  # (positions, d)
-            queries, keys = rotated(queries, cos, sin), rotated(keys, cos, sin)
+            self._sums[-1] += self._pairs(queries, keys, attention, kwargs.get("position_embeddings"))
         keys = (keys - keys.mean(0)).transpose(0, 1)  # (G, keys, d); what is common would only cost digits
         seen = (attention.reshape(g, m, *attention.shape[1:])[:, 0] > 0).to(attention.dtype)
         seen = seen / seen.sum(-1, keepdim=True)  # (G, queries, keys): each query's keys alike, none that is masked
         falls = seen.sum(1).double()  # (G, keys)
         means = (seen @ keys.to(seen.dtype)).double()  # (G, queries, d)
         flat = queries.permute(1, 2, 0, 3).flatten(1, 2)  # (G, M queries, d)
-        frames, *sums = self._sums
+        frames, *sums, mixture, _ = self._sums
         frames += len(mixtures)
         for total, more in zip(
             sums,
             (flat.mT @ flat, keys.mT @ (falls.unsqueeze(-1) * keys) - means.mT @ means, mixtures.mT @ mixtures),
-            strict=False,
+            strict=True,
         ):
             total += more
-        sums[-1] += mixtures.sum(0)
+        mixture += mixtures.sum(0)
+
+    def _pairs(
+        self, queries: Tensor, keys: Tensor, attention: Tensor, rotation: tuple[Tensor, Tensor] | None
+    ) -> Tensor:
+        """What the frequency pairs add to the scores of one input, (G, d, d), from a sample of its queries."""
+        if rotation is None:
+            raise PessaError(f"{self._site.name} is given no rotations", "this model cannot be calibrated")
+        cos, sin = (angle[0] for angle in rotation)
+        count = len(queries)
+        few = torch.linspace(0, count - 1, min(count, QUERIES), device=queries.device).round().long()
+        asked = rotated(queries, cos, sin)[few].permute(1, 2, 0, 3)  # (G, M, queries, d)
+        seen = rotated(keys, cos, sin).transpose(0, 1)  # (G, keys, d)
+        falls = attention[:, few].reshape(*asked.shape[:3], -1)  # (G, M, queries, keys)
+        return score_gram(asked, seen, falls) * (count / len(few))

@@ -177,7 +177,7 @@ def _contributions(weights: HeadWeights, site: Site, weighed: Weighed | None = N
     """Those of the frequency pairs, where there are any."""
     if site.merges_qk:
         return None
-    return contributions(weights, None if weighed is None else weighed.qk).cpu().numpy()
+    return contributions(weights, None if weighed is None else weighed.pairs).cpu().numpy()
 
 
 def _sides(parts: Iterable[list[Transforms]]) -> Sides:
@@ -363,8 +363,8 @@ def _factorised(weights: HeadWeights, site: Site, found: Sides, weighed: Weighed
         o_bias = rewritten.o_bias
         parts.append(joined([rewritten], weights))
     whole = joined(parts, weights)
-    if weighed is not None and site.pairs is not None:
-        whole = compensated(whole, site.pairs, weighed.qk)
+    if weighed is not None and weighed.pairs is not None and site.pairs is not None:
+        whole = compensated(whole, site.pairs, weighed.pairs)
     if weighed is None or site.vo_ranks == site.full:
         return whole
     return _refitted(whole, site, found, weighed)

@@ -45,7 +45,7 @@ class Rule:
     ratio: drop that share of all directions, the smallest first, Q-K and V-O apart.
     rank: keep so many in every head. energy: keep that share of each head's squared spectrum.
     lossless: drop the tail whose norm is no more than what storing the head in its dtype rounds off anyway.
-    rope_ratio, beside any of these: under RoPE, drop that share of each key/value head's frequency pairs.
+    rope_ratio, beside any of these: under RoPE, drop that share of all frequency pairs of Q-K, the smallest first.
     Then ranks above zero are rounded up to a multiple of `round_to`, and none is under `min_rank`.
     """
 
@@ -154,27 +154,21 @@ def _runs(places: NDArray[np.int64]) -> Pairs:
 
 
 def _pairs(sites: list[Site], spectra: Mapping[str, Spectra], rule: Rule) -> dict[str, tuple[Pairs, ...]]:
-    """The frequency pairs that the rule keeps, of blocks that keep less than all; what the file lacks stays away.
-
-    The same share goes of each key/value head. To drop the smallest wherever they are measured worse by far: errors
-    of scores count for more in some blocks than in others, and heads that lose half of their pairs break.
-    """
-    if rule.rope_ratio is not None and not sites:
+    """The frequency pairs that the rule keeps, of blocks that keep less than all; what the file lacks stays away."""
+    if rule.rope_ratio is None:
+        return {site.name: site.pairs for site in sites if site.pairs is not None}
+    worth = {site.name: found for site in sites if (found := spectra[site.name].pairs) is not None}
+    if not worth:
         raise UsageError("--rope-ratio: none of these blocks rotates its queries and keys", "leave it out")
-    found: dict[str, tuple[Pairs, ...]] = {}
-    for site in sites:
-        contributions = spectra[site.name].pairs
-        if rule.rope_ratio is None or contributions is None:
-            if site.pairs is not None:
-                found[site.name] = site.pairs
-            continue
-        count = contributions.shape[1]
-        rank = _rounded(np.array([2 * (count - int(rule.rope_ratio * count))]), rule, 2 * count)
-        there = (contributions > 0).sum(-1)  # the others are nothing already
-        pairs = largest_pairs(contributions, np.minimum(there, -(-rank // 2)))
-        if pair_ranks(pairs) != site.full:
-            found[site.name] = pairs
-    return found
+    plan: dict[str, tuple[Pairs, ...]] = {}
+    for name, counts in _drop_smallest(worth, rule.rope_ratio).items():
+        width = 2 * worth[name].shape[1]
+        kept = -(-_rounded(2 * counts, rule, width) // 2)
+        there = (worth[name] > 0).sum(-1)  # the others are nothing already
+        pairs = largest_pairs(worth[name], np.minimum(kept, there))
+        if sum(pair_ranks(pairs)) < width * len(pairs):
+            plan[name] = pairs
+    return plan
 
 
 def _rounded(kept: NDArray[np.int64], rule: Rule, width: int) -> NDArray[np.int64]:

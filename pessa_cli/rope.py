@@ -2,27 +2,32 @@
 
 Rotary embeddings turn directions i and i + d/2 of a head together, pair i by its own frequency (Su et al., RoFormer,
 arXiv 2104.09864; the halves as in transformers). So W_Q and W_K cannot be mixed, but whole pairs can go, and what
-commutes with every rotation may be put between the two: a I + b J, a scaling and a turn of each kept pair.
+commutes with every rotation may be put between the two: A_p = a_p I + b_p J, a scaling and a turn of each kept pair.
 
-For rotated queries q and keys k the scores are sums over pairs of q_p^T k_p. With X for the identity, block diagonal
-with a_p I + b_p J, or zero for what is dropped, the squared error of the scores is tr((I-X)^T C_q (I-X) C_k): a
-quadratic form in the coefficients (a_p, b_p), whose Gram matrix is G[pb, p'b'] = tr(B_pb^T C_q B_p'b' C_k).
+For rotated queries q and keys k a score is the sum over pairs of a_p q_p^T k_p + b_p q_p^T J k_p, linear in the
+coefficients: (1, 0) for every pair makes the original scores, (0, 0) drops one. So the error of the scores is a
+quadratic form, and its Gram matrix, (d, d) for each key/value head, is all that has to be known of the data.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from pessa_cli.factors import Weighting, shrunk
+from pessa_cli.factors import NOTHING, shrunk
 from pessa_cli.heads import HeadWeights
 from pessa_cli.ragged import Pairs
 
-# I and J, what a pair may be multiplied with: (coefficient, 2, 2).
-BASIS = torch.tensor([[[1.0, 0.0], [0.0, 1.0]], [[0.0, -1.0], [1.0, 0.0]]], dtype=torch.float64, device="cpu")
+
+@dataclass(frozen=True)
+class PairWeighting:
+    """What real inputs make of the pairs: `score_gram`, (G, d, d), and how much of the plain one is mixed in."""
+
+    gram: Tensor
+    shrinkage: float
 
 
 def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -32,12 +37,12 @@ def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat([-second, first], -1) * sin
 
 
-def contributions(weights: HeadWeights, weighting: Weighting | None = None) -> Tensor:
+def contributions(weights: HeadWeights, weighting: PairWeighting | None = None) -> Tensor:
     """What each pair is worth to the scores of a key/value head's queries, squared: (G, d/2) float64, unsorted.
 
-    By the weights alone ||W_Q,p||^2 ||W_K,p||^2 / 2, the mean over all rotations. With `weighting`, the second moments
-    of rotated queries and keys, it is the error that dropping the pair adds once all that are worth less are gone and
-    the others make up for it: backward elimination, which measured better than each pair's own tr(C_q,pp C_k,pp).
+    By the weights alone ||W_Q,p||^2 ||W_K,p||^2 / 2, the mean over all rotations. With `weighting` it is the error that
+    dropping the pair adds once all that are worth less are gone and the others make up for it: backward elimination,
+    which measured better than what each pair adds to the scores by itself.
     """
     gram = _gram(weights, weighting)
     if weighting is None:
@@ -45,10 +50,10 @@ def contributions(weights: HeadWeights, weighting: Weighting | None = None) -> T
     return _eliminated(gram)
 
 
-def compensated(weights: HeadWeights, pairs: Sequence[Pairs], weighting: Weighting) -> HeadWeights:
+def compensated(weights: HeadWeights, pairs: Sequence[Pairs], weighting: PairWeighting) -> HeadWeights:
     """The block with each kept pair of its queries scaled and turned so that the scores change least (least squares).
 
-    `weighting`: the second moments of rotated queries and keys. What is not kept stays as it is, to be cut.
+    What is not kept is zero.
     """
     gram = _gram(weights, weighting)
     kept = torch.zeros(gram.shape[:2], dtype=torch.bool)
@@ -68,35 +73,45 @@ def compensated(weights: HeadWeights, pairs: Sequence[Pairs], weighting: Weighti
     return replace(weights, q=multiplied(weights.q, (scale, turn)), q_bias=q_bias)
 
 
-def _gram(weights: HeadWeights, weighting: Weighting | None) -> Tensor:
-    """G of each key/value head, (G, d, d): rows and columns are a_0, b_0, a_1, b_1 and so on.
+def score_gram(queries: Tensor, keys: Tensor, attention: Tensor) -> Tensor:
+    """The Gram matrix of what pairs add to the scores, as attention feels it, (G, d, d): a_0, b_0, a_1, b_1 and so on.
 
-    Shrinking the moments towards the plain ones, which are multiples of I in each pair, only adds to G's diagonal: it
-    is a ridge, so that what few data say of pairs together counts for little, and no data leave the plain rule.
+    Rotated queries (G, M, n, d) and keys (G, N, d), attention (G, M, n, N). Summed over queries, of the covariance over
+    keys, weighed by the attention that falls on each: what softmax makes of errors of scores, to the second order.
     """
-    queries = _plain(weights.q, weights.q_bias).sum(1)
-    keys = _plain(weights.k, weights.k_bias)
-    if weighting is not None:
-        assert weighting.right is not None
-        queries = shrunk(weighting.left, queries, weighting.shrinkage)
-        keys = shrunk(weighting.right, keys, weighting.shrinkage)
-    half, basis = queries.shape[-1] // 2, BASIS.to(queries.device)
-    queries, keys = (m.reshape(-1, 2, half, 2, half).permute(0, 2, 1, 4, 3) for m in (queries, keys))
-    turned = torch.einsum("bmi,gpmqn,cnl->gpqbcil", basis, queries, basis)
-    return torch.einsum("gpqbcil,gqlpi->gpbqc", turned, keys).reshape(-1, 2 * half, 2 * half)
+    groups, width = keys.shape[0], keys.shape[-1]
+    keys = keys - keys.mean(1, keepdim=True)  # what is common would only cost digits
+    total = torch.zeros(groups, width, width, dtype=torch.float64, device=keys.device)
+    for g in range(groups):  # one query head at a time: n N d numbers
+        k1, k2 = keys[g].to(attention.dtype).chunk(2, -1)
+        for m in range(queries.shape[1]):
+            q1, q2 = queries[g, m].to(attention.dtype).unsqueeze(1).chunk(2, -1)
+            each = torch.stack([q1 * k1 + q2 * k2, q2 * k1 - q1 * k2], -1).flatten(2)  # (n, N, d)
+            weight = attention[g, m].unsqueeze(-1)
+            each = ((each - (weight * each).sum(1, keepdim=True)) * weight.sqrt()).flatten(0, 1)
+            total[g] += (each.mT @ each).double()
+    return total
 
 
-def _plain(weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The second moment of (..., d, D) W x for white x, a bias as one more input, and rotations of every angle.
+def _gram(weights: HeadWeights, weighting: PairWeighting | None) -> Tensor:
+    """The Gram matrix of each key/value head with the plain one mixed in, (G, d, d).
 
-    (..., d, d), diagonal: in a pair half of its squared norm, and the frequencies of two pairs are never in step.
+    The plain one is diagonal, since two frequencies are never in step. So it is no more than a ridge: what few data say
+    of pairs together counts for little, and no data leave the plain rule.
     """
-    norms = torch.linalg.vector_norm(weight, dim=-1, dtype=torch.float64).square()
+    norms = _norms(weights.q, weights.q_bias).sum(1) * _norms(weights.k, weights.k_bias) / 2  # (G, d/2)
+    plain = torch.diag_embed(norms.repeat_interleave(2, -1))
+    return plain if weighting is None else shrunk(weighting.gram, plain, weighting.shrinkage)
+
+
+def _norms(weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The squared norm of each pair, (..., d, D) -> (..., d/2), a bias as one more input."""
+    squares = torch.linalg.vector_norm(weight, dim=-1, dtype=torch.float64).square()
     if bias is not None:
-        norms = norms + bias.double().square()
-    first, second = norms.chunk(2, -1)
-    mean = (first + second) / 2
-    return torch.diag_embed(torch.cat([mean, mean], -1))
+        squares = squares + bias.double().square()
+    first, second = squares.chunk(2, -1)
+    both: Tensor = first + second
+    return both
 
 
 def _unit(gram: Tensor) -> tuple[Tensor, Tensor]:
@@ -104,7 +119,7 @@ def _unit(gram: Tensor) -> tuple[Tensor, Tensor]:
     scale = gram.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()
     inverse = torch.where(scale > 0, 1 / scale.where(scale > 0, 1.0), 0.0)
     unit = inverse.unsqueeze(-1) * gram * inverse.unsqueeze(-2)
-    return unit + torch.diag_embed(unit.new_ones(scale.shape) - unit.diagonal(dim1=-2, dim2=-1)), scale
+    return unit + torch.diag_embed(1 + NOTHING - unit.diagonal(dim1=-2, dim2=-1)), scale
 
 
 def _coefficients(gram: Tensor, kept: Tensor) -> Tensor:
@@ -138,7 +153,7 @@ def _eliminated(gram: Tensor) -> Tensor:
         pairs = x.reshape(groups, half, 2, 1)
         costs = (pairs.mT @ torch.linalg.solve(own, pairs)).reshape(groups, half)
         p = costs.masked_fill(found.isfinite(), torch.inf).argmin(-1)
-        last = torch.maximum(last, costs[every, p])
+        last = torch.maximum(last * (1 + 1e-12), costs[every, p])  # so that their order says in which to drop them
         found[every, p] = last
         at = torch.stack([2 * p, 2 * p + 1], -1)  # (G, 2)
         columns = inverse.gather(2, at.unsqueeze(1).expand(-1, 2 * half, -1))  # (G, d, 2)

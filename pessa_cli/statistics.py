@@ -21,12 +21,13 @@ from pessa_cli.errors import PessaError, listed
 from pessa_cli.factors import Weighting
 from pessa_cli.heads import HeadWeights, live
 from pessa_cli.ragged import Ranks
+from pessa_cli.rope import PairWeighting
 from pessa_cli.sites import Site
 
 FORMAT = "pessa-statistics-1"
 SHRINKAGE = 0.3  # towards the plain rule, however much data there is
 NOISE = 1e-10  # of a variance, against the second moment that it is the difference of
-RIDGE = 1e-2  # of the refit, likewise, and of frequency pairs, for which shrinking is no more than a ridge
+RIDGE = 1e-2  # of the refits of W_O and of frequency pairs, likewise
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,9 @@ class BlockStatistics:
 
     frames: (), how many queries there were. queries: (G, d, d), of q q^T over queries and the query heads of a group,
     their bias included. keys: (G, d, d), of the covariance of the keys that each query sees, which leaves out what is
-    common to all of them, as softmax does. Both as RoPE has turned them, where it does. mixtures: (H d, H d), of
-    a a^T where a is what goes into W_O, all heads one after the other; mixture: (H d,), of a.
+    common to all of them, as softmax does. mixtures: (H d, H d), of
+    a a^T where a is what goes into W_O, all heads one after the other; mixture: (H d,), of a. pairs: (G, d, d), under
+    RoPE the Gram matrix of what the frequency pairs add to the scores, see `rope.score_gram`; (0, d, d) elsewhere.
     """
 
     frames: Tensor
@@ -44,6 +46,7 @@ class BlockStatistics:
     keys: Tensor
     mixtures: Tensor
     mixture: Tensor
+    pairs: Tensor
 
     def __add__(self, other: BlockStatistics) -> BlockStatistics:
         return BlockStatistics(*(getattr(self, name) + getattr(other, name) for name in NAMES))
@@ -59,8 +62,9 @@ NAMES = tuple(field.name for field in fields(BlockStatistics))
 class Weighed:
     """What the statistics of a block say to its decomposition.
 
-    qk and vo: see Weighting. center: (G, d), what is taken for the mean of the mixtures before W_O and after the value
-    bias, None where no output bias can give it back. moment: (H d, H d), of the mixtures less their center.
+    qk and vo: see Weighting; pairs: under RoPE what there is instead of qk. center: (G, d), what is taken for the mean
+    of the mixtures before W_O and after the value bias, None where no output bias can give it back. moment:
+    (H d, H d), of the mixtures less their center.
     """
 
     qk: Weighting
@@ -68,6 +72,7 @@ class Weighed:
     center: Tensor | None
     moment: Tensor
     ridge: float
+    pairs: PairWeighting | None
 
 
 def weigh(found: BlockStatistics, site: Site, v_bias: Tensor | None) -> Weighed:
@@ -88,12 +93,19 @@ def weigh(found: BlockStatistics, site: Site, v_bias: Tensor | None) -> Weighed:
     own = moment.reshape(g * m, d, g * m, d)[heads, :, heads].reshape(g, m, d, d).mean(1)
     few = d / float(frames)  # as many frames as directions say as much of them as the weights do
     return Weighed(
-        qk=Weighting(found.queries / frames, found.keys / (frames * d), (RIDGE if site.spec.rope else SHRINKAGE) + few),
+        qk=Weighting(found.queries / frames, found.keys / (frames * d), SHRINKAGE + few),
         vo=Weighting(own, None, SHRINKAGE + few),
         center=center if center is None or v_bias is None else center - v_bias.double(),
         moment=moment,
         ridge=RIDGE + m * g * few,
+        pairs=PairWeighting(found.pairs / (frames * d), RIDGE + few) if site.spec.rope else None,
     )
+
+
+def statistic_shapes(site: Site) -> tuple[tuple[int, ...], ...]:
+    """The shapes of a block's sums, in the order of NAMES."""
+    g, d, n = site.kv_heads, site.head_dim, site.heads * site.head_dim
+    return (), (g, d, d), (g, d, d), (n, n), (n,), (g if site.spec.rope else 0, d, d)
 
 
 class Statistics:
@@ -210,8 +222,7 @@ def _about(path: Path) -> dict[str, Any]:
 
 def _plausible(found: BlockStatistics, site: Site) -> bool:
     """Float64, of the site's shapes, and finite."""
-    g, d, n = site.kv_heads, site.head_dim, site.heads * site.head_dim
-    shapes = ((), (g, d, d), (g, d, d), (n, n), (n,))
+    shapes = statistic_shapes(site)
     tensors = [getattr(found, name) for name in NAMES]
     return all(
         tensor.dtype == torch.float64 and tuple(tensor.shape) == shape and bool(tensor.isfinite().all())
