@@ -26,7 +26,7 @@ from pessa_cli.pipeline import decompose_model, export_model, measure, prune_mod
 from pessa_cli.ranks import Rule
 from pessa_cli.statistics import BlockStatistics, Statistics, independent, weigh
 
-FRAMES = ("frames", "queries", "keys", "mixtures", "mixture")
+FRAMES = ("frames", "queries", "keys", "mixtures", "mixture", "pairs")
 
 
 def inputs_weigh(seed: int, width: int) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,15 +13,20 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from fetch_models import fetch
 from harness import Pessa, TinyFolder, copy_of, edit_json, edit_weights, is_refusal, raw_tensors
+from peft import get_peft_model
 from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+from tuned import disturb
 
 import pessa_cli
 from pessa_cli import calibrate, rope
 from pessa_cli.calibrate import collect
 from pessa_cli.errors import PessaError, UsageError
 from pessa_cli.heads import HeadWeights, live, read_site, write_site
+from pessa_cli.methods import build_config
 from pessa_cli.model import open_model
 from pessa_cli.pipeline import decompose_model, export_model, measure, prune_model
 from pessa_cli.ragged import Pairs, Ragged, pair_ranks, pairs_text, parse_pairs
@@ -462,3 +468,56 @@ def test_on_the_command_line(tiny_folder: TinyFolder, tmp_path: Path, pessa: Pes
     recipe.write_text("[prune]\nrope_ratio = 0.5\nrank = 4\n")
     assert pessa("run", recipe, folder, "-o", tmp_path / "run").code == 0
     assert raw_tensors(tmp_path / "run") == raw_tensors(out)
+
+
+@pytest.mark.parametrize(
+    ("method", "targets"), [("sorsa", None), ("pessa", ["v_proj"]), ("svft", ["q_proj", "k_proj"])]
+)
+def test_tuned_and_merged(
+    method: str, targets: list[str] | None, tiny_folder: TinyFolder, tmp_path: Path, pessa: Pessa
+) -> None:
+    """An adapter turns kept pairs only, and a merged compact model stays compact."""
+    prune_model(open_model(tiny_folder("llama")), tmp_path / "out", CUT)
+    torch.manual_seed(0)
+    model = get_peft_model(tiny.load(tmp_path / "out"), build_config(method, None if method == "pessa" else 4, targets))
+    disturb(model)
+    model.save_pretrained(tmp_path / "adapter")
+    assert pessa("merge", tmp_path / "out", tmp_path / "adapter", "-o", tmp_path / "merged").code == 0
+    merged = tiny.load(tmp_path / "merged")
+    assert tiny.close(model.eval(), merged)
+    assert not tiny.close(tiny.load(tmp_path / "out"), merged, 1e-4)
+    export_model(open_model(tmp_path / "merged"), tmp_path / "dense", "dense")
+    assert tiny.close(tiny.load(tmp_path / "dense"), merged)
+
+
+def test_pessa_does_not_tune_what_is_left_of_queries_and_keys(tiny_folder: TinyFolder, tmp_path: Path) -> None:
+    prune_model(open_model(tiny_folder("llama")), tmp_path / "out", CUT)
+    with pytest.raises(ValueError, match="target v_proj alone"):
+        get_peft_model(tiny.load(tmp_path / "out"), build_config("pessa", None, None))
+
+
+def test_other_programs_formats_are_refused(tiny_folder: TinyFolder, tmp_path: Path, pessa: Pessa) -> None:
+    prune_model(open_model(tiny_folder("llama")), tmp_path / "out", CUT)
+    for to, name in (("onnx", "x"), ("openai-whisper", "x.pt")):
+        is_refusal(pessa("export", tmp_path / "out", "-o", tmp_path / name, "--to", to), "llama")
+
+
+@pytest.mark.skipif("PESSA_DATA" not in os.environ, reason="PESSA_DATA names no folder with text/wikitext2-valid.txt")
+def test_smollm2_reads_nearly_as_well_without_a_tenth_of_its_pairs(tmp_path: Path) -> None:
+    source = fetch("smollm2-135m")
+    text = (Path(os.environ["PESSA_DATA"]) / "text" / "wikitext2-valid.txt").read_text()
+    (tmp_path / "last.txt").write_text(text[-12_000:])
+    model = open_model(source)
+    collect(model, model.sites, [tmp_path / "last.txt"], tmp_path / "s")
+    prune_model(model, tmp_path / "plain", Rule(rope_ratio=0.1))
+    prune_model(model, tmp_path / "calibrated", Rule(rope_ratio=0.1), statistics=Statistics(tmp_path / "s"))
+    ids = AutoTokenizer.from_pretrained(source)(text[:6_000], return_tensors="pt").input_ids[:, :1024]
+
+    def loss(folder: Path) -> float:
+        loaded = AutoModelForCausalLM.from_pretrained(folder).eval()
+        with torch.inference_mode():
+            return float(loaded(input_ids=ids, labels=ids).loss)
+
+    losses = [loss(folder) for folder in (source, tmp_path / "calibrated", tmp_path / "plain")]
+    assert losses[1] < losses[0] + 0.05
+    assert losses[1] < losses[2]
