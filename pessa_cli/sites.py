@@ -302,6 +302,8 @@ def _site(
         raise PessaError(f"{modules['q'].rpartition('.')[0]}: the widths of its inputs and output differ: {widths}")
     if min(site.query_width, site.key_width) < 1:
         raise PessaError(f"{modules['q'].rpartition('.')[0]}: its inputs have no width")
+    if spec.rope and head_dim % 2:
+        raise PessaError(f"{site.q}: heads of {head_dim} directions have no pairs to rotate")
     if site.qk_ranks != site.full and (site.pairs is None) == spec.rope:
         known_as = "pairs, which only rotated ones have" if site.pairs else "ranks, but rotated ones are kept by pairs"
         raise PessaError(f"{site.q}: config.json gives queries and keys {known_as}")

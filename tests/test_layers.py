@@ -123,7 +123,7 @@ def test_only_the_console_prints(module: str) -> None:
     assert not [name for name in imports(MODULES[module]) if name.split(".")[0] in ("rich", "logging")]
 
 
-@pytest.mark.parametrize("module", ["factors", "ranks", "runtime"])
+@pytest.mark.parametrize("module", ["factors", "ranks", "rope", "runtime"])
 def test_numerics_never_open_files(module: str) -> None:
     used = {name.split(".")[0] for name in imports(MODULES[module])}
     assert not used & {"pathlib", "os", "io", "json", "shutil", "tempfile", "safetensors"}
