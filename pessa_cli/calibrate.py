@@ -26,7 +26,7 @@ from pessa_cli.heads import read_site
 from pessa_cli.model import Model
 from pessa_cli.pipeline import Progress, Tick, calibrated_block, measure, quietly
 from pessa_cli.ranks import Rule, plan_ranks
-from pessa_cli.rope import rotated, score_gram
+from pessa_cli.rope import output_gram, rotated
 from pessa_cli.sidebyside import Inputs, from_folder, load, modules_of, output_of, quiet_transformers, read_text
 from pessa_cli.sites import Site
 from pessa_cli.statistics import BlockStatistics, Statistics, fingerprint, save_statistics, statistic_shapes
@@ -266,9 +266,13 @@ class Collector:
         self._seen: dict[str, Tensor] = {}
         self._sums = [torch.zeros(shape, dtype=torch.float64, device=model.device) for shape in statistic_shapes(site)]
         block, projections = modules_of(site, model)
-        for side in "qk":
+        for side in "qkv" if site.spec.rope else "qk":
             hooks.callback(projections[side].register_forward_hook(self._heard(side)).remove)
         hooks.callback(projections["o"].register_forward_pre_hook(self._mixed).remove)
+        if site.spec.rope:  # what stands for W_O where only inner products of outputs matter: (G, M, d, d)
+            o = projections["o"].get_parameter("weight").double()
+            by_head = o.reshape(-1, site.kv_heads, site.group, site.head_dim).permute(1, 2, 0, 3)
+            self._roots = torch.linalg.qr(by_head, mode="r").R
         hooks.callback(block.register_forward_hook(self._finished, with_kwargs=True).remove)
 
     def found(self) -> BlockStatistics:
@@ -302,9 +306,10 @@ class Collector:
         queries = self._seen["q"][0].double().reshape(-1, g, m, d)
         keys = self._seen["k"][0].double().reshape(-1, g, d)
         mixtures = self._seen["o"][0].double().reshape(-1, g * m * d)
-        self._seen.clear()
         if site.spec.rope:
-            self._sums[-1] += self._pairs(queries, keys, attention, kwargs.get("position_embeddings"))
+            values = self._seen["v"][0].double().reshape(-1, g, 1, d).permute(1, 2, 0, 3)  # (G, 1, keys, d)
+            self._sums[-1] += self._pairs(queries, keys, attention, values, kwargs.get("position_embeddings"))
+        self._seen.clear()
         keys = (keys - keys.mean(0)).transpose(0, 1)  # (G, keys, d); what is common would only cost digits
         seen = (attention.reshape(g, m, *attention.shape[1:])[:, 0] > 0).to(attention.dtype)
         seen = seen / seen.sum(-1, keepdim=True)  # (G, queries, keys): each query's keys alike, none that is masked
@@ -322,9 +327,9 @@ class Collector:
         mixture += mixtures.sum(0)
 
     def _pairs(
-        self, queries: Tensor, keys: Tensor, attention: Tensor, rotation: tuple[Tensor, Tensor] | None
+        self, queries: Tensor, keys: Tensor, attention: Tensor, values: Tensor, rotation: tuple[Tensor, Tensor] | None
     ) -> Tensor:
-        """What the frequency pairs add to the scores of one input, (G, d, d), from a sample of its queries."""
+        """What the frequency pairs add to the block's output for one input, (G, d, d), from a sample of its queries."""
         if rotation is None:
             raise PessaError(f"{self._site.name} is given no rotations", "this model cannot be calibrated")
         cos, sin = (angle[0] for angle in rotation)
@@ -333,4 +338,4 @@ class Collector:
         asked = rotated(queries, cos, sin)[few].permute(1, 2, 0, 3)  # (G, M, queries, d)
         seen = rotated(keys, cos, sin).transpose(0, 1)  # (G, keys, d)
         falls = attention[:, few].reshape(*asked.shape[:3], -1)  # (G, M, queries, keys)
-        return score_gram(asked, seen, falls) * (count / len(few))
+        return output_gram(asked, seen, falls, values @ self._roots.mT) * (count / len(few))

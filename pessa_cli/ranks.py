@@ -28,7 +28,7 @@ class Spectra:
 
     Singular values of the products, or where `calibrated` what real inputs make of them: in units of the attention
     scores for Q-K, and of what is added to the residual stream for V-O. `pairs`, (G, d/2), only where a rotation keeps
-    Q-K from being merged: what each frequency pair contributes, squared and in the order of the file; see `rope`.
+    Q-K from being merged: what each frequency pair adds to the output, squared, in the order of the file; see `rope`.
     """
 
     qk: Spectrum | None
@@ -45,7 +45,8 @@ class Rule:
     ratio: drop that share of all directions, the smallest first, Q-K and V-O apart.
     rank: keep so many in every head. energy: keep that share of each head's squared spectrum.
     lossless: drop the tail whose norm is no more than what storing the head in its dtype rounds off anyway.
-    rope_ratio, beside any of these: under RoPE, drop that share of all frequency pairs of Q-K, the smallest first.
+    rope_ratio, beside any of these: under RoPE, drop that share of all frequency pairs of Q-K, the smallest first, each
+    taken as a share of its head.
     Then ranks above zero are rounded up to a multiple of `round_to`, and none is under `min_rank`.
     """
 
@@ -160,8 +161,11 @@ def _pairs(sites: list[Site], spectra: Mapping[str, Spectra], rule: Rule) -> dic
     worth = {site.name: found for site in sites if (found := spectra[site.name].pairs) is not None}
     if not worth:
         raise UsageError("--rope-ratio: none of these blocks rotates its queries and keys", "leave it out")
+    # Shares measured better than what pairs are worth: later blocks add more to a larger residual stream.
+    whole = {name: found.sum(-1, keepdims=True) for name, found in worth.items()}
+    shares = {name: found / np.where(whole[name] > 0, whole[name], 1.0) for name, found in worth.items()}
     plan: dict[str, tuple[Pairs, ...]] = {}
-    for name, counts in _drop_smallest(worth, rule.rope_ratio).items():
+    for name, counts in _drop_smallest(shares, rule.rope_ratio).items():
         width = 2 * worth[name].shape[1]
         kept = -(-_rounded(2 * counts, rule, width) // 2)
         there = (worth[name] > 0).sum(-1)  # the others are nothing already

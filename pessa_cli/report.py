@@ -15,7 +15,7 @@ def block(site: Site, spectra: Spectra, plan: RankPlan) -> dict[str, Any]:
     """One attention block: spectra as lists (G x d, descending), and the ranks.
 
     Where RoPE keeps Q-K from being merged its spectrum is null, and `qk_pairs` are the contributions of the frequency
-    pairs to the scores (G x d/2, squared, in the order of the file).
+    pairs (G x d/2, squared, in the order of the file).
     """
     return {
         "kind": site.spec.kind,

@@ -5,8 +5,9 @@ arXiv 2104.09864; the halves as in transformers). So W_Q and W_K cannot be mixed
 commutes with every rotation may be put between the two: A_p = a_p I + b_p J, a scaling and a turn of each kept pair.
 
 For rotated queries q and keys k a score is the sum over pairs of a_p q_p^T k_p + b_p q_p^T J k_p, linear in the
-coefficients: (1, 0) for every pair makes the original scores, (0, 0) drops one. So the error of the scores is a
-quadratic form, and its Gram matrix, (d, d) for each key/value head, is all that has to be known of the data.
+coefficients: (1, 0) for every pair makes the original scores, (0, 0) drops one. What softmax, values and W_O make of
+small errors of scores is linear, too. So the squared error of a head's output is a quadratic form, and its Gram matrix,
+(d, d) for each key/value head, is all that has to be known of the data.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from pessa_cli.ragged import Pairs
 
 @dataclass(frozen=True)
 class PairWeighting:
-    """What real inputs make of the pairs: `score_gram`, (G, d, d), and how much of the plain one is mixed in."""
+    """What real inputs make of the pairs: `output_gram`, (G, d, d), and how much of the plain one is mixed in."""
 
     gram: Tensor
     shrinkage: float
@@ -38,11 +39,11 @@ def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def contributions(weights: HeadWeights, weighting: PairWeighting | None = None) -> Tensor:
-    """What each pair is worth to the scores of a key/value head's queries, squared: (G, d/2) float64, unsorted.
+    """What each pair is worth to a key/value head's queries, squared: (G, d/2) float64, unsorted.
 
     By the weights alone ||W_Q,p||^2 ||W_K,p||^2 / 2, the mean over all rotations. With `weighting` it is the error that
-    dropping the pair adds once all that are worth less are gone and the others make up for it: backward elimination,
-    which measured better than what each pair adds to the scores by itself.
+    dropping the pair adds to the block's output, once all that are worth less are gone and the others make up for it:
+    backward elimination, which measured better than what each pair adds by itself.
     """
     gram = _gram(weights, weighting)
     if weighting is None:
@@ -51,7 +52,7 @@ def contributions(weights: HeadWeights, weighting: PairWeighting | None = None) 
 
 
 def compensated(weights: HeadWeights, pairs: Sequence[Pairs], weighting: PairWeighting) -> HeadWeights:
-    """The block with each kept pair of its queries scaled and turned so that the scores change least (least squares).
+    """The block with each kept pair of its queries scaled and turned so that the output changes least (least squares).
 
     What is not kept is zero.
     """
@@ -73,23 +74,28 @@ def compensated(weights: HeadWeights, pairs: Sequence[Pairs], weighting: PairWei
     return replace(weights, q=multiplied(weights.q, (scale, turn)), q_bias=q_bias)
 
 
-def score_gram(queries: Tensor, keys: Tensor, attention: Tensor) -> Tensor:
-    """The Gram matrix of what pairs add to the scores, as attention feels it, (G, d, d): a_0, b_0, a_1, b_1 and so on.
+def output_gram(queries: Tensor, keys: Tensor, attention: Tensor, values: Tensor) -> Tensor:
+    """The Gram matrix of what pairs add to a block's output through its scores, (G, d, d): a_0, b_0, a_1, b_1, ...
 
-    Rotated queries (G, M, n, d) and keys (G, N, d), attention (G, M, n, N). Summed over queries, of the covariance over
-    keys, weighed by the attention that falls on each: what softmax makes of errors of scores, to the second order.
+    Rotated queries (G, M, n, d) and keys (G, N, d), attention (G, M, n, N), and values of each query head behind W_O,
+    or anything of the same inner products, (G, M, N, w). Summed over queries; to the first order: errors s of a query's
+    scores change its output by sum_j p_j (s_j - sum_i p_i s_i) v_j. For scores before the division by the root of d.
+    To weigh errors of scores by attention and leave out the values measured worse, and second moments of queries and
+    keys, each on its own, much worse.
     """
-    groups, width = keys.shape[0], keys.shape[-1]
-    keys = keys - keys.mean(1, keepdim=True)  # what is common would only cost digits
+    groups, width, dtype = len(keys), keys.shape[-1], attention.dtype
     total = torch.zeros(groups, width, width, dtype=torch.float64, device=keys.device)
+    # What is common to all keys or values has no effect, and would only cost digits.
+    keys, values = (x - x.mean(-2, keepdim=True) for x in (keys, values))
     for g in range(groups):  # one query head at a time: n N d numbers
-        k1, k2 = keys[g].to(attention.dtype).chunk(2, -1)
+        k1, k2 = keys[g].to(dtype).chunk(2, -1)
         for m in range(queries.shape[1]):
-            q1, q2 = queries[g, m].to(attention.dtype).unsqueeze(1).chunk(2, -1)
-            each = torch.stack([q1 * k1 + q2 * k2, q2 * k1 - q1 * k2], -1).flatten(2)  # (n, N, d)
-            weight = attention[g, m].unsqueeze(-1)
-            each = ((each - (weight * each).sum(1, keepdim=True)) * weight.sqrt()).flatten(0, 1)
-            total[g] += (each.mT @ each).double()
+            q1, q2 = queries[g, m].to(dtype).unsqueeze(1).chunk(2, -1)
+            scores = torch.stack([q1 * k1 + q2 * k2, q2 * k1 - q1 * k2], -1).flatten(2)  # (n, N, d)
+            falls = attention[g, m].unsqueeze(-1)
+            change = falls * (scores - (falls * scores).sum(1, keepdim=True))
+            outputs = (change.mT @ values[g, m].to(dtype)).transpose(0, 1).flatten(1)  # (d, n w)
+            total[g] += (outputs @ outputs.mT).double()
     return total
 
 

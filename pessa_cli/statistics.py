@@ -38,7 +38,7 @@ class BlockStatistics:
     their bias included. keys: (G, d, d), of the covariance of the keys that each query sees, which leaves out what is
     common to all of them, as softmax does. mixtures: (H d, H d), of
     a a^T where a is what goes into W_O, all heads one after the other; mixture: (H d,), of a. pairs: (G, d, d), under
-    RoPE the Gram matrix of what the frequency pairs add to the scores, see `rope.score_gram`; (0, d, d) elsewhere.
+    RoPE the Gram matrix of what frequency pairs add to the output, see `rope.output_gram`; (0, d, d) elsewhere.
     """
 
     frames: Tensor
