@@ -40,9 +40,9 @@ def perplexity(folder: Path, windows: torch.Tensor) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("text", type=Path)
-    parser.add_argument("--shares", default="0.1:0,0.2:0,0.3:0,0.15:0.15", help="of pairs and of V-O, to drop")
+    parser.add_argument("--shares", default="0.1:0,0.2:0,0.3:0,0.5:0", help="of pairs and of V-O, to drop")
     parser.add_argument("--windows", type=int, default=20, help="to measure on")
-    parser.add_argument("--calibration", type=int, default=60_000, help="characters to calibrate on")
+    parser.add_argument("--calibration", type=int, default=45_000, help="characters to calibrate on")
     args = parser.parse_args()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -59,7 +59,7 @@ def main() -> None:
         print(f"perplexity {original:.2f}, calibrated in {time.perf_counter() - started:.0f} s\n")
         print("| pairs of Q-K | V-O | attention | weights alone | calibrated |\n|---|---|---|---|---|")
         for pairs, vo in (map(float, share.split(":")) for share in args.shares.split(",")):
-            rule, found = Rule(rope_ratio=pairs, ratio=vo), []
+            rule, found = Rule(rope_ratio=pairs or None, ratio=vo or None), []
             for statistics in (None, Statistics(file)):
                 out = Path(tempfile.mkdtemp(dir=folder)) / "out"
                 written = prune_model(model, out, rule, statistics=statistics)
