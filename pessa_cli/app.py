@@ -74,6 +74,9 @@ MAX_ERROR = Annotated[
 CURVE = Annotated[bool, typer.Option("--curve", help="Show what budgets would keep, and the errors to expect.")]
 ROUND_TO = Annotated[int, typer.Option(help="Round ranks up to a multiple of this.")]
 MIN_RANK = Annotated[int, typer.Option(help="Keep at least this many directions in every head.")]
+ROPE_RATIO = Annotated[
+    float | None, typer.Option(help="Under RoPE, also drop this share of each head's frequency pairs of Q-K.")
+]
 METHOD = Annotated[
     Literal["svd", "vanilla"], typer.Option(help="vanilla: rank the original dimensions by their norms, to compare.")
 ]
@@ -114,6 +117,7 @@ def inspect(
     lossless: LOSSLESS = False,
     round_to: ROUND_TO = 1,
     min_rank: MIN_RANK = 0,
+    rope_ratio: ROPE_RATIO = None,
     sites: SITES = "",
     layers: LAYERS = None,
     calibrate: CALIBRATE = None,
@@ -137,7 +141,10 @@ def inspect(
 
     recipe = _recipe(
         *(sites, layers, lossless, target_size),
-        Rule(qk_thr, vo_thr, ratio, rank, energy, target_params, target_attention, None, max_error, round_to, min_rank),
+        Rule(
+            *(qk_thr, vo_thr, ratio, rank, energy, target_params, target_attention, None, max_error),
+            *(round_to, min_rank, rope_ratio),
+        ),
     )
     run = run_of(model, jobs=jobs, device=device)
     from pessa_cli.plot import check_plot, plot_curve, plot_spectra
@@ -154,7 +161,7 @@ def inspect(
     with open_source(model, revision, allow_pickle) as folder:
         opened = open_model(folder, architecture)
         chosen = _chosen(opened, recipe)
-        as_is = RankPlan({s.name: s.qk_ranks for s in chosen}, {s.name: s.vo_ranks for s in chosen})
+        as_is = RankPlan.stored(chosen)
         if not json:
             before = report.totals(opened.reader.header, opened.sites, chosen, as_is)
             console.show_model(model, opened.reader.config, chosen, before)
@@ -236,6 +243,7 @@ def prune(
     lossless: LOSSLESS = False,
     round_to: ROUND_TO = 1,
     min_rank: MIN_RANK = 0,
+    rope_ratio: ROPE_RATIO = None,
     sites: SITES = "",
     layers: LAYERS = None,
     method: METHOD = "svd",
@@ -262,7 +270,10 @@ def prune(
 
     recipe = _recipe(
         *(sites, layers, lossless, target_size),
-        Rule(qk_thr, vo_thr, ratio, rank, energy, target_params, target_attention, None, max_error, round_to, min_rank),
+        Rule(
+            *(qk_thr, vo_thr, ratio, rank, energy, target_params, target_attention, None, max_error),
+            *(round_to, min_rank, rope_ratio),
+        ),
     )
     if method == "vanilla" and (calibrate or statistics):
         raise UsageError("--method vanilla goes by the weights alone", "leave out the data, or the method")

@@ -14,7 +14,7 @@ class AttentionSpec:
     """One kind of attention block: where its four projections are, and what stands between them.
 
     `q`, `k`, `v` and `o` are module names with `{i}` for the layer. `heads` and `kv_heads` are keys of
-    config.json. `rope`: a rotation stands between W_Q and W_K, so Q-K stays as it is and V-O still merges.
+    config.json. `rope`: a rotation stands between W_Q and W_K, so Q-K does not merge, but goes by frequency pairs.
     `beside`: names in the same module as q, without their prefix, that are not attention weights and are copied.
     """
 

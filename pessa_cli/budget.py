@@ -18,8 +18,22 @@ from numpy.typing import NDArray
 
 from pessa_cli.errors import PessaError, UsageError
 from pessa_cli.ragged import Ranks
-from pessa_cli.ranks import BYTES, LEVELS, RankPlan, Rule, Size, Spectra, Spectrum, Trials, plan_ranks
+from pessa_cli.ranks import (
+    BYTES,
+    LEVELS,
+    RankPlan,
+    Rule,
+    Size,
+    Spectra,
+    Spectrum,
+    Trials,
+    largest_pairs,
+    pair_shares,
+    plan_ranks,
+)
 from pessa_cli.sites import Site
+
+SIDES = ("qk", "vo")
 
 
 class Step(NamedTuple):
@@ -54,7 +68,7 @@ def ranks_for(sites: list[Site], spectra: Mapping[str, Spectra], rule: Rule, who
         return plan_ranks(sites, spectra, rule)
     steps = ordered_steps(sites, spectra, rule)
     if rule.max_error is not None:
-        return _plan(sites, _within(steps, spectra, rule.max_error))
+        return _plan(sites, spectra, _within(steps, spectra, rule.max_error))
     attention = sum(_count(site) for site in sites)
     unit = 1
     if rule.target_attention is not None:
@@ -77,7 +91,7 @@ def ranks_for(sites: list[Site], spectra: Mapping[str, Spectra], rule: Rule, who
             "that may go",
             f"give {left / now:.2f} or more, or choose more --sites" if unit else "give a larger size",
         )
-    return _plan(sites, taken)
+    return _plan(sites, spectra, taken)
 
 
 def trade_off(
@@ -101,36 +115,46 @@ def trade_off(
 
 def ordered_steps(sites: Sequence[Site], spectra: Mapping[str, Spectra], rule: Rule) -> list[Step]:
     """All steps that a rule's `round_to` and `min_rank` allow, the cheapest first."""
-    steps = [
-        step
-        for site in sites
-        for side, spectrum in (("qk", spectra[site.name].qk), ("vo", spectra[site.name].vo))
-        if spectrum is not None
-        for step in _steps(site, side, spectrum, spectra[site.name].trials, rule)
-    ]
+    steps = [step for site in sites for side in SIDES for step in _steps(site, side, spectra[site.name], rule)]
     return sorted(steps, key=lambda step: step.price)  # stable, and within one side prices only rise
 
 
-def _steps(site: Site, side: str, spectrum: Spectrum, trials: Trials | None, rule: Rule) -> Iterator[Step]:
+def _steps(site: Site, side: str, spectra: Spectra, rule: Rule) -> Iterator[Step]:
     """The steps of one side of a block in the order of their prices."""
-    worth = spectrum**2
+    worth, unit = _worth(spectra, side)
     stored = site.qk_ranks if side == "qk" else site.vo_ranks
+    grid, least = -(-rule.round_to // unit), -(-rule.min_rank // unit)
     chunks = [
         (float(worth[head, low:high].mean()), -high, head, low, high)
-        for head, rank in enumerate(stored)
-        for low, high in _chunks(min(rank, spectrum.shape[1]), rule.round_to, rule.min_rank)
+        for head, rank in zip(range(len(worth)), stored, strict=False)
+        for low, high in _chunks(rank // unit, grid, least)
     ]
     chunks.sort()
     masses = np.cumsum([mean * (high - low) for mean, _, _, low, high in chunks])
     if not len(masses):
         return
+    trials = spectra.trials
     errors = _errors(worth, masses, trials, side)
-    each, harm = _parameters(site, side), 1.0 if trials is None else trials.harm
+    each, harm = unit * _parameters(site, side), 1.0 if trials is None else trials.harm
     price = 0.0
     for (_, _, head, low, high), error in zip(chunks, np.diff(errors, prepend=0.0), strict=True):
         parameters = each * (high - low)
         price = max(price, float(error) * harm / parameters)
-        yield Step(site, side, head, low, parameters, float(error), price)
+        yield Step(site, side, head, unit * low, parameters, float(error), price)
+
+
+def _worth(spectra: Spectra, side: str) -> tuple[Spectrum, int]:
+    """What of one side is worth how much, descending in each head, and how many directions each of these is.
+
+    Under RoPE those of Q-K are frequency pairs, each as a share of its head.
+    """
+    if side == "vo":
+        return spectra.vo**2, 1
+    if spectra.qk is not None:
+        return spectra.qk**2, 1
+    if spectra.pairs is None:
+        return spectra.vo[:0], 1
+    return -np.sort(-pair_shares(spectra.pairs), axis=-1), 2
 
 
 def _chunks(rank: int, step: int, least: int) -> Iterator[tuple[int, int]]:
@@ -175,12 +199,17 @@ def _within(steps: Sequence[Step], spectra: Mapping[str, Spectra], most: float) 
     return taken
 
 
-def _plan(sites: Sequence[Site], taken: Sequence[Step]) -> RankPlan:
+def _plan(sites: Sequence[Site], spectra: Mapping[str, Spectra], taken: Sequence[Step]) -> RankPlan:
     plan = {"qk": {s.name: list(s.qk_ranks) for s in sites}, "vo": {s.name: list(s.vo_ranks) for s in sites}}
     for step in taken:
         plan[step.side][step.site.name][step.head] = step.rank
     qk, vo = ({name: tuple(ranks) for name, ranks in side.items()} for side in plan.values())
-    return RankPlan(qk, vo)
+    pairs = {
+        site.name: largest_pairs(found, np.array(qk[site.name]) // 2)
+        for site in sites
+        if (found := spectra[site.name].pairs) is not None and qk[site.name] != site.full
+    }
+    return RankPlan(qk, vo, pairs)
 
 
 def _count(site: Site) -> int:

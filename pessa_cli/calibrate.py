@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,17 +27,18 @@ from pessa_cli.heads import read_site
 from pessa_cli.model import Model
 from pessa_cli.pipeline import Cuts, Progress, Tick, measure, quietly
 from pessa_cli.ranks import Rule
+from pessa_cli.rope import output_gram, rotated
 from pessa_cli.sidebyside import Inputs, from_folder, load, modules_of, output_of, quiet_transformers, read_text
 from pessa_cli.sites import Site
 from pessa_cli.spool import Spool
-from pessa_cli.statistics import BlockStatistics, Statistics, fingerprint, save_statistics, shapes_of
+from pessa_cli.statistics import NAMES, BlockStatistics, Statistics, fingerprint, save_statistics, shapes_of
 from pessa_cli.trials import PASSES, put, try_out
 from pessa_cli.writer import sha256_of
 
 AUDIO = (".wav", ".flac", ".ogg", ".mp3", ".opus")
 TEXT_TOKENS = 512  # of a window of text, if the model reads so many
 TRIED = 8  # inputs that trials are made on
-QUERIES = 64  # of an input, whose influence is looked at
+QUERIES = 64  # of an input that are looked at one by one: more cost much and say little
 
 
 @dataclass(frozen=True)
@@ -127,8 +128,7 @@ def collect(
                 save_statistics(out, found, weights, hashes)
                 with tempfile.TemporaryDirectory() as folder, Spool(Path(folder)) as spool:
                     measure(model, [site], spool=spool, statistics=Statistics(out))
-                    cuts = Cuts(model, spool, Statistics(out))
-                    put(loaded, site, cuts.tensors(site, (plan.qk[site.name], plan.vo[site.name])))
+                    put(loaded, site, Cuts(model, spool, Statistics(out)).tensors(site, plan.kept(site)))
     save_statistics(out, found, weights, hashes)
 
 
@@ -291,16 +291,26 @@ class Collector:
         self.on = False
         self._site = site
         self._seen: dict[str, Tensor] = {}
-        self._sums = [torch.zeros(shape, dtype=torch.float64, device=model.device) for shape in shapes_of(site)]
+        self._sums = {
+            name: torch.zeros(shape, dtype=torch.float64, device=model.device)
+            for name, shape in zip(NAMES, shapes_of(site), strict=True)
+        }
         block, projections = modules_of(site, model)
-        self._o: Any = projections["o"]
+        # What stands for W_O where only inner products of outputs matter, (G, M, d, d).
+        o = projections["o"].get_parameter("weight").double()
+        by_head = o.reshape(-1, site.kv_heads, site.group, site.head_dim).permute(1, 2, 0, 3)
+        self._roots = torch.linalg.qr(by_head, mode="r").R
         for side in "qkv":
             hooks.callback(projections[side].register_forward_hook(self._heard(side)).remove)
         hooks.callback(projections["o"].register_forward_pre_hook(self._mixed).remove)
-        hooks.callback(block.register_forward_hook(self._finished).remove)
+        if site.spec.rope:  # what stands for W_O where only inner products of outputs matter: (G, M, d, d)
+            o = projections["o"].get_parameter("weight").double()
+            by_head = o.reshape(-1, site.kv_heads, site.group, site.head_dim).permute(1, 2, 0, 3)
+            self._roots = torch.linalg.qr(by_head, mode="r").R
+        hooks.callback(block.register_forward_hook(self._finished, with_kwargs=True).remove)
 
     def found(self) -> BlockStatistics:
-        return BlockStatistics(*(total.cpu() for total in self._sums))
+        return BlockStatistics(**{name: total.cpu() for name, total in self._sums.items()})
 
     def _heard(self, side: str) -> Any:
         def hook(_module: nn.Module, _args: Any, output: Tensor) -> None:
@@ -313,7 +323,7 @@ class Collector:
         if self.on:
             self._seen["o"] = args[0]
 
-    def _finished(self, _module: nn.Module, _args: Any, output: Any) -> None:
+    def _finished(self, _module: nn.Module, _args: Any, kwargs: Mapping[str, Any], output: Any) -> None:
         """Add up one call of the block. Everything is of batch 1."""
         if not self.on:
             return
@@ -326,45 +336,48 @@ class Collector:
             raise PessaError(f"{site.name} gives no attention weights", "this model cannot be calibrated")
         queries = self._seen["q"][0].double().reshape(-1, g, m, d)
         keys = self._seen["k"][0].double().reshape(-1, g, d)
-        values = self._seen["v"][0].reshape(-1, g, d).transpose(0, 1)
+        values = self._seen["v"][0].double().reshape(-1, g, 1, d).permute(1, 2, 0, 3) @ self._roots.mT
         mixtures = self._seen["o"][0].double().reshape(-1, g * m * d)
         self._seen.clear()
+        some = torch.linspace(0, len(queries) - 1, min(QUERIES, len(queries)), device=queries.device).round().long()
+        falls = attention.reshape(g, m, *attention.shape[1:])  # (G, M, queries, keys)
+        more = len(queries) / len(some)
+        if site.spec.rope:
+            turned, seen_as = self._rotated(queries, keys, kwargs.get("position_embeddings"))
+            asked = turned[some].permute(1, 2, 0, 3)  # (G, M, queries, d)
+            self._sums["pairs"] += output_gram(asked, seen_as.transpose(0, 1), falls[:, :, some], values) * more
         keys = (keys - keys.mean(0)).transpose(0, 1)  # (G, keys, d); what is common would only cost digits
-        seen = (attention.reshape(g, m, *attention.shape[1:])[:, 0] > 0).to(attention.dtype)
+        if not site.spec.rope:
+            self._sums["influence"] += _influence(falls[:, :, some], keys, values) * more
+        seen = (falls[:, 0] > 0).to(attention.dtype)
         seen = seen / seen.sum(-1, keepdim=True)  # (G, queries, keys): each query's keys alike, none that is masked
-        falls = seen.sum(1).double()  # (G, keys)
         means = (seen @ keys.to(seen.dtype)).double()  # (G, queries, d)
         flat = queries.permute(1, 2, 0, 3).flatten(1, 2)  # (G, M queries, d)
-        frames, *sums = self._sums
-        frames += len(mixtures)
-        for total, more in zip(
-            sums,
-            (
-                flat.mT @ flat,
-                keys.mT @ (falls.unsqueeze(-1) * keys) - means.mT @ means,
-                self._influence(attention, keys.to(values.dtype), values),
-                mixtures.mT @ mixtures,
-                mixtures.sum(0),
-            ),
-            strict=False,
-        ):
-            total += more
+        self._sums["frames"] += len(mixtures)
+        self._sums["queries"] += flat.mT @ flat
+        self._sums["keys"] += keys.mT @ (seen.sum(1).double().unsqueeze(-1) * keys) - means.mT @ means
+        self._sums["mixtures"] += mixtures.mT @ mixtures
+        self._sums["mixture"] += mixtures.sum(0)
 
-    def _influence(self, attention: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """What errors of the keys do to the output, (G, d, d), added up from some of the queries.
+    def _rotated(self, queries: Tensor, keys: Tensor, rotation: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+        if rotation is None:
+            raise PessaError(f"{self._site.name} is given no rotations", "this model cannot be calibrated")
+        cos, sin = (angle[0] for angle in rotation)
+        return rotated(queries, cos, sin), rotated(keys, cos, sin)
 
-        An error e_j of the scores moves what a query gets by sum_j a_j (e_j - mean e) v_j, and where e_j = k_j x by
-        C^T x, with C the covariance of keys and values under the query's attention. attention: (G M, queries, keys).
-        """
-        g, m, d = self._site.kv_heads, self._site.group, self._site.head_dim
-        every = attention.shape[1]
-        some = torch.linspace(0, every - 1, min(QUERIES, every), device=attention.device).round().long()
-        weight = self._o.weight.reshape(-1, g * m, d).transpose(0, 1)  # (G M, D_o, d)
-        total = torch.zeros(g, d, d, dtype=torch.float64, device=attention.device)
-        for head, own in enumerate(attention[:, some]):
-            k, v = keys[head // m], values[head // m]
-            joint = (own @ (k.unsqueeze(2) * v.unsqueeze(1)).flatten(1)).reshape(-1, d, d)  # (queries, d, d)
-            covariance = joint - (own @ k).unsqueeze(2) * (own @ v).unsqueeze(1)
-            through = (covariance @ (weight[head].mT @ weight[head])).transpose(0, 1).flatten(1)
-            total[head // m] += (through @ covariance.transpose(0, 1).flatten(1).mT).double() * (every / len(some))
-        return total
+
+def _influence(attention: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """What errors of the keys do to the output, (G, d, d), summed over queries.
+
+    An error e_j of the scores moves what a query gets by sum_j a_j (e_j - mean e) v_j, and where e_j = k_j x by
+    C^T x, with C the covariance of keys and values under the query's attention. attention: (G, M, queries, keys); keys:
+    (G, keys, d); values behind W_O, or anything of the same inner products: (G, M, keys, w).
+    """
+    total, dtype = torch.zeros_like(keys.mT @ keys), attention.dtype
+    for g, each in enumerate(keys.to(dtype)):  # one query head at a time: keys d w numbers
+        for own, v in zip(attention[g], values[g].to(dtype), strict=True):
+            joint = (own @ (each.unsqueeze(2) * v.unsqueeze(1)).flatten(1)).reshape(len(own), each.shape[1], -1)
+            covariance = joint - (own @ each).unsqueeze(2) * (own @ v).unsqueeze(1)  # (queries, d, w)
+            through = covariance.transpose(0, 1).flatten(1)
+            total[g] += (through @ through.mT).double()
+    return total

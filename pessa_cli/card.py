@@ -109,7 +109,6 @@ def _size(summary: Mapping[str, Any], totals: Mapping[str, Any]) -> str:
         "[CLOVER](https://arxiv.org/abs/2411.17426).",
     ]
     if summary["command"] == "prune":
-        qk = "no Q-K" if totals["qk_pruned"] is None else f"{totals['qk_pruned']:.2%} of Q-K"
         rows = [
             ("parameters", f"{totals['parameters']:,}", f"{totals['parameters_after']:,}"),
             ("of the attention blocks in question", f"{totals['attention_parameters']:,}",
@@ -118,7 +117,8 @@ def _size(summary: Mapping[str, Any], totals: Mapping[str, Any]) -> str:
         ]  # fmt: skip
         lines += [
             _table(("", "before", "after"), rows),
-            f"The rule was `{summary['rule']}`. It cut {qk} and {totals['vo_pruned']:.2%} of V-O, which is "
+            f"The rule was `{summary['rule']}`. It cut {totals['qk_pruned']:.2%} of Q-K and "
+            f"{totals['vo_pruned']:.2%} of V-O, which is "
             f"{totals['attention_pruned']:.2%} of this attention and {totals['model_pruned']:.2%} of the model.",
         ]
     return "\n\n".join(lines)

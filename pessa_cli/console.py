@@ -113,14 +113,13 @@ def show_blocks(blocks: list[dict[str, Any]]) -> None:
     for block in blocks:
         name = f"{block['kind']}.{block['layer']}"
         for label, side in (("Q-K", "qk"), ("V-O", "vo")):
-            spectrum = block[f"{side}_spectrum"]
-            kept = sum(block[f"{side}_ranks"])
-            if spectrum is None:
-                table.add_row(name, label, "", "", "", "all", "kept: RoPE")
-            else:
-                values = sorted(value for head in spectrum for value in head)
-                numbers = (f"{value:.3g}" for value in (values[-1], median(values), values[0]))
-                table.add_row(name, label, *numbers, f"{kept}/{len(values)}", sparkline(spectrum))
+            spectrum, kept = block[f"{side}_spectrum"], sum(block[f"{side}_ranks"])
+            if spectrum is None:  # RoPE: pairs of directions, in the units of singular values and sorted as they are
+                label, kept = f"{label} pairs", kept // 2
+                spectrum = [sorted((pair**0.5 for pair in head), reverse=True) for head in block["qk_pairs"]]
+            values = sorted(value for head in spectrum for value in head)
+            numbers = (f"{value:.3g}" for value in (values[-1], median(values), values[0]))
+            table.add_row(name, label, *numbers, f"{kept}/{len(values)}", sparkline(spectrum))
             name = ""
     OUT.print(table)
 
@@ -142,9 +141,8 @@ def show_curve(points: list[Point], method: str) -> None:
 
 def show_totals(totals: dict[str, Any], rule: str) -> None:
     """What the ranks remove, counted as the paper does."""
-    qk = "no Q-K" if totals["qk_pruned"] is None else f"{totals['qk_pruned']:.2%} of Q-K"
     OUT.print(
-        f"[bold]{escape(rule)}[/] prunes {qk} and {totals['vo_pruned']:.2%} of V-O "
+        f"[bold]{escape(rule)}[/] prunes {totals['qk_pruned']:.2%} of Q-K and {totals['vo_pruned']:.2%} of V-O "
         f"= {totals['attention_pruned']:.2%} of this attention = {totals['model_pruned']:.2%} of the model"
     )
     OUT.print(

@@ -174,7 +174,7 @@ def weighted_transforms(pair: Pair, weighting: Weighting) -> Transforms:
     """
     plain = [factor.mT @ factor for factor in (pair.left, pair.right)]
     grams = [
-        _shrunk(gram, own, weighting.shrinkage)
+        shrunk(gram, own, weighting.shrinkage)
         for gram, own in zip((weighting.left, weighting.right), plain, strict=True)
     ]
     (left, inverse_left), (right, inverse_right) = (_roots(gram) for gram in grams)
@@ -192,7 +192,7 @@ def weighted_transforms(pair: Pair, weighting: Weighting) -> Transforms:
     return Transforms(transforms[0], transforms[1], growth, spectrum)
 
 
-def _shrunk(gram: Tensor | None, plain: Tensor, shrinkage: float) -> Tensor:
+def shrunk(gram: Tensor | None, plain: Tensor, shrinkage: float) -> Tensor:
     """A weighted Gram matrix with so many times the plain one mixed in, brought to its trace; (G, d, d)."""
     if gram is None:
         return plain

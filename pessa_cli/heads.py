@@ -7,7 +7,7 @@ that share each of them (M), and always `head_dim` directions (d), zero where th
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pessa_cli.checkpoint import TORCH_DTYPES, CheckpointReader, Header
 from pessa_cli.errors import PessaError, listed
-from pessa_cli.ragged import Ranks
+from pessa_cli.ragged import Pairs, Ranks
 from pessa_cli.sites import Site
 
 Layout = Literal["compact", "dense"]
@@ -80,8 +80,17 @@ def all_finite(tensor: Tensor) -> bool:
     return not tensor.numel() or bool(torch.stack(tensor.aminmax()).isfinite().all())
 
 
-def live(ranks: Ranks, head_dim: int, repeats: int = 1) -> Tensor:
-    """Where the kept directions stand among `len(ranks) * repeats * head_dim` slots: (repeats * sum(ranks),)."""
+def live(ranks: Ranks, head_dim: int, repeats: int = 1, pairs: Sequence[Pairs] | None = None) -> Tensor:
+    """Where the kept directions stand among `len(ranks) * repeats * head_dim` slots: (repeats * sum(ranks),).
+
+    The first `rank` of each head, or those of its `pairs`.
+    """
+    if pairs is not None:
+        kept = torch.zeros(len(pairs), head_dim // 2, dtype=torch.bool, device="cpu")
+        for row, runs in zip(kept, pairs, strict=True):
+            for run in runs:
+                row[run.start : run.stop] = True
+        return torch.cat([kept, kept], -1).repeat_interleave(repeats, 0).flatten().nonzero().squeeze(1)
     each = [rank for rank in ranks for _ in range(repeats)]
     # On the CPU even where a loader has made another device the default: these are facts, not weights.
     kept = torch.tensor(each, device="cpu").unsqueeze(1) > torch.arange(head_dim, device="cpu")
@@ -107,7 +116,8 @@ def read_site(reader: CheckpointReader, site: Site) -> HeadWeights:
             repeats = site.group if letter in "qo" else 1
             slots = list(tensor.shape)
             slots[axis] = len(ranks) * repeats * site.head_dim
-            tensor = tensor.new_zeros(slots).index_copy_(axis, live(ranks, site.head_dim, repeats), tensor)
+            index = live(ranks, site.head_dim, repeats, site.pairs if letter in "qk" else None)
+            tensor = tensor.new_zeros(slots).index_copy_(axis, index, tensor)
         return tensor.reshape(shape)
 
     def bias(letter: str, *shape: int) -> Tensor | None:
@@ -126,13 +136,11 @@ def read_site(reader: CheckpointReader, site: Site) -> HeadWeights:
     )
 
 
-def write_site(
-    weights: HeadWeights, site: Site, qk_ranks: Ranks, vo_ranks: Ranks, header: Header, layout: Layout
-) -> dict[str, Tensor]:
-    """The block's tensors under their names in the file, with all but the first `rank` directions of each head cut.
+def write_site(weights: HeadWeights, site: Site, header: Header, layout: Layout) -> dict[str, Tensor]:
+    """The block's tensors under their names in the file, with all cut that `site` does not store.
 
     Dense: shapes of the original, zeros in the cut directions. Compact: only the kept directions. Each tensor is
-    rounded to the dtype that `header` has for its name. With the ranks of the file this inverts `read_site`.
+    rounded to the dtype that `header` has for its name. With the site as it is in the file this inverts `read_site`.
     """
     g, m, d = site.kv_heads, site.group, site.head_dim
     flat: dict[str, Tensor | None] = {
@@ -153,8 +161,8 @@ def write_site(
         module, _, part = name.rpartition(".")
         side = next(side for side in "qkvo" if site.module(side) == module)
         if side + part != "obias":
-            ranks = qk_ranks if side in "qk" else vo_ranks
-            index = live(ranks, d, m if side in "qo" else 1)
+            ranks, pairs = (site.qk_ranks, site.pairs) if side in "qk" else (site.vo_ranks, None)
+            index = live(ranks, d, m if side in "qo" else 1, pairs)
             axis = 1 if side == "o" else 0
             kept = rounded.index_select(axis, index)
             rounded = kept if layout == "compact" else torch.zeros_like(rounded).index_copy_(axis, index, kept)

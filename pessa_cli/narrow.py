@@ -203,6 +203,8 @@ def narrow(model: nn.Module) -> None:
         q, k, v = projections = kind.projections(module)  # type: ignore[arg-type]
         if not all(isinstance(projection, RaggedOut) for projection in projections) or q.ragged != k.ragged:
             continue
+        if q.ragged.pairs is not None:  # which are not the first of their slots
+            continue
         o = getattr(module, "out_proj", None)
         if o is not None and not (isinstance(o, RaggedIn) and o.ragged.ranks == v.ragged.ranks):
             continue

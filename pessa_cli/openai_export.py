@@ -25,7 +25,7 @@ from pessa_cli.model import Model, open_model
 from pessa_cli.openai_whisper import SUFFIXES, tensor_names
 from pessa_cli.pipeline import Progress, quietly
 from pessa_cli.ragged import shortened
-from pessa_cli.sites import with_ranks
+from pessa_cli.sites import in_full
 
 # openai-whisper's dims under the names of a Hugging Face config.
 CONFIG_KEYS = {
@@ -102,7 +102,7 @@ def _check_tensors(model: Model, plan: dict[str, tuple[int, ...]], embedding: st
     reader = model.reader
     shapes = {name: info.shape for name, info in reader.header.items() if name != PROJECTION}
     for site in model.sites:
-        shapes |= with_ranks(site, site.full, site.full).tensors
+        shapes |= in_full(site).tensors
     problems = [f"{name}: not part of OpenAI's Whisper" for name in shapes if name not in plan]
     for name, shape in plan.items():
         if name not in shapes:
@@ -157,7 +157,7 @@ def export_openai(folder: Path, out: Path, force: bool = False, progress: Progre
         with progress("reading", form.model.nbytes, len(form.model.sites)) as tick:
             for site in form.model.sites:
                 weights = read_site(reader, site)
-                tensors |= write_site(weights, site, site.full, site.full, reader.header, "dense")
+                tensors |= write_site(weights, in_full(site), reader.header, "dense")
                 tick(sum(reader.header[name].nbytes for name in site.tensors), 1)
             for name in form.names.values():
                 if name not in tensors:

@@ -27,10 +27,10 @@ from pessa_cli.checkpoint import CONFIG_FILE, SINGLE_FILE, CheckpointReader, Hea
 from pessa_cli.heads import Layout
 from pessa_cli.jobs import in_order
 from pessa_cli.model import MANIFEST_FILE, Model, save_spectra
-from pessa_cli.ragged import LOAD_HINT, QUANT_METHOD, Ranks
+from pessa_cli.ragged import LOAD_HINT, QUANT_METHOD, Ranks, pairs_text
 from pessa_cli.ranks import RankPlan, Spectra, Spectrum
 from pessa_cli.report import totals
-from pessa_cli.sites import Site, ragged_site, with_ranks
+from pessa_cli.sites import Site, in_full, ragged_site
 from pessa_cli.sources import source_name
 from pessa_cli.writer import ShardWriter, Staging, run_identity, sha256_of, write_index
 
@@ -73,8 +73,8 @@ class Rewrite:
         if site.name not in self.ranks.vo:
             return site
         if self.layout == "dense":
-            return with_ranks(site, site.full, site.full)
-        return with_ranks(site, self.ranks.qk[site.name], self.ranks.vo[site.name])
+            return in_full(site)
+        return self.ranks.kept(site)
 
     @cached_property
     def owner(self) -> dict[str, Site]:
@@ -104,6 +104,7 @@ class Rewrite:
     def summary(self) -> dict[str, Any]:
         """What pessa.json says before the hashes: versions, options, and ranks and dropped norms of every block."""
         sides = {"qk": self.ranks.qk, "vo": self.ranks.vo}
+        pairs = {name: {"pairs": pairs_text(kept)} for name, kept in self.ranks.pairs.items()}
         return {
             "pessa": __version__,
             "versions": {"python": platform.python_version(), "torch": version("torch")},
@@ -113,7 +114,10 @@ class Rewrite:
             **({} if self.data is None else {"calibration_sha256": self.data}),
             "rule": self.rule,
             "layout": self.layout,
-            "ranks": {s.name: {side: _text(plan[s.name]) for side, plan in sides.items()} for s in self.sites},
+            "ranks": {
+                s.name: {side: _text(plan[s.name]) for side, plan in sides.items()} | pairs.get(s.name, {})
+                for s in self.sites
+            },
             "dropped": {name: _dropped(known, sides, name) for name, known in sorted(self.spectra.items())},
         }
 

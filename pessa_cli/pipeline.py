@@ -38,9 +38,10 @@ from pessa_cli.heads import HeadWeights, Layout, NotFiniteError, joined, read_si
 from pessa_cli.jobs import in_order, one_thread
 from pessa_cli.model import MANIFEST_FILE, Model, check_spectra
 from pessa_cli.output import SHARD_BYTES, Method, Rewrite, write_output
-from pessa_cli.ragged import Ranks
+from pessa_cli.ragged import Pairs, Ranks, last_pair, pair_ranks, parse_pairs
 from pessa_cli.ranks import RankPlan, Rule, Spectra, Spectrum
-from pessa_cli.sites import Site
+from pessa_cli.rope import compensated, contributions
+from pessa_cli.sites import Site, in_full
 from pessa_cli.spool import Spool
 from pessa_cli.statistics import Statistics, Weighed, kept_directions, refit_moment, weigh
 from pessa_cli.writer import new_folder
@@ -129,7 +130,7 @@ def measure(
 
     def measured(site: Site) -> tuple[Spectra, Sides] | NotFiniteError:
         known = model.spectra.get(site.name) if method == "svd" and statistics is None else None
-        if known is not None and spool is not None:
+        if known is not None and spool is not None and site.merges_qk:
             return known, []
         try:
             weights = read_site(model.reader, site).to(run.device)
@@ -137,19 +138,20 @@ def measure(
             return error
         if known is not None:
             check_spectra(model, site, weights)
-            return known, []
+            return replace(known, pairs=_contributions(weights, site)), []
+        weighed = None if statistics is None else _weighed(statistics, site, weights, run.device)
+        of_pairs = _contributions(weights, site, weighed)
         pairs = (_pairs(absorb(part, site)) for part in weights.parts())
-        trials = None
-        if statistics is not None:
-            sides = _sides(_weighted(pairs, _weighed(statistics, site, weights, run.device)))
-            trials = statistics.of(site).trials
+        if weighed is not None:
+            sides = _sides(_weighted(pairs, weighed))
         elif spool is not None:
             sides = _sides([way.transforms(pair) for pair in part] for part in pairs)
         else:
             spectra = zip(*([way.spectrum(pair) for pair in part] for part in pairs), strict=True)
-            return _spectra([_together(side) for side in spectra]), []
-        found = _spectra(sides[len(TRANSFORMS) - 1 :: len(TRANSFORMS)])
-        return replace(found, calibrated=statistics is not None, trials=trials), sides
+            return replace(_spectra([_together(side) for side in spectra]), pairs=of_pairs), []
+        known_as = _spectra(sides[len(TRANSFORMS) - 1 :: len(TRANSFORMS)])
+        trials = None if statistics is None else statistics.of(site).trials
+        return replace(known_as, calibrated=statistics is not None, trials=trials, pairs=of_pairs), sides
 
     spectra: dict[str, Spectra] = {}
     faults: list[str] = []
@@ -171,6 +173,13 @@ def measure(
     if faults:
         raise NotFiniteError(model.reader, faults)
     return spectra
+
+
+def _contributions(weights: HeadWeights, site: Site, weighed: Weighed | None = None) -> Spectrum | None:
+    """Those of the frequency pairs, where there are any."""
+    if site.merges_qk:
+        return None
+    return contributions(weights, None if weighed is None else weighed.pairs).cpu().numpy()
 
 
 def _sides(parts: Iterable[list[Transforms]]) -> Sides:
@@ -270,9 +279,8 @@ def export_model(model: Model, out: Path, layout: Layout, run: Run | None = None
     pessa did not write, since its ranks are not known.
     """
     run = run or Run()
-    ranks, method, rule = _known_ranks(model)
-    sites = [site for site in model.sites if site.name in ranks]
-    plan = RankPlan({name: qk for name, (qk, _) in ranks.items()}, {name: vo for name, (_, vo) in ranks.items()})
+    plan, method, rule = _known_ranks(model)
+    sites = [site for site in model.sites if site.name in plan.vo]
     rewrite = _rewrite("export", model, sites, plan, {}, rule, method, layout, run)
     return _written(lambda _: rewrite, model, out, run, as_stored=True)
 
@@ -311,13 +319,13 @@ def _written(
         rewrite = plan(spool)
 
         def tensors_of(site: Site) -> dict[str, torch.Tensor]:
-            ranks = rewrite.ranks.qk[site.name], rewrite.ranks.vo[site.name]
+            kept = rewrite.ranks.kept(site)
             if as_stored:
                 weights = read_site(reader, site)
-                _check_nothing_lost(model, weights, site, *ranks)
+                _check_nothing_lost(model, weights, kept)
             else:
-                weights = _decomposed(model, site, spool, statistics, ranks[1], run.device)
-            return write_site(weights, site, *ranks, reader.header, rewrite.layout)
+                weights = _decomposed(model, site, kept, spool, statistics, run.device)
+            return write_site(weights, kept, reader.header, rewrite.layout)
 
         total = sum(info.nbytes for info in rewrite.header.values())
         jobs = run.jobs_for(rewrite.sites or model.sites)
@@ -334,16 +342,16 @@ class Cuts:
     spool: Spool
     statistics: Statistics | None = None
 
-    def tensors(self, site: Site, ranks: tuple[Ranks, Ranks]) -> dict[str, torch.Tensor]:
-        """The tensors of one block as `prune_model` would write it in the dense layout."""
-        weights = _decomposed(self.model, site, self.spool, self.statistics, ranks[1])
-        return write_site(weights, site, *ranks, self.model.reader.header, "dense")
+    def tensors(self, site: Site, kept: Site) -> dict[str, torch.Tensor]:
+        """The tensors of one block as `prune_model` would write what is kept of it, in the dense layout."""
+        weights = _decomposed(self.model, site, kept, self.spool, self.statistics)
+        return write_site(weights, kept, self.model.reader.header, "dense")
 
 
 def _decomposed(
-    model: Model, site: Site, spool: Spool, statistics: Statistics | None, vo_ranks: Ranks, device: str = "cpu"
+    model: Model, site: Site, kept: Site, spool: Spool, statistics: Statistics | None, device: str = "cpu"
 ) -> HeadWeights:
-    """A block in factored form, at full rank: by the transforms that were put aside for it, or as it is stored."""
+    """A block in factored form, ready to be cut: by the transforms that were put aside for it, or as it is stored."""
     weights = read_site(model.reader, site)
     transforms = spool.take(site.name)
     if not transforms:
@@ -351,13 +359,11 @@ def _decomposed(
         return weights
     weights = weights.to(device)
     weighed = None if statistics is None else _weighed(statistics, site, weights, device)
-    return _factorised(weights, site, transforms, weighed, vo_ranks).to("cpu")
+    return _factorised(weights, kept, transforms, weighed).to("cpu")
 
 
-def _factorised(
-    weights: HeadWeights, site: Site, found: Sides, weighed: Weighed | None, vo_ranks: Ranks
-) -> HeadWeights:
-    """The block in factored form, at full rank; a calibrated one ready to be cut to `vo_ranks`."""
+def _factorised(weights: HeadWeights, site: Site, found: Sides, weighed: Weighed | None) -> HeadWeights:
+    """The block in factored form, at full rank; a calibrated one ready to be cut to what `site` keeps."""
     parts: list[HeadWeights] = []
     o_bias, start, device = weights.o_bias, 0, weights.v.device
     sides = [found[at : at + len(TRANSFORMS)] for at in range(0, len(found), len(TRANSFORMS))]
@@ -374,15 +380,17 @@ def _factorised(
         o_bias = rewritten.o_bias
         parts.append(joined([rewritten], weights))
     whole = joined(parts, weights)
-    if weighed is None or vo_ranks == site.full:
+    if weighed is not None and weighed.pairs is not None and site.pairs is not None:
+        whole = compensated(whole, site.pairs, weighed.pairs)
+    if weighed is None or site.vo_ranks == site.full:
         return whole
-    return _refitted(whole, site, vo_ranks, found, weighed)
+    return _refitted(whole, site, found, weighed)
 
 
-def _refitted(weights: HeadWeights, site: Site, ranks: Ranks, found: Sides, weighed: Weighed) -> HeadWeights:
+def _refitted(weights: HeadWeights, site: Site, found: Sides, weighed: Weighed) -> HeadWeights:
     """The factored block with its output projection fitted anew to the directions of V-O that are kept."""
     transform = torch.from_numpy(found[-len(TRANSFORMS)]).to(weights.o.device)
-    moment, kept = refit_moment(weighed, transform, site), kept_directions(site, ranks).to(weights.o.device)
+    moment, kept = refit_moment(weighed, transform, site), kept_directions(site, site.vo_ranks).to(weights.o.device)
     o = refitted(weights.o.double().reshape(site.output_width, -1), moment, kept, weighed.ridge)
     return replace(weights, o=o.reshape(weights.o.shape).to(weights.o.dtype))
 
@@ -400,13 +408,13 @@ def _precision(weights: HeadWeights, transforms: list[Transforms]) -> torch.dtyp
     return torch.float32 if 8 * growth * torch.finfo(torch.float32).eps <= finest else torch.float64
 
 
-def _known_ranks(model: Model) -> tuple[dict[str, tuple[Ranks, Ranks]], Method, str]:
-    """The ranks of each block that pessa has rewritten, with the method and the rule."""
+def _known_ranks(model: Model) -> tuple[RankPlan, Method, str]:
+    """What each block that pessa has rewritten keeps, with the method and the rule."""
     path = model.reader.folder / MANIFEST_FILE
-    compact = {s.name: (s.qk_ranks, s.vo_ranks) for s in model.sites if (s.qk_ranks, s.vo_ranks) != (s.full, s.full)}
+    compact = [site for site in model.sites if site != in_full(site)]
     if not path.exists():
         if compact:  # saved again by transformers, say
-            return compact, "svd", "as stored"
+            return RankPlan.stored(compact), "svd", "as stored"
         raise PessaError(
             f"{model.reader.folder} has no {MANIFEST_FILE}: it is not a model that pessa wrote",
             "prune it first; `pessa prune` without a rule removes only what is zero",
@@ -414,31 +422,50 @@ def _known_ranks(model: Model) -> tuple[dict[str, tuple[Ranks, Ranks]], Method, 
     manifest = read_json(path)
     try:
         ranks = {name: (_ranks(sides["qk"]), _ranks(sides["vo"])) for name, sides in manifest["ranks"].items()}
+        pairs = {name: parse_pairs(sides["pairs"]) for name, sides in manifest["ranks"].items() if "pairs" in sides}
         method, rule = manifest["method"], manifest["rule"]
     except (KeyError, TypeError, ValueError, AttributeError):
-        ranks, method, rule = {}, "", ""
+        ranks, pairs, method, rule = {}, {}, "", ""
     if not ranks or not isinstance(method, str) or method not in METHODS or not isinstance(rule, str):
         raise PessaError(f"{path} is damaged", "prune the original again")
-    fits = {site.name: all(_fit(site, side) for side in ranks.get(site.name, ())) for site in model.sites}
-    wrong = [name for name in ranks if not fits.get(name)]
+    by_name = {site.name: site for site in model.sites}
+    wrong = [
+        name
+        for name, both in ranks.items()
+        if name not in by_name or not _fit(by_name[name], *both, pairs.get(name, ()))
+    ]
     if wrong:
         raise PessaError(f"{path} and the weights disagree about {wrong[0]}", "prune the original again")
-    return ranks, method, rule
+    known = RankPlan(
+        {name: qk for name, (qk, _) in ranks.items()},
+        {name: vo for name, (_, vo) in ranks.items()},
+        {name: each for name, each in pairs.items() if each},
+    )
+    return known, method, rule
 
 
-def _fit(site: Site, ranks: Ranks) -> bool:
-    return len(ranks) == site.kv_heads and all(0 <= rank <= site.head_dim for rank in ranks)
+def _fit(site: Site, qk_ranks: Ranks, vo_ranks: Ranks, pairs: tuple[Pairs, ...] | None) -> bool:
+    """Whether a file of this block could have such ranks, and such pairs; () stands for all, None for nonsense."""
+    counted = all(
+        len(ranks) == site.kv_heads and all(0 <= rank <= site.head_dim for rank in ranks)
+        for ranks in (qk_ranks, vo_ranks)
+    )
+    if pairs is None or not counted:
+        return False
+    if not pairs:
+        return site.merges_qk or qk_ranks == site.full
+    return not site.merges_qk and pair_ranks(pairs) == qk_ranks and 2 * last_pair(pairs) < site.head_dim
 
 
 def _ranks(text: str) -> Ranks:
     return tuple(int(rank) for rank in text.split())
 
 
-def _check_nothing_lost(model: Model, weights: HeadWeights, site: Site, qk_ranks: Ranks, vo_ranks: Ranks) -> None:
-    """What another layout leaves out must be zero in this one."""
+def _check_nothing_lost(model: Model, weights: HeadWeights, site: Site) -> None:
+    """What another layout, which stores what `site` does, leaves out must be zero in this one."""
     reader = model.reader
-    whole = write_site(weights, site, site.full, site.full, reader.header, "dense")
-    kept = write_site(weights, site, qk_ranks, vo_ranks, reader.header, "dense")
+    whole = write_site(weights, in_full(site), reader.header, "dense")
+    kept = write_site(weights, site, reader.header, "dense")
     lost = [name for name, tensor in whole.items() if not torch.equal(tensor, kept[name])]
     if lost:
         raise PessaError(

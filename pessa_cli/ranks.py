@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pessa_cli.errors import PessaError, UsageError
-from pessa_cli.ragged import Ranks
-from pessa_cli.sites import Site
+from pessa_cli.ragged import Pairs, Ranks, pair_ranks
+from pessa_cli.sites import Site, with_ranks
 
 Spectrum = NDArray[np.float64]
 
@@ -53,13 +53,15 @@ class Spectra:
     """The spectra of one block, (G, d) each and descending; no Q-K where it cannot be merged.
 
     Singular values of the products, or where `calibrated` what real inputs make of them: in units of the attention
-    scores for Q-K, and of what is added to the residual stream for V-O.
+    scores for Q-K, and of what is added to the residual stream for V-O. `pairs`, (G, d/2), only where a rotation keeps
+    Q-K from being merged: what each frequency pair adds to the output, squared, in the order of the file; see `rope`.
     """
 
     qk: Spectrum | None
     vo: Spectrum
     calibrated: bool = False
     trials: Trials | None = None
+    pairs: Spectrum | None = None
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,8 @@ class Rule:
     target_size: keep the weights' bytes at that; max_error: keep the relative error of every block's output on the
     calibration data at that. What goes is what costs least for each parameter, over all blocks and both sides.
     lossless: drop the tail whose norm is no more than what storing the head in its dtype rounds off anyway.
+    rope_ratio, beside any of these: under RoPE, drop that share of all frequency pairs of Q-K, the smallest first, each
+    taken as a share of its head.
     Then ranks above zero are rounded up to a multiple of `round_to`, and none is under `min_rank`.
     """
 
@@ -87,6 +91,7 @@ class Rule:
     max_error: float | None = None
     round_to: int = 1
     min_rank: int = 0
+    rope_ratio: float | None = None
 
     def __post_init__(self) -> None:
         ways = {"--qk-thr/--vo-thr": self.qk_thr is not None or self.vo_thr is not None}
@@ -97,16 +102,17 @@ class Rule:
         for flag, value in (("--qk-thr", self.qk_thr), ("--vo-thr", self.vo_thr)):
             if value is not None and not (0 <= value < math.inf):
                 raise UsageError(f"{flag} {value} is no threshold", "give a number from 0 up, as 5e-3")
-        if self.ratio is not None and not 0 <= self.ratio < 1:
-            raise UsageError(
-                f"--ratio {self.ratio} would not leave a model", "give the share to drop, from 0 to below 1"
-            )
+        for flag, share in (("--ratio", self.ratio), ("--rope-ratio", self.rope_ratio)):
+            if share is not None and not 0 <= share < 1:
+                raise UsageError(f"{flag} {share} would not leave a model", "give the share to drop, from 0 to below 1")
         for name in ("energy", "target_params", "target_attention"):
             share = getattr(self, name)
             if share is not None and not 0 < share <= 1:
                 raise UsageError(f"{_flag(name)} {share} is no share", "give the share to keep, above 0 to 1, as 0.99")
         if self.max_error is not None and not 0 <= self.max_error < math.inf:
             raise UsageError(f"--max-error {self.max_error} is no error to allow", "give a number from 0 up, as 0.01")
+        if self.budgeted and self.rope_ratio is not None:
+            raise UsageError(f"{self}: a budget shares out the frequency pairs, too", "leave out --rope-ratio")
         for flag, count, least in (
             ("--target-size", self.target_size, 1),
             ("--rank", self.rank, 1),
@@ -121,6 +127,7 @@ class Rule:
         text = ", ".join(f"{name} {value:.12g}" for name, value in ways.items() if value is not None) or "lossless"
         return (
             text
+            + (f", rope_ratio {self.rope_ratio:g}" if self.rope_ratio is not None else "")
             + (f", round_to {self.round_to}" if self.round_to > 1 else "")
             + (f", min_rank {self.min_rank}" if self.min_rank else "")
         )
@@ -144,10 +151,27 @@ def _flag(name: str) -> str:
 
 @dataclass(frozen=True)
 class RankPlan:
-    """The ranks to keep, by site name: one a key/value head, for Q-K and for V-O."""
+    """The ranks to keep, by site name: one a key/value head, for Q-K and for V-O.
+
+    pairs: under RoPE which frequency pairs those of Q-K are, for blocks that keep less than all.
+    """
 
     qk: Mapping[str, Ranks]
     vo: Mapping[str, Ranks]
+    pairs: Mapping[str, tuple[Pairs, ...]] = field(default_factory=dict)
+
+    @staticmethod
+    def stored(sites: Iterable[Site]) -> RankPlan:
+        """What the file stores of these sites."""
+        sites = list(sites)
+        pairs = {site.name: site.pairs for site in sites if site.pairs is not None}
+        return RankPlan(
+            {site.name: site.qk_ranks for site in sites}, {site.name: site.vo_ranks for site in sites}, pairs
+        )
+
+    def kept(self, site: Site) -> Site:
+        """The site as a compact file stores what is kept of it."""
+        return with_ranks(site, self.qk[site.name], self.vo[site.name], self.pairs.get(site.name))
 
 
 def plan_ranks(sites: list[Site], spectra: Mapping[str, Spectra], rule: Rule) -> RankPlan:
@@ -155,11 +179,60 @@ def plan_ranks(sites: list[Site], spectra: Mapping[str, Spectra], rule: Rule) ->
     qk = {site.name: spectra[site.name].qk for site in sites}
     vo = {site.name: spectra[site.name].vo for site in sites}
     dtypes = {site.name: site.dtype for site in sites}
+    rotated = [site for site in sites if qk[site.name] is None]
+    pairs = _pairs(rotated, spectra, rule)
     return RankPlan(
         qk=_side({name: spectrum for name, spectrum in qk.items() if spectrum is not None}, dtypes, rule, "Q-K")
-        | {site.name: site.full for site in sites if qk[site.name] is None},
+        | {site.name: pair_ranks(pairs[site.name]) if site.name in pairs else site.full for site in rotated},
         vo=_side(vo, dtypes, rule, "V-O"),
+        pairs=pairs,
     )
+
+
+def largest_pairs(contributions: Spectrum, counts: NDArray[np.int64]) -> tuple[Pairs, ...]:
+    """The `counts`, (G,), pairs of each head that contribute most; contributions: (G, d/2). Of equal ones the first."""
+    order = np.argsort(-contributions, axis=-1, kind="stable")
+    return tuple(_runs(np.sort(row[:count])) for row, count in zip(order, counts, strict=True))
+
+
+def pair_shares(contributions: Spectrum) -> Spectrum:
+    """What pairs are worth as shares of their heads, (G, d/2).
+
+    They measured better than the contributions: later blocks add more to a larger residual stream.
+    """
+    whole = contributions.sum(-1, keepdims=True)
+    return contributions / np.where(whole > 0, whole, 1.0)
+
+
+def _runs(places: NDArray[np.int64]) -> Pairs:
+    """Ascending numbers as runs."""
+    parts = np.split(places, np.flatnonzero(np.diff(places) > 1) + 1)
+    return tuple(range(int(part[0]), int(part[-1]) + 1) for part in parts if len(part))
+
+
+def _pairs(sites: list[Site], spectra: Mapping[str, Spectra], rule: Rule) -> dict[str, tuple[Pairs, ...]]:
+    """The frequency pairs that the rule keeps, of blocks that keep less than all; what the file lacks stays away."""
+    if rule.rope_ratio is None:
+        return {site.name: site.pairs for site in sites if site.pairs is not None}
+    worth = {site.name: found for site in sites if (found := spectra[site.name].pairs) is not None}
+    if not worth:
+        raise UsageError("--rope-ratio: none of these blocks rotates its queries and keys", "leave it out")
+    shares = {name: pair_shares(found) for name, found in worth.items()}
+    plan: dict[str, tuple[Pairs, ...]] = {}
+    for name, counts in smallest_dropped(shares, rule.rope_ratio).items():
+        width = 2 * worth[name].shape[1]
+        kept = -(-_rounded(2 * counts, rule, width) // 2)
+        there = (worth[name] > 0).sum(-1)  # the others are nothing already
+        pairs = largest_pairs(worth[name], np.minimum(kept, there))
+        if sum(pair_ranks(pairs)) < width * len(pairs):
+            plan[name] = pairs
+    return plan
+
+
+def _rounded(kept: NDArray[np.int64], rule: Rule, width: int) -> NDArray[np.int64]:
+    """Ranks of heads of that width as `round_to` and `min_rank` want them."""
+    step, least = min(rule.round_to, width), min(rule.min_rank, width)  # numpy refuses numbers beyond 64 bits
+    return (-(-kept // step) * step).clip(least, width)
 
 
 def _side(spectra: Mapping[str, Spectrum], dtypes: Mapping[str, str], rule: Rule, what: str) -> dict[str, Ranks]:
@@ -171,9 +244,7 @@ def _side(spectra: Mapping[str, Spectrum], dtypes: Mapping[str, str], rule: Rule
         counts = {name: _keep(spectrum, rule, what, dtypes[name]) for name, spectrum in spectra.items()}
     plan: dict[str, Ranks] = {}
     for name, kept in counts.items():
-        width = spectra[name].shape[1]
-        step, least = min(rule.round_to, width), min(rule.min_rank, width)  # numpy refuses numbers beyond 64 bits
-        plan[name] = tuple(int(r) for r in (-(-kept // step) * step).clip(least, width))
+        plan[name] = tuple(int(r) for r in _rounded(kept, rule, spectra[name].shape[1]))
     if not any(any(ranks) for ranks in plan.values()):
         largest = max(float(spectrum.max()) for spectrum in spectra.values())
         raise PessaError(

@@ -30,6 +30,7 @@ _PRUNE: Mapping[str, type | tuple[type, ...]] = {
     "max_error": _NUMBER,
     "round_to": int,
     "min_rank": int,
+    "rope_ratio": _NUMBER,
     "sites": list,
     "layers": str,
     "method": str,
@@ -41,7 +42,7 @@ _CHOICES = {
     ("prune", "layout"): ("compact", "dense"),
     ("verify", "level"): ("weights", "blocks", "outputs"),
 }
-_RULE = (*WAYS, "round_to", "min_rank")
+_RULE = (*WAYS, "round_to", "min_rank", "rope_ratio")
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,11 @@ from pessa_cli.sites import Site
 
 
 def block(site: Site, spectra: Spectra, plan: RankPlan) -> dict[str, Any]:
-    """One attention block: spectra as lists (G x d, descending), null where Q-K cannot be merged, and the ranks."""
+    """One attention block: spectra as lists (G x d, descending), and the ranks.
+
+    Where RoPE keeps Q-K from being merged its spectrum is null, and `qk_pairs` are the contributions of the frequency
+    pairs (G x d/2, squared, in the order of the file).
+    """
     return {
         "kind": site.spec.kind,
         "layer": site.layer,
@@ -20,6 +24,7 @@ def block(site: Site, spectra: Spectra, plan: RankPlan) -> dict[str, Any]:
         "kv_heads": site.kv_heads,
         "head_dim": site.head_dim,
         "qk_spectrum": None if spectra.qk is None else spectra.qk.tolist(),
+        "qk_pairs": None if spectra.pairs is None else spectra.pairs.tolist(),
         "vo_spectrum": spectra.vo.tolist(),
         "qk_ranks": list(plan.qk[site.name]),
         "vo_ranks": list(plan.vo[site.name]),
@@ -30,18 +35,17 @@ def totals(header: Header, sites: Iterable[Site], chosen: Iterable[Site], plan: 
     """What the plan removes, counted as the paper does; `chosen` are the blocks that it covers.
 
     Shares are of the directions of Q-K and of V-O (of the chosen blocks), of the parameters of their attention,
-    and of all the model's parameters. Bytes are those of the weights; qk_pruned is null where no Q-K can be merged.
+    and of all the model's parameters. Bytes are those of the weights.
     """
     chosen = list(chosen)
     attention, attention_bytes = _count(header, (site.tensors for site in chosen))
     left, left_bytes = _count(header, (site.shapes(plan.qk[site.name], plan.vo[site.name]) for site in chosen))
     parameters = sum(info.count for info in header.values())
     nbytes = sum(info.nbytes for info in header.values())
-    merged = [site for site in chosen if site.merges_qk]
     return {
         "blocks": len(list(sites)),
         "blocks_chosen": len(chosen),
-        "qk_pruned": _dropped(plan.qk, {site.name: site.qk_ranks for site in merged}) if merged else None,
+        "qk_pruned": _dropped(plan.qk, {site.name: site.qk_ranks for site in chosen}),
         "vo_pruned": _dropped(plan.vo, {site.name: site.vo_ranks for site in chosen}),
         "attention_parameters": attention,
         "attention_parameters_after": left,

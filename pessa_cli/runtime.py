@@ -87,7 +87,7 @@ class RaggedOut(_RaggedLinear):
     """
 
     def __init__(self, linear: nn.Linear, ragged: Ragged) -> None:
-        index = live(ragged.ranks, ragged.head_dim)
+        index = live(ragged.ranks, ragged.head_dim, pairs=ragged.pairs)
         nn.Linear.__init__(
             self,
             linear.in_features,

@@ -16,7 +16,7 @@ from typing import Any
 from pessa_cli.architectures import ARCHITECTURES, AttentionSpec
 from pessa_cli.checkpoint import Header
 from pessa_cli.errors import PessaError, UsageError, listed
-from pessa_cli.ragged import ModuleNames, Ragged, Ranks, ragged_modules, shortened
+from pessa_cli.ragged import ModuleNames, Pairs, Ragged, Ranks, pair_ranks, ragged_modules, shortened
 
 FLOATS = ("F64", "F32", "F16", "BF16")  # from the finest rounding to the coarsest
 MOST_HEADS = 4096
@@ -31,7 +31,8 @@ class Site:
 
     `q`, `k`, `v`, `o` are module names as in the file; `query_width`, `key_width` and `output_width` are the
     widths D of what goes in and comes out. `qk_ranks` and `vo_ranks` say how many directions the file stores for
-    each key/value head: `head_dim` everywhere in a dense file, less in a compact one.
+    each key/value head: `head_dim` everywhere in a dense file, less in a compact one. `pairs`: under RoPE, where Q-K
+    stores less, the frequency pairs that it stores for each key/value head.
     """
 
     spec: AttentionSpec
@@ -50,6 +51,7 @@ class Site:
     dtype: str  # of its weights and biases; the coarsest, should they differ
     qk_ranks: Ranks
     vo_ranks: Ranks
+    pairs: tuple[Pairs, ...] | None = None
 
     @property
     def name(self) -> str:
@@ -187,7 +189,12 @@ def ragged_site(site: Site) -> dict[str, Ragged]:
             continue
         each = tuple(rank for rank in ranks for _ in range(site.group))
         for side in rows:
-            entries[site.module(side)] = Ragged("rows", site.head_dim, each if side == "q" else ranks)
+            if side != "v" and site.pairs is not None:
+                repeats = site.group if side == "q" else 1
+                pairs = tuple(runs for runs in site.pairs for _ in range(repeats))
+                entries[site.module(side)] = Ragged.of_pairs(site.head_dim, pairs)
+            else:
+                entries[site.module(side)] = Ragged("rows", site.head_dim, each if side == "q" else ranks)
         for side in columns:
             entries[site.module(side)] = Ragged("columns", site.head_dim, each)
     return entries
@@ -286,6 +293,7 @@ def _site(
         dtype=max((info.dtype for info in (*weights.values(), *biases.values())), key=FLOATS.index),
         qk_ranks=entries["k"].ranks if entries["k"] else stored,
         vo_ranks=entries["v"].ranks if entries["v"] else stored,
+        pairs=entries["k"].pairs if entries["k"] else None,
     )
     if head_dim < 1 or not len(site.qk_ranks) == len(site.vo_ranks) == kv_heads:
         raise PessaError(f"{site.q}: config.json gives no ranks for just {kv_heads} key/value heads of {head_dim}")
@@ -294,6 +302,11 @@ def _site(
         raise PessaError(f"{modules['q'].rpartition('.')[0]}: the widths of its inputs and output differ: {widths}")
     if min(site.query_width, site.key_width) < 1:
         raise PessaError(f"{modules['q'].rpartition('.')[0]}: its inputs have no width")
+    if spec.rope and head_dim % 2:
+        raise PessaError(f"{site.q}: heads of {head_dim} directions have no pairs to rotate")
+    if site.qk_ranks != site.full and (site.pairs is None) == spec.rope:
+        known_as = "pairs, which only rotated ones have" if site.pairs else "ranks, but rotated ones are kept by pairs"
+        raise PessaError(f"{site.q}: config.json gives queries and keys {known_as}")
     size = sum(math.prod(shape) for shape in site.shapes(site.full, site.full).values())
     if size > most:
         raise PessaError(f"{modules['q'].rpartition('.')[0]}: at full size it would have {size:,} entries")
@@ -310,6 +323,13 @@ def _site(
     return site
 
 
-def with_ranks(site: Site, qk_ranks: Ranks, vo_ranks: Ranks) -> Site:
-    """The same site as a compact file of those ranks would store it."""
-    return replace(site, qk_ranks=qk_ranks, vo_ranks=vo_ranks)
+def with_ranks(site: Site, qk_ranks: Ranks, vo_ranks: Ranks, pairs: tuple[Pairs, ...] | None = None) -> Site:
+    """The same site as a compact file of those ranks, or with those pairs of Q-K, would store it."""
+    if pairs is not None and pair_ranks(pairs) == site.full:
+        pairs = None
+    return replace(site, qk_ranks=qk_ranks, vo_ranks=vo_ranks, pairs=pairs)
+
+
+def in_full(site: Site) -> Site:
+    """The same site as a dense file stores it."""
+    return with_ranks(site, site.full, site.full)

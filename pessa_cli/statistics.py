@@ -22,12 +22,13 @@ from pessa_cli.factors import Weighting
 from pessa_cli.heads import HeadWeights, live
 from pessa_cli.ragged import Ranks
 from pessa_cli.ranks import LEVELS, Trials
+from pessa_cli.rope import PairWeighting
 from pessa_cli.sites import Site
 
 FORMAT = "pessa-statistics-2"
 SHRINKAGE = 0.3  # towards the plain rule, however much data there is
 NOISE = 1e-10  # of a variance, against the second moment that it is the difference of
-RIDGE = 1e-2  # of the refit, likewise
+RIDGE = 1e-2  # of the refits of W_O and of frequency pairs, likewise
 UNIFORM = 0.3  # of the keys' weighting: all keys that a query sees alike, beside what the output makes of them
 
 
@@ -38,7 +39,9 @@ class BlockStatistics:
     frames: (), how many queries there were. queries: (G, d, d), of q q^T over queries and the query heads of a group,
     their bias included. keys: (G, d, d), of the covariance of the keys that each query sees, which leaves out what is
     common to all of them, as softmax does. influence: (G, d, d), of what an error of the keys does to the output, to
-    first order: C W_O^T W_O C^T, where C is the covariance of keys and values under a query's own attention.
+    first order: C W_O^T W_O C^T, where C is the covariance of keys and values under a query's own attention; under RoPE
+    there is instead `pairs`, the Gram matrix of what frequency pairs add to the output, see `rope.output_gram`. Of the
+    two the one that does not apply is (0, d, d).
     mixtures: (H d, H d), of a a^T where a is what goes into W_O, all heads one after the other; mixture: (H d,), of a.
     From trials on some of the data: output, (), squares of what the block puts out; tried: (2, LEVELS), squares of the
     difference with that share of Q-K and of V-O cut; harm: (3,), what a difference does to the model's output (nats,
@@ -51,6 +54,7 @@ class BlockStatistics:
     influence: Tensor
     mixtures: Tensor
     mixture: Tensor
+    pairs: Tensor
     output: Tensor
     tried: Tensor
     harm: Tensor
@@ -78,16 +82,18 @@ NAMES = tuple(field.name for field in fields(BlockStatistics))
 def shapes_of(site: Site) -> tuple[tuple[int, ...], ...]:
     """Of the statistics of a block, in the order of NAMES."""
     g, d, n = site.kv_heads, site.head_dim, site.heads * site.head_dim
-    head, levels = (g, d, d), len(LEVELS)
-    return (), head, head, head, (n, n), (n,), (), (2, levels), (3,)
+    head, none, rope = (g, d, d), (0, d, d), site.spec.rope
+    influence, pairs = (none, head) if rope else (head, none)
+    return (), head, head, influence, (n, n), (n,), pairs, (), (2, len(LEVELS)), (3,)
 
 
 @dataclass(frozen=True)
 class Weighed:
     """What the statistics of a block say to its decomposition.
 
-    qk and vo: see Weighting. center: (G, d), what is taken for the mean of the mixtures before W_O and after the value
-    bias, None where no output bias can give it back. moment: (H d, H d), of the mixtures less their center.
+    qk and vo: see Weighting; pairs: under RoPE what there is instead of qk. center: (G, d), what is taken for the mean
+    of the mixtures before W_O and after the value bias, None where no output bias can give it back. moment:
+    (H d, H d), of the mixtures less their center.
     """
 
     qk: Weighting
@@ -95,6 +101,7 @@ class Weighed:
     center: Tensor | None
     moment: Tensor
     ridge: float
+    pairs: PairWeighting | None
 
 
 def weigh(found: BlockStatistics, site: Site, v_bias: Tensor | None) -> Weighed:
@@ -120,6 +127,7 @@ def weigh(found: BlockStatistics, site: Site, v_bias: Tensor | None) -> Weighed:
         center=center if center is None or v_bias is None else center - v_bias.double(),
         moment=moment,
         ridge=RIDGE + m * g * few,
+        pairs=PairWeighting(found.pairs / (frames * d), RIDGE + few) if site.spec.rope else None,
     )
 
 
@@ -128,6 +136,8 @@ def _key_side(found: BlockStatistics) -> Tensor:
 
     The trace is the geometric mean of those of `keys` and of `influence`, brought to the same sum over the heads.
     """
+    if not len(found.influence):
+        return found.keys
     seen, counts = (_trace(moment) for moment in (found.keys, found.influence))
     if not bool((counts > 0).any()):
         return found.keys

@@ -14,15 +14,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from pessa_cli.model import Model
 from pessa_cli.pipeline import Cuts, Tick, measure
-from pessa_cli.ragged import Ranks
-from pessa_cli.ranks import LEVELS, Spectra, smallest_dropped
+from pessa_cli.ragged import pair_ranks
+from pessa_cli.ranks import LEVELS, Spectra, Spectrum, largest_pairs, pair_shares, smallest_dropped
 from pessa_cli.sidebyside import Inputs, block_squares, compare_block, modules_of, output_of
-from pessa_cli.sites import Site
+from pessa_cli.sites import Site, with_ranks
 from pessa_cli.spool import Spool
 from pessa_cli.statistics import BlockStatistics, Statistics
 
@@ -47,7 +49,7 @@ def try_out(
 
         def cut(qk: float, vo: float) -> None:
             for site in sites:
-                put(pruned, site, cuts.tensors(site, ranks_at(site, spectra[site.name], qk, vo)))
+                put(pruned, site, cuts.tensors(site, kept_at(site, spectra[site.name], qk, vo)))
 
         squares = {site.name: torch.zeros(2, len(LEVELS), dtype=torch.float64) for site in sites}
         output = {site.name: torch.zeros((), dtype=torch.float64) for site in sites}
@@ -81,15 +83,19 @@ def put(loaded: Any, site: Site, tensors: Mapping[str, Tensor]) -> None:
             parameter.data.copy_(tensors[f"{site.module(side)}.{name}"])
 
 
-def ranks_at(site: Site, spectra: Spectra, qk: float, vo: float) -> tuple[Ranks, Ranks]:
-    """The ranks of a block with these shares of its directions dropped."""
+def kept_at(site: Site, spectra: Spectra, qk: float, vo: float) -> Site:
+    """What is kept of a block with these shares of its directions dropped."""
 
-    def side(spectrum: Any, share: float) -> Ranks:
-        if spectrum is None or share == 0:
-            return site.full
-        return tuple(smallest_dropped({site.name: spectrum}, share)[site.name].tolist())
+    def left(spectrum: Spectrum, share: float) -> NDArray[np.int64]:
+        return smallest_dropped({site.name: spectrum}, share)[site.name]
 
-    return side(spectra.qk, qk), side(spectra.vo, vo)
+    vo_ranks = tuple(left(spectra.vo, vo).tolist())
+    if spectra.qk is not None:
+        return with_ranks(site, tuple(left(spectra.qk, qk).tolist()), vo_ranks)
+    if spectra.pairs is None or qk == 0:
+        return with_ranks(site, site.full, vo_ranks)
+    pairs = largest_pairs(spectra.pairs, left(pair_shares(spectra.pairs), qk))
+    return with_ranks(site, pair_ranks(pairs), vo_ranks, pairs)
 
 
 def _harm(ours: Any, theirs: Any, sites: Sequence[Site], inputs: Sequence[Inputs]) -> dict[str, Tensor]:

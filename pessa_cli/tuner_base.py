@@ -266,7 +266,7 @@ class AdditiveLayer(TunerLayer):
             x = x.index_select(-1, live(base.ragged.ranks, base.ragged.head_dim).to(x.device))
         change = self.change(adapter, self._cast_input_dtype(x, trained.dtype))
         if isinstance(base, RaggedOut):
-            slots = live(base.ragged.ranks, base.ragged.head_dim).to(x.device)
+            slots = live(base.ragged.ranks, base.ragged.head_dim, pairs=base.ragged.pairs).to(x.device)
             change = change.new_zeros(result.shape).index_copy(-1, slots, change)
         return result + change.to(result.dtype)
 

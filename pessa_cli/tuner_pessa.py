@@ -186,6 +186,9 @@ class PessaModel(Tuner):
             if found is None:
                 continue
             side, siblings = found
+            if isinstance(base, RaggedOut) and base.ragged.pairs is not None:
+                only = siblings["v"].rpartition(".")[2]
+                raise ValueError(f"{name} has lost frequency pairs, which R would mix with others: target {only} alone")
             if side == "q" and _merges_qk(spec):
                 raise ValueError(f"{name}: W_Q W_K^T has one S, which is trained on the keys: target {siblings['k']}")
             kv_heads = model_config.get(spec.kv_heads) if spec.kv_heads else None

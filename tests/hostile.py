@@ -99,7 +99,7 @@ def make_bases(folder: Path) -> dict[str, Path]:
     weight_map = {name: shard for shard, part in parts.items() for name in part}
     (sharded / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     decompose_model(open_model(folder / "bert"), folder / "decomposed", run=Run(jobs=1))
-    prune_model(open_model(folder / "llama"), folder / "compact", Rule(rank=1), run=Run(jobs=1))
+    prune_model(open_model(folder / "llama"), folder / "compact", Rule(rank=1, rope_ratio=0.5), run=Run(jobs=1))
     return {name: folder / name for name in ("bert", "llama", "sharded", "decomposed", "compact")}
 
 

@@ -115,7 +115,7 @@ def test_a_source_without_a_card(tiny_folder: TinyFolder, place: Path, pessa: Pe
         "pipeline_tag": "text-generation",
         "tags": ["pessa", "pruned"],
     }
-    assert "no Q-K" in text
+    assert "0.00% of Q-K" in text
 
 
 def test_verify_puts_its_figures_in(source: Path, out: Path, pessa: Pessa) -> None:

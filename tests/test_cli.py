@@ -203,7 +203,7 @@ def test_inspect_prints_a_row_for_each_block_and_side(pessa: Pessa, tiny_folder:
         "Q-K",
         *(f"{v:.3g}" for v in (values[-1], np.median(values), values[0])),
     ]
-    assert "RoPE" in pessa("inspect", tiny_folder("llama")).out
+    assert "Q-K pairs" in pessa("inspect", tiny_folder("llama")).out
 
 
 @pytest.mark.parametrize(("suffix", "start"), [("png", b"\x89PNG\r\n"), ("svg", b"<?xml")])

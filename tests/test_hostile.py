@@ -180,7 +180,8 @@ def test_zero_ranks_do_not_make_room_for_more_than_the_file_can_mean(bases: Base
         for side, shape in {"q": [0, wide], "k": [0, wide], "v": [0, wide], "o": [wide, 0]}.items()
     }
     encoded = json.dumps(header).encode()
-    modules = {f"model.layers.0.self_attn.{side}_proj": "rows 256: 0 0" for side in "qkv"}
+    modules = {f"model.layers.0.self_attn.{side}_proj": "pairs 256: none none" for side in "qk"}
+    modules |= {"model.layers.0.self_attn.v_proj": "rows 256: 0 0"}
     modules |= {"model.layers.0.self_attn.o_proj": "columns 256: 0 0"}
     claim = {"quantization_config": {"quant_method": "pessa", "modules": modules}, "num_attention_heads": 2}
     files = {WEIGHTS: struct.pack("<Q", len(encoded)) + encoded, **config(bases["llama"], **claim)}

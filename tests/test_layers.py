@@ -24,6 +24,7 @@ LAYERS = (
     {"heads", "ranks", "ctranslate2", "hub", "openai_whisper"},
     {"budget"},
     {"factors", "recipe", "report", "plot", "runtime", "sources", "card", "onnx_attention"},
+    {"rope"},
     {"attention", "methods", "statistics", "tuning"},
     {"narrow"},
     {"peft_plugin", "singular"},
@@ -125,7 +126,7 @@ def test_only_the_console_prints(module: str) -> None:
     assert not [name for name in imports(MODULES[module]) if name.split(".")[0] in ("rich", "logging")]
 
 
-@pytest.mark.parametrize("module", ["factors", "ranks", "runtime"])
+@pytest.mark.parametrize("module", ["factors", "ranks", "rope", "runtime"])
 def test_numerics_never_open_files(module: str) -> None:
     used = {name.split(".")[0] for name in imports(MODULES[module])}
     assert not used & {"pathlib", "os", "io", "json", "shutil", "tempfile", "safetensors"}
