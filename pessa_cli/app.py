@@ -77,6 +77,15 @@ MIN_RANK = Annotated[int, typer.Option(help="Keep at least this many directions 
 ROPE_RATIO = Annotated[
     float | None, typer.Option(help="Under RoPE, also drop this share of each head's frequency pairs of Q-K.")
 ]
+MAX_WER = Annotated[
+    float | None, typer.Option("--max-wer-increase", help="Prune as far as the word error rate rises by these points.")
+]
+MAX_PPL = Annotated[
+    str | None, typer.Option("--max-ppl-increase", metavar="RISE", help="Prune as far as perplexity rises so, as 1%.")
+]
+EVALUATE = Annotated[
+    Path | None, typer.Option(metavar="DATA", help="What that is measured on: JSONL of clips with texts, or text.")
+]
 METHOD = Annotated[
     Literal["svd", "vanilla"], typer.Option(help="vanilla: rank the original dimensions by their norms, to compare.")
 ]
@@ -240,6 +249,9 @@ def prune(
     target_attention: TARGET_ATTENTION = None,
     target_size: TARGET_SIZE = None,
     max_error: MAX_ERROR = None,
+    max_wer_increase: MAX_WER = None,
+    max_ppl_increase: MAX_PPL = None,
+    evaluate: EVALUATE = None,
     lossless: LOSSLESS = False,
     round_to: ROUND_TO = 1,
     min_rank: MIN_RANK = 0,
@@ -277,6 +289,14 @@ def prune(
     )
     if method == "vanilla" and (calibrate or statistics):
         raise UsageError("--method vanilla goes by the weights alone", "leave out the data, or the method")
+    bounded = max_wer_increase is not None or max_ppl_increase is not None
+    if bounded != (evaluate is not None) or (bounded and (recipe.rule.given or lossless)):
+        raise UsageError(
+            "--max-wer-increase and --max-ppl-increase want --evaluate DATA, and no other rule",
+            "give each with the other",
+        )
+    if bounded and (sequential or method == "vanilla"):
+        raise UsageError("a search has no --sequential and no --method vanilla", "leave them out")
     run = run_of(model, force, resume, dry_run, jobs, device, max_shard_size)
     from pessa_cli.model import open_model
     from pessa_cli.pipeline import prune_model
@@ -286,8 +306,19 @@ def prune(
         opened = open_model(folder, architecture)
         chosen = _chosen(opened, recipe)
         with _calibrated(opened, chosen, calibrate, statistics, run, recipe.rule if sequential else None) as found:
-            written = prune_model(opened, out, recipe.rule, chosen, method, layout, run, found)
+            rule, searched = recipe.rule, None
+            if evaluate is not None:
+                from pessa_cli.search import Limit, search
+
+                limit = Limit.of(max_wer_increase, max_ppl_increase)
+                searched = search(opened, chosen, limit, evaluate, rule, found, console.progress, device)
+                rule = searched.rule
+            written = prune_model(opened, out, rule, chosen, method, layout, run, found)
         document = _document(written, model, out)
+    if searched is not None:
+        document["search"] = searched.to_dict()
+        if not json:
+            console.show_search(searched)
     console.show_json(document) if json else _show_written(document, dry_run)
 
 
@@ -504,13 +535,13 @@ def _recipe(
     rule: Rule | None = None,
 ) -> Recipe:
     """The options of a command as the recipe they are short for."""
-    from pessa_cli.ranks import WAYS, Rule
+    from pessa_cli.ranks import Rule
     from pessa_cli.recipe import Recipe, parse_layers
 
     rule = rule or Rule()
     if target_size is not None:
         rule = replace(rule, target_size=size_of(target_size, "--target-size"))
-    if lossless and any(getattr(rule, way) is not None for way in WAYS):
+    if lossless and rule.given:
         raise UsageError(f"--lossless and {rule} are different rules", "give one of them")
     kinds = tuple(kind.strip() for kind in sites.split(",")) if sites else ()
     return Recipe(rule, kinds, None if layers is None else parse_layers(layers))

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from pessa_cli.bench import Bench
     from pessa_cli.budget import Point
     from pessa_cli.evaluate import Scores
+    from pessa_cli.search import Found
     from pessa_cli.sites import Site
     from pessa_cli.tune import Step
     from pessa_cli.verify import Report
@@ -137,6 +138,17 @@ def show_curve(points: list[Point], method: str) -> None:
     OUT.print(table)
     if calibrated:
         OUT.print("harm: the KL divergence of the logits in nats, or the relative squared error of hidden states")
+
+
+def show_search(found: Found) -> None:
+    """What a search has tried."""
+    percent = 100 if found.metric in PERCENT else 1
+    table = Table("attention kept", found.metric, "", box=None, pad_edge=False)
+    table.add_row("100%", f"{percent * found.original:.3f}", "the original")
+    for share, value in found.tried:
+        within = "" if value <= found.limit else f"above {percent * found.limit:.3f}"
+        table.add_row(f"{share:.1%}", f"{percent * value:.3f}", within)
+    OUT.print(table)
 
 
 def show_totals(totals: dict[str, Any], rule: str) -> None:

@@ -133,6 +133,11 @@ class Rule:
         )
 
     @property
+    def given(self) -> list[str]:
+        """The ways that it names."""
+        return [name for name in WAYS if getattr(self, name) is not None]
+
+    @property
     def budgeted(self) -> bool:
         """Whether ranks are shared out over all heads and blocks at once."""
         budgets = (self.target_params, self.target_attention, self.target_size, self.max_error)

@@ -42,6 +42,7 @@ LAYERS = (
     {"tuning_data", "merge", "speech", "perplexity", "pairs"},
     {"tune", "questions"},
     {"evaluate"},
+    {"search"},
     {"verify", "bench", "onnx_export"},
     {"junit", "console"},
     {"options"},

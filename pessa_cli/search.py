@@ -1,0 +1,133 @@
+"""The smallest model within a limit on its quality: budgets tried one after the other on the model in memory.
+
+Blocks are decomposed once; each trial cuts them to other ranks and scores the model again.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pessa_cli.budget import ranks_for
+from pessa_cli.errors import PessaError, UsageError
+from pessa_cli.evaluate import Data, fitting, prepare
+from pessa_cli.measures import Measure, Settings
+from pessa_cli.model import Model
+from pessa_cli.pipeline import Cuts, Progress, measure, quietly
+from pessa_cli.ranks import Rule
+from pessa_cli.sidebyside import load, quiet_transformers
+from pessa_cli.sites import Site
+from pessa_cli.spool import Spool
+from pessa_cli.statistics import Statistics
+from pessa_cli.trials import put
+
+STEPS = 7  # halvings of the range, down to less than a hundredth of the attention
+
+
+@dataclass(frozen=True)
+class Limit:
+    """How much worse a model may get: `kind` of data as in evaluate.Data, and the increase, relative or not."""
+
+    kind: str
+    increase: float
+    relative: bool = False
+
+    def above(self, original: float) -> float:
+        """The largest value that is within it."""
+        return original * (1 + self.increase) if self.relative else original + self.increase
+
+    @staticmethod
+    def of(max_wer_increase: float | None, max_ppl_increase: str | None) -> Limit:
+        """What one of the options says: points of word error rate, or perplexity, as 1% or as 0.2."""
+        if max_ppl_increase is None:
+            points = max_wer_increase or 0.0
+            if not 0 <= points < math.inf:
+                raise UsageError(f"--max-wer-increase {points} is no increase", "give points, as 0.5")
+            return Limit("speech", points / 100)
+        if max_wer_increase is not None:
+            raise UsageError("--max-wer-increase and --max-ppl-increase are for different models", "give one of them")
+        match = re.fullmatch(r"(\d+(?:\.\d+)?|\.\d+)(%?)", max_ppl_increase)
+        if match is None:
+            raise UsageError(f"--max-ppl-increase {max_ppl_increase} is no increase", "write it as 1% or 0.2")
+        return Limit("text", float(match[1]) / (100 if match[2] else 1), bool(match[2]))
+
+
+@dataclass(frozen=True)
+class Found:
+    """The rule to prune by, and what was tried: shares of the attention kept, and what the model was worth then."""
+
+    rule: Rule
+    metric: str
+    original: float
+    limit: float
+    tried: Sequence[tuple[float, float]]
+
+    def to_dict(self) -> dict[str, Any]:
+        tried = [{"target_attention": share, "value": value} for share, value in self.tried]
+        return {"metric": self.metric, "original": self.original, "limit": self.limit, "tried": tried}
+
+
+def search(
+    model: Model,
+    sites: list[Site],
+    limit: Limit,
+    data: Path,
+    rule: Rule,
+    statistics: Statistics | None = None,
+    progress: Progress = quietly,
+    device: str = "cpu",
+) -> Found:
+    """Find the smallest budget of attention that keeps a model within a limit on `data`, by halving the range.
+
+    `rule` gives round_to and min_rank. Raises UsageError for data that do not fit the model or that the model was
+    calibrated on, PessaError when nothing at all may go.
+    """
+    if limit.kind not in fitting(model):
+        flag = {"speech": "--max-wer-increase", "text": "--max-ppl-increase"}[limit.kind]
+        fit = " and ".join(fitting(model)) or "nothing"
+        raise UsageError(f"{flag}: {model.reader.folder} cannot be scored on {limit.kind}", f"it is scored on {fit}")
+    with quiet_transformers():
+        on = Data(speech=data) if limit.kind == "speech" else Data(text=data)
+        (scorer,) = prepare(model, on, Settings(device=device))[limit.kind]
+        _check_apart(scorer, statistics)
+        loaded = load(model).to(device)
+        first = scorer.score(loaded, progress)
+        most = limit.above(first.value)
+        low, high, tried = 0.0, 1.0, list[tuple[float, float]]()
+        with tempfile.TemporaryDirectory() as folder, Spool(Path(folder)) as spool, torch.no_grad():
+            spectra = measure(model, sites, spool=spool, statistics=statistics)
+            cuts = Cuts(model, spool, statistics)
+            for _ in range(STEPS):
+                share = (low + high) / 2
+                try:
+                    plan = ranks_for(sites, spectra, replace(rule, target_attention=share), model.size)
+                except PessaError:  # so small it cannot get
+                    low = share
+                    continue
+                for site in sites:
+                    put(loaded, site, cuts.tensors(site, plan.kept(site)))
+                tried.append((share, scorer.score(loaded, progress).value))
+                low, high = (low, share) if tried[-1][1] <= most else (share, high)
+    if high == 1.0:
+        best = min((value for _, value in tried), default=first.value)
+        raise PessaError(
+            f"the {first.metric} of {model.reader.folder} is {first.value:.4g}, and {best:.4g} once anything is cut",
+            f"allow more than {most:.4g}, or calibrate on more data: --calibrate",
+        )
+    return Found(replace(rule, target_attention=high), first.metric, first.value, most, tried)
+
+
+def _check_apart(scorer: Measure, statistics: Statistics | None) -> None:
+    """Data that a model was calibrated on flatter it."""
+    both = [] if statistics is None else [file for file, sha in scorer.sources.items() if sha in statistics.data]
+    if both:
+        raise UsageError(
+            f"--evaluate: {both[0]} is among the data of the calibration", "give other data to one of them"
+        )
