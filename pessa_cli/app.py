@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -32,7 +32,6 @@ from pessa_cli.options import (
     SHARD_SIZE,
     STATISTICS,
     run_of,
-    size_of,
 )
 
 if TYPE_CHECKING:
@@ -280,45 +279,27 @@ def prune(
     """
     from pessa_cli.ranks import Rule
 
-    recipe = _recipe(
-        *(sites, layers, lossless, target_size),
-        Rule(
-            *(qk_thr, vo_thr, ratio, rank, energy, target_params, target_attention, None, max_error),
-            *(round_to, min_rank, rope_ratio),
+    recipe = replace(
+        _recipe(
+            *(sites, layers, lossless, target_size),
+            Rule(
+                *(qk_thr, vo_thr, ratio, rank, energy, target_params, target_attention, None, max_error),
+                *(round_to, min_rank, rope_ratio),
+            ),
         ),
+        method=method,
+        layout=layout,
+        calibrate=tuple(calibrate or ()),
+        statistics=tuple(statistics or ()),
+        sequential=sequential,
+        evaluate=evaluate,
+        max_wer_increase=max_wer_increase,
+        max_ppl_increase=max_ppl_increase,
     )
-    if method == "vanilla" and (calibrate or statistics):
-        raise UsageError("--method vanilla goes by the weights alone", "leave out the data, or the method")
-    bounded = max_wer_increase is not None or max_ppl_increase is not None
-    if bounded != (evaluate is not None) or (bounded and (recipe.rule.given or lossless)):
-        raise UsageError(
-            "--max-wer-increase and --max-ppl-increase want --evaluate DATA, and no other rule",
-            "give each with the other",
-        )
-    if bounded and (sequential or method == "vanilla"):
-        raise UsageError("a search has no --sequential and no --method vanilla", "leave them out")
+    if lossless and recipe.searches:
+        raise UsageError("--lossless and a search are different rules", "give one of them")
     run = run_of(model, force, resume, dry_run, jobs, device, max_shard_size)
-    from pessa_cli.model import open_model
-    from pessa_cli.pipeline import prune_model
-    from pessa_cli.sources import open_source
-
-    with open_source(model, revision, allow_pickle) as folder:
-        opened = open_model(folder, architecture)
-        chosen = _chosen(opened, recipe)
-        with _calibrated(opened, chosen, calibrate, statistics, run, recipe.rule if sequential else None) as found:
-            rule, searched = recipe.rule, None
-            if evaluate is not None:
-                from pessa_cli.search import Limit, search
-
-                limit = Limit.of(max_wer_increase, max_ppl_increase)
-                searched = search(opened, chosen, limit, evaluate, rule, found, console.progress, device)
-                rule = searched.rule
-            written = prune_model(opened, out, rule, chosen, method, layout, run, found)
-        document = _document(written, model, out)
-    if searched is not None:
-        document["search"] = searched.to_dict()
-        if not json:
-            console.show_search(searched)
+    document = _pruned(model, recipe, out, run, json, architecture, revision, allow_pickle)
     console.show_json(document) if json else _show_written(document, dry_run)
 
 
@@ -496,17 +477,9 @@ def run(
 
     recipe = load_recipe(recipe_file)
     how = run_of(model, force, resume, jobs=jobs, device=device, max_shard_size=max_shard_size)
-    from pessa_cli.model import open_model
-    from pessa_cli.pipeline import prune_model
-    from pessa_cli.sources import open_source
-
-    with open_source(model, revision, allow_pickle) as folder:
-        opened = open_model(folder, architecture)
-        chosen = _chosen(opened, recipe)
-        written = prune_model(opened, out, recipe.rule, chosen, run=how, **recipe.options)
-        document = _document(written, model, out)
-        if not json:
-            _show_written(document, check=recipe.verify is None)
+    document = _pruned(model, recipe, out, how, json, architecture, revision, allow_pickle)
+    if not json:
+        _show_written(document, check=recipe.verify is None)
     report = (
         None
         if recipe.verify is None
@@ -536,7 +509,7 @@ def _recipe(
 ) -> Recipe:
     """The options of a command as the recipe they are short for."""
     from pessa_cli.ranks import Rule
-    from pessa_cli.recipe import Recipe, parse_layers
+    from pessa_cli.recipe import Recipe, parse_layers, size_of
 
     rule = rule or Rule()
     if target_size is not None:
@@ -545,6 +518,38 @@ def _recipe(
         raise UsageError(f"--lossless and {rule} are different rules", "give one of them")
     kinds = tuple(kind.strip() for kind in sites.split(",")) if sites else ()
     return Recipe(rule, kinds, None if layers is None else parse_layers(layers))
+
+
+def _pruned(
+    source: str,
+    recipe: Recipe,
+    out: Path,
+    run: Run,
+    json: bool,
+    architecture: str | None,
+    revision: str | None,
+    allow_pickle: bool,
+) -> dict[str, Any]:
+    """Prune by a recipe, and say what was done, as data; a search is shown unless that is asked for."""
+    from pessa_cli.model import open_model
+    from pessa_cli.pipeline import prune_model
+    from pessa_cli.sources import open_source
+
+    with open_source(source, revision, allow_pickle) as folder:
+        opened = open_model(folder, architecture)
+        chosen, rule, searched = _chosen(opened, recipe), recipe.rule, {}
+        in_sequence = rule if recipe.sequential else None
+        with _calibrated(opened, chosen, recipe.calibrate, recipe.statistics, run, in_sequence) as found:
+            if recipe.evaluate is not None:
+                from pessa_cli.search import Limit, search
+
+                limit = Limit.of(recipe.max_wer_increase, recipe.max_ppl_increase)
+                result = search(opened, chosen, limit, recipe.evaluate, rule, found, run.progress, run.device)
+                rule, searched = result.rule, {"search": result.to_dict()}
+                if not json:
+                    console.show_search(result)
+            written = prune_model(opened, out, rule, chosen, recipe.method, recipe.layout, run, found)
+        return _document(written, source, out) | searched
 
 
 def _chosen(model: Model, recipe: Recipe) -> list[Site]:
@@ -557,8 +562,8 @@ def _chosen(model: Model, recipe: Recipe) -> list[Site]:
 def _calibrated(
     model: Model,
     sites: list[Site],
-    data: list[Path] | None,
-    files: list[Path] | None,
+    data: Sequence[Path] | None,
+    files: Sequence[Path] | None,
     run: Run,
     rule: Rule | None = None,
 ) -> Iterator[Statistics | None]:

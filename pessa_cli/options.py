@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from pessa_cli.console import progress
-from pessa_cli.errors import UsageError
 
 if TYPE_CHECKING:
     from pessa_cli.pipeline import Run
@@ -48,14 +46,6 @@ SEQUENTIAL = Annotated[
 ]
 
 
-def size_of(text: str, flag: str) -> int:
-    """Bytes of a size as people write it: 5GB, 1.5 MB. Raises UsageError for anything else."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?(kB|KB|MB|GB|TB)", text)
-    if match is None:
-        raise UsageError(f"{flag} {text!r} is no size", "write it as 5GB or 500MB")
-    return int(float(match[1]) * {"K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}[match[2][0].upper()])
-
-
 def run_of(
     model: str,
     force: bool = False,
@@ -66,8 +56,10 @@ def run_of(
     max_shard_size: str = "5GB",
 ) -> Run:
     """How a command is to be carried out."""
-    shard_bytes = size_of(max_shard_size, "--max-shard-size")
     from pessa_cli.pipeline import Run
+    from pessa_cli.recipe import size_of
+
+    shard_bytes = size_of(max_shard_size, "--max-shard-size")
 
     path = Path(model)
     name = path.resolve().name if path.exists() else model  # where it lies on this machine is nobody's business

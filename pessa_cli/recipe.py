@@ -6,9 +6,9 @@ import math
 import re
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pessa_cli.checkpoint import file_size
 from pessa_cli.errors import PessaError, UsageError
@@ -26,7 +26,7 @@ _PRUNE: Mapping[str, type | tuple[type, ...]] = {
     "energy": _NUMBER,
     "target_params": _NUMBER,
     "target_attention": _NUMBER,
-    "target_size": int,
+    "target_size": (int, str),
     "max_error": _NUMBER,
     "round_to": int,
     "min_rank": int,
@@ -35,6 +35,12 @@ _PRUNE: Mapping[str, type | tuple[type, ...]] = {
     "layers": str,
     "method": str,
     "layout": str,
+    "calibrate": list,
+    "statistics": list,
+    "sequential": bool,
+    "evaluate": str,
+    "max_wer_increase": _NUMBER,
+    "max_ppl_increase": str,
 }
 _VERIFY: Mapping[str, type | tuple[type, ...]] = {"level": str, "tolerance": _NUMBER, "min_agreement": _NUMBER}
 _CHOICES = {
@@ -47,13 +53,37 @@ _RULE = (*WAYS, "round_to", "min_rank", "rope_ratio")
 
 @dataclass(frozen=True)
 class Recipe:
-    """What `pessa run` does to a model: `prune` always, `verify` when the file has that table."""
+    """What `pessa run` does to a model, and `pessa prune` with the same options; `verify` when the file has that table.
+
+    calibrate, statistics: what the rule goes by, and in files of their own; sequential: see `calibrate`. evaluate with
+    one of the two increases: prune as far as they allow, see `search`.
+    """
 
     rule: Rule
     sites: tuple[str, ...] = ()
     layers: frozenset[int] | None = None
-    options: Mapping[str, Any] = field(default_factory=dict)  # method and layout, where given
+    method: Literal["svd", "vanilla"] = "svd"
+    layout: Literal["compact", "dense"] = "compact"
+    calibrate: tuple[Path, ...] = ()
+    statistics: tuple[Path, ...] = ()
+    sequential: bool = False
+    evaluate: Path | None = None
+    max_wer_increase: float | None = None
+    max_ppl_increase: str | None = None
     verify: Mapping[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        if self.method == "vanilla" and (self.calibrate or self.statistics):
+            raise UsageError("--method vanilla goes by the weights alone", "leave out the data, or the method")
+        increase = "--max-wer-increase or --max-ppl-increase"
+        if self.searches != (self.evaluate is not None):
+            raise UsageError(f"{increase} and --evaluate DATA go together", "give each with the other")
+        if self.searches and (self.rule.given or self.sequential or self.method == "vanilla"):
+            raise UsageError(f"{increase} is a rule of its own", "leave out other rules, --sequential and --method")
+
+    @property
+    def searches(self) -> bool:
+        return self.max_wer_increase is not None or self.max_ppl_increase is not None
 
 
 def load_recipe(path: Path) -> Recipe:
@@ -64,12 +94,18 @@ def load_recipe(path: Path) -> Recipe:
     try:
         if verify is not None:
             check_limits(verify.get("tolerance"), verify.get("min_agreement"))
+        if isinstance(prune.get("target_size"), str):
+            prune["target_size"] = size_of(prune["target_size"], "target_size")
+        simple = ("method", "layout", "sequential", "max_wer_increase", "max_ppl_increase")
         return Recipe(
             rule=Rule(**{key: prune[key] for key in _RULE if key in prune}),
             sites=tuple(prune.get("sites", ())),
             layers=parse_layers(prune["layers"]) if "layers" in prune else None,
-            options={key: prune[key] for key in ("method", "layout") if key in prune},
+            calibrate=tuple(map(Path, prune.get("calibrate", ()))),
+            statistics=tuple(map(Path, prune.get("statistics", ()))),
+            evaluate=Path(prune["evaluate"]) if "evaluate" in prune else None,
             verify=verify,
+            **{key: prune[key] for key in simple if key in prune},
         )
     except UsageError as error:
         raise UsageError(f"{path}: {error.message}", error.hint) from None
@@ -89,6 +125,14 @@ def read_toml(path: Path, *tables: str) -> dict[str, Any]:
         known = " and ".join(f"[{table}]" for table in tables)
         raise UsageError(f"{path}: unknown table or key {shortened(unknown[0])}", f"a recipe has {known}")
     return content
+
+
+def size_of(text: str, flag: str) -> int:
+    """Bytes of a size as people write it: 5GB, 1.5 MB. Raises UsageError for anything else."""
+    match = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,9})?) ?(kB|KB|MB|GB|TB)", text)
+    if match is None:
+        raise UsageError(f"{flag} {shortened(text)} is no size", "write it as 5GB or 500MB")
+    return int(float(match[1]) * {"K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}[match[2][0].upper()])
 
 
 def check_limits(tolerance: float | None, min_agreement: float | None) -> None:
@@ -129,6 +173,6 @@ def checked(path: Path, table: str, values: Any, known: Mapping[str, type | tupl
         if choices is not None and value not in choices:
             raise UsageError(f"{path}: {key} = {shortened(value)}", f"it is one of {', '.join(choices)}")
         if isinstance(value, list) and {type(site) for site in value} != {str}:
-            example = "encoder.self" if key == "sites" else "q_proj"
+            example = {"sites": "encoder.self", "targets": "q_proj"}.get(key, "speech/")
             raise UsageError(f"{path}: {key} = {shortened(value)}", f'write it as ["{example}"]')
     return values

@@ -462,4 +462,4 @@ def _work(case: Case, folder: Path, out: Path) -> None:
 
 def _by_recipe(recipe: Recipe, model: Model, out: Path, run: Run) -> None:
     sites = select(model.sites, recipe.sites, recipe.layers)
-    prune_model(model, out, recipe.rule, sites, run=run, **recipe.options)
+    prune_model(model, out, recipe.rule, sites, recipe.method, recipe.layout, run)
