@@ -539,6 +539,11 @@ def _pruned(
         opened = open_model(folder, architecture)
         chosen, rule, searched = _chosen(opened, recipe), recipe.rule, {}
         in_sequence = rule if recipe.sequential else None
+        if recipe.evaluate is not None and recipe.calibrate:  # before the minutes that calibration takes
+            from pessa_cli.calibrate import read_data
+            from pessa_cli.search import check_apart
+
+            check_apart(recipe.evaluate, read_data(recipe.calibrate)[1])
         with _calibrated(opened, chosen, recipe.calibrate, recipe.statistics, run, in_sequence) as found:
             if recipe.evaluate is not None:
                 from pessa_cli.search import Limit, search

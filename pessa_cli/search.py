@@ -16,9 +16,10 @@ from typing import Any
 import torch
 
 from pessa_cli.budget import ranks_for
+from pessa_cli.calibrate import read_data
 from pessa_cli.errors import PessaError, UsageError
 from pessa_cli.evaluate import Data, fitting, prepare
-from pessa_cli.measures import Measure, Settings
+from pessa_cli.measures import Settings
 from pessa_cli.model import Model
 from pessa_cli.pipeline import Cuts, Progress, measure, quietly
 from pessa_cli.ranks import Rule
@@ -96,7 +97,7 @@ def search(
     with quiet_transformers():
         on = Data(speech=data) if limit.kind == "speech" else Data(text=data)
         (scorer,) = prepare(model, on, Settings(device=device))[limit.kind]
-        _check_apart(scorer, statistics)
+        check_apart(data, [] if statistics is None else statistics.data)
         loaded = load(model).to(device)
         first = scorer.score(loaded, progress)
         most = limit.above(first.value)
@@ -124,10 +125,7 @@ def search(
     return Found(replace(rule, target_attention=high), first.metric, first.value, most, tried)
 
 
-def _check_apart(scorer: Measure, statistics: Statistics | None) -> None:
-    """Data that a model was calibrated on flatter it."""
-    both = [] if statistics is None else [file for file, sha in scorer.sources.items() if sha in statistics.data]
-    if both:
-        raise UsageError(
-            f"--evaluate: {both[0]} is among the data of the calibration", "give other data to one of them"
-        )
+def check_apart(evaluation: Path, calibration: Sequence[str]) -> None:
+    """Raise UsageError when data to score on are among those, by SHA-256, that a model was calibrated on."""
+    if set(read_data([evaluation])[1]) & set(calibration):
+        raise UsageError(f"--evaluate {evaluation}: some of it is calibrated on", "give other data to one of them")

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import soundfile
 import torch
 from compare_methods import heard
 from fetch_models import fetch
+from harness import Pessa, is_refusal
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoProcessor, AutoTokenizer, WhisperForConditionalGeneration
 
@@ -162,3 +165,28 @@ def test_lossless_keeps_the_transcripts_of_other_speech(tmp_path: Path) -> None:
     assert len(report.texts) == len(clips)
     different = [text for text in report.texts if text.reference != text.candidate]
     assert different == []
+
+
+def test_a_recipe_prunes_as_far_as_other_speech_allows(clip: Path, tmp_path: Path, pessa: Pessa) -> None:
+    """Calibrated on one half of the clip, scored on the other, which says "try again, fail again, fail better"."""
+    samples, rate = soundfile.read(clip)
+    for name, part in (("first", samples[: len(samples) // 2]), ("second", samples[len(samples) // 2 :])):
+        soundfile.write(tmp_path / f"{name}.wav", part, rate)
+    said = "No matter. Try again. Fail again. Fail better."
+    (tmp_path / "held-out.jsonl").write_text(json.dumps({"audio": "second.wav", "text": said}))
+    recipe = tmp_path / "recipe.toml"
+    keys = {"sites": ["encoder.self"], "calibrate": [str(tmp_path / "first.wav")], "round_to": 4}
+    keys |= {"evaluate": str(tmp_path / "held-out.jsonl"), "max_wer_increase": 20.0}
+    recipe.write_text("[prune]\n" + "\n".join(f"{key} = {json.dumps(value)}" for key, value in keys.items()))
+    done = pessa("run", recipe, fetch("whisper-tiny.en"), "-o", tmp_path / "out", "--json")
+    assert done.code == 0, done
+    searched = json.loads(done.out)["search"]
+    within = [trial["target_attention"] for trial in searched["tried"] if trial["value"] <= searched["limit"]]
+    assert json.loads((tmp_path / "out" / "pessa.json").read_text())["rule"].startswith(
+        f"target_attention {min(within)}"
+    )
+    scored = pessa("eval", tmp_path / "out", "--speech", tmp_path / "held-out.jsonl", "--json")
+    assert json.loads(scored.out)["models"][0]["speech"]["value"] <= searched["limit"]
+    again = [*("--calibrate", tmp_path / "second.wav"), *("--evaluate", tmp_path / "held-out.jsonl")]
+    same = pessa("prune", fetch("whisper-tiny.en"), "-o", tmp_path / "no", "--max-wer-increase", "1", *again)
+    is_refusal(same, "calibrated on", code=2)
