@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -93,13 +94,23 @@ def collect(
 ) -> None:
     """Run the data through the model and write the statistics of its blocks to `out`.
 
-    Takes a float64 matrix of a block's width for each block, and the attention of one input at a time. With `rule`
+    Takes a float64 matrix of a block's width for each block, and the attention of one input at a time. Weights that do
+    not fit into memory twice are read from disk block by block, at every input, and there are no trials. With `rule`
     each block meets what the blocks before it produce when they are pruned by it: one more pass for each block.
     """
     items, hashes = read_data(data)
     weights = {site.name: fingerprint(read_site(model.reader, site)) for site in sites}
-    with quiet_transformers():
-        loaded = load_for_calibration(model).to(device)
+    free = free_memory()
+    fits = free is None or 2 * 4 * model.parameters < free  # in float32, and the pruned one of the trials
+    if rule is not None and not fits:
+        raise PessaError(
+            f"--sequential: {4 * model.parameters:,} bytes of weights do not fit twice into {free:,} of free memory",
+            "leave it out, or calibrate on a larger machine and use its --statistics here",
+        )
+    with quiet_transformers(), tempfile.TemporaryDirectory() as offloaded:
+        placing = {} if fits or free is None else {"device_map": "auto", "max_memory": {"cpu": free // 2}}
+        loaded = load_for_calibration(model, **placing, **({"offload_folder": offloaded} if placing else {}))
+        loaded = loaded.to(device) if fits else loaded
         with torch.inference_mode():
             said = any(not site.spec.kind.startswith("encoder") for site in sites)
             inputs = (given for item in items for given in _windows(model.reader.folder, loaded, item, said))
@@ -107,29 +118,54 @@ def collect(
             tried: list[tuple[Inputs, int]] = []
             # In sequence, what the whole model hears is what its decoder goes on with.
             kept = _thinned(inputs, tried) if rule is None else list(inputs)
-            found = _listen(loaded, sites, kept, progress("calibrating", total, 1))
+            found = _listen(model, loaded, sites, kept, progress("calibrating", total, 1))
         if rule is not None:
             tried = list(kept)
-        samples = [given for given, _ in tried[:: -(-len(tried) // TRIED) or 1]]
         save_statistics(out, found, weights, hashes)
-        with progress("trying out", 0, PASSES) as tick:
-            loaded.set_attn_implementation("sdpa")
-            found = try_out(model, loaded, sites, on_device(samples, device), found, Statistics(out), tick)
-        if rule is not None:
+        if fits:
+            samples = [given for given, _ in tried[:: -(-len(tried) // TRIED) or 1]]
+            with progress("trying out", 0, PASSES) as tick:
+                loaded.set_attn_implementation("sdpa")
+                found = try_out(model, loaded, sites, on_device(samples, device), found, Statistics(out), tick)
             save_statistics(out, found, weights, hashes)
-            spectra = measure(model, list(sites), statistics=Statistics(out))
-            plan = ranks_for(list(sites), spectra, rule, model.size)
-            loaded.set_attn_implementation("eager")
-            for site in sorted(sites, key=_place):
-                with torch.inference_mode():
-                    anew = _listen(loaded, [site], kept, progress(f"calibrating {site.name}", total, 1))[site.name]
-                before = found[site.name]
-                found[site.name] = replace(anew, output=before.output, tried=before.tried, harm=before.harm)
-                save_statistics(out, found, weights, hashes)
-                with tempfile.TemporaryDirectory() as folder, Spool(Path(folder)) as spool:
-                    measure(model, [site], spool=spool, statistics=Statistics(out))
-                    put(loaded, site, Cuts(model, spool, Statistics(out)).tensors(site, plan.kept(site)))
-    save_statistics(out, found, weights, hashes)
+        if rule is not None:
+            _in_sequence(model, loaded, sites, kept, out, rule, found, (weights, hashes), progress)
+
+
+def _in_sequence(
+    model: Model,
+    loaded: Any,
+    sites: Sequence[Site],
+    inputs: Iterable[tuple[Inputs, int]],
+    out: Path,
+    rule: Rule,
+    found: dict[str, BlockStatistics],
+    about: tuple[Mapping[str, str], Sequence[str]],
+    progress: Progress,
+) -> None:
+    """Collect the statistics of each block anew, behind those before it as the rule prunes them."""
+    spectra = measure(model, list(sites), statistics=Statistics(out))
+    plan = ranks_for(list(sites), spectra, rule, model.size)
+    loaded.set_attn_implementation("eager")
+    for site in sorted(sites, key=_place):
+        with torch.inference_mode():
+            ticks = progress(f"calibrating {site.name}", sum(nbytes for _, nbytes in inputs), 1)
+            anew = _listen(model, loaded, [site], inputs, ticks)[site.name]
+        before = found[site.name]
+        found[site.name] = replace(anew, output=before.output, tried=before.tried, harm=before.harm)
+        save_statistics(out, found, *about)
+        with tempfile.TemporaryDirectory() as folder, Spool(Path(folder)) as spool:
+            measure(model, [site], spool=spool, statistics=Statistics(out))
+            put(loaded, site, Cuts(model, spool, Statistics(out)).tensors(site, plan.kept(site)))
+
+
+def free_memory() -> int | None:
+    """Bytes, None where nothing tells or no package could put weights elsewhere."""
+    if find_spec("psutil") is None or find_spec("accelerate") is None:
+        return None
+    import psutil
+
+    return int(psutil.virtual_memory().available)
 
 
 def _place(site: Site) -> tuple[bool, int, bool]:
@@ -157,29 +193,30 @@ def _windows(folder: Path, model: Any, item: Item, said: bool) -> Iterator[tuple
 
 
 def _listen(
-    model: Any,
+    model: Model,
+    loaded: Any,
     sites: Sequence[Site],
     inputs: Iterable[tuple[Inputs, int]],
     progress: AbstractContextManager[Tick],
 ) -> dict[str, BlockStatistics]:
     """The statistics of the given blocks over all inputs."""
     with ExitStack() as hooks, progress as tick:
-        collectors = {site.name: Collector(site, model, hooks) for site in sites}
+        collectors = {site.name: Collector(site, loaded, read_site(model.reader, site).o, hooks) for site in sites}
         for given, nbytes in inputs:
-            run(model, given, list(collectors.values()))
+            run(loaded, given, list(collectors.values()))
             tick(nbytes, 0)
         tick(0, 1)
         return {name: collector.found() for name, collector in collectors.items()}
 
 
-def load_for_calibration(model: Model) -> Any:
+def load_for_calibration(model: Model, **placing: Any) -> Any:
     """The model with an attention that gives its weights away. Raises UsageError for one in the compact layout."""
     if any((site.qk_ranks, site.vo_ranks) != (site.full, site.full) for site in model.sites):
         raise UsageError(
             f"{model.reader.folder} is compact: some of its directions are gone",
             "calibrate the original, or what `pessa export --layout dense` makes of this one",
         )
-    loaded = load(model)
+    loaded = load(model, **placing)
     loaded.set_attn_implementation("eager")
     return loaded
 
@@ -255,8 +292,10 @@ def _speech(folder: Path, model: Any, samples: NDArray[np.float32], text: str | 
     window = processor.feature_extractor.n_samples
     for start in range(0, len(samples), window):
         part = samples[start : start + window]
-        features = processor(part, sampling_rate=SAMPLE_RATE, return_tensors="pt")["input_features"].to(model.device)
-        start_token = torch.full((1, 1), model.config.decoder_start_token_id, device=model.device)
+        features = processor(part, sampling_rate=SAMPLE_RATE, return_tensors="pt")["input_features"].to(
+            device_of(model)
+        )
+        start_token = torch.full((1, 1), model.config.decoder_start_token_id, device=device_of(model))
         if not said:
             ids = start_token
         elif text is not None and len(samples) <= window:
@@ -266,6 +305,12 @@ def _speech(folder: Path, model: Any, samples: NDArray[np.float32], text: str | 
             if ids[0, 0] != start_token[0, 0]:
                 ids = torch.cat([start_token, ids], dim=1)
         yield {"input_features": features, "decoder_input_ids": ids[:, : model.config.max_target_positions]}
+
+
+def device_of(model: Any) -> torch.device:
+    """Where inputs have to be; weights that are read from disk as they are needed say meta."""
+    device: torch.device = model.device
+    return torch.device("cpu") if device.type == "meta" else device
 
 
 def on_device(inputs: Sequence[Inputs], device: str | torch.device) -> list[Inputs]:
@@ -278,35 +323,29 @@ def run(model: Any, inputs: Inputs, collectors: Sequence[Collector]) -> None:
     for collector in collectors:
         collector.on = True
     try:
-        output_of(model, on_device([inputs], model.device)[0])
+        output_of(model, on_device([inputs], device_of(model))[0])
     finally:
         for collector in collectors:
             collector.on = False
 
 
 class Collector:
-    """Listens to one attention block of a model, and adds up its statistics while `on`."""
+    """Listens to one attention block of a model, and adds up its statistics while `on`; o: as in HeadWeights."""
 
-    def __init__(self, site: Site, model: Any, hooks: ExitStack) -> None:
+    def __init__(self, site: Site, model: Any, o: Tensor, hooks: ExitStack) -> None:
         self.on = False
         self._site = site
         self._seen: dict[str, Tensor] = {}
         self._sums = {
-            name: torch.zeros(shape, dtype=torch.float64, device=model.device)
+            name: torch.zeros(shape, dtype=torch.float64, device=device_of(model))
             for name, shape in zip(NAMES, shapes_of(site), strict=True)
         }
         block, projections = modules_of(site, model)
         # What stands for W_O where only inner products of outputs matter, (G, M, d, d).
-        o = projections["o"].get_parameter("weight").double()
-        by_head = o.reshape(-1, site.kv_heads, site.group, site.head_dim).permute(1, 2, 0, 3)
-        self._roots = torch.linalg.qr(by_head, mode="r").R
+        self._roots = torch.linalg.qr(o.double().permute(1, 2, 0, 3).to(device_of(model)), mode="r").R
         for side in "qkv":
             hooks.callback(projections[side].register_forward_hook(self._heard(side)).remove)
         hooks.callback(projections["o"].register_forward_pre_hook(self._mixed).remove)
-        if site.spec.rope:  # what stands for W_O where only inner products of outputs matter: (G, M, d, d)
-            o = projections["o"].get_parameter("weight").double()
-            by_head = o.reshape(-1, site.kv_heads, site.group, site.head_dim).permute(1, 2, 0, 3)
-            self._roots = torch.linalg.qr(by_head, mode="r").R
         hooks.callback(block.register_forward_hook(self._finished, with_kwargs=True).remove)
 
     def found(self) -> BlockStatistics:

@@ -103,13 +103,13 @@ def _run_both(
     return blocks, outputs, texts if whole else []
 
 
-def load(model: Model, dtype: torch.dtype = torch.float32) -> Any:
-    """The model in its own class from transformers, in eval mode."""
+def load(model: Model, dtype: torch.dtype = torch.float32, **placing: Any) -> Any:
+    """The model in its own class from transformers, in eval mode; `placing`: options on where its weights are kept."""
     folder, kind = model.reader.folder, model_class(model)
     hint = "the checkpoint and its config.json do not fit; weights alone compare with --level weights"
     try:
         # Mismatched sizes are asked for as data, because as an exception they come without the names.
-        options = {"output_loading_info": True, "ignore_mismatched_sizes": True} | LOCAL_ONLY
+        options = {"output_loading_info": True, "ignore_mismatched_sizes": True} | LOCAL_ONLY | placing
         loaded, info = kind.from_pretrained(folder, dtype=dtype, **options)
     except Exception as error:  # whatever transformers raises, it is about this folder
         raise PessaError(f"transformers cannot load {folder}\n{listed(str(error).splitlines())}", hint) from error

@@ -194,7 +194,7 @@ class Statistics:
         return total
 
     def warnings(self, sites: Sequence[Site]) -> list[str]:
-        """What is too little to go by: blocks that have met fewer independent frames than they have dimensions."""
+        """What is too little to go by: blocks without trials, or with fewer independent frames than dimensions."""
         few = []
         for site in sites:
             found = self.of(site)
@@ -202,6 +202,8 @@ class Statistics:
             count = min(int(found.frames), independent(found.mixtures))
             if count < wide:
                 few.append(f"{site.name}: {count:,} independent frames for {wide:,} dimensions")
+            elif found.trials is None:
+                few.append(f"{site.name}: no trials, since the model did not fit into memory")
         return few
 
 

@@ -16,7 +16,8 @@ import torch
 from harness import Pessa, TinyFolder, copy_of, edit_weights, is_refusal
 from torch import Tensor
 
-from pessa_cli import calibrate
+from pessa_cli import calibrate, sidebyside
+from pessa_cli.budget import ranks_for
 from pessa_cli.calibrate import collect, read_data
 from pessa_cli.errors import PessaError, UsageError
 from pessa_cli.factors import Pair, Weighting, decompose, refitted, svd_transforms, transformed, weighted_transforms
@@ -25,6 +26,8 @@ from pessa_cli.model import Model, open_model
 from pessa_cli.pipeline import decompose_model, export_model, measure, prune_model
 from pessa_cli.ranks import Rule
 from pessa_cli.statistics import NAMES, BlockStatistics, Statistics, independent, weigh
+
+TRIED = ("output", "tried", "harm")
 
 
 def inputs_weigh(seed: int, width: int) -> Tensor:
@@ -234,6 +237,35 @@ def test_statistics_of_parts_add_up_to_those_of_all(tiny_folder: TinyFolder, dat
         assert sum_.trials is not None
     with pytest.raises(PessaError, match="in common"):
         Statistics(tmp_path / "all", tmp_path / "a")
+
+
+@pytest.mark.parametrize("name", ["llama", "bert"])
+def test_a_model_that_does_not_fit_is_read_from_disk_block_by_block(
+    name: str, tiny_folder: TinyFolder, data: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = open_model(tiny_folder(name))
+    whole = collected(model, data, tmp_path / "whole")
+    monkeypatch.setattr(calibrate, "free_memory", lambda: 4 * model.parameters // 2)
+    placed: list[set[str]] = []
+    load = sidebyside.load
+
+    def loading(model: Model, **placing: Any) -> Any:
+        loaded = load(model, **placing)
+        placed.append(set(map(str, loaded.hf_device_map.values())))
+        return loaded
+
+    monkeypatch.setattr(calibrate, "load", loading)
+    parts = collected(model, data, tmp_path / "parts")
+    assert "disk" in placed[0]
+    for site in model.sites:
+        one, other = whole.of(site), parts.of(site)
+        assert all(torch.allclose(getattr(one, n), getattr(other, n)) for n in NAMES if n not in TRIED)
+        assert other.trials is None
+        assert one.trials is not None
+    assert "no trials" in parts.warnings(model.sites)[-1] or "independent" in parts.warnings(model.sites)[-1]
+    assert ranks_for(model.sites, measure(model, model.sites, statistics=parts), Rule(target_attention=0.8), model.size)
+    with pytest.raises(PessaError, match="do not fit twice"):
+        collected(model, data, tmp_path / "no", Rule(rank=4))
 
 
 def block_errors(folder: Path, reference: Path) -> float:
