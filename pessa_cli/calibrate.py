@@ -38,7 +38,7 @@ from pessa_cli.writer import sha256_of
 
 AUDIO = (".wav", ".flac", ".ogg", ".mp3", ".opus")
 TEXT_TOKENS = 512  # of a window of text, if the model reads so many
-TRIED = 8  # inputs that trials are made on
+TRIED = 8  # inputs that trials are made on, at most; of every other one, the rest makes the decomposition for them
 QUERIES = 64  # of an input that are looked at one by one: more cost much and say little
 
 
@@ -115,19 +115,18 @@ def collect(
             said = any(not site.spec.kind.startswith("encoder") for site in sites)
             inputs = (given for item in items for given in _windows(model.reader.folder, loaded, item, said))
             total = sum(item.nbytes for item in items)
-            tried: list[tuple[Inputs, int]] = []
+            samples: list[Inputs] = []
             # In sequence, what the whole model hears is what its decoder goes on with.
-            kept = _thinned(inputs, tried) if rule is None else list(inputs)
-            found = _listen(model, loaded, sites, kept, progress("calibrating", total, 1))
-        if rule is not None:
-            tried = list(kept)
-        save_statistics(out, found, weights, hashes)
+            kept = _sampled(inputs, samples) if rule is None else list(_sampled(inputs, samples))
+            tested, others = _listen(model, loaded, sites, kept, progress("calibrating", total, 1), folds=2)
+        found = {site.name: tested[site.name] + others[site.name] for site in sites}
         if fits:
-            samples = [given for given, _ in tried[:: -(-len(tried) // TRIED) or 1]]
+            few = not any(float(one.frames) for one in others.values())  # of a single input nothing can be held out
+            save_statistics(out, found if few else others, weights, hashes)
             with progress("trying out", 0, PASSES) as tick:
                 loaded.set_attn_implementation("sdpa")
                 found = try_out(model, loaded, sites, on_device(samples, device), found, Statistics(out), tick)
-            save_statistics(out, found, weights, hashes)
+        save_statistics(out, found, weights, hashes)
         if rule is not None:
             _in_sequence(model, loaded, sites, kept, out, rule, found, (weights, hashes), progress)
 
@@ -150,7 +149,7 @@ def _in_sequence(
     for site in sorted(sites, key=_place):
         with torch.inference_mode():
             ticks = progress(f"calibrating {site.name}", sum(nbytes for _, nbytes in inputs), 1)
-            anew = _listen(model, loaded, [site], inputs, ticks)[site.name]
+            (anew,) = (fold[site.name] for fold in _listen(model, loaded, [site], inputs, ticks))
         before = found[site.name]
         found[site.name] = replace(anew, output=before.output, tried=before.tried, harm=before.harm)
         save_statistics(out, found, *about)
@@ -173,16 +172,16 @@ def _place(site: Site) -> tuple[bool, int, bool]:
     return not site.spec.kind.startswith("encoder"), site.layer, site.spec.kind.endswith("cross")
 
 
-def _thinned(inputs: Iterable[tuple[Inputs, int]], kept: list[tuple[Inputs, int]]) -> Iterator[tuple[Inputs, int]]:
-    """The same inputs, with some of them kept on the way, evenly spaced: at least TRIED where there are so many."""
-    every = 1
-    for number, given in enumerate(inputs):
+def _sampled(inputs: Iterable[tuple[Inputs, int]], samples: list[Inputs]) -> Iterator[tuple[Inputs, int]]:
+    """The same inputs, with some of every other of them kept on the way, evenly spaced, for trials: at most TRIED."""
+    every = 2
+    for number, (given, nbytes) in enumerate(inputs):
         if number % every == 0:
-            kept.append(given)
-        if len(kept) == 2 * TRIED:
-            del kept[1::2]
+            samples.append(given)
+        if len(samples) > TRIED:
+            del samples[1::2]
             every *= 2
-        yield given
+        yield given, nbytes
 
 
 def _windows(folder: Path, model: Any, item: Item, said: bool) -> Iterator[tuple[Inputs, int]]:
@@ -198,15 +197,17 @@ def _listen(
     sites: Sequence[Site],
     inputs: Iterable[tuple[Inputs, int]],
     progress: AbstractContextManager[Tick],
-) -> dict[str, BlockStatistics]:
-    """The statistics of the given blocks over all inputs."""
+    folds: int = 1,
+) -> list[dict[str, BlockStatistics]]:
+    """The statistics of the given blocks over all inputs, which are dealt out to so many folds."""
     with ExitStack() as hooks, progress as tick:
-        collectors = {site.name: Collector(site, loaded, read_site(model.reader, site).o, hooks) for site in sites}
-        for given, nbytes in inputs:
-            run(loaded, given, list(collectors.values()))
+        outputs = {site.name: read_site(model.reader, site).o for site in sites}
+        collectors = [[Collector(site, loaded, outputs[site.name], hooks) for site in sites] for _ in range(folds)]
+        for number, (given, nbytes) in enumerate(inputs):
+            run(loaded, given, collectors[number % folds])
             tick(nbytes, 0)
         tick(0, 1)
-        return {name: collector.found() for name, collector in collectors.items()}
+        return [{site.name: c.found() for site, c in zip(sites, fold, strict=True)} for fold in collectors]
 
 
 def load_for_calibration(model: Model, **placing: Any) -> Any:

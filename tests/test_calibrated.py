@@ -415,7 +415,7 @@ def test_in_sequence_later_blocks_meet_what_pruned_ones_produce(
         one, other = apart.of(site), chain.of(site)
         return float((one.queries - other.queries).norm() / one.queries.norm())
 
-    assert moved("encoder.self.0") == moved("decoder.self.0") == 0
+    assert max(moved("encoder.self.0"), moved("decoder.self.0")) < 1e-14
     assert min(moved(name) for name in ("encoder.self.1", "decoder.cross.0", "decoder.self.1")) > 1e-3
     prune_model(model, tmp_path / "out", Rule(rank=3), statistics=chain)
 
