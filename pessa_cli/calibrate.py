@@ -303,7 +303,7 @@ class Collector:
         for side in "qkv":
             hooks.callback(projections[side].register_forward_hook(self._heard(side)).remove)
         hooks.callback(projections["o"].register_forward_pre_hook(self._mixed).remove)
-        if site.spec.rope:  # what stands for W_O where only inner products of outputs matter: (G, M, d, d)
+        if site.by_pairs:  # what stands for W_O where only inner products of outputs matter: (G, M, d, d)
             o = projections["o"].get_parameter("weight").double()
             by_head = o.reshape(-1, site.kv_heads, site.group, site.head_dim).permute(1, 2, 0, 3)
             self._roots = torch.linalg.qr(by_head, mode="r").R
@@ -342,12 +342,12 @@ class Collector:
         some = torch.linspace(0, len(queries) - 1, min(QUERIES, len(queries)), device=queries.device).round().long()
         falls = attention.reshape(g, m, *attention.shape[1:])  # (G, M, queries, keys)
         more = len(queries) / len(some)
-        if site.spec.rope:
+        if site.by_pairs:
             turned, seen_as = self._rotated(queries, keys, kwargs.get("position_embeddings"))
             asked = turned[some].permute(1, 2, 0, 3)  # (G, M, queries, d)
             self._sums["pairs"] += output_gram(asked, seen_as.transpose(0, 1), falls[:, :, some], values) * more
         keys = (keys - keys.mean(0)).transpose(0, 1)  # (G, keys, d); what is common would only cost digits
-        if not site.spec.rope:
+        if not site.by_pairs:
             self._sums["influence"] += _influence(falls[:, :, some], keys, values) * more
         seen = (falls[:, 0] > 0).to(attention.dtype)
         seen = seen / seen.sum(-1, keepdim=True)  # (G, queries, keys): each query's keys alike, none that is masked

@@ -98,7 +98,7 @@ def show_model(folder: str, config: dict[str, Any], sites: list[Site], totals: d
             str(first.query_width),
             biases,
             first.dtype,
-            first.spec.merges,
+            " | ".join(dict.fromkeys(site.merges for site in of_kind)),
         )
     OUT.print(table)
 
@@ -114,6 +114,8 @@ def show_blocks(blocks: list[dict[str, Any]]) -> None:
         name = f"{block['kind']}.{block['layer']}"
         for label, side in (("Q-K", "qk"), ("V-O", "vo")):
             spectrum, kept = block[f"{side}_spectrum"], sum(block[f"{side}_ranks"])
+            if spectrum is None and block["qk_pairs"] is None:  # norms between, say
+                continue
             if spectrum is None:  # RoPE: pairs of directions, in the units of singular values and sorted as they are
                 label, kept = f"{label} pairs", kept // 2
                 spectrum = [sorted((pair**0.5 for pair in head), reverse=True) for head in block["qk_pairs"]]
