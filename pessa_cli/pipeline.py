@@ -296,6 +296,11 @@ def _rewrite(
     layout: Layout,
     run: Run,
 ) -> Rewrite:
+    if layout == "compact" and not all(site.spec.compact for site in sites):
+        raise UsageError(
+            f"{model.reader.folder}: the attention of this model reads its weights directly, and needs them whole",
+            "give --layout dense",
+        )
     source = model.reader.folder.name if run.source is None else run.source
     return Rewrite(command, source, model, sites, ranks, spectra, rule, method, layout, run.shard_bytes)
 

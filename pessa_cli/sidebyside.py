@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from pessa_cli.audio import SAMPLE_RATE, load_audio
 from pessa_cli.errors import PessaError, UsageError, listed
+from pessa_cli.loading import module_names
 from pessa_cli.model import Model
-from pessa_cli.ragged import match_module
 from pessa_cli.sites import Site
 
 SEED = 0
@@ -230,9 +230,9 @@ def compare_block(
 def modules_of(site: Site, model: Any) -> tuple[nn.Module, dict[str, nn.Module]]:
     """The module that holds the block's four projections, and those, by their letter."""
     modules = dict(model.named_modules())
-    found = {side: match_module(site.module(side), modules) for side in "qkvo"}
-    names = {side: name for side, name in found.items() if name is not None}
-    if len(names) < len(found):
+    found = module_names(model, {site.module(side) for side in "qkvo"})
+    names = {side: found[site.module(side)] for side in "qkvo" if site.module(side) in found}
+    if len(names) < len("qkvo"):
         raise PessaError(f"{type(model).__name__} has no module named {site.q}", "compare with --level weights")
     shared = 0
     q, o = names["q"].split("."), names["o"].split(".")

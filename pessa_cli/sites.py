@@ -142,7 +142,11 @@ def specs_of(config: Mapping[str, Any], header: Header, architecture: str | None
     """The table's rows for a model, by its `model_type` or by the name the user gave with --as."""
     model_type = architecture or config.get("model_type")
     if isinstance(model_type, str) and model_type in ARCHITECTURES:
-        return ARCHITECTURES[model_type]
+        return tuple(
+            spec
+            for spec in ARCHITECTURES[model_type]
+            if all(bool(config.get(key, default)) == value for key, default, value in spec.where)
+        )
     if architecture is not None:
         raise UsageError(f"--as {architecture} is no known architecture", f"known are {', '.join(ARCHITECTURES)}")
     alike = [name for name, specs in ARCHITECTURES.items() if all(any(_complete(spec, header)) for spec in specs)]

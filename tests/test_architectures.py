@@ -13,12 +13,12 @@ import torch
 from harness import edit_json
 
 from pessa_cli.architectures import ARCHITECTURES
-from pessa_cli.errors import PessaError
+from pessa_cli.errors import PessaError, UsageError
 from pessa_cli.heads import read_site, write_site
 from pessa_cli.model import Model, open_model
 from pessa_cli.pipeline import decompose_model, prune_model
 from pessa_cli.ranks import Rule
-from pessa_cli.sites import specs_of
+from pessa_cli.sites import Site, specs_of
 from pessa_cli.verify import verify_models
 
 EXACT = 1e-5
@@ -84,6 +84,10 @@ def test_half_of_it_is_the_same_function_compact_and_dense(
     prune_model(model, tmp_path / "dense", Rule(ratio=0.5), layout="dense")
     dense = tiny_models.outputs(name, tiny.load(tmp_path / "dense"))
     assert float((dense - said).norm() / said.norm()) > EXACT  # something is gone
+    if not all(site.spec.compact for site in model.sites):
+        with pytest.raises(UsageError, match="reads its weights directly"):
+            prune_model(model, tmp_path / "compact", Rule(ratio=0.5))
+        return
     prune_model(model, tmp_path / "compact", Rule(ratio=0.5))
     compact = tiny.load(tmp_path / "compact")
     assert off(name, dense, compact) < EXACT
@@ -128,11 +132,15 @@ def test_negative_control_a_wrong_flag(
 ) -> None:
     """Each flag that a row has, and that the model needs, must matter."""
     model_type = name.partition(" ")[0]
+
+    def matters(sites: list[Site], field: str) -> bool:
+        return field != "rope" or any(site.unmerged for site in sites)
+
     right = ARCHITECTURES[model_type]
     for field, wrong in (("rope", None), ("key_bias_stays", False), ("sums_to_one", True)):
         facts: dict[str, Any] = {"norms": (), "normed": False, "beside": ("*",), field: wrong}
         changed = tuple(replace(spec, **facts) for spec in right)
-        if all(getattr(spec, field) == wrong for spec in right):
+        if all(getattr(spec, field) == wrong for spec in right) or not matters(open_model(source).sites, field):
             continue
         monkeypatch.setitem(ARCHITECTURES, model_type, changed)
         decompose_model(open_model(source), tmp_path / field)

@@ -62,6 +62,53 @@ OPT = {key: value for key, value in ROBERTA.items() if key != "intermediate_size
     "word_embed_proj_dim": 32,
 }
 MOE = {"num_local_experts": 2, "num_experts_per_tok": 1}
+GPT = {"vocab_size": 100, "n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 4} | {
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+FALCON = {key: value for key, value in LLM.items() if key != "intermediate_size"} | {
+    "ffn_hidden_size": 48,
+    "bias": False,
+    "alibi": False,
+}
+MOONSHINE = {"hidden_layers": 2, "attention_heads": 4, "key_value_heads": 4}
+UNSCALED = 12  # T5 does not divide by the root of this, and has it in W_Q
+T5: dict[str, Any] = {
+    "vocab_size": 100,
+    "d_model": 32,
+    "d_kv": UNSCALED,
+    "d_ff": 48,
+    "num_layers": 2,
+    "num_decoder_layers": 2,
+    "num_heads": 4,
+    "relative_attention_num_buckets": 8,
+    "relative_attention_max_distance": 20,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+    "decoder_start_token_id": 0,
+}
+GATED = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
+DEBERTA = TEXT | {
+    "relative_attention": True,
+    "pos_att_type": ["p2c", "c2p"],
+    "position_biased_input": False,
+    "position_buckets": 8,
+    "share_att_key": True,
+    "norm_rel_ebd": "layer_norm",
+    "max_relative_positions": -1,
+    "pad_token_id": 0,
+    "type_vocab_size": 0,
+}
+VIT: dict[str, Any] = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "image_size": 16,
+    "patch_size": 4,
+    "num_channels": 3,
+}
+CLIP_TEXT = LLM | {"max_position_embeddings": 40}
 
 TINIES: dict[str, tuple[str, dict[str, Any], str]] = {
     "whisper": (
@@ -98,6 +145,88 @@ TINIES: dict[str, tuple[str, dict[str, Any], str]] = {
     "gemma": ("GemmaForCausalLM", WIDE | {"num_key_value_heads": 1}, "text"),
     "gemma2": ("Gemma2ForCausalLM", WIDE | {"sliding_window": 4, "query_pre_attn_scalar": 20}, "text"),
     "qwen2": ("Qwen2ForCausalLM", GROUPED | {"use_sliding_window": True, "sliding_window": 4}, "text"),
+    "gpt_oss": ("GptOssForCausalLM", WIDE | MOE | MIXED, "text"),
+    "cohere": ("CohereForCausalLM", GROUPED, "text"),
+    "cohere norms": ("CohereForCausalLM", GROUPED | {"use_qk_norm": True}, "text"),
+    "cohere2": ("Cohere2ForCausalLM", GROUPED | MIXED, "text"),
+    "smollm3": ("SmolLM3ForCausalLM", GROUPED | {"no_rope_layers": [1, 0]}, "text"),
+    "stablelm": (
+        "StableLmForCausalLM",
+        GROUPED | {"hidden_size": 64, "use_qkv_bias": True, "partial_rotary_factor": 0.25},
+        "text",
+    ),
+    "stablelm norms": (
+        "StableLmForCausalLM",
+        GROUPED | {"hidden_size": 64, "qk_layernorm": True, "partial_rotary_factor": 0.25},
+        "text",
+    ),
+    "olmo": ("OlmoForCausalLM", GROUPED, "text"),
+    "olmo2": ("Olmo2ForCausalLM", GROUPED, "text"),
+    "olmo3": ("Olmo3ForCausalLM", GROUPED | MIXED, "text"),
+    "qwen3": ("Qwen3ForCausalLM", WIDE, "text"),
+    "gemma3_text": ("Gemma3ForCausalLM", WIDE | MIXED | {"query_pre_attn_scalar": 20}, "text"),
+    "phi": ("PhiForCausalLM", LLM | {"hidden_size": 64, "partial_rotary_factor": 0.5}, "text"),
+    "phi norms": ("PhiForCausalLM", LLM | {"hidden_size": 64, "qk_layernorm": True}, "text"),
+    "phi3": ("Phi3ForCausalLM", GROUPED | {"sliding_window": 4}, "text"),
+    "phi3 partial": ("Phi3ForCausalLM", GROUPED | {"partial_rotary_factor": 0.5}, "text"),
+    "gpt2": ("GPT2LMHeadModel", GPT, "text"),
+    "gptj": ("GPTJForCausalLM", GPT | {"rotary_dim": 4}, "text"),
+    "gpt_neo": (
+        "GPTNeoForCausalLM",
+        {key: value for key, value in LLM.items() if "num" not in key}
+        | {"num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]], "window_size": 4},
+        "text",
+    ),
+    "gpt_neox": ("GPTNeoXForCausalLM", LLM | {"hidden_size": 64, "rotary_pct": 0.25}, "text"),
+    "gpt_bigcode": ("GPTBigCodeForCausalLM", GPT | {"multi_query": True}, "text"),
+    "gpt_bigcode mha": ("GPTBigCodeForCausalLM", GPT | {"multi_query": False}, "text"),
+    "bloom": ("BloomForCausalLM", TOKENS | {"vocab_size": 100, "hidden_size": 32, "n_layer": 2, "n_head": 4}, "text"),
+    "falcon": ("FalconForCausalLM", FALCON | {"new_decoder_architecture": True, "num_kv_heads": 2}, "text"),
+    "falcon 7b": ("FalconForCausalLM", FALCON | {"new_decoder_architecture": False, "multi_query": True}, "text"),
+    "falcon rw": (
+        "FalconForCausalLM",
+        FALCON
+        | {
+            "new_decoder_architecture": False,
+            "multi_query": False,
+            "alibi": True,
+            "bias": True,
+            "parallel_attn": False,
+        },
+        "text",
+    ),
+    "modernbert": (
+        "ModernBertForMaskedLM",
+        TEXT | TOKENS | {"cls_token_id": 1, "sep_token_id": 2, "local_attention": 6, "global_attn_every_n_layers": 2},
+        "text",
+    ),
+    "moonshine": (
+        "MoonshineForConditionalGeneration",
+        TOKENS
+        | {"vocab_size": 100, "hidden_size": 64, "intermediate_size": 48, "decoder_start_token_id": 1}
+        | {f"{side}_num_{what}": n for side in ("encoder", "decoder") for what, n in MOONSHINE.items()}
+        | {"partial_rotary_factor": 0.5, "max_position_embeddings": 64},
+        "sound",
+    ),
+    "t5": ("T5ForConditionalGeneration", T5, "texts"),
+    "mt5": ("MT5ForConditionalGeneration", T5 | GATED, "texts"),
+    "umt5": ("UMT5ForConditionalGeneration", T5 | GATED, "texts"),
+    "albert": (
+        "AlbertForMaskedLM",
+        TEXT | {"embedding_size": 16, "num_hidden_layers": 3, "num_hidden_groups": 1, "pad_token_id": 0},
+        "text",
+    ),
+    "deberta-v2": ("DebertaV2ForMaskedLM", DEBERTA, "text"),
+    "deberta-v2 apart": ("DebertaV2ForMaskedLM", DEBERTA | {"share_att_key": False}, "text"),
+    "vit": ("ViTForImageClassification", VIT | {"num_labels": 5}, "image"),
+    "deit": ("DeiTForImageClassification", VIT | {"num_labels": 5}, "image"),
+    "dinov2": ("Dinov2ForImageClassification", VIT | {"num_labels": 5, "mlp_ratio": 2}, "image"),
+    "beit": ("BeitForImageClassification", VIT | {"num_labels": 5, "use_relative_position_bias": True}, "image"),
+    "clip_text_model": ("CLIPTextModel", CLIP_TEXT, "caption"),
+    "clip_vision_model": ("CLIPVisionModel", VIT, "image"),
+    "siglip_text_model": ("SiglipTextModel", CLIP_TEXT | {"projection_size": 32}, "caption"),
+    "siglip_vision_model": ("SiglipVisionModel", VIT, "image"),
+    "wavlm": ("WavLMForCTC", W2V | {"num_buckets": 16, "max_bucket_distance": 40}, "audio"),
 }
 
 
@@ -109,7 +238,7 @@ def build(name: str) -> PreTrainedModel:
     with torch.no_grad():
         for key, parameter in made.named_parameters():
             if "norm" not in key.lower() and any(part in key.lower() for part in ("attn", "attention")):
-                parameter.normal_(0, 0.4)
+                parameter.normal_(0, 0.4 * UNSCALED**-0.5 if key.endswith("Attention.q.weight") else 0.4)
     return made.eval()
 
 
@@ -139,6 +268,13 @@ def inputs(name: str) -> dict[str, torch.Tensor]:
             }
         case "audio":
             return {"input_values": noise(2, 400)}
+        case "sound":
+            return {"input_values": noise(2, 6000), "decoder_input_ids": said}
+        case "image":
+            return {"pixel_values": noise(2, 3, 16, 16)}
+        case "caption":
+            ids[:, -1] = 2
+            return {"input_ids": ids}
         case kind:
             raise KeyError(kind)
 
@@ -147,5 +283,5 @@ def outputs(name: str, model: Any) -> torch.Tensor:
     """What it says to them."""
     with torch.no_grad():
         found = model(**inputs(name))
-    logits: torch.Tensor = found.logits
-    return logits
+    what = ("logits", "last_hidden_state")
+    return torch.cat([found[key].flatten() for key in what if found.get(key) is not None])
