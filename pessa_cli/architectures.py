@@ -47,7 +47,7 @@ class AttentionSpec:
     key_bias_stays: something else than queries meets the keys. sums_to_one: do the rows of attention?
     beside: other names in the module of q that are no attention weights; elsewhere: ends of such names in other places.
     refused: keys of config.json for something between W_V and W_O. compact: does the stock code run ragged projections?
-    where: (key, its default, value) that config.json must have for this row to count.
+    where: (key, its default, value) that config.json must have for this row to count. sparse: not every layer has one.
     """
 
     kind: str
@@ -69,6 +69,7 @@ class AttentionSpec:
     refused: Keys = ()
     compact: bool = True
     where: tuple[tuple[str, object, object], ...] = ()
+    sparse: bool = False
     under: tuple[str, ...] = ()
     config: str = ""
 
@@ -92,15 +93,23 @@ class AttentionSpec:
 
 @dataclass(frozen=True)
 class Tower:
-    """A model in a model of several: the key of its config, names that its tensors are under, and its rows.
+    """A model in a model of several: what its kinds of blocks are called, the key of its config, names that its tensors
+    are under, and its rows.
 
-    They are those of `model_type`, or of what its config says where that is empty.
+    Without rows of its own it has those of the `model_type` that its config names.
     """
 
     kind: str
     config: str
     under: tuple[str, ...] = ()
-    model_type: str = ""
+    rows: tuple[AttentionSpec, ...] = ()
+
+    def specs(self, rows: tuple[AttentionSpec, ...]) -> tuple[AttentionSpec, ...]:
+        """Rows as those of this tower."""
+        return tuple(
+            replace(row, kind=f"{self.kind}.{row.kind.rpartition('.')[2]}", config=self.config, under=self.under)
+            for row in rows
+        )
 
 
 def _block(kind: str, module: str, names: str, heads: str | Keys, **more: object) -> AttentionSpec:
@@ -310,6 +319,59 @@ ARCHITECTURES: dict[str, tuple[AttentionSpec, ...]] = {
             *("encoder.self", "encoder.layers.{i}.attention", BIASED_O, HEADS),
             beside=("gru_rel_pos_*", "rel_attn_embed.*"),
             compact=False,
+        ),
+    ),
+}
+
+TEXT = Tower("text", "text_config", ("language_model.",))
+VISION = Tower("vision", "vision_config", ("vision_tower.",))
+QWEN_VISION = Tower(
+    *("vision", "vision_config", ("visual.",)),
+    (_block("encoder.self", "blocks.{i}.attn", "qkv proj", "num_heads", fused="blocks", rope=Rotation()),),
+)
+
+TOWERS: dict[str, tuple[Tower, ...]] = {
+    "clip": (
+        Tower("text", "text_config", ("text_model.",), CLIP),
+        Tower("vision", "vision_config", ("vision_model.",), CLIP),
+    ),
+    "siglip": (
+        Tower("text", "text_config", ("text_model.",), CLIP),
+        Tower("vision", "vision_config", ("vision_model.",), ARCHITECTURES["siglip_vision_model"]),
+    ),
+    "llava": (TEXT, VISION),
+    "gemma3": (TEXT, VISION),
+    "paligemma": (TEXT, VISION),
+    "qwen2_vl": (replace(TEXT, under=(), rows=ARCHITECTURES["qwen2"]), QWEN_VISION),  # on the hub without text_config
+    "qwen2_5_vl": (replace(TEXT, under=(), rows=ARCHITECTURES["qwen2"]), QWEN_VISION),
+    "qwen3_vl": (replace(TEXT, rows=ARCHITECTURES["qwen3"]), QWEN_VISION),
+    "qwen2_audio": (
+        TEXT,
+        Tower(
+            *("audio", "audio_config", ("audio_tower.",)),
+            (_block("encoder.self", "layers.{i}.self_attn", BIASED_O, "encoder_attention_heads"),),
+        ),
+    ),
+    "mllama": (
+        replace(
+            TEXT,
+            rows=(
+                *_decoder(sparse=True),
+                _block(
+                    *("decoder.cross", "layers.{i}.cross_attn", PROJ, HEADS),
+                    kv_heads=KV_HEADS,
+                    norms=QK_NORM,
+                    normed=True,
+                    sparse=True,
+                ),
+            ),
+        ),
+        Tower(
+            *("vision", "vision_config", ("vision_model.",)),
+            (
+                _block("encoder.self", "transformer.layers.{i}.self_attn", PROJ, "attention_heads"),
+                _block("encoder.global", "global_transformer.layers.{i}.self_attn", PROJ, "attention_heads"),
+            ),
         ),
     ),
 }

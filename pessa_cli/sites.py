@@ -14,13 +14,14 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
-from pessa_cli.architectures import ARCHITECTURES, AttentionSpec, Keys
+from pessa_cli.architectures import ARCHITECTURES, TOWERS, AttentionSpec, Keys, Tower
 from pessa_cli.checkpoint import Header
 from pessa_cli.errors import PessaError, UsageError, listed
 from pessa_cli.ragged import ModuleNames, Pairs, Ragged, Ranks, pair_ranks, ragged_modules, shortened
 
 FLOATS = ("F64", "F32", "F16", "BF16")  # from the finest rounding to the coarsest
 MOST_HEADS = 4096
+KNOWN = (*ARCHITECTURES, *TOWERS)
 ROPE, NORMS = "RoPE", "norms"  # what may stand between W_Q and W_K
 # A compact block is worked on at full size, of which its file may hold next to nothing. More than this many times
 # what the whole checkpoint holds, and more than the second number of entries, is no model but an attack on memory.
@@ -141,6 +142,8 @@ def head_order(spec: AttentionSpec, side: str, kv_heads: int, group: int) -> lis
 def specs_of(config: Mapping[str, Any], header: Header, architecture: str | None = None) -> tuple[AttentionSpec, ...]:
     """The table's rows for a model, by its `model_type` or by the name the user gave with --as."""
     model_type = architecture or config.get("model_type")
+    if isinstance(model_type, str) and model_type in TOWERS:
+        return tuple(spec for tower in TOWERS[model_type] for spec in tower.specs(tower.rows or _inner(tower, config)))
     if isinstance(model_type, str) and model_type in ARCHITECTURES:
         return tuple(
             spec
@@ -148,13 +151,25 @@ def specs_of(config: Mapping[str, Any], header: Header, architecture: str | None
             if all(bool(config.get(key, default)) == value for key, default, value in spec.where)
         )
     if architecture is not None:
-        raise UsageError(f"--as {architecture} is no known architecture", f"known are {', '.join(ARCHITECTURES)}")
+        raise UsageError(f"--as {architecture} is no known architecture", f"known are {', '.join(KNOWN)}")
     alike = [name for name, specs in ARCHITECTURES.items() if all(any(_complete(spec, header)) for spec in specs)]
     what = f"model_type {shortened(model_type)} is not supported" if model_type else "config.json names no model_type"
-    known = f"supported are {', '.join(ARCHITECTURES)}"
+    known = f"supported are {', '.join(KNOWN)}"
     if alike:
         known += f"; its tensors are named as in {alike[0]}, so if it is built alike, try --as {alike[0]}"
     raise PessaError(what, known)
+
+
+def _inner(tower: Tower, config: Mapping[str, Any]) -> tuple[AttentionSpec, ...]:
+    """The rows of the `model_type` that the config of a tower names."""
+    inner = config.get(tower.config)
+    model_type = inner.get("model_type") if isinstance(inner, Mapping) else None
+    if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
+        raise PessaError(
+            f"config.json: {tower.config} is of model_type {shortened(model_type)}, which is not supported",
+            f"supported are {', '.join(ARCHITECTURES)}",
+        )
+    return specs_of(inner or {}, {}, model_type)
 
 
 def find_sites(specs: Iterable[AttentionSpec], config: Mapping[str, Any], header: Header) -> list[Site]:
@@ -178,7 +193,8 @@ def find_sites(specs: Iterable[AttentionSpec], config: Mapping[str, Any], header
                 f"config.json sets {refused[0]}: something stands between W_V and W_O, and nothing merges there",
                 "this model cannot be pruned",
             )
-        faults += [f"{module}: a layer without its {spec.kind} attention" for module in _gaps(spec, header)]
+        gaps = [] if spec.sparse else _gaps(spec, header)
+        faults += [f"{module}: a layer without its {spec.kind} attention" for module in gaps]
     for spec, layer, modules in found:
         owned |= {f"{modules[side]}.{part}" for side in "qkvo" for part in ("weight", "bias")}
         rests = beside[_scope(modules["q"])]
@@ -318,10 +334,21 @@ def _value(config: Mapping[str, Any], spec: AttentionSpec, keys: Keys) -> Any:
 
 def _head_count(config: Mapping[str, Any], spec: AttentionSpec, keys: Keys) -> int:
     value = _value(config, spec, keys)
+    if value is None and isinstance(config.get(spec.config), Mapping):
+        value = _default(config[spec.config], keys[0])
     if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= MOST_HEADS:
         key = f"{spec.config}.{keys[0]}" if spec.config else keys[0]
         raise PessaError(f"config.json: {key} is {shortened(value)}, not a number of heads")
     return value
+
+
+def _default(config: Mapping[str, Any], key: str) -> Any:
+    """What transformers takes where a config is silent: on the hub those of towers leave out what is as usual."""
+    from transformers import CONFIG_MAPPING
+
+    model_type = config.get("model_type")
+    known = isinstance(model_type, str) and model_type in CONFIG_MAPPING
+    return getattr(CONFIG_MAPPING[model_type](), key, None) if known else None
 
 
 def _turned(config: Mapping[str, Any], spec: AttentionSpec, layer: int, head_dim: int) -> int:
@@ -344,7 +371,7 @@ def _turned(config: Mapping[str, Any], spec: AttentionSpec, layer: int, head_dim
 
 def _model_type(config: Mapping[str, Any]) -> str:
     model_type = config.get("model_type")
-    return model_type if model_type in ARCHITECTURES else shortened(model_type)
+    return model_type if model_type in KNOWN else shortened(model_type)
 
 
 def _site(

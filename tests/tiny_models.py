@@ -109,6 +109,24 @@ VIT: dict[str, Any] = {
     "num_channels": 3,
 }
 CLIP_TEXT = LLM | {"max_position_embeddings": 40}
+DEFAULT_ROPE: dict[str, Any] = {"rope_type": "default", "rope_theta": 10000.0}
+MROPE = DEFAULT_ROPE | {"mrope_section": [1, 1, 2]}
+QWEN_VL: dict[str, Any] = {
+    "text_config": GROUPED | {"rope_parameters": MROPE},
+    "image_token_id": 90,
+    "video_token_id": 91,
+    "vision_start_token_id": 92,
+    "vision_end_token_id": 93,
+}
+QWEN_VISION: dict[str, Any] = {
+    "depth": 2,
+    "hidden_size": 32,
+    "num_heads": 4,
+    "patch_size": 4,
+    "spatial_merge_size": 2,
+    "temporal_patch_size": 2,
+    "in_channels": 3,
+}
 
 TINIES: dict[str, tuple[str, dict[str, Any], str]] = {
     "whisper": (
@@ -226,6 +244,113 @@ TINIES: dict[str, tuple[str, dict[str, Any], str]] = {
     "clip_vision_model": ("CLIPVisionModel", VIT, "image"),
     "siglip_text_model": ("SiglipTextModel", CLIP_TEXT | {"projection_size": 32}, "caption"),
     "siglip_vision_model": ("SiglipVisionModel", VIT, "image"),
+    "clip": ("CLIPModel", {"text_config": CLIP_TEXT, "vision_config": VIT, "projection_dim": 16}, "image and caption"),
+    "siglip": (
+        "SiglipModel",
+        {"text_config": CLIP_TEXT | {"projection_size": 32}, "vision_config": VIT},
+        "image and caption",
+    ),
+    "llava": (
+        "LlavaForConditionalGeneration",
+        {
+            "text_config": GROUPED | {"model_type": "llama"},
+            "vision_config": VIT | {"model_type": "clip_vision_model"},
+            "image_token_index": 90,
+            "vision_feature_layer": -1,
+        },
+        "image in text",
+    ),
+    "gemma3": (
+        "Gemma3ForConditionalGeneration",
+        {
+            "text_config": WIDE | MIXED | {"query_pre_attn_scalar": 20},
+            "vision_config": VIT,
+            "mm_tokens_per_image": 4,
+            "image_token_index": 90,
+            "boi_token_index": 91,
+            "eoi_token_index": 92,
+        },
+        "small image in text",
+    ),
+    "paligemma": (
+        "PaliGemmaForConditionalGeneration",
+        {
+            "text_config": WIDE | {"model_type": "gemma", "num_key_value_heads": 1},
+            "vision_config": VIT | {"model_type": "siglip_vision_model", "projection_dim": 32},
+            "image_token_index": 90,
+            "projection_dim": 32,
+        },
+        "image in text",
+    ),
+    "qwen2_vl": (
+        "Qwen2VLForConditionalGeneration",
+        QWEN_VL | {"vision_config": QWEN_VISION | {"embed_dim": 32, "mlp_ratio": 2}},
+        "patches in text",
+    ),
+    "qwen2_5_vl": (
+        "Qwen2_5_VLForConditionalGeneration",
+        QWEN_VL
+        | {
+            "vision_config": QWEN_VISION
+            | {"out_hidden_size": 32, "intermediate_size": 48, "window_size": 8, "fullatt_block_indexes": [1]}
+        },
+        "patches in text",
+    ),
+    "qwen3_vl": (
+        "Qwen3VLForConditionalGeneration",
+        QWEN_VL
+        | {
+            "text_config": WIDE | {"rope_parameters": MROPE | {"mrope_section": [2, 2, 2]}},
+            "vision_config": QWEN_VISION
+            | {
+                "out_hidden_size": 32,
+                "intermediate_size": 48,
+                "deepstack_visual_indexes": [0],
+                "num_position_embeddings": 16,
+            },
+        },
+        "patches in text",
+    ),
+    "qwen2_audio": (
+        "Qwen2AudioForConditionalGeneration",
+        {
+            "text_config": GROUPED | {"model_type": "qwen2"},
+            "audio_config": {
+                "model_type": "qwen2_audio_encoder",
+                "num_mel_bins": 8,
+                "d_model": 32,
+                "encoder_layers": 2,
+                "encoder_attention_heads": 4,
+                "encoder_ffn_dim": 48,
+                "max_source_positions": 20,
+            },
+            "audio_token_index": 90,
+        },
+        "sound in text",
+    ),
+    "mllama": (
+        "MllamaForConditionalGeneration",
+        {
+            "text_config": GROUPED
+            | {"num_hidden_layers": 3, "cross_attention_layers": [1], "rope_parameters": DEFAULT_ROPE},
+            "vision_config": {
+                "hidden_size": 32,
+                "num_hidden_layers": 2,
+                "num_global_layers": 1,
+                "attention_heads": 4,
+                "num_attention_heads": 4,
+                "intermediate_size": 48,
+                "vision_output_dim": 64,
+                "image_size": 16,
+                "patch_size": 4,
+                "max_num_tiles": 2,
+                "intermediate_layers_indices": [0],
+                "supported_aspect_ratios": [[1, 1], [1, 2]],
+            },
+            "image_token_index": 99,
+        },
+        "tiles and text",
+    ),
     "wavlm": ("WavLMForCTC", W2V | {"num_buckets": 16, "max_bucket_distance": 40}, "audio"),
 }
 
@@ -239,6 +364,10 @@ def build(name: str) -> PreTrainedModel:
         for key, parameter in made.named_parameters():
             if "norm" not in key.lower() and any(part in key.lower() for part in ("attn", "attention")):
                 parameter.normal_(0, 0.4 * UNSCALED**-0.5 if key.endswith("Attention.q.weight") else 0.4)
+            if key.endswith("_attn_gate") or "gate_attn" in key or "gate_ffn" in key:
+                parameter.fill_(0.5)  # zero at first, which closes what is behind it
+            if key.endswith("mm_input_projection_weight"):
+                parameter.normal_(0, 0.4)
     return made.eval()
 
 
@@ -252,6 +381,12 @@ def inputs(name: str) -> dict[str, torch.Tensor]:
 
     def noise(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator)
+
+    def of_image(count: int) -> dict[str, torch.Tensor]:
+        text = torch.randint(5, 80, (2, count + 6), generator=generator)
+        text[:, 2 : 2 + count] = 90
+        types = {} if name == "llava" else {"token_type_ids": (text == 90).long()}
+        return {"input_ids": text, "attention_mask": torch.ones_like(text)} | types
 
     match TINIES[name][2]:
         case "text":
@@ -275,6 +410,37 @@ def inputs(name: str) -> dict[str, torch.Tensor]:
         case "caption":
             ids[:, -1] = 2
             return {"input_ids": ids}
+        case "image and caption":
+            ids[:, -1] = 2
+            return {"input_ids": ids, "pixel_values": noise(2, 3, 16, 16)}
+        case "image in text":
+            return of_image(16) | {"pixel_values": noise(2, 3, 16, 16)}
+        case "small image in text":
+            return of_image(4) | {"pixel_values": noise(2, 3, 16, 16)}
+        case "sound in text":
+            heard = torch.ones(2, 40).long()
+            given = of_image(10)
+            del given["token_type_ids"]
+            return given | {"input_features": noise(2, 8, 40), "feature_attention_mask": heard}
+        case "patches in text":
+            text = torch.randint(5, 80, (2, 12), generator=generator)
+            text[:, 2:8] = torch.tensor([92, 90, 90, 90, 90, 93])
+            return {
+                "input_ids": text,
+                "attention_mask": torch.ones_like(text),
+                "mm_token_type_ids": (text == 90).int(),
+                "pixel_values": noise(32, 3 * 2 * 4 * 4),
+                "image_grid_thw": torch.tensor([[1, 4, 4]] * 2),
+            }
+        case "tiles and text":
+            return {
+                "input_ids": ids,
+                "attention_mask": torch.ones_like(ids),
+                "pixel_values": noise(2, 1, 2, 3, 16, 16),
+                "aspect_ratio_ids": torch.full((2, 1), 2),
+                "aspect_ratio_mask": torch.ones(2, 1, 2).long(),
+                "cross_attention_mask": torch.ones(2, 9, 1, 2).long(),
+            }
         case kind:
             raise KeyError(kind)
 
@@ -283,5 +449,5 @@ def outputs(name: str, model: Any) -> torch.Tensor:
     """What it says to them."""
     with torch.no_grad():
         found = model(**inputs(name))
-    what = ("logits", "last_hidden_state")
+    what = ("logits", "last_hidden_state", "text_embeds", "image_embeds")
     return torch.cat([found[key].flatten() for key in what if found.get(key) is not None])
