@@ -83,12 +83,12 @@ class AttentionSpec:
         elif self.rope.partial:
             words = "Q-K but for its rotated part, V-O"
         elif self.rope.interleaved or self.fused:
-            words = "V-O"
+            words = "V-O (RoPE)"
         else:
-            words = "V-O; Q-K by frequency pairs"
+            words = "V-O; Q-K by frequency pairs (RoPE)"
         if self.rope is not None and (self.rope.layers or self.rope.unless):
-            words += "; both where nothing rotates"
-        return words + ("; V-O where queries and keys are normed" if self.norms else "")
+            words += "; Q-K, too, where nothing rotates"
+        return words + (f"; V-O alone where there is a {self.norms[0].partition('.')[0]}" if self.norms else "")
 
 
 @dataclass(frozen=True)
@@ -375,3 +375,8 @@ TOWERS: dict[str, tuple[Tower, ...]] = {
         ),
     ),
 }
+
+FIRST_RELEASE = "0.1.0"
+SINCE: dict[str, str] = {}  # the release of rows that came later
+# Models as they were published that the tests run, beside the tiny ones that each row has.
+PUBLISHED = {"whisper": "openai/whisper-tiny.en", "bert": "all-MiniLM-L6-v2", "llama": "SmolLM2-135M"}

@@ -50,6 +50,11 @@ def note(text: str) -> None:
     ERR.print(_plain(text))
 
 
+def show_text(text: str) -> None:
+    """As it is, whatever the width of the terminal."""
+    print(text)
+
+
 def show_json(value: Any) -> None:
     """One JSON document on stdout, with nothing around it."""
     print(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=True))
@@ -70,6 +75,18 @@ def progress(what: str, nbytes: int, blocks: int) -> Iterator[Callable[[int, int
             bar.update(task, advance=more, blocks=f"{done}/{blocks} blocks")
 
         yield tick
+
+
+def show_architectures(rows: list[dict[str, Any]]) -> None:
+    """The table of `architectures`."""
+    table = Table("model_type", "blocks", "merges", "layouts", "since", "checked on", box=None, pad_edge=False)
+    for row in rows:
+        cells = [", ".join(row["layouts"]), row["since"], ", ".join(row["checked"])]
+        name = row["model_type"]
+        for kind, merges in row["merges"].items():
+            table.add_row(name, kind, merges, *cells)
+            name, cells = "", []
+    OUT.print(table)
 
 
 def show_model(folder: str, config: dict[str, Any], sites: list[Site], totals: dict[str, Any]) -> None:

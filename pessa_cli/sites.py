@@ -22,7 +22,7 @@ from pessa_cli.ragged import ModuleNames, Pairs, Ragged, Ranks, pair_ranks, ragg
 FLOATS = ("F64", "F32", "F16", "BF16")  # from the finest rounding to the coarsest
 MOST_HEADS = 4096
 KNOWN = (*ARCHITECTURES, *TOWERS)
-ROPE, NORMS = "RoPE", "norms"  # what may stand between W_Q and W_K
+ROPE = "RoPE"
 # A compact block is worked on at full size, of which its file may hold next to nothing. More than this many times
 # what the whole checkpoint holds, and more than the second number of entries, is no model but an attack on memory.
 MOST_GROWTH, ALWAYS_FINE = 64, 2**24
@@ -204,9 +204,9 @@ def find_sites(specs: Iterable[AttentionSpec], config: Mapping[str, Any], header
         if missing:
             continue
         entries = {side: ragged.get(ragged_names.find(module) or "") for side, module in modules.items()}
-        normed = spec.normed or any(_fits(rest, spec.norms) for rest in rests)
+        between = next((rest.partition(".")[0] for rest in rests if _fits(rest, spec.norms)), "norms" * spec.normed)
         try:
-            sites.append(_site(spec, layer, modules, config, header, entries, most, normed))
+            sites.append(_site(spec, layer, modules, config, header, entries, most, between))
         except PessaError as error:
             faults.append(error.message)
     named: dict[str, list[str]] = defaultdict(list)
@@ -382,9 +382,12 @@ def _site(
     header: Header,
     entries: Mapping[str, Ragged | None],
     most: int,
-    normed: bool,
+    between: str,
 ) -> Site:
-    """One block. Raises PessaError where config, shapes, dtypes and ranks contradict each other."""
+    """One block; `between` names what lets nothing of Q-K merge, if there is such a thing.
+
+    Raises PessaError where config, shapes, dtypes and ranks contradict each other.
+    """
     heads = kv_heads = _head_count(config, spec, spec.heads)
     if isinstance(spec.kv_heads, int):
         kv_heads = spec.kv_heads
@@ -411,7 +414,7 @@ def _site(
             return (head_dim,) * kv_heads
         return tuple(rank for rank, (letter, _) in zip(entry.ranks, orders[side], strict=False) if letter == side)
 
-    unmerged = head_dim if normed else _turned(config, spec, layer, head_dim)
+    unmerged = head_dim if between else _turned(config, spec, layer, head_dim)
     site = Site(
         spec=spec,
         layer=layer,
@@ -430,7 +433,7 @@ def _site(
         qk_ranks=ranks("k"),
         vo_ranks=ranks("v"),
         pairs=entries["k"].pairs if entries["k"] else None,
-        between=NORMS if normed else ROPE if unmerged else "",
+        between=between or ROPE * bool(unmerged),
         unmerged=unmerged,
     )
     if head_dim < 1 or not len(site.qk_ranks) == len(site.vo_ranks) == kv_heads:

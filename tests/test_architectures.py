@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import tiny_models
 import torch
 from harness import edit_json
 
+from pessa_cli.calibrate import Collector, load_for_calibration, run
 from pessa_cli.errors import PessaError, UsageError
 from pessa_cli.heads import read_site, write_site
 from pessa_cli.model import Model, open_model
@@ -101,6 +103,23 @@ def test_half_of_it_is_the_same_function_compact_and_dense(
         options["suppress_tokens"] = [*range(90, 100)]  # of images, which are not there
         cached, anew = (again.generate(**given, **options, use_cache=use) for use in (True, False))
         assert torch.equal(cached, anew)
+
+
+def test_calibration_understands_what_it_hears_or_says_no(name: str, source: Path) -> None:
+    model = open_model(source)
+    try:
+        loaded = load_for_calibration(model)
+        with ExitStack() as hooks, torch.inference_mode():
+            collectors = [Collector(site, loaded, hooks) for site in model.sites]
+            for row in range(2):
+                run(loaded, {key: value[row : row + 1] for key, value in tiny_models.inputs(name).items()}, collectors)
+            found = [collector.found() for collector in collectors]
+    except PessaError:
+        if name in ("whisper", "bert", "llama", "mistral", "qwen2"):
+            raise
+        return
+    assert all(torch.isfinite(tensor).all() for each in found for tensor in vars(each).values())
+    assert all(float(each.frames) for each in found)
 
 
 def test_negative_control_half_as_many_heads(name: str, source: Path, said: torch.Tensor, tmp_path: Path) -> None:
