@@ -252,7 +252,12 @@ def inputs_of(folder: Path, model: Any, item: Item, said: bool = True) -> Iterat
     A decoder of speech gets the transcript, or what the model itself hears where there is none; unless `said` it is of
     no interest, and gets next to nothing.
     """
-    speech = model.main_input_name == "input_features"
+    speech = model.config.model_type == "whisper"
+    if not speech and (model.config.is_encoder_decoder or model.main_input_name != "input_ids"):
+        raise UsageError(
+            f"{folder}: a {model.config.model_type} cannot be calibrated: it takes more than a text",
+            "go by the weights alone",
+        )
     if speech != (item.audio is not None):
         what = "listens, and there is text" if speech else "reads, and there is audio"
         raise UsageError(f"{folder} {what} in the data", "give audio to speech models and text to text models")
