@@ -198,6 +198,25 @@ def inspect(
 
 
 @app.command()
+def architectures(
+    markdown: Annotated[bool, typer.Option("--markdown", help="As the table of the README.")] = False,
+    json: JSON = False,
+) -> None:
+    """List the kinds of models that can be pruned: their blocks, what merges, since when, and how that was checked.
+
+    Example: `pessa architectures`
+    """
+    from pessa_cli import report
+
+    if json:
+        console.show_json(report.architectures())
+    elif markdown:
+        console.show_text(report.architectures_table())
+    else:
+        console.show_architectures(report.architectures())
+
+
+@app.command()
 def decompose(
     model: MODEL,
     out: OUT,

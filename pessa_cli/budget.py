@@ -122,7 +122,8 @@ def ordered_steps(sites: Sequence[Site], spectra: Mapping[str, Spectra], rule: R
 def _steps(site: Site, side: str, spectra: Spectra, rule: Rule) -> Iterator[Step]:
     """The steps of one side of a block in the order of their prices."""
     worth, unit = _worth(spectra, side)
-    stored = site.qk_ranks if side == "qk" else site.vo_ranks
+    before = site.before if side == "qk" else 0  # kept always, and no part of the spectrum
+    stored = [rank - before for rank in (site.qk_ranks if side == "qk" else site.vo_ranks)]
     grid, least = -(-rule.round_to // unit), -(-rule.min_rank // unit)
     chunks = [
         (float(worth[head, low:high].mean()), -high, head, low, high)
@@ -140,7 +141,7 @@ def _steps(site: Site, side: str, spectra: Spectra, rule: Rule) -> Iterator[Step
     for (_, _, head, low, high), error in zip(chunks, np.diff(errors, prepend=0.0), strict=True):
         parameters = each * (high - low)
         price = max(price, float(error) * harm / parameters)
-        yield Step(site, side, head, unit * low, parameters, float(error), price)
+        yield Step(site, side, head, before + unit * low, parameters, float(error), price)
 
 
 def _worth(spectra: Spectra, side: str) -> tuple[Spectrum, int]:

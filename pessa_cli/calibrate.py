@@ -211,7 +211,13 @@ def _listen(
 
 
 def load_for_calibration(model: Model, **placing: Any) -> Any:
-    """The model with an attention that gives its weights away. Raises UsageError for one in the compact layout."""
+    """The model with an attention that gives its weights away.
+
+    Raises UsageError for one in the compact layout, and for attention that hooks on its projections do not understand.
+    """
+    for site in model.sites:
+        if why := _unheard(site):
+            raise UsageError(f"{site.name} cannot be calibrated: {why}", "go by the weights alone")
     if any((site.qk_ranks, site.vo_ranks) != (site.full, site.full) for site in model.sites):
         raise UsageError(
             f"{model.reader.folder} is compact: some of its directions are gone",
@@ -220,6 +226,19 @@ def load_for_calibration(model: Model, **placing: Any) -> Any:
     loaded = load(model, **placing)
     loaded.set_attn_implementation("eager")
     return loaded
+
+
+def _unheard(site: Site) -> str:
+    """Why what the projections of a block give away is not enough; nothing for no such reason."""
+    if site.spec.fused:
+        return "queries, keys and values come out of one projection"
+    if 0 < site.unmerged < site.head_dim:
+        return "a part of each head rotates"
+    if site.spec.key_bias_stays:
+        return "its projections see relative positions, too"
+    if not site.spec.compact:
+        return "it reads the weights of its projections directly"
+    return ""
 
 
 def read_data(paths: Sequence[Path]) -> tuple[list[Item], list[str]]:
@@ -271,7 +290,12 @@ def inputs_of(folder: Path, model: Any, item: Item, said: bool = True) -> Iterat
     A decoder of speech gets the transcript, or what the model itself hears where there is none; unless `said` it is of
     no interest, and gets next to nothing.
     """
-    speech = model.main_input_name == "input_features"
+    speech = model.config.model_type == "whisper"
+    if not speech and (model.config.is_encoder_decoder or model.main_input_name != "input_ids"):
+        raise UsageError(
+            f"{folder}: a {model.config.model_type} cannot be calibrated: it takes more than a text",
+            "go by the weights alone",
+        )
     if speech != (item.audio is not None):
         what = "listens, and there is text" if speech else "reads, and there is audio"
         raise UsageError(f"{folder} {what} in the data", "give audio to speech models and text to text models")
@@ -334,7 +358,7 @@ class Collector:
     """Listens to one attention block of a model, and adds up its statistics while `on`; o: as in HeadWeights."""
 
     def __init__(self, site: Site, model: Any, o: Tensor, hooks: ExitStack) -> None:
-        self.on = False
+        self.on = self._checked = False
         self._site = site
         self._seen: dict[str, Tensor] = {}
         self._sums = {
@@ -378,16 +402,18 @@ class Collector:
         keys = self._seen["k"][0].double().reshape(-1, g, d)
         values = self._seen["v"][0].double().reshape(-1, g, 1, d).permute(1, 2, 0, 3) @ self._roots.mT
         mixtures = self._seen["o"][0].double().reshape(-1, g * m * d)
+        if not self._checked:
+            self._check(attention, mixtures)
         self._seen.clear()
         some = torch.linspace(0, len(queries) - 1, min(QUERIES, len(queries)), device=queries.device).round().long()
         falls = attention.reshape(g, m, *attention.shape[1:])  # (G, M, queries, keys)
         more = len(queries) / len(some)
-        if site.spec.rope:
+        if site.by_pairs:
             turned, seen_as = self._rotated(queries, keys, kwargs.get("position_embeddings"))
             asked = turned[some].permute(1, 2, 0, 3)  # (G, M, queries, d)
             self._sums["pairs"] += output_gram(asked, seen_as.transpose(0, 1), falls[:, :, some], values) * more
         keys = (keys - keys.mean(0)).transpose(0, 1)  # (G, keys, d); what is common would only cost digits
-        if not site.spec.rope:
+        if not site.by_pairs:
             self._sums["influence"] += _influence(falls[:, :, some], keys, values) * more
         seen = (falls[:, 0] > 0).to(attention.dtype)
         seen = seen / seen.sum(-1, keepdim=True)  # (G, queries, keys): each query's keys alike, none that is masked
@@ -399,10 +425,23 @@ class Collector:
         self._sums["mixtures"] += mixtures.mT @ mixtures
         self._sums["mixture"] += mixtures.sum(0)
 
+    def _check(self, attention: Tensor, mixtures: Tensor) -> None:
+        """Raise PessaError where attention times values is not what goes into W_O: then this is something else."""
+        site = self._site
+        values = self._seen["v"][0].double().reshape(-1, site.kv_heads, 1, site.head_dim).permute(1, 2, 0, 3)
+        falls = attention.reshape(site.kv_heads, site.group, *attention.shape[1:]).double()
+        fit = falls.shape[-1] == values.shape[-2] and falls[..., 0].numel() * site.head_dim == mixtures.numel()
+        expected = (falls @ values).permute(2, 0, 1, 3).reshape(mixtures.shape) if fit else mixtures
+        if not fit or not float((expected - mixtures).norm()) <= 1e-3 * float(mixtures.norm()):
+            raise PessaError(f"{site.name} mixes values otherwise than by its attention", "go by the weights alone")
+        self._checked = True
+
     def _rotated(self, queries: Tensor, keys: Tensor, rotation: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
         if rotation is None:
             raise PessaError(f"{self._site.name} is given no rotations", "this model cannot be calibrated")
         cos, sin = (angle[0] for angle in rotation)
+        if cos.shape[-1] != self._site.head_dim:
+            raise PessaError(f"{self._site.name} is given its rotations in another form", "go by the weights alone")
         return rotated(queries, cos, sin), rotated(keys, cos, sin)
 
 

@@ -51,6 +51,11 @@ def note(text: str) -> None:
     ERR.print(_plain(text))
 
 
+def show_text(text: str) -> None:
+    """As it is, whatever the width of the terminal."""
+    print(text)
+
+
 def show_json(value: Any) -> None:
     """One JSON document on stdout, with nothing around it."""
     print(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=True))
@@ -71,6 +76,18 @@ def progress(what: str, nbytes: int, blocks: int) -> Iterator[Callable[[int, int
             bar.update(task, advance=more, blocks=f"{done}/{blocks} blocks")
 
         yield tick
+
+
+def show_architectures(rows: list[dict[str, Any]]) -> None:
+    """The table of `architectures`."""
+    table = Table("model_type", "blocks", "merges", "layouts", "since", "checked on", box=None, pad_edge=False)
+    for row in rows:
+        cells = [", ".join(row["layouts"]), row["since"], ", ".join(row["checked"])]
+        name = row["model_type"]
+        for kind, merges in row["merges"].items():
+            table.add_row(name, kind, merges, *cells)
+            name, cells = "", []
+    OUT.print(table)
 
 
 def show_model(folder: str, config: dict[str, Any], sites: list[Site], totals: dict[str, Any]) -> None:
@@ -99,7 +116,7 @@ def show_model(folder: str, config: dict[str, Any], sites: list[Site], totals: d
             str(first.query_width),
             biases,
             first.dtype,
-            first.spec.merges,
+            " | ".join(dict.fromkeys(site.merges for site in of_kind)),
         )
     OUT.print(table)
 
@@ -115,6 +132,8 @@ def show_blocks(blocks: list[dict[str, Any]]) -> None:
         name = f"{block['kind']}.{block['layer']}"
         for label, side in (("Q-K", "qk"), ("V-O", "vo")):
             spectrum, kept = block[f"{side}_spectrum"], sum(block[f"{side}_ranks"])
+            if spectrum is None and block["qk_pairs"] is None:  # norms between, say
+                continue
             if spectrum is None:  # RoPE: pairs of directions, in the units of singular values and sorted as they are
                 label, kept = f"{label} pairs", kept // 2
                 spectrum = [sorted((pair**0.5 for pair in head), reverse=True) for head in block["qk_pairs"]]

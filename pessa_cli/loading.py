@@ -6,9 +6,13 @@ are ragged. They are swapped while the model is on the meta device, and the weig
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
     register_quantization_config,
@@ -18,8 +22,8 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from pessa_cli.errors import PessaError
-from pessa_cli.ragged import LOAD_HINT, QUANT_METHOD, match_module, ragged_modules
-from pessa_cli.runtime import RaggedIn, RaggedOut
+from pessa_cli.ragged import LOAD_HINT, QUANT_METHOD, ModuleNames, match_module, ragged_modules
+from pessa_cli.runtime import RaggedIn, RaggedOut, ragged_module
 
 
 class PessaConfig(QuantizationConfigMixin):  # type: ignore[misc]
@@ -49,27 +53,27 @@ class PessaQuantizer(HfQuantizer):  # type: ignore[misc]
     def _process_model_before_weight_loading(self, model: Any, **_: Any) -> Any:
         modules = ragged_modules({"quantization_config": self.quantization_config.to_dict()})
         found: dict[str, str] = {}
-        for name, module in list(model.named_modules()):
-            entry = match_module(name, modules) if isinstance(module, nn.Linear) else None
-            if entry is None:
+        for entry, name in module_names(model, modules).items():
+            module, ragged = model.get_submodule(name), modules[entry]
+            if not isinstance(module, (nn.Linear, Conv1D)):
                 continue
-            ragged = modules[entry]
-            kind = RaggedOut if ragged.side == "rows" else RaggedIn
-            swapped = kind(module, ragged)
-            if (swapped.in_features, swapped.out_features) != (module.in_features, module.out_features):
+            swapped = ragged_module(module, ragged)
+            given = module.weight.shape[::-1] if isinstance(module, nn.Linear) else module.weight.shape
+            if (swapped.in_features, swapped.out_features) != tuple(given):
                 raise PessaError(
-                    f"{name} is {module.out_features} x {module.in_features} in the model, but its ranks are for "
+                    f"{name} is {given[1]} x {given[0]} in the model, but its ranks are for "
                     f"{swapped.out_features} x {swapped.in_features}",
                     "config.json was changed after pruning; restore it",
                 )
             model.set_submodule(name, swapped)
-            found[name] = str(ragged)
+            # Under this class's own prefix, so that saving it is right; names that only files have stay as they are.
+            found[name if match_module(entry, [name]) else entry] = str(ragged)
         if not found:
             raise PessaError(
                 f"none of the {len(modules)} pruned projections in config.json is in {type(model).__name__}",
                 "load the class named under `architectures` in config.json",
             )
-        self.quantization_config.modules = found  # under this class's own prefix, so that saving it is right
+        self.quantization_config.modules = found
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
@@ -96,6 +100,25 @@ class PessaQuantizer(HfQuantizer):  # type: ignore[misc]
     @property
     def is_compileable(self) -> bool:
         return True
+
+
+def module_names(model: Any, names: Iterable[str]) -> dict[str, str]:
+    """The modules of a model that a file names so, by those names; those that it has not are left out.
+
+    They are the same but for a prefix, or as transformers renames what it loads.
+    """
+    names = list(names)
+    tree = ModuleNames(name for name, _ in model.named_modules())
+    found = {name: place for name in names if (place := tree.find(name)) is not None}
+    if len(found) < len(names):
+        mapping, tensors = get_model_conversion_mapping(model), model.state_dict()
+        rules = [[rule for rule in mapping if isinstance(rule, kind)] for kind in (WeightRenaming, WeightConverter)]
+        for name in names:
+            if name not in found:
+                key, _ = rename_source_key(f"{name}.weight", *rules, model.base_model_prefix, tensors)
+                if key in tensors:
+                    found[name] = key.removesuffix(".weight")
+    return found
 
 
 def register() -> None:

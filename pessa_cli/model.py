@@ -92,7 +92,9 @@ def _load_spectra(folder: Path, sites: list[Site]) -> dict[str, Spectra]:
         vo, qk = tensors.get(f"{site.name}.vo"), tensors.get(f"{site.name}.qk")
         if vo is None:
             continue
-        if (qk is None) == site.merges_qk or not all(_plausible(t, site) for t in (qk, vo) if t is not None):
+        if (qk is None) == site.merges_qk or not (
+            _plausible(vo, site, site.head_dim) and (qk is None or _plausible(qk, site, site.head_dim - site.unmerged))
+        ):
             raise PessaError(f"{path} does not fit the weights at {site.name}", "decompose the model again")
         trials = tensors.get(f"{site.name}.trials")
         if trials is not None and not _plausible_trials(trials):
@@ -120,11 +122,11 @@ def _plausible_trials(numbers: torch.Tensor) -> bool:
     )
 
 
-def _plausible(spectrum: torch.Tensor, site: Site) -> bool:
+def _plausible(spectrum: torch.Tensor, site: Site, width: int) -> bool:
     """Float64, of the site's shape, finite, not negative and descending."""
     return (
         spectrum.dtype == torch.float64
-        and tuple(spectrum.shape) == (site.kv_heads, site.head_dim)
+        and tuple(spectrum.shape) == (site.kv_heads, width)
         and bool(spectrum.isfinite().all() and (spectrum >= 0).all() and (spectrum.diff(dim=-1) <= 0).all())
     )
 
@@ -141,7 +143,10 @@ def check_spectra(model: Model, site: Site, weights: HeadWeights) -> None:
     roundoff = max(UNIT_ROUNDOFF[site.dtype], 2.0**-40)
     longest = site.group * max(site.query_width, site.key_width, site.output_width) + site.group
     least = UNDERFLOW[site.dtype] * longest**0.5
-    found = dict(_norms(weights, known.qk is not None))
+    found = {
+        side: norms[:, site.unmerged :] if side in "qk" else norms
+        for side, norms in _norms(weights, site, known.qk is not None)
+    }
     for side, norms in found.items():
         other = found[{"q": "k", "k": "q", "v": "o", "o": "v"}[side]]
         spectrum = torch.from_numpy(known.vo if known.qk is None or side in "vo" else known.qk)
@@ -154,12 +159,11 @@ def check_spectra(model: Model, site: Site, weights: HeadWeights) -> None:
             )
 
 
-def _norms(weights: HeadWeights, merged_qk: bool) -> Iterator[tuple[str, torch.Tensor]]:
+def _norms(weights: HeadWeights, site: Site, merged_qk: bool) -> Iterator[tuple[str, torch.Tensor]]:
     """The norm of each direction over its inputs, its bias and all query heads of a group: (G, d), by projection."""
-    moved = weights.o_bias is not None  # the value bias, which is zero then
-    rows = {"v": None if moved else weights.v_bias}
+    rows = {"v": None if site.moves_v_bias else weights.v_bias}  # which is zero where it has moved
     if merged_qk:
-        rows |= {"q": weights.q_bias, "k": None}
+        rows |= {"q": weights.q_bias, "k": weights.k_bias if site.spec.key_bias_stays else None}
     squares: dict[str, list[torch.Tensor]] = {}
     for part in weights.parts():
         for side in rows:

@@ -104,6 +104,7 @@ class Rewrite:
     def summary(self) -> dict[str, Any]:
         """What pessa.json says before the hashes: versions, options, and ranks and dropped norms of every block."""
         sides = {"qk": self.ranks.qk, "vo": self.ranks.vo}
+        of_spectra = {"qk": self.merged_ranks, "vo": self.ranks.vo}
         pairs = {name: {"pairs": pairs_text(kept)} for name, kept in self.ranks.pairs.items()}
         return {
             "pessa": __version__,
@@ -118,8 +119,14 @@ class Rewrite:
                 s.name: {side: _text(plan[s.name]) for side, plan in sides.items()} | pairs.get(s.name, {})
                 for s in self.sites
             },
-            "dropped": {name: _dropped(known, sides, name) for name, known in sorted(self.spectra.items())},
+            "dropped": {name: _dropped(known, of_spectra, name) for name, known in sorted(self.spectra.items())},
         }
+
+    @property
+    def merged_ranks(self) -> dict[str, Ranks]:
+        """How many directions of the spectra of Q-K are kept."""
+        before = {site.name: site.before for site in self.sites}
+        return {name: tuple(rank - before[name] for rank in ranks) for name, ranks in self.ranks.qk.items()}
 
     @property
     def run(self) -> str:
@@ -321,11 +328,9 @@ def _cut(rewrite: Rewrite) -> dict[str, Spectra]:
     def cut(spectrum: Spectrum, ranks: Ranks) -> Spectrum:
         return np.where(np.arange(spectrum.shape[1]) < np.array(ranks)[:, None], spectrum, 0.0)
 
-    plan = rewrite.ranks
+    qk, vo = rewrite.merged_ranks, rewrite.ranks.vo
     return {
-        name: replace(
-            known, qk=None if known.qk is None else cut(known.qk, plan.qk[name]), vo=cut(known.vo, plan.vo[name])
-        )
+        name: replace(known, qk=None if known.qk is None else cut(known.qk, qk[name]), vo=cut(known.vo, vo[name]))
         for name, known in rewrite.spectra.items()
-        if name in plan.vo
+        if name in vo
     }

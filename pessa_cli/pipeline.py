@@ -130,7 +130,7 @@ def measure(
 
     def measured(site: Site) -> tuple[Spectra, Sides] | NotFiniteError:
         known = model.spectra.get(site.name) if method == "svd" and statistics is None else None
-        if known is not None and spool is not None and site.merges_qk:
+        if known is not None and spool is not None and not site.by_pairs:
             return known, []
         try:
             weights = read_site(model.reader, site).to(run.device)
@@ -177,7 +177,7 @@ def measure(
 
 def _contributions(weights: HeadWeights, site: Site, weighed: Weighed | None = None) -> Spectrum | None:
     """Those of the frequency pairs, where there are any."""
-    if site.merges_qk:
+    if not site.by_pairs:
         return None
     return contributions(weights, None if weighed is None else weighed.pairs).cpu().numpy()
 
@@ -296,6 +296,11 @@ def _rewrite(
     layout: Layout,
     run: Run,
 ) -> Rewrite:
+    if layout == "compact" and not all(site.spec.compact for site in sites):
+        raise UsageError(
+            f"{model.reader.folder}: the attention of this model reads its weights directly, and needs them whole",
+            "give --layout dense",
+        )
     source = model.reader.folder.name if run.source is None else run.source
     return Rewrite(command, source, model, sites, ranks, spectra, rule, method, layout, run.shard_bytes)
 
@@ -453,8 +458,8 @@ def _fit(site: Site, qk_ranks: Ranks, vo_ranks: Ranks, pairs: tuple[Pairs, ...] 
     if pairs is None or not counted:
         return False
     if not pairs:
-        return site.merges_qk or qk_ranks == site.full
-    return not site.merges_qk and pair_ranks(pairs) == qk_ranks and 2 * last_pair(pairs) < site.head_dim
+        return min(qk_ranks) >= site.unmerged
+    return site.by_pairs and pair_ranks(pairs) == qk_ranks and 2 * last_pair(pairs) < site.head_dim
 
 
 def _ranks(text: str) -> Ranks:

@@ -50,7 +50,7 @@ class Size(NamedTuple):
 
 @dataclass(frozen=True)
 class Spectra:
-    """The spectra of one block, (G, d) each and descending; no Q-K where it cannot be merged.
+    """The spectra of one block, (G, d) each and descending; of Q-K what merges, and none where nothing does.
 
     Singular values of the products, or where `calibrated` what real inputs make of them: in units of the attention
     scores for Q-K, and of what is added to the residual stream for V-O. `pairs`, (G, d/2), only where a rotation keeps
@@ -184,10 +184,16 @@ def plan_ranks(sites: list[Site], spectra: Mapping[str, Spectra], rule: Rule) ->
     qk = {site.name: spectra[site.name].qk for site in sites}
     vo = {site.name: spectra[site.name].vo for site in sites}
     dtypes = {site.name: site.dtype for site in sites}
+    before = {site.name: site.before for site in sites}
     rotated = [site for site in sites if qk[site.name] is None]
     pairs = _pairs(rotated, spectra, rule)
     return RankPlan(
-        qk=_side({name: spectrum for name, spectrum in qk.items() if spectrum is not None}, dtypes, rule, "Q-K")
+        qk={
+            name: tuple(before[name] + rank for rank in ranks)
+            for name, ranks in _side(
+                {name: spectrum for name, spectrum in qk.items() if spectrum is not None}, dtypes, rule, "Q-K"
+            ).items()
+        }
         | {site.name: pair_ranks(pairs[site.name]) if site.name in pairs else site.full for site in rotated},
         vo=_side(vo, dtypes, rule, "V-O"),
         pairs=pairs,

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from itertools import groupby
 from math import prod
 from typing import Any
 
+from pessa_cli.architectures import ARCHITECTURES, FIRST_RELEASE, PUBLISHED, SINCE, TOWERS, AttentionSpec
 from pessa_cli.checkpoint import ITEM_BYTES, Header
 from pessa_cli.ranks import RankPlan, Spectra
 from pessa_cli.sites import Site
@@ -71,3 +73,50 @@ def _dropped(plan: Mapping[str, tuple[int, ...]], stored: Mapping[str, tuple[int
 
 def _share(part: int, whole: int) -> float:
     return part / whole if whole else 0.0
+
+
+def architectures() -> list[dict[str, Any]]:
+    """The table: for each `model_type` what merges in which blocks, the layouts, since when, and on what checked.
+
+    A kind of "text.*" is there for each of those that the model inside has.
+    """
+    kinds = {name: _kinds(specs) for name, specs in ARCHITECTURES.items()}
+    for name, towers in TOWERS.items():
+        kinds[name] = {}
+        for tower in towers:
+            own = _kinds(tower.specs(tower.rows)) or {f"{tower.kind}.*": f"as {tower.config} says"}
+            kinds[name] |= own
+    return [
+        {
+            "model_type": name,
+            "merges": merges,
+            "layouts": ["compact", "dense"] if all(s.compact for s in ARCHITECTURES.get(name, ())) else ["dense"],
+            "since": SINCE.get(name, FIRST_RELEASE),
+            "checked": ["tiny model", *([PUBLISHED[name]] if name in PUBLISHED else [])],
+        }
+        for name, merges in kinds.items()
+    ]
+
+
+def architectures_table() -> str:
+    """The same in Markdown, with those in one row that differ by their names alone."""
+    lines = ["| `model_type` | what merges in which blocks |", "|---|---|"]
+    rows: dict[str, list[str]] = {}
+    for row in architectures():
+        by_merges: dict[str, list[str]] = {}
+        for kind, merges in row["merges"].items():
+            by_merges.setdefault(merges, []).append(kind)
+        words = "; ".join(f"{', '.join(kinds)}: {merges}" for merges, kinds in by_merges.items())
+        rows.setdefault(words + ("" if "compact" in row["layouts"] else " (dense layout only)"), []).append(
+            f"`{row['model_type']}`"
+        )
+    return "\n".join([*lines, *(f"| {', '.join(names)} | {words} |" for words, names in rows.items())])
+
+
+def _kinds(specs: tuple[AttentionSpec, ...]) -> dict[str, str]:
+    """What merges in each kind of block, in all variants of it."""
+    ordered = sorted(specs, key=lambda spec: [s.kind for s in specs].index(spec.kind))
+    return {
+        kind: " or ".join(dict.fromkeys(spec.merges for spec in of_kind))
+        for kind, of_kind in groupby(ordered, lambda spec: spec.kind)
+    }

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -80,6 +81,18 @@ class _RaggedLinear(nn.Linear):
             self.slots = self.slots.to(device)
 
 
+def ragged_module(module: Any, ragged: Ragged) -> _RaggedLinear:
+    """What takes the place of a linear layer, or of a Conv1D, which has its weight the other way round."""
+    kind = RaggedOut if ragged.side == "rows" else RaggedIn
+    if isinstance(module, nn.Linear):
+        return kind(module, ragged)
+    inputs, outputs = module.weight.shape
+    with torch.device("meta"):
+        like = nn.Linear(inputs, outputs, dtype=module.weight.dtype)
+    swapped: _RaggedLinear = (RaggedConvOut if kind is RaggedOut else RaggedConvIn)(like, ragged)
+    return swapped.to_empty(device=module.weight.device)
+
+
 class RaggedOut(_RaggedLinear):
     """W_Q, W_K or W_V with rows for the kept directions only; the output has all slots, zeros in the cut ones.
 
@@ -134,3 +147,25 @@ class RaggedIn(_RaggedLinear):
     def forward(self, x: Tensor) -> Tensor:
         live = x if x.shape[-1] == self.weight.shape[1] else self.slots.fill(x)
         return nn.functional.linear(live, self.weight, self.bias)
+
+
+class RaggedConvOut(RaggedOut):
+    """The same for a Conv1D: weight (in_features, sum of ranks)."""
+
+    def __init__(self, linear: nn.Linear, ragged: Ragged) -> None:
+        super().__init__(linear, ragged)
+        self.weight = nn.Parameter(self.weight.mT.contiguous())
+
+    def forward(self, x: Tensor, slots: Slots | None = None) -> Tensor:
+        return (slots or self.slots).fill(nn.functional.linear(x, self.weight.mT, self.bias))
+
+
+class RaggedConvIn(RaggedIn):
+    """The same for a Conv1D: weight (sum of ranks, out_features)."""
+
+    def __init__(self, linear: nn.Linear, ragged: Ragged) -> None:
+        super().__init__(linear, ragged)
+        self.weight = nn.Parameter(self.weight.mT.contiguous())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(self.slots.fill(x), self.weight.mT, self.bias)

@@ -20,13 +20,14 @@ from torch import Tensor, nn
 
 from pessa_cli.audio import SAMPLE_RATE, load_audio
 from pessa_cli.errors import PessaError, UsageError, listed
+from pessa_cli.loading import module_names
 from pessa_cli.model import Model
-from pessa_cli.ragged import match_module
 from pessa_cli.sites import Site
 
 SEED = 0
 PROMPT_TOKENS = 32  # of a text, before the greedy continuation
 NEW_TOKENS = 32
+WEIGHTS_ALONE = "compare weights alone: --level weights"
 TEXT_TOKENS = 512  # of a text, for its logits
 PASSAGE = """The lighthouse at the end of the harbour had been dark for eleven years when the letter arrived. It was
 addressed to the keeper, a post that no longer existed, and so the postmistress read it herself. "Please light the
@@ -76,10 +77,10 @@ def _run_both(
     reference: Model, candidate: Model, whole: bool, audio: list[Path], text: list[Path]
 ) -> tuple[list[tuple[str, float]], Outputs | None, list[Text]]:
     ours, theirs = load(reference), load(candidate)
-    speech = ours.main_input_name == "input_features"
+    speech, reads = ours.config.model_type == "whisper", ours.main_input_name == "input_ids"
     if audio and not speech:
         raise UsageError(f"--audio: {reference.reader.folder} does not listen", "give --text to a text model")
-    if text and speech:
+    if text and not reads:
         raise UsageError(f"--text: {reference.reader.folder} does not read", "give --audio to a speech model")
     folder = reference.reader.folder
     with torch.inference_mode():
@@ -90,14 +91,16 @@ def _run_both(
             texts = [Text(name, *said) for name, said, _ in written]
             samples = [_speech_inputs(ours, features, ids) for _, _, (features, ids) in written]
             samples = samples or [noise(ours)]
+        elif not reads:
+            samples = [signal(folder, ours)]
         else:
             prompts = _prompts(folder, ours, text)
-            samples = [inputs for _, inputs in prompts]
+            samples = [_with_answer(ours, inputs) for _, inputs in prompts]
             if whole and ours.can_generate():
                 texts = [_continue(folder, ours, theirs, name, inputs) for name, inputs in prompts]
         with ExitStack() as hooks:
             squares = block_squares(reference.sites, ours, theirs, hooks)
-            expected = [output_of(ours, inputs) for inputs in samples]
+            expected = [_first_output(folder, ours, inputs) for inputs in samples]
         blocks = [(name, (off / all_) ** 0.5 if all_ else off**0.5) for name, (off, all_) in squares.items()]
         outputs = _compare_outputs(expected, [output_of(theirs, inputs) for inputs in samples]) if whole else None
     return blocks, outputs, texts if whole else []
@@ -159,8 +162,17 @@ def quiet_transformers() -> Iterator[None]:
             log.enable_progress_bar()
 
 
+def _first_output(folder: Path, model: Any, inputs: Inputs) -> tuple[str, Tensor]:
+    """The outputs of a model that may want more than we have to give."""
+    try:
+        return output_of(model, inputs)
+    except (ValueError, TypeError, AttributeError) as error:
+        reason = listed(str(error).splitlines(), most=1)
+        raise PessaError(f"{folder} does not run on built-in inputs\n{reason}", WEIGHTS_ALONE) from error
+
+
 def output_of(model: Any, inputs: Inputs) -> tuple[str, Tensor]:
-    extra = {"use_cache": False} if hasattr(model.config, "use_cache") else {}
+    extra = {"use_cache": False} if hasattr(model.config.get_text_config(), "use_cache") else {}
     output = model(**inputs, **extra)
     logits = getattr(output, "logits", None)
     return ("hidden states", output[0]) if logits is None else ("logits", logits)
@@ -214,6 +226,8 @@ def compare_block(
         seen["expected"] = output
 
     def finished(*_: Any) -> None:
+        if "expected" not in seen:
+            raise PessaError(f"{site.name} reads the weights of its output projection directly", WEIGHTS_ALONE)
         found: list[Tensor] = []
         handle = other_o.register_forward_hook(lambda _m, _a, output: found.append(output))
         try:
@@ -230,9 +244,9 @@ def compare_block(
 def modules_of(site: Site, model: Any) -> tuple[nn.Module, dict[str, nn.Module]]:
     """The module that holds the block's four projections, and those, by their letter."""
     modules = dict(model.named_modules())
-    found = {side: match_module(site.module(side), modules) for side in "qkvo"}
-    names = {side: name for side, name in found.items() if name is not None}
-    if len(names) < len(found):
+    found = module_names(model, {site.module(side) for side in "qkvo"})
+    names = {side: found[site.module(side)] for side in "qkvo" if site.module(side) in found}
+    if len(names) < len("qkvo"):
         raise PessaError(f"{type(model).__name__} has no module named {site.q}", "compare with --level weights")
     shared = 0
     q, o = names["q"].split("."), names["o"].split(".")
@@ -293,7 +307,8 @@ def write_down(model: Any, inputs: Inputs, **options: Any) -> Tensor:
 
 def _prompts(folder: Path, model: Any, paths: list[Path]) -> list[tuple[str, Inputs]]:
     """Token inputs for a text model: the given files', or a built-in passage, or random tokens for no tokenizer."""
-    most = min(TEXT_TOKENS, getattr(model.config, "max_position_embeddings", TEXT_TOKENS))
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", TEXT_TOKENS)
+    most = min(TEXT_TOKENS, positions - 2)  # RoBERTa counts from 2
     if not paths and not _has_tokenizer(folder):
         return [("random tokens", random_tokens(model, 2, min(64, most)))]
     contents = [(path.name, read_text(path)) for path in paths] or [("built-in text", PASSAGE)]
@@ -305,9 +320,38 @@ def _prompts(folder: Path, model: Any, paths: list[Path]) -> list[tuple[str, Inp
     return prompts
 
 
+def signal(folder: Path, model: Any) -> Inputs:
+    """Built-in input for a model that sees or hears: an image or two seconds of noise, and random tokens to answer.
+
+    Raises UsageError for a model that takes something else.
+    """
+    generator, config = torch.Generator().manual_seed(SEED), model.config
+    size = getattr(config, "image_size", 0)
+    shapes = {
+        "pixel_values": (getattr(config, "num_channels", 3), *((size, size) if isinstance(size, int) else size)),
+        "input_values": (2 * SAMPLE_RATE,),
+        "input_features": (200, getattr(config, "input_feat_per_channel", 0)),
+    }
+    shape = shapes.get(model.main_input_name, (0,))
+    if 0 in shape:
+        raise UsageError(f"{folder} takes {model.main_input_name}, of which there are no samples", WEIGHTS_ALONE)
+    inputs = {model.main_input_name: torch.randn(1, *shape, generator=generator)}
+    return _with_answer(model, inputs)
+
+
+def _with_answer(model: Any, inputs: Inputs) -> Inputs:
+    """With something for the decoder, where there is an encoder, too: what it reads, or random tokens."""
+    if not model.config.is_encoder_decoder:
+        return inputs
+    answer = inputs.get("input_ids")
+    return inputs | {"decoder_input_ids": random_tokens(model, 1, 32)["input_ids"] if answer is None else answer}
+
+
 def random_tokens(model: Any, batch: int, length: int) -> Inputs:
     """Built-in input for a text model without a tokenizer."""
-    ids = torch.randint(model.config.vocab_size, (batch, length), generator=torch.Generator().manual_seed(SEED))
+    ids = torch.randint(
+        model.config.get_text_config().vocab_size, (batch, length), generator=torch.Generator().manual_seed(SEED)
+    )
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
@@ -329,7 +373,7 @@ def _has_tokenizer(folder: Path) -> bool:
 def _continue(folder: Path, ours: Any, theirs: Any, name: str, inputs: Inputs) -> Text:
     """What both write after the first tokens of a text, as text if there is a tokenizer, else as token numbers."""
     prompt = {key: value[:1, :PROMPT_TOKENS] for key, value in inputs.items()}
-    width = prompt["input_ids"].shape[1]
+    width = 0 if ours.config.is_encoder_decoder else prompt["input_ids"].shape[1]
     tokens = [
         model.generate(**prompt, max_new_tokens=NEW_TOKENS, do_sample=False, num_beams=1)[0, width:].tolist()
         for model in (ours, theirs)

@@ -11,15 +11,18 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from typing import Any
 
-from pessa_cli.architectures import ARCHITECTURES, AttentionSpec
+from pessa_cli.architectures import ARCHITECTURES, TOWERS, AttentionSpec, Keys, Tower
 from pessa_cli.checkpoint import Header
 from pessa_cli.errors import PessaError, UsageError, listed
 from pessa_cli.ragged import ModuleNames, Pairs, Ragged, Ranks, pair_ranks, ragged_modules, shortened
 
 FLOATS = ("F64", "F32", "F16", "BF16")  # from the finest rounding to the coarsest
 MOST_HEADS = 4096
+KNOWN = (*ARCHITECTURES, *TOWERS)
+ROPE = "RoPE"
 # A compact block is worked on at full size, of which its file may hold next to nothing. More than this many times
 # what the whole checkpoint holds, and more than the second number of entries, is no model but an attack on memory.
 MOST_GROWTH, ALWAYS_FINE = 64, 2**24
@@ -31,7 +34,8 @@ class Site:
 
     `q`, `k`, `v`, `o` are module names as in the file; `query_width`, `key_width` and `output_width` are the
     widths D of what goes in and comes out. `qk_ranks` and `vo_ranks` say how many directions the file stores for
-    each key/value head: `head_dim` everywhere in a dense file, less in a compact one. `pairs`: under RoPE, where Q-K
+    each key/value head: `head_dim` everywhere in a dense file, less in a compact one. `between` names what stands
+    between W_Q and W_K of the first `unmerged` directions of each head. `pairs`: under RoPE of all of them, where Q-K
     stores less, the frequency pairs that it stores for each key/value head.
     """
 
@@ -52,6 +56,8 @@ class Site:
     qk_ranks: Ranks
     vo_ranks: Ranks
     pairs: tuple[Pairs, ...] | None = None
+    between: str = ""
+    unmerged: int = 0
 
     @property
     def name(self) -> str:
@@ -65,7 +71,31 @@ class Site:
 
     @property
     def merges_qk(self) -> bool:
-        return not self.spec.rope
+        return self.unmerged < self.head_dim
+
+    @property
+    def by_pairs(self) -> bool:
+        """Whether directions i and i + d/2 turn together, for all i, and can go together."""
+        rope = self.spec.rope
+        return self.between == ROPE and not self.merges_qk and not self.spec.fused and not (rope and rope.interleaved)
+
+    @property
+    def before(self) -> int:
+        """The directions of Q-K that are kept whatever its spectrum says, since it is of those behind them."""
+        return self.unmerged if self.merges_qk else 0
+
+    @property
+    def merges(self) -> str:
+        if not self.unmerged:
+            return "Q-K, V-O"
+        if self.merges_qk:
+            return f"Q-K but {self.unmerged} of {self.head_dim} ({self.between}), V-O"
+        return f"V-O ({self.between})"
+
+    @property
+    def moves_v_bias(self) -> bool:
+        """Whether a value bias adds the same to every output, and there is a bias to hold that."""
+        return "o" in self.biases and self.spec.sums_to_one
 
     @property
     def full(self) -> Ranks:
@@ -74,21 +104,24 @@ class Site:
     def module(self, side: str) -> str:
         return {"q": self.q, "k": self.k, "v": self.v, "o": self.o}[side]
 
+    def stored(self, side: str) -> Ranks:
+        """The rank of each head in the tensor of a projection, in its order."""
+        return self._in_order(side, self.qk_ranks, self.vo_ranks)
+
+    def _in_order(self, side: str, qk_ranks: Ranks, vo_ranks: Ranks) -> Ranks:
+        order = head_order(self.spec, side, self.kv_heads, self.group)
+        return tuple((qk_ranks if letter in "qk" else vo_ranks)[head] for letter, head in order)
+
     def shapes(self, qk_ranks: Ranks, vo_ranks: Ranks) -> dict[str, tuple[int, ...]]:
         """The names and shapes of this site's tensors when just so many directions are stored."""
-        q, k, v = self.group * sum(qk_ranks), sum(qk_ranks), sum(vo_ranks)
-        o = self.group * v
-        weights = {
-            "q": (q, self.query_width),
-            "k": (k, self.key_width),
-            "v": (v, self.key_width),
-            "o": (self.output_width, o),
-        }
+        widths = {"q": self.query_width, "k": self.key_width, "v": self.key_width, "o": self.output_width}
         shapes: dict[str, tuple[int, ...]] = {}
-        for side, shape in weights.items():
+        for side, width in widths.items():
+            slots = sum(self._in_order(side, qk_ranks, vo_ranks))
+            shape = (width, slots) if (side == "o") != self.spec.transposed else (slots, width)
             shapes[f"{self.module(side)}.weight"] = shape
             if side in self.biases:
-                shapes[f"{self.module(side)}.bias"] = shape[:1]
+                shapes[f"{self.module(side)}.bias"] = (width if side == "o" else slots,)
         return shapes
 
     @property
@@ -97,19 +130,46 @@ class Site:
         return self.shapes(self.qk_ranks, self.vo_ranks)
 
 
+def head_order(spec: AttentionSpec, side: str, kv_heads: int, group: int) -> list[tuple[str, int]]:
+    """What the tensor of a projection holds, in order: for each head whose it is and its key/value head."""
+    if not spec.fused or side == "o":
+        return [(side, head) for head in range(kv_heads) for _ in range(group if side in "qo" else 1)]
+    if spec.fused == "grouped":
+        return [(letter, head) for head in range(kv_heads) for letter in (*"q" * group, "k", "v")]
+    return [pair for letter in "qkv" for pair in head_order(replace(spec, fused=""), letter, kv_heads, group)]
+
+
 def specs_of(config: Mapping[str, Any], header: Header, architecture: str | None = None) -> tuple[AttentionSpec, ...]:
     """The table's rows for a model, by its `model_type` or by the name the user gave with --as."""
     model_type = architecture or config.get("model_type")
+    if isinstance(model_type, str) and model_type in TOWERS:
+        return tuple(spec for tower in TOWERS[model_type] for spec in tower.specs(tower.rows or _inner(tower, config)))
     if isinstance(model_type, str) and model_type in ARCHITECTURES:
-        return ARCHITECTURES[model_type]
+        return tuple(
+            spec
+            for spec in ARCHITECTURES[model_type]
+            if all(bool(config.get(key, default)) == value for key, default, value in spec.where)
+        )
     if architecture is not None:
-        raise UsageError(f"--as {architecture} is no known architecture", f"known are {', '.join(ARCHITECTURES)}")
+        raise UsageError(f"--as {architecture} is no known architecture", f"known are {', '.join(KNOWN)}")
     alike = [name for name, specs in ARCHITECTURES.items() if all(any(_complete(spec, header)) for spec in specs)]
     what = f"model_type {shortened(model_type)} is not supported" if model_type else "config.json names no model_type"
-    known = f"supported are {', '.join(ARCHITECTURES)}"
+    known = f"supported are {', '.join(KNOWN)}"
     if alike:
         known += f"; its tensors are named as in {alike[0]}, so if it is built alike, try --as {alike[0]}"
     raise PessaError(what, known)
+
+
+def _inner(tower: Tower, config: Mapping[str, Any]) -> tuple[AttentionSpec, ...]:
+    """The rows of the `model_type` that the config of a tower names."""
+    inner = config.get(tower.config)
+    model_type = inner.get("model_type") if isinstance(inner, Mapping) else None
+    if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
+        raise PessaError(
+            f"config.json: {tower.config} is of model_type {shortened(model_type)}, which is not supported",
+            f"supported are {', '.join(ARCHITECTURES)}",
+        )
+    return specs_of(inner or {}, {}, model_type)
 
 
 def find_sites(specs: Iterable[AttentionSpec], config: Mapping[str, Any], header: Header) -> list[Site]:
@@ -124,34 +184,43 @@ def find_sites(specs: Iterable[AttentionSpec], config: Mapping[str, Any], header
     ragged = ragged_modules(config)
     ragged_names = ModuleNames(ragged)
     most = max(ALWAYS_FINE, MOST_GROWTH * sum(info.count for info in header.values()))
-    known = False
+    found = [(spec, layer, modules) for spec in specs for layer, modules in _layers(spec, header)]
+    beside = _beside({_scope(modules["q"]) for _, _, modules in found}, header)
     for spec in specs:
-        faults += [f"{module}: a layer without its {spec.kind} attention" for module in _gaps(spec, header)]
-        for layer, modules in _layers(spec, header):
-            known = True
-            owned |= {f"{modules[side]}.{part}" for side in "qkvo" for part in ("weight", "bias")}
-            scope = modules["q"].rpartition(".")[0]
-            owned |= {f"{scope}.{name}" for name in spec.beside}
-            missing = [f"{modules[side]}.weight: missing" for side in "qkvo" if f"{modules[side]}.weight" not in header]
-            faults += missing
-            if missing:
-                continue
-            entries = {side: ragged.get(ragged_names.find(module) or "") for side, module in modules.items()}
-            try:
-                sites.append(_site(spec, layer, modules, config, header, entries, most))
-            except PessaError as error:
-                faults.append(error.message)
+        refused = [key for key in spec.refused if _value(config, spec, (key,))]
+        if refused:
+            raise PessaError(
+                f"config.json sets {refused[0]}: something stands between W_V and W_O, and nothing merges there",
+                "this model cannot be pruned",
+            )
+        gaps = [] if spec.sparse else _gaps(spec, header)
+        faults += [f"{module}: a layer without its {spec.kind} attention" for module in gaps]
+    for spec, layer, modules in found:
+        owned |= {f"{modules[side]}.{part}" for side in "qkvo" for part in ("weight", "bias")}
+        rests = beside[_scope(modules["q"])]
+        owned |= {f"{_scope(modules['q'])}.{rest}" for rest in rests if _fits(rest, (*spec.beside, *spec.norms))}
+        missing = [f"{modules[side]}.weight: missing" for side in "qkvo" if f"{modules[side]}.weight" not in header]
+        faults += dict.fromkeys(missing)
+        if missing:
+            continue
+        entries = {side: ragged.get(ragged_names.find(module) or "") for side, module in modules.items()}
+        between = next((rest.partition(".")[0] for rest in rests if _fits(rest, spec.norms)), "norms" * spec.normed)
+        try:
+            sites.append(_site(spec, layer, modules, config, header, entries, most, between))
+        except PessaError as error:
+            faults.append(error.message)
     named: dict[str, list[str]] = defaultdict(list)
     for site in sites:
         named[site.name].append(site.q)
     faults += [f"{name} is there twice: {' and '.join(qs[:8])}" for name, qs in named.items() if len(qs) > 1]
-    scopes = {site.q.rpartition(".")[0] for site in sites}
+    scopes = {_scope(site.q) for site in sites}
+    elsewhere = tuple(end for spec in specs for end in spec.elsewhere)
     for name, info in header.items():
-        inside = any(name[: dot.start()] in scopes for dot in re.finditer(r"\.", name))
+        within = any(name[: dot.start()] in scopes for dot in re.finditer(r"\.", name))
         matrix = len(info.shape) > 1 and re.search(r"attn|attention", name) is not None
-        if (inside or matrix) and name not in owned:
+        if (within or matrix) and name not in owned and not any(f".{name}".endswith(f".{end}") for end in elsewhere):
             faults.append(f"{name}: no row of the architecture owns this attention tensor")
-    if faults and known:
+    if faults and found:
         raise PessaError(
             f"{len(faults)} attention tensors do not fit {_model_type(config)}\n{listed(faults)}",
             "check config.json against the weights, or give the architecture with --as",
@@ -162,6 +231,21 @@ def find_sites(specs: Iterable[AttentionSpec], config: Mapping[str, Any], header
             "check that config.json belongs to these weights, or give the architecture with --as",
         )
     return sites
+
+
+def _scope(module: str) -> str:
+    """The module that a module is in."""
+    return module.rpartition(".")[0]
+
+
+def _beside(scopes: set[str], header: Header) -> dict[str, list[str]]:
+    """What the header has in each of these modules, by the rest of the names."""
+    rests: dict[str, list[str]] = defaultdict(list)
+    for name in header:
+        for dot in re.finditer(r"\.", name):
+            if name[: dot.start()] in scopes:
+                rests[name[: dot.start()]].append(name[dot.end() :])
+    return rests
 
 
 def select(sites: list[Site], kinds: tuple[str, ...] = (), layers: frozenset[int] | None = None) -> list[Site]:
@@ -184,20 +268,18 @@ def select(sites: list[Site], kinds: tuple[str, ...] = (), layers: frozenset[int
 def ragged_site(site: Site) -> dict[str, Ragged]:
     """The entries of `modules` for one site, by module name; only for those that are not full."""
     entries: dict[str, Ragged] = {}
-    for ranks, rows, columns in ((site.qk_ranks, "qk", ""), (site.vo_ranks, "v", "o")):
-        if ranks == site.full:
-            continue
-        each = tuple(rank for rank in ranks for _ in range(site.group))
-        for side in rows:
-            if side != "v" and site.pairs is not None:
-                repeats = site.group if side == "q" else 1
-                pairs = tuple(runs for runs in site.pairs for _ in range(repeats))
-                entries[site.module(side)] = Ragged.of_pairs(site.head_dim, pairs)
-            else:
-                entries[site.module(side)] = Ragged("rows", site.head_dim, each if side == "q" else ranks)
-        for side in columns:
-            entries[site.module(side)] = Ragged("columns", site.head_dim, each)
+    for side in "qkvo":
+        ranks = site.stored(side)
+        if side in "qk" and site.pairs is not None:
+            pairs = tuple(runs for runs in site.pairs for _ in range(site.group if side == "q" else 1))
+            entries[site.module(side)] = Ragged.of_pairs(site.head_dim, pairs)
+        elif any(rank < site.head_dim for rank in ranks):
+            entries[site.module(side)] = Ragged("columns" if side == "o" else "rows", site.head_dim, ranks)
     return entries
+
+
+def _fits(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def _layers(spec: AttentionSpec, header: Header) -> Iterator[tuple[int, dict[str, str]]]:
@@ -210,7 +292,7 @@ def _layers(spec: AttentionSpec, header: Header) -> Iterator[tuple[int, dict[str
 def _found(spec: AttentionSpec, header: Header) -> list[tuple[str, int]]:
     """The prefixes and layers that have any of the row's projections."""
     patterns = (spec.q, spec.k, spec.v, spec.o)
-    return sorted({place for pattern in patterns for place in _places(f"{pattern}.weight", header)})
+    return sorted({place for pattern in patterns for place in _places(spec, f"{pattern}.weight", header)})
 
 
 def _gaps(spec: AttentionSpec, header: Header) -> list[str]:
@@ -218,16 +300,17 @@ def _gaps(spec: AttentionSpec, header: Header) -> list[str]:
     found = _found(spec, header)
     prefixes = {prefix for prefix, _ in found}
     stem = spec.q.partition("{i}")[0]
-    there = {place for place in _places(f"{stem}{{i}}.", header) if place[0] in prefixes}
+    there = {place for place in _places(spec, f"{stem}{{i}}.", header) if place[0] in prefixes}
     return [f"{prefix}{stem}{layer}" for prefix, layer in sorted(there.difference(found))]
 
 
-def _places(pattern: str, header: Header) -> Iterator[tuple[str, int]]:
+def _places(spec: AttentionSpec, pattern: str, header: Header) -> Iterator[tuple[str, int]]:
     """Prefix and layer of each name that the pattern describes: to its end, or with more behind a final dot."""
     before, after = (re.escape(part) for part in pattern.split("{i}"))
     regex = re.compile(rf"((?:.*\.)?){before}(0|[1-9][0-9]{{0,4}}){after}{'.*' if pattern.endswith('.') else ''}")
     for name in header:
-        if match := regex.fullmatch(name):
+        match = regex.fullmatch(name)
+        if match and (not spec.under or any(f".{part}" in f".{match[1]}" for part in spec.under)):
             yield match[1], int(match[2])
 
 
@@ -237,16 +320,58 @@ def _complete(spec: AttentionSpec, header: Header) -> Iterator[bool]:
         yield all(f"{module}.weight" in header for module in modules.values())
 
 
-def _head_count(config: Mapping[str, Any], key: str) -> int:
-    value = config.get(key)
+def _value(config: Mapping[str, Any], spec: AttentionSpec, keys: Keys) -> Any:
+    """The first of the keys that config.json has in the row's part of it; None for none of them, and for null."""
+    inner = config.get(spec.config) if spec.config else None
+    for key in keys:
+        found: Any = inner if isinstance(inner, Mapping) else config
+        for part in key.split("."):
+            found = found.get(part) if isinstance(found, Mapping) else None
+        if found is not None:
+            return found
+    return None
+
+
+def _head_count(config: Mapping[str, Any], spec: AttentionSpec, keys: Keys) -> int:
+    value = _value(config, spec, keys)
+    if value is None and isinstance(config.get(spec.config), Mapping):
+        value = _default(config[spec.config], keys[0])
     if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= MOST_HEADS:
+        key = f"{spec.config}.{keys[0]}" if spec.config else keys[0]
         raise PessaError(f"config.json: {key} is {shortened(value)}, not a number of heads")
     return value
 
 
+def _default(config: Mapping[str, Any], key: str) -> Any:
+    """What transformers takes where a config is silent: on the hub those of towers leave out what is as usual."""
+    from transformers import CONFIG_MAPPING
+
+    model_type = config.get("model_type")
+    known = isinstance(model_type, str) and model_type in CONFIG_MAPPING
+    return getattr(CONFIG_MAPPING[model_type](), key, None) if known else None
+
+
+def _turned(config: Mapping[str, Any], spec: AttentionSpec, layer: int, head_dim: int) -> int:
+    """How many of the first directions of each head a rotation turns: an even number, or all of them."""
+    rope = spec.rope
+    if rope is None or (rope.unless and _value(config, spec, (rope.unless,))):
+        return 0
+    if rope.layers is not None:
+        key, turning = rope.layers
+        values = _value(config, spec, (key,))
+        if isinstance(values, list) and layer < len(values) and values[layer] != turning:
+            return 0
+    share, count = _value(config, spec, rope.share), _value(config, spec, rope.count)
+    share = rope.default if share is None else share
+    if not isinstance(share, (int, float)) or not 0 <= share <= 1 or not isinstance(count or 0, int):
+        raise PessaError(f"config.json: {(*rope.share, *rope.count)[0]} is {shortened(share)}, no share of a head")
+    turned = int(head_dim * share) if count is None else count
+    return min(head_dim, turned + turned % 2)
+
+
 def _model_type(config: Mapping[str, Any]) -> str:
     model_type = config.get("model_type")
-    return model_type if model_type in ARCHITECTURES else shortened(model_type)
+    return model_type if model_type in KNOWN else shortened(model_type)
 
 
 def _site(
@@ -257,12 +382,17 @@ def _site(
     header: Header,
     entries: Mapping[str, Ragged | None],
     most: int,
+    between: str,
 ) -> Site:
-    """One block. Raises PessaError where config, shapes, dtypes and ranks contradict each other."""
-    heads = _head_count(config, spec.heads)
-    kv_heads = heads
-    if spec.kv_heads is not None and config.get(spec.kv_heads) is not None:
-        kv_heads = _head_count(config, spec.kv_heads)
+    """One block; `between` names what lets nothing of Q-K merge, if there is such a thing.
+
+    Raises PessaError where config, shapes, dtypes and ranks contradict each other.
+    """
+    heads = kv_heads = _head_count(config, spec, spec.heads)
+    if isinstance(spec.kv_heads, int):
+        kv_heads = spec.kv_heads
+    elif _value(config, spec, spec.kv_heads) is not None:
+        kv_heads = _head_count(config, spec, spec.kv_heads)
     if heads % kv_heads:
         raise PessaError(f"config.json: {heads} heads cannot share {kv_heads} key/value heads evenly")
     weights = {side: header[f"{module}.weight"] for side, module in modules.items()}
@@ -274,8 +404,17 @@ def _site(
         if info.dtype not in FLOATS:
             raise PessaError(f"{modules[side]}.bias: stored as {info.dtype}, not as floats")
     known = [entry.head_dim for entry in entries.values() if entry is not None]
-    head_dim = known[0] if known else weights["q"].shape[0] // heads
-    stored = (head_dim,) * kv_heads
+    orders = {side: head_order(spec, side, kv_heads, heads // kv_heads) for side in "qkvo"}
+    shapes = {side: info.shape[::-1] if spec.transposed else info.shape for side, info in weights.items()}
+    head_dim = known[0] if known else shapes["q"][0] // len(orders["q"])
+
+    def ranks(side: str) -> Ranks:
+        entry = entries[side]
+        if entry is None:
+            return (head_dim,) * kv_heads
+        return tuple(rank for rank, (letter, _) in zip(entry.ranks, orders[side], strict=False) if letter == side)
+
+    unmerged = head_dim if between else _turned(config, spec, layer, head_dim)
     site = Site(
         spec=spec,
         layer=layer,
@@ -286,30 +425,34 @@ def _site(
         heads=heads,
         kv_heads=kv_heads,
         head_dim=head_dim,
-        query_width=weights["q"].shape[1],
-        key_width=weights["k"].shape[1],
-        output_width=weights["o"].shape[0],
+        query_width=shapes["q"][1],
+        key_width=shapes["k"][1],
+        output_width=shapes["o"][0],
         biases=frozenset(biases),
         dtype=max((info.dtype for info in (*weights.values(), *biases.values())), key=FLOATS.index),
-        qk_ranks=entries["k"].ranks if entries["k"] else stored,
-        vo_ranks=entries["v"].ranks if entries["v"] else stored,
+        qk_ranks=ranks("k"),
+        vo_ranks=ranks("v"),
         pairs=entries["k"].pairs if entries["k"] else None,
+        between=between or ROPE * bool(unmerged),
+        unmerged=unmerged,
     )
     if head_dim < 1 or not len(site.qk_ranks) == len(site.vo_ranks) == kv_heads:
         raise PessaError(f"{site.q}: config.json gives no ranks for just {kv_heads} key/value heads of {head_dim}")
     if site.query_width != site.output_width or ("self" in spec.kind and site.query_width != site.key_width):
         widths = f"W_Q {site.query_width}, W_K {site.key_width}, W_O {site.output_width}"
-        raise PessaError(f"{modules['q'].rpartition('.')[0]}: the widths of its inputs and output differ: {widths}")
+        raise PessaError(f"{_scope(modules['q'])}: the widths of its inputs and output differ: {widths}")
     if min(site.query_width, site.key_width) < 1:
-        raise PessaError(f"{modules['q'].rpartition('.')[0]}: its inputs have no width")
-    if spec.rope and head_dim % 2:
+        raise PessaError(f"{_scope(modules['q'])}: its inputs have no width")
+    if site.by_pairs and head_dim % 2:
         raise PessaError(f"{site.q}: heads of {head_dim} directions have no pairs to rotate")
-    if site.qk_ranks != site.full and (site.pairs is None) == spec.rope:
+    if site.qk_ranks != site.full and (site.pairs is not None) != site.by_pairs:
         known_as = "pairs, which only rotated ones have" if site.pairs else "ranks, but rotated ones are kept by pairs"
         raise PessaError(f"{site.q}: config.json gives queries and keys {known_as}")
+    if site.pairs is None and min(site.qk_ranks) < unmerged:
+        raise PessaError(f"{site.q}: config.json cuts off queries and keys that do not merge ({site.between})")
     size = sum(math.prod(shape) for shape in site.shapes(site.full, site.full).values())
     if size > most:
-        raise PessaError(f"{modules['q'].rpartition('.')[0]}: at full size it would have {size:,} entries")
+        raise PessaError(f"{_scope(modules['q'])}: at full size it would have {size:,} entries")
     for name, shape in site.tensors.items():
         if header[name].shape != shape:
             raise PessaError(

@@ -82,7 +82,7 @@ NAMES = tuple(field.name for field in fields(BlockStatistics))
 def shapes_of(site: Site) -> tuple[tuple[int, ...], ...]:
     """Of the statistics of a block, in the order of NAMES."""
     g, d, n = site.kv_heads, site.head_dim, site.heads * site.head_dim
-    head, none, rope = (g, d, d), (0, d, d), site.spec.rope
+    head, none, rope = (g, d, d), (0, d, d), site.by_pairs
     influence, pairs = (none, head) if rope else (head, none)
     return (), head, head, influence, (n, n), (n,), pairs, (), (2, len(LEVELS)), (3,)
 
@@ -127,7 +127,7 @@ def weigh(found: BlockStatistics, site: Site, v_bias: Tensor | None) -> Weighed:
         center=center if center is None or v_bias is None else center - v_bias.double(),
         moment=moment,
         ridge=RIDGE + m * g * few,
-        pairs=PairWeighting(found.pairs / (frames * d), RIDGE + few) if site.spec.rope else None,
+        pairs=PairWeighting(found.pairs / (frames * d), RIDGE + few) if site.by_pairs else None,
     )
 
 

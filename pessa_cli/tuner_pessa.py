@@ -158,7 +158,8 @@ class PessaLayer(TunerLayer):
 
 
 def _merges_qk(spec: AttentionSpec) -> bool:
-    return "Q-K" in spec.merges
+    """Whether one S between W_Q and W_K is all that the tuner needs, in every checkpoint."""
+    return spec.rope is None and not spec.norms and not spec.key_bias_stays
 
 
 class PessaModel(Tuner):
@@ -173,6 +174,7 @@ class PessaModel(Tuner):
             | {spec.q.rpartition(".")[2] for spec in specs if not _merges_qk(spec)}
         )
         for model_type, specs in ARCHITECTURES.items()
+        if not any(spec.fused for spec in specs)
     }
 
     def context(self, config: Any, target: nn.Module, name: str) -> dict[str, Any]:
@@ -191,8 +193,9 @@ class PessaModel(Tuner):
                 raise ValueError(f"{name} has lost frequency pairs, which R would mix with others: target {only} alone")
             if side == "q" and _merges_qk(spec):
                 raise ValueError(f"{name}: W_Q W_K^T has one S, which is trained on the keys: target {siblings['k']}")
-            kv_heads = model_config.get(spec.kv_heads) if spec.kv_heads else None
-            heads = model_config[spec.heads] if side == "q" else kv_heads or model_config[spec.heads]
+            heads = model_config[spec.heads[0]]
+            if side != "q" and isinstance(spec.kv_heads, tuple):
+                heads = next((model_config[key] for key in spec.kv_heads if model_config.get(key)), heads)
             ranks = base.ragged.ranks if isinstance(base, RaggedOut) else (base.out_features // heads,) * heads
             partner = {"q": None, "k": "q" if _merges_qk(spec) else None, "v": "o"}[side]
             if partner is None:

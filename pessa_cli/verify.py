@@ -251,9 +251,9 @@ def _compare_site(
     if ours.qk is not None and theirs.qk is not None:
         errors = relative_difference(_query_heads(ours.qk, site, "left"), _query_heads(theirs.qk, site, "left"))
         found += _by_head(site, "Q-K", errors)
-    else:
-        for side in "qk":  # a rotation stands between them, so each must be the same on its own
-            found += _by_head(site, side.upper(), _unmerged(weights, other_weights, side))
+    if site.unmerged:
+        for side in "qk":  # something stands between them, so each must be the same on its own
+            found += _by_head(site, side.upper(), _unmerged(weights, other_weights, side, site.unmerged))
     vo = _matched_rows(ours.vo, site), _matched_rows(theirs.vo, other)
     errors = relative_difference(_query_heads(vo[0], site, "right"), _query_heads(vo[1], site, "right"))
     found += _by_head(site, "V-O", errors)
@@ -268,10 +268,10 @@ def _by_head(site: Site, what: str, errors: Tensor) -> list[Difference]:
 
 def _query_heads(pair: Pair, site: Site, stacked: Literal["left", "right"]) -> Pair:
     """The pair with one batch entry a query head: the stacked side cut apart, the other repeated."""
-    g, m, d = site.kv_heads, site.group, site.head_dim
+    g, m = site.kv_heads, site.group
 
     def apart(factor: Tensor) -> Tensor:
-        return factor.reshape(g * m, -1, d)
+        return factor.reshape(g * m, -1, factor.shape[-1])
 
     def repeated(factor: Tensor) -> Tensor:
         return factor.repeat_interleave(m, dim=0)
@@ -287,14 +287,14 @@ def _matched_rows(pair: Pair, site: Site) -> Pair:
     return Pair(torch.nn.functional.pad(pair.left, (0, 0, 0, missing)), pair.right)
 
 
-def _unmerged(ours: HeadWeights, theirs: HeadWeights, side: str) -> Tensor:
-    """The relative difference of W_Q or W_K with its bias, one a head."""
+def _unmerged(ours: HeadWeights, theirs: HeadWeights, side: str, count: int) -> Tensor:
+    """The relative difference of W_Q or W_K with its bias, one a head, in its first directions."""
 
     def rows(weights: HeadWeights) -> Tensor:
         weight: Tensor = getattr(weights, side).double().flatten(0, -3)  # (heads, d, D)
         bias: Tensor | None = getattr(weights, f"{side}_bias")
         column = weight.new_zeros(weight.shape[:2]) if bias is None else bias.double().flatten(0, -2)
-        return torch.cat([weight, column.unsqueeze(-1)], dim=-1).flatten(1)
+        return torch.cat([weight, column.unsqueeze(-1)], dim=-1)[:, :count].flatten(1)
 
     return _relative(rows(ours), rows(theirs))
 

@@ -179,7 +179,7 @@ def test_negative_control_a_wrong_rope_flag_is_caught(
     """Merging Q-K across a rotation must move the outputs far beyond any tolerance."""
     source = tiny_folder("llama")
     right = ARCHITECTURES["llama"]
-    monkeypatch.setitem(ARCHITECTURES, "llama", tuple(replace(spec, rope=False) for spec in right))
+    monkeypatch.setitem(ARCHITECTURES, "llama", tuple(replace(spec, rope=None) for spec in right))
     decompose_model(open_model(source), tmp_path / "out")
     monkeypatch.setitem(ARCHITECTURES, "llama", right)
     (tmp_path / "out" / "spectra.safetensors").unlink()  # it would be refused as not fitting the row

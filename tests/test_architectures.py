@@ -1,0 +1,177 @@
+"""Every row of the table, proved on a tiny model of transformers' own: no row is believed until it has run."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+import tiny
+import tiny_models
+import torch
+from harness import edit_json
+
+from pessa_cli.calibrate import Collector, load_for_calibration, run
+from pessa_cli.errors import PessaError, UsageError
+from pessa_cli.heads import read_site, write_site
+from pessa_cli.model import Model, open_model
+from pessa_cli.pipeline import decompose_model, prune_model
+from pessa_cli.ranks import Rule
+from pessa_cli.sites import KNOWN, specs_of
+from pessa_cli.verify import verify_models
+
+EXACT = 1e-5
+
+
+@pytest.fixture(scope="module", params=tiny_models.TINIES)
+def name(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def source(name: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("source") / "model"
+    tiny_models.build(name).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def said(name: str, source: Path) -> torch.Tensor:
+    return tiny_models.outputs(name, tiny.load(source))
+
+
+def off(name: str, said: torch.Tensor, model: Any) -> float:
+    """How far a model's outputs are from those of the source."""
+    return float((tiny_models.outputs(name, model) - said).norm() / said.norm())
+
+
+def test_the_table_and_the_tiny_models_are_of_the_same_types() -> None:
+    assert {name.partition(" ")[0] for name in tiny_models.TINIES} == set(KNOWN)
+
+
+def test_every_name_is_there_and_every_tensor_is_read_and_written_to_the_bit(source: Path) -> None:
+    model = open_model(source)
+    specs = specs_of(model.reader.config, model.reader.header)
+    assert {site.spec.kind for site in model.sites} == {spec.kind for spec in specs}
+    for site in model.sites:
+        written = write_site(read_site(model.reader, site), site, model.reader.header, "dense")
+        assert written.keys() == site.tensors.keys()
+        for tensor, value in written.items():
+            assert torch.equal(value, model.reader.get(tensor)), tensor
+
+
+def test_full_rank_changes_nothing(name: str, source: Path, said: torch.Tensor, tmp_path: Path) -> None:
+    model = open_model(source)
+    decompose_model(model, tmp_path / "out")
+    assert changes(model, open_model(tmp_path / "out"))
+    assert off(name, said, tiny.load(tmp_path / "out")) < EXACT
+    level: Literal["weights", "blocks"] = "blocks"
+    unfit = {"clip": "does not run on built-in", "siglip": "does not run on built-in", "wavlm": "weights of its output"}
+    if name in unfit:  # the first two take an image and a text
+        with pytest.raises(PessaError, match=unfit[name]):
+            verify_models(model, open_model(tmp_path / "out"), level=level)
+        level = "weights"
+    report = verify_models(model, open_model(tmp_path / "out"), level=level, tolerance=1e-4)
+    assert report.same, report.failures
+
+
+def changes(model: Model, other: Model) -> bool:
+    """Whether the weights of every block have changed, so that equal outputs say something."""
+    return all(
+        any(not torch.equal(model.reader.get(tensor), other.reader.get(tensor)) for tensor in site.tensors)
+        for site in model.sites
+    )
+
+
+def test_half_of_it_is_the_same_function_compact_and_dense(
+    name: str, source: Path, said: torch.Tensor, tmp_path: Path
+) -> None:
+    model = open_model(source)
+    prune_model(model, tmp_path / "dense", Rule(ratio=0.5), layout="dense")
+    dense = tiny_models.outputs(name, tiny.load(tmp_path / "dense"))
+    assert float((dense - said).norm() / said.norm()) > EXACT  # something is gone
+    if not all(site.spec.compact for site in model.sites):
+        with pytest.raises(UsageError, match="reads its weights directly"):
+            prune_model(model, tmp_path / "compact", Rule(ratio=0.5))
+        return
+    prune_model(model, tmp_path / "compact", Rule(ratio=0.5))
+    compact = tiny.load(tmp_path / "compact")
+    assert off(name, dense, compact) < EXACT
+    assert open_model(tmp_path / "compact").parameters < model.parameters
+    compact.save_pretrained(tmp_path / "again")
+    again = tiny.load(tmp_path / "again")
+    assert off(name, dense, again) < EXACT
+    assert verify_models(open_model(tmp_path / "dense"), open_model(tmp_path / "again"), level="weights").same
+    if again.can_generate():
+        given = {key: value for key, value in tiny_models.inputs(name).items() if not key.startswith("decoder")}
+        options: dict[str, Any] = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "num_beams": 1}
+        options["suppress_tokens"] = [*range(90, 100)]  # of images, which are not there
+        cached, anew = (again.generate(**given, **options, use_cache=use) for use in (True, False))
+        assert torch.equal(cached, anew)
+
+
+def test_calibration_understands_what_it_hears_or_says_no(name: str, source: Path) -> None:
+    model = open_model(source)
+    try:
+        loaded = load_for_calibration(model)
+        with ExitStack() as hooks, torch.inference_mode():
+            outputs = [read_site(model.reader, site).o for site in model.sites]
+            collectors = [Collector(site, loaded, o, hooks) for site, o in zip(model.sites, outputs, strict=True)]
+            for row in range(2):
+                run(loaded, {key: value[row : row + 1] for key, value in tiny_models.inputs(name).items()}, collectors)
+            found = [collector.found() for collector in collectors]
+    except PessaError:
+        if name in ("whisper", "bert", "llama", "mistral", "qwen2"):
+            raise
+        return
+    assert all(torch.isfinite(tensor).all() for each in found for tensor in vars(each).values())
+    assert all(float(each.frames) for each in found)
+
+
+def test_negative_control_half_as_many_heads(name: str, source: Path, said: torch.Tensor, tmp_path: Path) -> None:
+    """Heads twice as wide mix what attention keeps apart: a wrong fact must show."""
+    model = open_model(source)
+    specs = specs_of(model.reader.config, model.reader.header)
+    places = {(spec.config, key) for spec in specs for key in spec.heads}
+
+    def halve(config: dict[str, Any]) -> None:
+        for inner, key in places:
+            part = config[inner] if inner else config
+            if key in part:
+                part[key] //= 2
+            if part.get("num_key_value_heads"):
+                part["num_key_value_heads"] = max(1, part["num_key_value_heads"] // 2)
+
+    damaged = tmp_path / "damaged"
+    tiny_models.build(name).save_pretrained(damaged)
+    whole = (damaged / "config.json").read_bytes()
+    edit_json(halve)(damaged)
+    try:
+        wrong = open_model(damaged)
+    except PessaError:  # the shapes show it
+        return
+    decompose_model(wrong, tmp_path / "out")
+    (tmp_path / "out" / "config.json").write_bytes(whole)
+    assert off(name, said, tiny.load(tmp_path / "out")) > 1e-3
+
+
+def test_negative_control_a_wrong_flag(
+    name: str, source: Path, said: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each flag that a row has, and that the model needs, must matter."""
+    model = open_model(source)
+    right = specs_of(model.reader.config, model.reader.header)
+
+    def matters(field: str) -> bool:
+        return field != "rope" or any(site.unmerged for site in model.sites)
+
+    for field, wrong in (("rope", None), ("key_bias_stays", False), ("sums_to_one", True)):
+        facts: dict[str, Any] = {"norms": (), "normed": False, "beside": ("*",), field: wrong}
+        changed = tuple(replace(spec, **facts) for spec in right)
+        if all(getattr(spec, field) == wrong for spec in right) or not matters(field):
+            continue
+        monkeypatch.setattr("pessa_cli.model.specs_of", lambda *_, changed=changed: changed)
+        decompose_model(open_model(source), tmp_path / field)
+        assert off(name, said, tiny.load(tmp_path / field)) > 1e-3, field
