@@ -68,6 +68,7 @@ class Subject:
     """A part of the table: a model, the kinds of its blocks that are pruned, and the shares of their attention.
 
     first: those that are run before all others; sequence: those at which calibration in sequence is tried.
+    same: the title of a subject with more blocks, whose statistics have these, too.
     """
 
     title: str
@@ -76,14 +77,15 @@ class Subject:
     shares: tuple[float, ...] = TENS
     first: tuple[float, ...] = ()
     sequence: tuple[float, ...] = ()
+    same: str | None = None
 
 
 SUBJECTS = (
     Subject("tiny.en encoder", "whisper-tiny.en", ("encoder.self",), (*TENS[:3], 0.35, *TENS[3:]), *2 * ((0.35, 0.5),)),
     Subject("tiny.en", "whisper-tiny.en", (), (*TENS[:2], 0.25, *TENS[2:]), *2 * ((0.25,),)),
+    Subject("tiny.en decoder", "whisper-tiny.en", ("decoder.self", "decoder.cross"), same="tiny.en"),
     Subject("MiniLM", "minilm", first=(0.3,)),
     Subject("SmolLM2", "smollm2-135m", (), (0.1, 0.15, *TENS[1:]), (0.15,)),
-    Subject("tiny.en decoder", "whisper-tiny.en", ("decoder.self", "decoder.cross")),
 )
 # By how much a model may be worse than the original: points of word error rate, of correlation, a share of perplexity.
 TARGETS = (
@@ -229,6 +231,8 @@ class Results:
 
     def _statistics(self, subject: Subject, number: int, rule: Rule | None) -> Statistics:
         fold = self._folds(subject.model)[number]
+        if subject.same is not None and rule is None:
+            subject = next(other for other in SUBJECTS if other.title == subject.same)
         name = "-".join(f"{subject.title} {number} {rule or ''}".split())
         file = self._out / "statistics" / f"{name}.safetensors"
         if not file.exists():
