@@ -38,7 +38,8 @@ from pessa_cli.writer import sha256_of
 
 AUDIO = (".wav", ".flac", ".ogg", ".mp3", ".opus")
 TEXT_TOKENS = 512  # of a window of text, if the model reads so many
-TRIED = 8  # inputs that trials are made on, at most; of every other one, the rest makes the decomposition for them
+TRIED = 8  # inputs that trials are made on, at most
+FOLDS = 4  # one of so many parts of the inputs is for trials; the decomposition that is tried is that of the others
 QUERIES = 64  # of an input that are looked at one by one: more cost much and say little
 
 
@@ -118,8 +119,8 @@ def collect(
             samples: list[Inputs] = []
             # In sequence, what the whole model hears is what its decoder goes on with.
             kept = _sampled(inputs, samples) if rule is None else list(_sampled(inputs, samples))
-            tested, others = _listen(model, loaded, sites, kept, progress("calibrating", total, 1), folds=2)
-        found = {site.name: tested[site.name] + others[site.name] for site in sites}
+            held_out, others = _listen(model, loaded, sites, kept, progress("calibrating", total, 1), FOLDS)
+        found = {site.name: held_out[site.name] + others[site.name] for site in sites}
         if fits:
             few = not any(float(one.frames) for one in others.values())  # of a single input nothing can be held out
             save_statistics(out, found if few else others, weights, hashes)
@@ -149,7 +150,7 @@ def _in_sequence(
     for site in sorted(sites, key=_place):
         with torch.inference_mode():
             ticks = progress(f"calibrating {site.name}", sum(nbytes for _, nbytes in inputs), 1)
-            (anew,) = (fold[site.name] for fold in _listen(model, loaded, [site], inputs, ticks))
+            anew = _listen(model, loaded, [site], inputs, ticks)[0][site.name]
         before = found[site.name]
         found[site.name] = replace(anew, output=before.output, tried=before.tried, harm=before.harm)
         save_statistics(out, found, *about)
@@ -173,8 +174,8 @@ def _place(site: Site) -> tuple[bool, int, bool]:
 
 
 def _sampled(inputs: Iterable[tuple[Inputs, int]], samples: list[Inputs]) -> Iterator[tuple[Inputs, int]]:
-    """The same inputs, with some of every other of them kept on the way, evenly spaced, for trials: at most TRIED."""
-    every = 2
+    """The same inputs, with some of the first of every FOLDS kept on the way, evenly spaced: at most TRIED."""
+    every = FOLDS
     for number, (given, nbytes) in enumerate(inputs):
         if number % every == 0:
             samples.append(given)
@@ -197,17 +198,19 @@ def _listen(
     sites: Sequence[Site],
     inputs: Iterable[tuple[Inputs, int]],
     progress: AbstractContextManager[Tick],
-    folds: int = 1,
-) -> list[dict[str, BlockStatistics]]:
-    """The statistics of the given blocks over all inputs, which are dealt out to so many folds."""
+    every: int = 1,
+) -> tuple[dict[str, BlockStatistics], dict[str, BlockStatistics]]:
+    """The statistics of the given blocks over the first of `every` so many inputs, and over the others."""
     with ExitStack() as hooks, progress as tick:
         outputs = {site.name: read_site(model.reader, site).o for site in sites}
-        collectors = [[Collector(site, loaded, outputs[site.name], hooks) for site in sites] for _ in range(folds)]
+        first, others = ([Collector(site, loaded, outputs[site.name], hooks) for site in sites] for _ in range(2))
         for number, (given, nbytes) in enumerate(inputs):
-            run(loaded, given, collectors[number % folds])
+            run(loaded, given, others if number % every else first)
             tick(nbytes, 0)
         tick(0, 1)
-        return [{site.name: c.found() for site, c in zip(sites, fold, strict=True)} for fold in collectors]
+        names = [site.name for site in sites]
+        found = [{name: c.found() for name, c in zip(names, part, strict=True)} for part in (first, others)]
+        return found[0], found[1]
 
 
 def load_for_calibration(model: Model, **placing: Any) -> Any:

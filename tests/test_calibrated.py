@@ -232,7 +232,7 @@ def test_statistics_of_parts_add_up_to_those_of_all(tiny_folder: TinyFolder, dat
     assert both.sha256 == whole.sha256 != Statistics(tmp_path / "a").sha256
     for site in model.sites:
         one, sum_ = whole.of(site), both.of(site)
-        added = [name for name in NAMES if name not in ("tried", "harm")]  # those are of other decompositions
+        added = [name for name in NAMES if name not in TRIED]  # those are of other inputs and decompositions
         assert all(torch.allclose(getattr(one, name), getattr(sum_, name)) for name in added)
         assert sum_.trials is not None
     with pytest.raises(PessaError, match="in common"):

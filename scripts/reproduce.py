@@ -1,0 +1,377 @@
+"""The README's results: real models pruned by four methods at equal shares of their attention, quality and size.
+
+    python scripts/reproduce.py $PESSA_DATA -o out/results [--only "tiny.en encoder"] [--threads 2]
+
+- vanilla: the original dimensions, ranked by the product of their L2 norms, as the paper's baseline does it.
+- plain: singular values of the weights alone, Q-K and V-O apart (`--ratio`).
+- calibrated: statistics of real inputs, one budget for all heads, blocks and sides (`--calibrate --target-attention`).
+- in sequence: the same, each block calibrated on what the pruned ones before it produce (`--sequential`).
+
+Under RoPE vanilla and plain drop the share of frequency pairs of Q-K by the weights alone (`--rope-ratio`).
+
+What a model was calibrated on, it is never scored on. Whisper: the clips are dealt into two halves, and each is
+transcribed by models that were calibrated on the audio of the other one; beside the word error rate stands the mean
+negative log-likelihood of the reference texts, which moves by less when a clip loses a sentence. SmolLM2: calibrated on
+the end of the text, perplexity over windows from its beginning. MiniLM: calibrated on the sentences of every fifth pair
+that no other pair has, Spearman's correlation over the other pairs.
+
+Results are kept in OUT/runs.jsonl as they come and statistics in OUT/statistics: what is there is not made again, so a
+run can be stopped at any time. In the end OUT has table.md and results.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import multiprocessing
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from fetch_models import fetch
+from torch.nn.functional import cross_entropy
+from transformers import AutoTokenizer, WhisperProcessor
+
+from pessa_cli import pipeline
+from pessa_cli.bench import peak_memory
+from pessa_cli.calibrate import collect
+from pessa_cli.measures import Measure, Settings
+from pessa_cli.model import Model, open_model
+from pessa_cli.output import Method
+from pessa_cli.pairs import Pairs, embedding_of
+from pessa_cli.perplexity import Text
+from pessa_cli.ranks import Rule
+from pessa_cli.report import totals
+from pessa_cli.sidebyside import load, quiet_transformers
+from pessa_cli.sites import select
+from pessa_cli.speech import Speech, read_clips
+from pessa_cli.statistics import Statistics
+
+METHODS = ("vanilla", "plain", "calibrated", "in sequence")
+CHARACTERS = 45_000  # of the end of the text, to calibrate on
+WINDOWS = 20  # from its beginning, to score on
+EVERY = 5  # of the pairs, one to calibrate on: the file goes from genre to genre
+TENS = (0.1, 0.2, 0.3, 0.4, 0.5)
+Run = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A part of the table: a model, the kinds of its blocks that are pruned, and the shares of their attention.
+
+    first: those that are run before all others; sequence: those at which calibration in sequence is tried.
+    same: the title of a subject with more blocks, whose statistics have these, too.
+    """
+
+    title: str
+    model: str
+    kinds: tuple[str, ...] = ()
+    shares: tuple[float, ...] = TENS
+    first: tuple[float, ...] = ()
+    sequence: tuple[float, ...] = ()
+    same: str | None = None
+
+
+SUBJECTS = (
+    Subject("tiny.en encoder", "whisper-tiny.en", ("encoder.self",), (*TENS[:3], 0.35, *TENS[3:]), *2 * ((0.35, 0.5),)),
+    Subject("tiny.en", "whisper-tiny.en", (), (*TENS[:2], 0.25, *TENS[2:]), *2 * ((0.25,),)),
+    Subject("tiny.en decoder", "whisper-tiny.en", ("decoder.self", "decoder.cross"), same="tiny.en"),
+    Subject("MiniLM", "minilm", first=(0.3,)),
+    Subject("SmolLM2", "smollm2-135m", (), (0.1, 0.15, *TENS[1:]), (0.15,)),
+)
+# By how much a model may be worse than the original: points of word error rate, of correlation, a share of perplexity.
+TARGETS = (
+    ("tiny.en encoder", 0.35, "calibrated", 0.02),
+    ("tiny.en encoder", 0.5, "in sequence", 0.1),
+    ("tiny.en", 0.25, "calibrated", 0.02),
+    ("MiniLM", 0.3, "calibrated", 0.01),
+    ("SmolLM2", 0.15, "calibrated", 0.05),
+)
+
+
+@dataclass(frozen=True)
+class Fold:
+    """Files to calibrate on, and a measure on other data."""
+
+    calibration: Sequence[Path]
+    measure: Measure
+
+
+def speech_folds(data: Path, _out: Path, source: Path) -> list[Fold]:
+    clips = read_clips(data / "speech" / "clips.jsonl")
+    processor, halves = WhisperProcessor.from_pretrained(source), (clips[0::2], clips[1::2])
+    return [
+        Fold([clip.file for clip in half], Speech.of("the other half", other, processor, Settings(new_tokens=100)))
+        for half, other in (halves, halves[::-1])
+    ]
+
+
+def text_folds(data: Path, out: Path, source: Path) -> list[Fold]:
+    text = (data / "text" / "wikitext2-valid.txt").read_text(encoding="utf-8")
+    beginning, end = out / "text-beginning.txt", out / "text-end.txt"
+    beginning.write_text(text[:-CHARACTERS], encoding="utf-8")
+    end.write_text(text[-CHARACTERS:], encoding="utf-8")
+    return [Fold([end], Text.load(beginning, AutoTokenizer.from_pretrained(source), Settings(limit=WINDOWS)))]
+
+
+def pairs_folds(data: Path, out: Path, source: Path) -> list[Fold]:
+    with (data / "text" / "stsb-en-dev.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.reader(file))
+    others = [row for number, row in enumerate(rows) if number % EVERY]
+    there = {sentence for row in others for sentence in row[:2]}
+    sentences = dict.fromkeys(sentence for row in rows[::EVERY] for sentence in row[:2] if sentence not in there)
+    calibration, scored = out / "sentences.jsonl", out / "pairs.csv"
+    calibration.write_text("".join(json.dumps({"text": sentence}) + "\n" for sentence in sentences), encoding="utf-8")
+    with scored.open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows(others)
+    embedding = embedding_of(source, open_model(source).reader.config)
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    return [Fold([calibration], Pairs.load(scored, tokenizer, Settings(batch=32), embedding))]
+
+
+FOLDS: dict[str, Callable[[Path, Path, Path], list[Fold]]] = {
+    "whisper-tiny.en": speech_folds,
+    "minilm": pairs_folds,
+    "smollm2-135m": text_folds,
+}
+
+
+@torch.inference_mode()
+def surprise(model: Any, speech: Speech) -> tuple[float, int]:
+    """Nats that the reference texts take, teacher-forced, and their tokens; in small letters, as most of them are."""
+    nats, tokens = 0.0, 0
+    tokenizer = speech.processor.tokenizer
+    prefix = len(tokenizer("").input_ids) - 1  # what stands before a text, as what ends it does after
+    for clip, given in zip(speech.clips, speech.inputs, strict=True):
+        ids = tokenizer(f" {(clip.text or '').lower()}", return_tensors="pt").input_ids[:, :-1]
+        logits = model(input_features=given["input_features"], decoder_input_ids=ids[:, :-1]).logits[0]
+        nats += float(cross_entropy(logits[prefix - 1 :], ids[0, prefix:], reduction="sum"))
+        tokens += ids.shape[1] - prefix
+    return nats, tokens
+
+
+def quality(folders: Sequence[Path], measures: Sequence[Measure]) -> Run:
+    """That of several models together, each on data of its own."""
+    scores, counts, nats, tokens = [], [], 0.0, 0
+    for folder, measure in zip(folders, measures, strict=True):
+        model = load(open_model(folder))
+        scores.append(measure.score(model))
+        counts.append(scores[-1].counts)
+        if isinstance(measure, Speech):
+            more = surprise(model, measure)
+            nats, tokens = nats + more[0], tokens + more[1]
+    found: Run = {"metric": scores[0].metric, "counts": counts}
+    if not tokens:
+        (score,) = scores
+        return found | {"quality": score.value}
+    rate = sum(count["errors"] for count in counts) / sum(count["words"] for count in counts)
+    return found | {"quality": rate, "nats": nats / tokens}
+
+
+def calibrate(model: str, kinds: tuple[str, ...], files: Sequence[Path], out: Path, rule: Rule | None, n: int) -> Run:
+    """Write statistics, and say what they cost; meant for a process of its own."""
+    torch.set_num_threads(n)
+    opened, started = open_model(fetch(model)), time.perf_counter()
+    partial = out.with_suffix(".partial")
+    collect(opened, select(opened.sites, kinds), files, partial, rule)
+    partial.rename(out)
+    return {"calibration": out.stem, "seconds": time.perf_counter() - started, "peak": peak_memory()}
+
+
+class Results:
+    """Runs, each of them made once."""
+
+    def __init__(self, data: Path, out: Path, threads: int) -> None:
+        self._data, self._out, self._threads = data, out, threads
+        self._file = out / "runs.jsonl"
+        self._folds = cache(lambda name: FOLDS[name](data, out, fetch(name)))
+        self.runs: list[Run] = []
+        if self._file.exists():
+            self.runs = [json.loads(line) for line in self._file.read_text(encoding="utf-8").splitlines()]
+        (out / "statistics").mkdir(parents=True, exist_ok=True)
+
+    def make(self, subject: Subject, method: str, share: float) -> None:
+        key = {"subject": subject.title, "method": method, "share": share}
+        if any(key.items() <= run.items() for run in self.runs):
+            return
+        started, folds, model = time.perf_counter(), self._folds(subject.model), open_model(fetch(subject.model))
+        if method == "original":
+            size = {"parameters": model.parameters, "attention": 0.0}
+            found = quality([model.reader.folder for _ in folds], [fold.measure for fold in folds])
+        else:
+            with tempfile.TemporaryDirectory() as folder:
+                outs = [Path(folder) / str(number) for number in range(len(folds))]
+                sizes = [self._pruned(subject, method, share, model, *each) for each in enumerate(outs)]
+                size = max(sizes, key=lambda size: size["parameters"])
+                found = quality(outs, [fold.measure for fold in folds])
+        self._add(key | size | found | {"seconds": time.perf_counter() - started})
+
+    def _pruned(self, subject: Subject, method: str, share: float, model: Model, fold: int, out: Path) -> Run:
+        """Write a model, and say how large it is."""
+        sites, statistics = select(model.sites, subject.kinds), None
+        rotates = any(site.spec.rope for site in sites)
+        rule = Rule(ratio=share, rope_ratio=share if rotates else None)
+        if method in ("calibrated", "in sequence"):
+            rule = Rule(target_attention=1 - share)
+            statistics = self._statistics(subject, fold, rule if method == "in sequence" else None)
+        how: Method = "vanilla" if method == "vanilla" else "svd"
+        run = pipeline.Run(jobs=self._threads)
+        ranks = pipeline.prune_model(model, out, rule, sites, how, run=run, statistics=statistics).ranks
+        counted = totals(model.reader.header, model.sites, sites, ranks)
+        names = {"parameters": "parameters_after", "attention": "attention_pruned"}
+        return {name: counted[known] for name, known in names.items()}
+
+    def _statistics(self, subject: Subject, number: int, rule: Rule | None) -> Statistics:
+        fold = self._folds(subject.model)[number]
+        if subject.same is not None and rule is None:
+            subject = next(other for other in SUBJECTS if other.title == subject.same)
+        name = "-".join(f"{subject.title} {number} {rule or ''}".split())
+        file = self._out / "statistics" / f"{name}.safetensors"
+        if not file.exists():
+            # In a process of its own, since its peak of memory is of interest.
+            context = multiprocessing.get_context("spawn")
+            with ProcessPoolExecutor(1, context) as pool:
+                arguments = (subject.model, subject.kinds, fold.calibration, file, rule, self._threads)
+                self._add(pool.submit(calibrate, *arguments).result())
+        found = Statistics(file)
+        if common := set(found.data) & set(fold.measure.sources.values()):
+            raise SystemExit(f"{name}: calibrated on what it is scored on, {common}")
+        return found
+
+    def _add(self, run: Run) -> None:
+        self.runs.append(run)
+        with self._file.open("a", encoding="utf-8") as out:
+            out.write(json.dumps(run) + "\n")
+        print(json.dumps({key: value for key, value in run.items() if key != "counts"}), file=sys.stderr, flush=True)
+
+    def of(self, subject: str, method: str, share: float) -> Run | None:
+        key = {"subject": subject, "method": method, "share": share}
+        return next((run for run in self.runs if key.items() <= run.items()), None)
+
+
+def jobs(subjects: Sequence[Subject]) -> Iterator[tuple[Subject, str, float]]:
+    """Everything there is to run, what targets are about first."""
+    for subject in subjects:
+        yield subject, "original", 0.0
+    for first in (True, False):
+        for method in ("calibrated", "in sequence", "plain", "vanilla"):
+            for subject in subjects:
+                chosen = subject.sequence if method == "in sequence" else subject.shares
+                yield from ((subject, method, share) for share in chosen if (share in subject.first) is first)
+
+
+def shown(run: Run | None) -> str:
+    if run is None:
+        return ""
+    if run["metric"] == "perplexity":
+        return f"{run['quality']:,.1f}"
+    if run["metric"] == "word error rate":
+        return f"{run['quality']:.1%} ({run['nats']:.2f})".replace("%", " %")
+    return f"{run['quality']:.3f}"
+
+
+def table(results: Results, subjects: Sequence[Subject]) -> Iterator[str]:
+    """In Markdown. Parameters are those of vanilla and plain, and of the calibrated ones, which have no more."""
+    yield f"| model | pruned | parameters | calibrated | {' | '.join(METHODS)} |"
+    yield "|---" * (4 + len(METHODS)) + "|"
+    for subject in subjects:
+        if original := results.of(subject.title, "original", 0.0):
+            size = f"{original['parameters']:,}"
+            yield f"| {' | '.join([subject.title, '0 %', size, size, *[shown(original)] * 3, ''])} |"
+        for share in subject.shares:
+            found = {method: results.of(subject.title, method, share) for method in METHODS}
+            sizes = [f"{run['parameters']:,}" if (run := found[name]) else "" for name in ("plain", "calibrated")]
+            cells = [
+                subject.title,
+                f"{share:.0%}".replace("%", " %"),
+                *sizes,
+                *(shown(found[method]) for method in METHODS),
+            ]
+            yield f"| {' | '.join(cells)} |"
+
+
+def worse(run: Run, original: Run) -> float:
+    """By how much a model is worse than another, as TARGETS counts it."""
+    if run["metric"] == "perplexity":
+        return float(run["quality"] / original["quality"] - 1)
+    difference = float(run["quality"] - original["quality"])
+    return difference if run["metric"] == "word error rate" else -difference
+
+
+def verdicts(results: Results, subjects: Sequence[Subject]) -> Iterator[str]:
+    """Which targets are met, and where calibration does harm or takes more parameters."""
+    for title, share, method, most in TARGETS:
+        run, original = results.of(title, method, share), results.of(title, "original", 0.0)
+        if run is not None and original is not None:
+            found = worse(run, original)
+            yield f"{title}, {share:.0%}, {method}: {found:+.4f}, target {most}: {'met' if found <= most else 'MISSED'}"
+    for subject in subjects:
+        for share in subject.shares:
+            plain = results.of(subject.title, "plain", share)
+            for method in ("calibrated", "in sequence"):
+                run = results.of(subject.title, method, share)
+                if run is None or plain is None:
+                    continue
+                if run["parameters"] > plain["parameters"]:
+                    yield f"{subject.title}, {share:.0%}, {method}: MORE parameters than plain"
+                if worse(run, plain) > 0 or run.get("nats", 0) > plain.get("nats", 0):
+                    yield f"{subject.title}, {share:.0%}, {method}: WORSE than plain, {shown(run)} and {shown(plain)}"
+
+
+def costs(results: Results) -> Iterator[str]:
+    for run in results.runs:
+        if "calibration" in run:
+            yield f"calibrating {run['calibration']}: {run['seconds']:.0f} s, {run['peak'] / 1e6:,.0f} MB at the peak"
+
+
+def plot(results: Results, subjects: Sequence[Subject], file: Path) -> None:
+    """Quality against the share of attention that is pruned."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4 * len(subjects), 4), layout="constrained")
+    for axes, subject in zip(figure.subplots(1, len(subjects), squeeze=False)[0], subjects, strict=True):
+        original = results.of(subject.title, "original", 0.0)
+        for method in METHODS:
+            runs = [run for share in subject.shares if (run := results.of(subject.title, method, share))]
+            if runs and original is not None:
+                points = [original, *runs] if method != "in sequence" else runs
+                x, y = ([run[name] for run in points] for name in ("attention", "quality"))
+                axes.plot(x, y, marker="o", linestyle="none" if method == "in sequence" else "-", label=method)
+                axes.set(title=subject.title, xlabel="share of attention pruned", ylabel=original["metric"])
+        if original is not None and original["metric"] == "perplexity":
+            axes.set_yscale("log")
+        axes.legend()
+    figure.savefig(file, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path, help="a folder with speech/clips.jsonl, text/wikitext2-valid.txt and more")
+    parser.add_argument("-o", "--out", type=Path, required=True)
+    parser.add_argument("--only", nargs="+", choices=[subject.title for subject in SUBJECTS], help="of the subjects")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--show", action="store_true", help="only show what there is")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    subjects = [subject for subject in SUBJECTS if not args.only or subject.title in args.only]
+    results = Results(args.data, args.out, args.threads)
+    if not args.show:
+        with quiet_transformers():
+            for job in jobs(subjects):
+                results.make(*job)
+    lines = [*table(results, subjects), "", *verdicts(results, subjects), "", *costs(results)]
+    (args.out / "table.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    print("\n".join(lines))
+    plot(results, subjects, args.out / "results.png")
+
+
+if __name__ == "__main__":
+    main()
