@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 import tiny
 import tiny_models
 import torch
-from harness import edit_json
+from harness import Pessa, edit_json
 
 from pessa_cli.calibrate import Collector, load_for_calibration, run
 from pessa_cli.errors import PessaError, UsageError
@@ -174,3 +175,19 @@ def test_negative_control_a_wrong_flag(
         monkeypatch.setattr("pessa_cli.model.specs_of", lambda *_, changed=changed: changed)
         decompose_model(open_model(source), tmp_path / field)
         assert off(name, said, tiny.load(tmp_path / field)) > 1e-3, field
+
+
+def test_the_readme_has_the_table(pessa: Pessa) -> None:
+    readme = Path(__file__).parents[1] / "README.md"
+    printed = pessa("architectures", "--markdown")
+    assert (printed.code, printed.err) == (0, "")
+    assert printed.out.strip() in readme.read_text(encoding="utf-8")
+
+
+def test_the_command_lists_every_row(pessa: Pessa) -> None:
+    rows = json.loads(pessa("architectures", "--json").out)
+    assert [row["model_type"] for row in rows] == list(KNOWN)
+    assert all(row["merges"] and row["checked"] and row["since"] for row in rows)
+    shown = pessa("architectures").out
+    assert all(f"\n{name} " in shown for name in KNOWN)
+    assert next(row for row in rows if row["model_type"] == "wavlm")["layouts"] == ["dense"]
