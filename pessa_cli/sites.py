@@ -204,7 +204,8 @@ def find_sites(specs: Iterable[AttentionSpec], config: Mapping[str, Any], header
         if missing:
             continue
         entries = {side: ragged.get(ragged_names.find(module) or "") for side, module in modules.items()}
-        between = next((rest.partition(".")[0] for rest in rests if _fits(rest, spec.norms)), "norms" * spec.normed)
+        there = [norm.partition(".")[0] for norm in spec.norms if any(_fits(rest, (norm,)) for rest in rests)]
+        between = there[0] if there else "norms" * spec.normed
         try:
             sites.append(_site(spec, layer, modules, config, header, entries, most, between))
         except PessaError as error:

@@ -12,7 +12,8 @@ import pytest
 import tiny
 import tiny_models
 import torch
-from harness import Pessa, edit_json
+import transformers
+from harness import Pessa, edit_json, edit_weights, is_refusal
 
 from pessa_cli.calibrate import Collector, load_for_calibration, run
 from pessa_cli.errors import PessaError, UsageError
@@ -191,3 +192,101 @@ def test_the_command_lists_every_row(pessa: Pessa) -> None:
     shown = pessa("architectures").out
     assert all(f"\n{name} " in shown for name in KNOWN)
     assert next(row for row in rows if row["model_type"] == "wavlm")["layouts"] == ["dense"]
+
+
+HUB = {
+    "llava": [("vision_tower.", "vision_tower.vision_model.")],
+    "gemma3": [("vision_tower.", "vision_tower.vision_model."), ("language_model.model.", "model.language_model.")],
+    "clip_vision_model": [("encoder.", "vision_model.encoder.")],
+    "qwen2_vl": [("model.layers.", "model.language_model.layers.")],
+    "gpt2": [("transformer.", "")],
+    "vit": [("vit.", "")],
+}
+
+
+@pytest.mark.parametrize("name", HUB)
+def test_files_with_other_prefixes_are_the_same_model(name: str, tmp_path: Path) -> None:
+    tiny_models.build(name).save_pretrained(tmp_path / "ours")
+    tiny_models.build(name).save_pretrained(tmp_path / "hub")
+
+    def rename(tensors: dict[str, torch.Tensor]) -> None:
+        for old, new in HUB[name]:
+            for key in [key for key in tensors if key.startswith(old)]:
+                tensors[new + key.removeprefix(old)] = tensors.pop(key)
+
+    edit_weights(rename)(tmp_path / "hub")
+    ours, theirs = (open_model(tmp_path / folder) for folder in ("ours", "hub"))
+    assert ours.reader.header.keys() != theirs.reader.header.keys()
+    assert [site.name for site in ours.sites] == [site.name for site in theirs.sites]
+    prune_model(theirs, tmp_path / "out", Rule(ratio=0.5))
+    prune_model(ours, tmp_path / "same", Rule(ratio=0.5))
+    said = tiny_models.outputs(name, tiny.load(tmp_path / "same"))
+    assert off(name, said, tiny.load(tmp_path / "out")) < EXACT
+
+
+def test_what_a_published_sub_config_leaves_out_is_as_usual(tmp_path: Path) -> None:
+    """LLaVA's text_config does not say how many heads there are: LLaMA's class does."""
+    tiny_models.build("llava").save_pretrained(tmp_path / "model")
+    usual = {"hidden_size": 128, "num_key_value_heads": 32, "intermediate_size": 48, "num_attention_heads": 32}
+    shape = tiny_models.TINIES["llava"][1]["text_config"] | usual
+    kind = transformers.LlavaForConditionalGeneration
+    config = tiny_models.TINIES["llava"][1] | {"text_config": shape}
+    kind(kind.config_class(**config)).save_pretrained(tmp_path / "model")
+
+    def silent(config: dict[str, Any]) -> None:
+        del config["text_config"]["num_attention_heads"], config["text_config"]["num_key_value_heads"]
+
+    edit_json(silent)(tmp_path / "model")
+    assert {site.heads for site in open_model(tmp_path / "model").sites} == {32, 4}
+
+
+def test_sites_choose_a_tower(tmp_path: Path, pessa: Pessa) -> None:
+    tiny_models.build("llava").save_pretrained(tmp_path / "model")
+    done = pessa("prune", tmp_path / "model", "-o", tmp_path / "out", "--sites", "vision.self", "--rank", "3", "--json")
+    assert done.code == 0, done.err
+    model, out = open_model(tmp_path / "model"), open_model(tmp_path / "out")
+    for site, cut in zip(model.sites, out.sites, strict=True):
+        assert (cut.qk_ranks == (3,) * 4) == (site.spec.kind == "vision.self")
+    refused = pessa("prune", tmp_path / "model", "-o", tmp_path / "no", "--sites", "encoder.self", "--rank", "3")
+    is_refusal(refused, "encoder.self", "text.self, vision.self", code=2)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("qwen3", "V-O (q_norm)"),
+        ("deberta-v2 apart", "V-O (pos_key_proj)"),
+        ("gptj", "Q-K but 4 of 8 (RoPE), V-O"),
+        ("smollm3", "V-O (RoPE) | Q-K, V-O"),
+        ("gpt2", "Q-K, V-O"),
+    ],
+)
+def test_inspect_says_what_merges(name: str, said: str, tmp_path: Path, pessa: Pessa) -> None:
+    tiny_models.build(name).save_pretrained(tmp_path)
+    shown = pessa("inspect", tmp_path)
+    assert shown.code == 0, shown.err
+    assert said in " ".join(shown.out.split())
+
+
+@pytest.mark.parametrize("name", ["phi", "gptj", "phi3 partial"])
+def test_rotated_directions_stay_and_ranks_are_of_the_others(name: str, tmp_path: Path) -> None:
+    tiny_models.build(name).save_pretrained(tmp_path / "model")
+    model = open_model(tmp_path / "model")
+    decompose_model(model, tmp_path / "whole")
+    for rule in (Rule(rank=2), Rule(target_attention=0.4), Rule(energy=0.9, round_to=2)):
+        prune_model(model, tmp_path / f"{rule}", rule)
+        prune_model(open_model(tmp_path / "whole"), tmp_path / f"sliced {rule}", rule)
+        out, sliced = (open_model(tmp_path / folder) for folder in (f"{rule}", f"sliced {rule}"))
+        for site, cut in zip(out.sites, sliced.sites, strict=True):
+            assert min(site.qk_ranks) >= site.unmerged > 0
+            assert (site.qk_ranks, site.vo_ranks) == (cut.qk_ranks, cut.vo_ranks)
+            if rule.rank:
+                assert set(site.qk_ranks) == {site.unmerged + 2}
+        weights = [(tmp_path / folder / "model.safetensors").read_bytes() for folder in (f"{rule}", f"sliced {rule}")]
+        assert weights[0] == weights[1]
+
+
+def test_clamped_values_are_refused(tmp_path: Path, pessa: Pessa) -> None:
+    tiny_models.build("olmo").save_pretrained(tmp_path)
+    edit_json(lambda config: config.update(clip_qkv=1.0))(tmp_path)
+    is_refusal(pessa("inspect", tmp_path), "clip_qkv", "W_V and W_O")
