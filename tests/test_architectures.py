@@ -290,3 +290,37 @@ def test_clamped_values_are_refused(tmp_path: Path, pessa: Pessa) -> None:
     tiny_models.build("olmo").save_pretrained(tmp_path)
     edit_json(lambda config: config.update(clip_qkv=1.0))(tmp_path)
     is_refusal(pessa("inspect", tmp_path), "clip_qkv", "W_V and W_O")
+
+
+def eager(folder: Path, train: bool = False) -> Any:
+    model = tiny.load(folder, attn_implementation="eager")
+    return model.train(train)
+
+
+@pytest.mark.parametrize(
+    ("name", "with_it", "without"),
+    [
+        ("gemma2", {"attn_logit_softcapping": 0.5}, {"attn_logit_softcapping": None}),
+        ("gemma2", {"query_pre_attn_scalar": 3}, {"query_pre_attn_scalar": 20}),
+        ("mistral", {"sliding_window": 2}, {"sliding_window": None}),
+        ("t5", {"relative_attention_max_distance": 20}, {"relative_attention_max_distance": 5}),
+        ("llama", {"attention_dropout": 0.5}, {"attention_dropout": 0.0}),
+    ],
+    ids=lambda value: str(value),
+)
+def test_what_happens_to_scores_does_not_matter(
+    name: str, with_it: dict[str, Any], without: dict[str, Any], tmp_path: Path
+) -> None:
+    """Caps, scales, windows, relative biases and dropout: they change what a model says, and not what merges."""
+    train = "attention_dropout" in with_it
+
+    def said(folder: str) -> torch.Tensor:
+        torch.manual_seed(0)
+        return tiny_models.outputs(name, eager(tmp_path / folder, train))
+
+    for folder, more in (("with", with_it), ("without", without)):
+        tiny_models.build(name, **more).save_pretrained(tmp_path / folder)
+    decompose_model(open_model(tmp_path / "with"), tmp_path / "out")
+    wanted = said("with")
+    assert float((said("out") - wanted).norm() / wanted.norm()) < EXACT
+    assert float((said("without") - wanted).norm() / wanted.norm()) > 1e-3

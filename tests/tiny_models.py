@@ -356,9 +356,10 @@ TINIES: dict[str, tuple[str, dict[str, Any], str]] = {
 }
 
 
-def build(name: str) -> PreTrainedModel:
-    """A tiny model by name, float32, in eval mode."""
+def build(name: str, **more: Any) -> PreTrainedModel:
+    """A tiny model by name, float32, in eval mode; `more` for its config."""
     kind, config, _ = TINIES[name]
+    config = config | more
     torch.manual_seed(0)
     made: PreTrainedModel = getattr(transformers, kind)(getattr(transformers, kind).config_class(**config))
     with torch.no_grad():
