@@ -19,7 +19,7 @@ from pessa_cli.calibrate import Collector, load_for_calibration, run
 from pessa_cli.errors import PessaError, UsageError
 from pessa_cli.heads import read_site, write_site
 from pessa_cli.model import Model, open_model
-from pessa_cli.pipeline import decompose_model, prune_model
+from pessa_cli.pipeline import decompose_model, export_model, prune_model
 from pessa_cli.ranks import Rule
 from pessa_cli.sites import KNOWN, specs_of
 from pessa_cli.verify import verify_models
@@ -99,6 +99,9 @@ def test_half_of_it_is_the_same_function_compact_and_dense(
             prune_model(model, tmp_path / "compact", Rule(ratio=0.5))
         return
     prune_model(model, tmp_path / "compact", Rule(ratio=0.5))
+    export_model(open_model(tmp_path / "compact"), tmp_path / "padded", "dense")
+    padded, written = ((tmp_path / folder / "model.safetensors").read_bytes() for folder in ("padded", "dense"))
+    assert padded == written
     compact = tiny.load(tmp_path / "compact")
     assert off(name, dense, compact) < EXACT
     assert open_model(tmp_path / "compact").parameters < model.parameters
