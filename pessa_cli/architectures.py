@@ -205,6 +205,7 @@ ARCHITECTURES: dict[str, tuple[AttentionSpec, ...]] = {
     "gemma": _decoder(),
     "gemma2": _decoder(),
     "qwen2": _decoder(),
+    "starcoder2": _decoder(),
     "gpt_oss": _decoder(beside=("sinks",), sums_to_one=False),
     "cohere": _decoder(rope=Rotation(interleaved=True), norms=QK_NORM),
     "cohere2": _decoder(rope=Rotation(interleaved=True, layers=("layer_types", "sliding_attention"))),

@@ -25,7 +25,7 @@ from pessa_cli.checkpoint import file_size
 from pessa_cli.errors import PessaError, UsageError
 from pessa_cli.model import Model, open_model
 from pessa_cli.pipeline import Progress, quietly
-from pessa_cli.sidebyside import Inputs, load, noise, output_of, quiet_transformers, random_tokens
+from pessa_cli.sidebyside import Inputs, load, noise, output_of, quiet_transformers, random_tokens, signal, with_answer
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 PAUSE = 0.05  # seconds between two runs: idle threads of the one model spin that long at most, and the other's wait
@@ -203,7 +203,7 @@ class Runner:
         self.device = torch.device(settings.device)
         with quiet_transformers():
             self.model = load(open_model(folder), DTYPES[settings.dtype]).to(self.device)
-        self.inputs = self._inputs()
+        self.inputs = self._inputs(folder)
         self.cache = 0
         self.kinds: dict[str, Callable[[], object]] = {"forward": lambda: output_of(self.model, self.inputs)}
         if self.model.config.is_encoder_decoder:
@@ -211,7 +211,7 @@ class Runner:
         if self.model.can_generate():
             self.kinds["generate"] = self._generate
 
-    def _inputs(self) -> Inputs:
+    def _inputs(self, folder: Path) -> Inputs:
         """The same for every model of the same shape."""
         model, batch, tokens = self.model, self.settings.batch, self.settings.tokens
         limits = (getattr(model.config, name, None) for name in ("max_target_positions", "max_position_embeddings"))
@@ -220,10 +220,13 @@ class Runner:
             raise UsageError(
                 f"--tokens {tokens}: this model has {room} positions, one of them for a start", "give fewer"
             )
-        if model.main_input_name == "input_features":
+        if model.config.model_type == "whisper":
             inputs = noise(model, batch)
+        elif model.main_input_name != "input_ids":
+            inputs = signal(folder, model, batch)
         else:
-            inputs = random_tokens(model, batch, min(LENGTH, room - tokens if model.can_generate() else room))
+            length = min(LENGTH, room - tokens if model.can_generate() else room)
+            inputs = with_answer(model, random_tokens(model, batch, length))
         return {name: _moved(value, self.device, model.dtype) for name, value in inputs.items()}
 
     def _generate(self) -> None:

@@ -80,7 +80,9 @@ def progress(what: str, nbytes: int, blocks: int) -> Iterator[Callable[[int, int
 
 def show_architectures(rows: list[dict[str, Any]]) -> None:
     """The table of `architectures`."""
-    table = Table("model_type", "blocks", "merges", "layouts", "since", "checked on", box=None, pad_edge=False)
+    table = Table(box=None, pad_edge=False)
+    for heading in ("model_type", "blocks", "merges", "layouts", "since", "checked on"):
+        table.add_column(heading, no_wrap=heading in ("model_type", "blocks"))
     for row in rows:
         cells = [", ".join(row["layouts"]), row["since"], ", ".join(row["checked"])]
         name = row["model_type"]

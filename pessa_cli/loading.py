@@ -6,12 +6,9 @@ are ragged. They are swapped while the model is on the meta device, and the weig
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
@@ -22,7 +19,8 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from pessa_cli.errors import PessaError
-from pessa_cli.ragged import LOAD_HINT, QUANT_METHOD, ModuleNames, match_module, ragged_modules
+from pessa_cli.naming import module_names
+from pessa_cli.ragged import LOAD_HINT, QUANT_METHOD, match_module, ragged_modules
 from pessa_cli.runtime import RaggedIn, RaggedOut, ragged_module
 
 
@@ -100,25 +98,6 @@ class PessaQuantizer(HfQuantizer):  # type: ignore[misc]
     @property
     def is_compileable(self) -> bool:
         return True
-
-
-def module_names(model: Any, names: Iterable[str]) -> dict[str, str]:
-    """The modules of a model that a file names so, by those names; those that it has not are left out.
-
-    They are the same but for a prefix, or as transformers renames what it loads.
-    """
-    names = list(names)
-    tree = ModuleNames(name for name, _ in model.named_modules())
-    found = {name: place for name in names if (place := tree.find(name)) is not None}
-    if len(found) < len(names):
-        mapping, tensors = get_model_conversion_mapping(model), model.state_dict()
-        rules = [[rule for rule in mapping if isinstance(rule, kind)] for kind in (WeightRenaming, WeightConverter)]
-        for name in names:
-            if name not in found:
-                key, _ = rename_source_key(f"{name}.weight", *rules, model.base_model_prefix, tensors)
-                if key in tensors:
-                    found[name] = key.removesuffix(".weight")
-    return found
 
 
 def register() -> None:

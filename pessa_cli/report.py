@@ -16,8 +16,9 @@ from pessa_cli.sites import Site
 def block(site: Site, spectra: Spectra, plan: RankPlan) -> dict[str, Any]:
     """One attention block: spectra as lists (G x d, descending), and the ranks.
 
-    Where RoPE keeps Q-K from being merged its spectrum is null, and `qk_pairs` are the contributions of the frequency
-    pairs (G x d/2, squared, in the order of the file).
+    Where something keeps Q-K from being merged its spectrum is null, or that of the other directions; where that is
+    RoPE of whole heads, `qk_pairs` are the contributions of the frequency pairs (G x d/2, squared, in the order of the
+    file).
     """
     return {
         "kind": site.spec.kind,

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from pessa_cli.audio import SAMPLE_RATE, load_audio
 from pessa_cli.errors import PessaError, UsageError, listed
-from pessa_cli.loading import module_names
 from pessa_cli.model import Model
+from pessa_cli.naming import module_names
 from pessa_cli.sites import Site
 
 SEED = 0
@@ -95,7 +95,7 @@ def _run_both(
             samples = [signal(folder, ours)]
         else:
             prompts = _prompts(folder, ours, text)
-            samples = [_with_answer(ours, inputs) for _, inputs in prompts]
+            samples = [with_answer(ours, inputs) for _, inputs in prompts]
             if whole and ours.can_generate():
                 texts = [_continue(folder, ours, theirs, name, inputs) for name, inputs in prompts]
         with ExitStack() as hooks:
@@ -320,7 +320,7 @@ def _prompts(folder: Path, model: Any, paths: list[Path]) -> list[tuple[str, Inp
     return prompts
 
 
-def signal(folder: Path, model: Any) -> Inputs:
+def signal(folder: Path, model: Any, batch: int = 1) -> Inputs:
     """Built-in input for a model that sees or hears: an image or two seconds of noise, and random tokens to answer.
 
     Raises UsageError for a model that takes something else.
@@ -335,16 +335,20 @@ def signal(folder: Path, model: Any) -> Inputs:
     shape = shapes.get(model.main_input_name, (0,))
     if 0 in shape:
         raise UsageError(f"{folder} takes {model.main_input_name}, of which there are no samples", WEIGHTS_ALONE)
-    inputs = {model.main_input_name: torch.randn(1, *shape, generator=generator)}
-    return _with_answer(model, inputs)
+    inputs = {model.main_input_name: torch.randn(batch, *shape, generator=generator)}
+    return with_answer(model, inputs)
 
 
-def _with_answer(model: Any, inputs: Inputs) -> Inputs:
+def with_answer(model: Any, inputs: Inputs) -> Inputs:
     """With something for the decoder, where there is an encoder, too: what it reads, or random tokens."""
     if not model.config.is_encoder_decoder:
         return inputs
     answer = inputs.get("input_ids")
-    return inputs | {"decoder_input_ids": random_tokens(model, 1, 32)["input_ids"] if answer is None else answer}
+    return inputs | {
+        "decoder_input_ids": random_tokens(model, len(next(iter(inputs.values()))), 32)["input_ids"]
+        if answer is None
+        else answer
+    }
 
 
 def random_tokens(model: Any, batch: int, length: int) -> Inputs:

@@ -22,6 +22,7 @@ from pessa_cli.ragged import ModuleNames, Pairs, Ragged, Ranks, pair_ranks, ragg
 FLOATS = ("F64", "F32", "F16", "BF16")  # from the finest rounding to the coarsest
 MOST_HEADS = 4096
 KNOWN = (*ARCHITECTURES, *TOWERS)
+LISTED = "`pessa architectures` lists those that are supported"
 ROPE = "RoPE"
 # A compact block is worked on at full size, of which its file may hold next to nothing. More than this many times
 # what the whole checkpoint holds, and more than the second number of entries, is no model but an attack on memory.
@@ -151,10 +152,10 @@ def specs_of(config: Mapping[str, Any], header: Header, architecture: str | None
             if all(bool(config.get(key, default)) == value for key, default, value in spec.where)
         )
     if architecture is not None:
-        raise UsageError(f"--as {architecture} is no known architecture", f"known are {', '.join(KNOWN)}")
+        raise UsageError(f"--as {architecture} is no known architecture", LISTED)
     alike = [name for name, specs in ARCHITECTURES.items() if all(any(_complete(spec, header)) for spec in specs)]
     what = f"model_type {shortened(model_type)} is not supported" if model_type else "config.json names no model_type"
-    known = f"supported are {', '.join(KNOWN)}"
+    known = LISTED
     if alike:
         known += f"; its tensors are named as in {alike[0]}, so if it is built alike, try --as {alike[0]}"
     raise PessaError(what, known)
@@ -167,7 +168,7 @@ def _inner(tower: Tower, config: Mapping[str, Any]) -> tuple[AttentionSpec, ...]
     if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
         raise PessaError(
             f"config.json: {tower.config} is of model_type {shortened(model_type)}, which is not supported",
-            f"supported are {', '.join(ARCHITECTURES)}",
+            LISTED,
         )
     return specs_of(inner or {}, {}, model_type)
 
@@ -204,7 +205,8 @@ def find_sites(specs: Iterable[AttentionSpec], config: Mapping[str, Any], header
         if missing:
             continue
         entries = {side: ragged.get(ragged_names.find(module) or "") for side, module in modules.items()}
-        between = next((rest.partition(".")[0] for rest in rests if _fits(rest, spec.norms)), "norms" * spec.normed)
+        there = [norm.partition(".")[0] for norm in spec.norms if any(_fits(rest, (norm,)) for rest in rests)]
+        between = there[0] if there else "norms" * spec.normed
         try:
             sites.append(_site(spec, layer, modules, config, header, entries, most, between))
         except PessaError as error:

@@ -110,7 +110,7 @@ def weigh(found: BlockStatistics, site: Site, v_bias: Tensor | None) -> Weighed:
     frames = found.frames.clamp(min=1)
     mean, moment = found.mixture / frames, found.mixtures / frames
     center = None
-    if {"v", "o"} <= site.biases:
+    if "v" in site.biases and site.moves_v_bias:
         # A group's query heads share their values, and so the one center that these can be given.
         center = mean.reshape(g, m, d).mean(1)
         shift = center.unsqueeze(1).expand(g, m, d).reshape(-1)

@@ -184,7 +184,7 @@ FAULTS = {
     "config not text": Fault(write("config.json", b"\xff\xfe\x00"), ("config.json is not readable JSON",)),
     "config a list": Fault(write("config.json", b"[1, 2]"), ("config.json holds a list",)),
     "config too deep": Fault(write("config.json", b"[" * 100_000), ("config.json is not readable JSON",)),
-    "no model_type": Fault(edit_json(lambda c: c.pop("model_type")), ("names no model_type", "whisper, bert, llama")),
+    "no model_type": Fault(edit_json(lambda c: c.pop("model_type")), ("names no model_type", "pessa architectures")),
     "model_type null": Fault(config(model_type=None), ("names no model_type",)),
     "model_type a list": Fault(config(model_type=["whisper"]), ("model_type", "['whisper']")),
     "unknown, named as llama": Fault(config(model_type="mystery"), ("'mystery'", "try --as llama"), "llama"),

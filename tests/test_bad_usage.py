@@ -79,7 +79,7 @@ def refuse(pessa: Pessa, place: Path, tiny_folder: TinyFolder, monkeypatch: pyte
         ("--layers 0,,1", "--layers '0,,1'"),
         ("--layers -1", "--layers '-1'"),
         ("--layers first", "--layers 'first'"),
-        ("--as gpt9", "whisper, bert, llama"),
+        ("--as gpt9", "pessa architectures"),
     ],
 )
 def test_options_that_make_no_sense(command: str, options: str, culprit: str, refuse: Refuse) -> None:

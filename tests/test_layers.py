@@ -20,7 +20,7 @@ LAYERS = (
     {"errors", "jobs", "spool"},
     {"extras", "architectures", "audio", "checkpoint"},
     {"ragged", "whisper_files", "writer"},
-    {"buckets", "sites", "gguf_source", "openai_tokenizer", "pickled"},
+    {"buckets", "naming", "sites", "gguf_source", "openai_tokenizer", "pickled"},
     {"heads", "ranks", "ctranslate2", "hub", "openai_whisper"},
     {"budget"},
     {"factors", "recipe", "report", "plot", "runtime", "sources", "card", "onnx_attention"},

@@ -163,6 +163,7 @@ TINIES: dict[str, tuple[str, dict[str, Any], str]] = {
     "gemma": ("GemmaForCausalLM", WIDE | {"num_key_value_heads": 1}, "text"),
     "gemma2": ("Gemma2ForCausalLM", WIDE | {"sliding_window": 4, "query_pre_attn_scalar": 20}, "text"),
     "qwen2": ("Qwen2ForCausalLM", GROUPED | {"use_sliding_window": True, "sliding_window": 4}, "text"),
+    "starcoder2": ("Starcoder2ForCausalLM", GROUPED | {"sliding_window": 4, "use_bias": True}, "text"),
     "gpt_oss": ("GptOssForCausalLM", WIDE | MOE | MIXED, "text"),
     "cohere": ("CohereForCausalLM", GROUPED, "text"),
     "cohere norms": ("CohereForCausalLM", GROUPED | {"use_qk_norm": True}, "text"),
@@ -355,9 +356,10 @@ TINIES: dict[str, tuple[str, dict[str, Any], str]] = {
 }
 
 
-def build(name: str) -> PreTrainedModel:
-    """A tiny model by name, float32, in eval mode."""
+def build(name: str, **more: Any) -> PreTrainedModel:
+    """A tiny model by name, float32, in eval mode; `more` for its config."""
     kind, config, _ = TINIES[name]
+    config = config | more
     torch.manual_seed(0)
     made: PreTrainedModel = getattr(transformers, kind)(getattr(transformers, kind).config_class(**config))
     with torch.no_grad():
