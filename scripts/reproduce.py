@@ -262,8 +262,8 @@ def jobs(subjects: Sequence[Subject]) -> Iterator[tuple[Subject, str, float]]:
     for subject in subjects:
         yield subject, "original", 0.0
     for first in (True, False):
-        for subject in subjects:
-            for method in ("calibrated", "plain", "in sequence", "vanilla"):
+        for method in ("calibrated", "in sequence", "plain", "vanilla"):
+            for subject in subjects:
                 chosen = subject.sequence if method == "in sequence" else subject.shares
                 yield from ((subject, method, share) for share in chosen if (share in subject.first) is first)
 
