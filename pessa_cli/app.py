@@ -70,7 +70,7 @@ TARGET_SIZE = Annotated[str | None, typer.Option(metavar="SIZE", help="Keep weig
 MAX_ERROR = Annotated[
     float | None, typer.Option(help="Keep every block's output within this relative error on the calibration data.")
 ]
-CURVE = Annotated[bool, typer.Option("--curve", help="Show what budgets would keep, and the errors to expect.")]
+CURVE = Annotated[bool, typer.Option("--curve", help="Show what is kept against what it costs, as budgets go.")]
 ROUND_TO = Annotated[int, typer.Option(help="Round ranks up to a multiple of this.")]
 MIN_RANK = Annotated[int, typer.Option(help="Keep at least this many directions in every head.")]
 ROPE_RATIO = Annotated[
@@ -130,9 +130,7 @@ def inspect(
     layers: LAYERS = None,
     calibrate: CALIBRATE = None,
     statistics: STATISTICS = None,
-    curve: Annotated[
-        bool, typer.Option("--curve", help="Show what is kept against what it costs, as budgets go.")
-    ] = False,
+    curve: CURVE = False,
     plot: Annotated[Path | None, typer.Option(help="Draw the spectra, or the curve, to this PNG or SVG file.")] = None,
     jobs: JOBS = 0,
     device: DEVICE = "cpu",

@@ -16,10 +16,10 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from pessa_cli.checkpoint import ITEM_BYTES
 from pessa_cli.errors import PessaError, UsageError
 from pessa_cli.ragged import Ranks
 from pessa_cli.ranks import (
-    BYTES,
     LEVELS,
     RankPlan,
     Rule,
@@ -31,7 +31,7 @@ from pessa_cli.ranks import (
     pair_shares,
     plan_ranks,
 )
-from pessa_cli.sites import Site
+from pessa_cli.sites import Site, count
 
 SIDES = ("qk", "vo")
 
@@ -45,6 +45,7 @@ class Step(NamedTuple):
     rank: int  # that is left
     parameters: int
     error: float  # relative squared error of the block's output, added to that of the steps before
+    harm: float  # what that error does to the whole model; the error itself where nothing tells
     price: float  # per parameter
 
 
@@ -69,27 +70,26 @@ def ranks_for(sites: list[Site], spectra: Mapping[str, Spectra], rule: Rule, who
     steps = ordered_steps(sites, spectra, rule)
     if rule.max_error is not None:
         return _plan(sites, spectra, _within(steps, spectra, rule.max_error))
-    attention = sum(_count(site) for site in sites)
-    unit = 1
+    attention = sum(count(site.tensors) for site in sites)
+    hint = "give {share:.2f} or more, or choose more --sites"
     if rule.target_attention is not None:
         what, most, now = "attention parameters", rule.target_attention * attention, attention
     elif rule.target_params is not None:
         what, most, now = "parameters", rule.target_params * whole.parameters, whole.parameters
     else:
         assert rule.target_size is not None
-        what, most, now = "bytes", float(rule.target_size), whole.nbytes
-        unit = 0
+        what, most, now, hint = "bytes", float(rule.target_size), whole.nbytes, "give a larger size"
     taken, left = [], float(now)
     for step in steps:
         if left <= most:
             break
         taken.append(step)
-        left -= step.parameters * (unit or BYTES[step.site.dtype])
+        left -= step.parameters * (1 if rule.target_size is None else ITEM_BYTES[step.site.dtype])
     if left > most:
         raise PessaError(
             f"{rule}: {most:,.0f} of {now:,} {what} are wanted, and {left:,.0f} are left without any attention "
             "that may go",
-            f"give {left / now:.2f} or more, or choose more --sites" if unit else "give a larger size",
+            hint.format(share=left / now),
         )
     return _plan(sites, spectra, taken)
 
@@ -98,15 +98,13 @@ def trade_off(
     sites: Sequence[Site], spectra: Mapping[str, Spectra], rule: Rule, whole: Size, points: int = 20
 ) -> list[Point]:
     """What is kept against what it costs, from everything to next to nothing; errors are predictions."""
-    steps = list(ordered_steps(sites, spectra, rule))
-    attention = now = sum(_count(site) for site in sites)
+    attention = now = sum(count(site.tensors) for site in sites)
     errors: dict[str, float] = defaultdict(float)
     harm, curve = 0.0, [Point(attention, whole.parameters, 0.0, 0.0)]
-    for step in steps:
+    for step in ordered_steps(sites, spectra, rule):
         now -= step.parameters
         errors[step.site.name] += step.error
-        trials = spectra[step.site.name].trials
-        harm += step.error * (1.0 if trials is None else trials.harm)
+        harm += step.harm
         if attention - now >= len(curve) * attention / points:
             worst = math.sqrt(max(errors.values()))
             curve.append(Point(now, whole.parameters - attention + now, worst, harm))
@@ -136,12 +134,12 @@ def _steps(site: Site, side: str, spectra: Spectra, rule: Rule) -> Iterator[Step
         return
     trials = spectra.trials
     errors = _errors(worth, masses, trials, side)
-    each, harm = unit * _parameters(site, side), 1.0 if trials is None else trials.harm
+    each, harmful = unit * _parameters(site, side), 1.0 if trials is None else trials.harm
     price = 0.0
-    for (_, _, head, low, high), error in zip(chunks, np.diff(errors, prepend=0.0), strict=True):
-        parameters = each * (high - low)
-        price = max(price, float(error) * harm / parameters)
-        yield Step(site, side, head, before + unit * low, parameters, float(error), price)
+    for (_, _, head, low, high), error in zip(chunks, np.diff(errors, prepend=0.0).tolist(), strict=True):
+        parameters, harm = each * (high - low), error * harmful
+        price = max(price, harm / parameters)
+        yield Step(site, side, head, before + unit * low, parameters, error, harm, price)
 
 
 def _worth(spectra: Spectra, side: str) -> tuple[Spectrum, int]:
@@ -213,17 +211,10 @@ def _plan(sites: Sequence[Site], spectra: Mapping[str, Spectra], taken: Sequence
     return RankPlan(qk, vo, pairs)
 
 
-def _count(site: Site) -> int:
-    return sum(math.prod(shape) for shape in site.tensors.values())
-
-
 def _parameters(site: Site, side: str) -> int:
     """How many parameters one direction of one head takes."""
 
-    def count(rank: int) -> int:
-        ranks: Ranks = (rank, *[0] * (site.kv_heads - 1))
-        none: Ranks = (0,) * site.kv_heads
-        shapes = site.shapes(ranks, none) if side == "qk" else site.shapes(none, ranks)
-        return sum(math.prod(shape) for shape in shapes.values())
-
-    return count(1) - count(0)
+    none: Ranks = (0,) * site.kv_heads
+    one: Ranks = (1, *none[1:])
+    shapes = site.shapes(one, none) if side == "qk" else site.shapes(none, one)
+    return count(shapes) - count(site.shapes(none, none))

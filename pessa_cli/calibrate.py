@@ -109,9 +109,11 @@ def collect(
             "leave it out, or calibrate on a larger machine and use its --statistics here",
         )
     with quiet_transformers(), tempfile.TemporaryDirectory() as offloaded:
-        placing = {} if fits or free is None else {"device_map": "auto", "max_memory": {"cpu": free // 2}}
-        loaded = load_for_calibration(model, **placing, **({"offload_folder": offloaded} if placing else {}))
-        loaded = loaded.to(device) if fits else loaded
+        if free is None or fits:
+            loaded = load_for_calibration(model).to(device)
+        else:
+            on_disk = {"device_map": "auto", "max_memory": {"cpu": free // 2}, "offload_folder": offloaded}
+            loaded = load_for_calibration(model, **on_disk)
         with torch.inference_mode():
             said = any(not site.spec.kind.startswith("encoder") for site in sites)
             inputs = (given for item in items for given in _windows(model.reader.folder, loaded, item, said))
@@ -154,9 +156,10 @@ def _in_sequence(
         before = found[site.name]
         found[site.name] = replace(anew, output=before.output, tried=before.tried, harm=before.harm)
         save_statistics(out, found, *about)
+        statistics = Statistics(out)
         with tempfile.TemporaryDirectory() as folder, Spool(Path(folder)) as spool:
-            measure(model, [site], spool=spool, statistics=Statistics(out))
-            put(loaded, site, Cuts(model, spool, Statistics(out)).tensors(site, plan.kept(site)))
+            measure(model, [site], spool=spool, statistics=statistics)
+            put(loaded, site, Cuts(model, spool, statistics).tensors(site, plan.kept(site)))
 
 
 def free_memory() -> int | None:

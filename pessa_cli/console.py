@@ -151,8 +151,8 @@ def show_curve(points: list[Point], method: str) -> None:
     whole = points[0]
     calibrated = method == "calibrated"
     error = "worst block, relative error" if calibrated else "worst product, relative error"
-    table = Table("attention kept", "parameters", error, *(["harm to the output"] if calibrated else []))
-    table.box, table.pad_edge = None, False
+    headings = "attention kept", "parameters", error, *(["harm to the output"] if calibrated else [])
+    table = Table(*headings, box=None, pad_edge=False)
     for point in points:
         harm = [f"{point.harm:.2e}"] if calibrated else []
         table.add_row(f"{point.attention / whole.attention:.0%}", f"{point.parameters:,}", f"{point.error:.3f}", *harm)

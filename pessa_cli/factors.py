@@ -198,16 +198,26 @@ def shrunk(gram: Tensor | None, plain: Tensor, shrinkage: float) -> Tensor:
     """A weighted Gram matrix with so many times the plain one mixed in, brought to its trace; (G, d, d)."""
     if gram is None:
         return plain
-    trace, own = (g.diagonal(dim1=-2, dim2=-1).sum(-1).reshape(-1, 1, 1) for g in (gram, plain))
-    mixed = gram + shrinkage * trace / own.where(own > 0, 1.0) * plain
-    return torch.where(trace > 0, mixed, plain)  # inputs that were zero always say nothing
+    found, own = traces(gram), traces(plain)
+    mixed = gram + shrinkage * found / own.where(own > 0, 1.0) * plain
+    return torch.where(found > 0, mixed, plain)  # inputs that were zero always say nothing
+
+
+def traces(grams: Tensor) -> Tensor:
+    """Those of Gram matrices, (G, d, d) -> (G, 1, 1)."""
+    return grams.diagonal(dim1=-2, dim2=-1).sum(-1).reshape(-1, 1, 1)
+
+
+def scales(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """The norms of the columns that a Gram matrix is of, (..., d), and one over them, zero for those that are zero."""
+    scale = gram.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()
+    return scale, torch.where(scale > 0, 1 / scale.where(scale > 0, 1.0), 0.0)
 
 
 def _roots(gram: Tensor) -> tuple[Tensor, Tensor]:
     """R with R^T R = gram, and its pseudo-inverse, (G, d, d) each: for columns of any scale, some of them zero."""
     _check_size(gram)
-    scale = gram.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()  # (G, d)
-    inverse = torch.where(scale > 0, 1 / scale.where(scale > 0, 1.0), 0.0)
+    scale, inverse = scales(gram)
     values, vectors = torch.linalg.eigh(inverse.unsqueeze(-1) * gram * inverse.unsqueeze(-2))
     there = values > NOTHING * gram.shape[-1]
     root = values.where(there, 0.0).sqrt()
@@ -225,8 +235,7 @@ def refitted(o: Tensor, moment: Tensor, kept: Tensor, ridge: float) -> Tensor:
     gone = torch.ones(len(moment), dtype=torch.bool, device=moment.device)
     gone[kept] = False
     inner = moment[kept][:, kept]
-    scale = inner.diagonal().clamp(min=0).sqrt()
-    inverse = torch.where(scale > 0, 1 / scale.where(scale > 0, 1.0), 0.0)
+    _, inverse = scales(inner)
     unit = inverse.unsqueeze(-1) * inner * inverse  # correlations, so that directions of any size count alike
     unit = unit + (ridge + NOTHING) * torch.eye(len(unit), dtype=unit.dtype, device=unit.device)
     correction = torch.linalg.solve(unit, inverse.unsqueeze(-1) * moment[kept][:, gone]) * inverse.unsqueeze(-1)

@@ -43,7 +43,7 @@ from pessa_cli.ranks import RankPlan, Rule, Spectra, Spectrum
 from pessa_cli.rope import compensated, contributions
 from pessa_cli.sites import Site, in_full
 from pessa_cli.spool import Spool
-from pessa_cli.statistics import Statistics, Weighed, kept_directions, refit_moment, weigh
+from pessa_cli.statistics import BlockStatistics, Statistics, Weighed, kept_directions, refit_moment, weigh
 from pessa_cli.writer import new_folder
 
 TRANSFORMS = tuple(field.name for field in fields(Transforms))
@@ -139,7 +139,8 @@ def measure(
         if known is not None:
             check_spectra(model, site, weights)
             return replace(known, pairs=_contributions(weights, site)), []
-        weighed = None if statistics is None else _weighed(statistics, site, weights, run.device)
+        heard = None if statistics is None else statistics.of(site, weights)
+        weighed = None if heard is None else _weighed(heard, site, weights, run.device)
         of_pairs = _contributions(weights, site, weighed)
         pairs = (_pairs(absorb(part, site)) for part in weights.parts())
         if weighed is not None:
@@ -150,8 +151,8 @@ def measure(
             spectra = zip(*([way.spectrum(pair) for pair in part] for part in pairs), strict=True)
             return replace(_spectra([_together(side) for side in spectra]), pairs=of_pairs), []
         known_as = _spectra(sides[len(TRANSFORMS) - 1 :: len(TRANSFORMS)])
-        trials = None if statistics is None else statistics.of(site).trials
-        return replace(known_as, calibrated=statistics is not None, trials=trials, pairs=of_pairs), sides
+        trials = None if heard is None else heard.trials
+        return replace(known_as, calibrated=heard is not None, trials=trials, pairs=of_pairs), sides
 
     spectra: dict[str, Spectra] = {}
     faults: list[str] = []
@@ -188,9 +189,9 @@ def _sides(parts: Iterable[list[Transforms]]) -> Sides:
     return [_together(getattr(t, name) for t in side) for side in found for name in TRANSFORMS]
 
 
-def _weighed(statistics: Statistics, site: Site, weights: HeadWeights, device: str) -> Weighed:
+def _weighed(found: BlockStatistics, site: Site, weights: HeadWeights, device: str) -> Weighed:
     v_bias = None if weights.v_bias is None else weights.v_bias.to(device)
-    return weigh(statistics.of(site, weights).to(device), site, v_bias)
+    return weigh(found.to(device), site, v_bias)
 
 
 def _weighted(parts: Iterable[list[Pair]], weighed: Weighed) -> Iterator[list[Transforms]]:
@@ -362,8 +363,8 @@ def _decomposed(
     if not transforms:
         check_spectra(model, site, weights)
         return weights
+    weighed = None if statistics is None else _weighed(statistics.of(site, weights), site, weights, device)
     weights = weights.to(device)
-    weighed = None if statistics is None else _weighed(statistics, site, weights, device)
     return _factorised(weights, kept, transforms, weighed).to("cpu")
 
 

@@ -19,11 +19,8 @@ Spectrum = NDArray[np.float64]
 # Half the distance from 1 to the next number: the relative error of storing one weight.
 UNIT_ROUNDOFF = {"F64": 2.0**-53, "F32": 2.0**-24, "F16": 2.0**-11, "BF16": 2.0**-8}
 
-BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
-
 # Half the distance between a dtype's smallest numbers: the error of storing one weight, however small it is.
 UNDERFLOW = {"F64": 0.0, "F32": 2.0**-150, "F16": 2.0**-25, "BF16": 2.0**-134}
-
 
 LEVELS = (0.125, 0.25, 0.5, 0.75)  # shares of a block's directions that trials cut
 

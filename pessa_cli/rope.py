@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from pessa_cli.factors import NOTHING, shrunk
+from pessa_cli.factors import NOTHING, scales, shrunk
 from pessa_cli.heads import HeadWeights
 from pessa_cli.ragged import Pairs
 
@@ -122,8 +122,7 @@ def _norms(weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def _unit(gram: Tensor) -> tuple[Tensor, Tensor]:
     """The Gram matrix with a diagonal of ones, (G, d, d), also where it was zero, and the roots of what it was."""
-    scale = gram.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()
-    inverse = torch.where(scale > 0, 1 / scale.where(scale > 0, 1.0), 0.0)
+    scale, inverse = scales(gram)
     unit = inverse.unsqueeze(-1) * gram * inverse.unsqueeze(-2)
     return unit + torch.diag_embed(1 + NOTHING - unit.diagonal(dim1=-2, dim2=-1)), scale
 

@@ -131,6 +131,11 @@ class Site:
         return self.shapes(self.qk_ranks, self.vo_ranks)
 
 
+def count(shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """How many entries tensors of these shapes have."""
+    return sum(math.prod(shape) for shape in shapes.values())
+
+
 def head_order(spec: AttentionSpec, side: str, kv_heads: int, group: int) -> list[tuple[str, int]]:
     """What the tensor of a projection holds, in order: for each head whose it is and its key/value head."""
     if not spec.fused or side == "o":
@@ -452,7 +457,7 @@ def _site(
         raise PessaError(f"{site.q}: config.json gives queries and keys {known_as}")
     if site.pairs is None and min(site.qk_ranks) < unmerged:
         raise PessaError(f"{site.q}: config.json cuts off queries and keys that do not merge ({site.between})")
-    size = sum(math.prod(shape) for shape in site.shapes(site.full, site.full).values())
+    size = count(site.shapes(site.full, site.full))
     if size > most:
         raise PessaError(f"{_scope(modules['q'])}: at full size it would have {size:,} entries")
     for name, shape in site.tensors.items():

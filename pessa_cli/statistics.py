@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from pessa_cli.errors import PessaError, listed
-from pessa_cli.factors import Weighting
+from pessa_cli.factors import Weighting, scales, traces
 from pessa_cli.heads import HeadWeights, live
 from pessa_cli.ragged import Ranks
 from pessa_cli.ranks import LEVELS, Trials
@@ -138,7 +138,7 @@ def _key_side(found: BlockStatistics) -> Tensor:
     """
     if not len(found.influence):
         return found.keys
-    seen, counts = (_trace(moment) for moment in (found.keys, found.influence))
+    seen, counts = traces(found.keys), traces(found.influence)
     if not bool((counts > 0).any()):
         return found.keys
     trace = (seen * counts * (seen.sum() / counts.sum())).sqrt()
@@ -146,11 +146,6 @@ def _key_side(found: BlockStatistics) -> Tensor:
         moment / own.where(own > 0, 1.0) for moment, own in ((found.keys, seen), (found.influence, counts))
     )
     return trace * (UNIFORM * keys + (1 - UNIFORM) * influence)
-
-
-def _trace(moments: Tensor) -> Tensor:
-    """(G, d, d) -> (G, 1, 1)."""
-    return moments.diagonal(dim1=-2, dim2=-1).sum(-1).reshape(-1, 1, 1)
 
 
 class Statistics:
@@ -209,8 +204,7 @@ class Statistics:
 
 def independent(moment: Tensor) -> int:
     """How many directions a sum of outer products has, at most as many as it had independent terms."""
-    scale = moment.diagonal().clamp(min=0).sqrt()
-    inverse = torch.where(scale > 0, 1 / scale.where(scale > 0, 1.0), 0.0)
+    _, inverse = scales(moment)
     values = torch.linalg.eigvalsh(inverse.unsqueeze(-1) * moment * inverse)
     return int((values > 1e-10 * values[-1]).sum())
 

@@ -30,6 +30,7 @@ from pessa_cli.statistics import BlockStatistics, Statistics
 
 DEPTH = 0.5  # of both sides, where the harm to the model is looked at
 SAMPLES = 4  # of the gradients that tell it, for each input
+PASSES = 2 * len(LEVELS) + 1  # over the inputs
 
 
 def try_out(
@@ -70,9 +71,6 @@ def try_out(
     return {
         name: replace(known, output=output[name], tried=squares[name], harm=harm[name]) for name, known in found.items()
     }
-
-
-PASSES = 2 * len(LEVELS) + 1
 
 
 def put(loaded: Any, site: Site, tensors: Mapping[str, Tensor]) -> None:

@@ -14,6 +14,7 @@ import tiny
 import torch
 import transformers
 from harness import Pessa, Result, TinyFolder
+from tuned import with_tokenizer
 
 from pessa_cli.app import main
 from pessa_cli.model import open_model
@@ -90,3 +91,9 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "tmp").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
     return tmp_path
+
+
+@pytest.fixture
+def llama(tiny_folder: TinyFolder, tmp_path: Path) -> Path:
+    """The folder of a tiny LLaMA with a tokenizer."""
+    return with_tokenizer(tiny_folder("llama"), tmp_path / "llama")

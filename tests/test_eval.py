@@ -11,7 +11,7 @@ import tiny
 import torch
 from harness import Pessa, TinyFolder, is_refusal
 from peft import PeftModel, get_peft_model
-from tuned import disturb, tokenizer, with_tokenizer
+from tuned import disturb, tokenizer
 
 from pessa_cli.evaluate import split_adapter
 from pessa_cli.measures import Settings
@@ -31,11 +31,6 @@ def questions(path: Path, answers: str, count: int = 12) -> Path:
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(rows))
     return path
-
-
-@pytest.fixture
-def llama(tiny_folder: TinyFolder, tmp_path: Path) -> Path:
-    return with_tokenizer(tiny_folder("llama"), tmp_path / "llama")
 
 
 @pytest.fixture

@@ -53,11 +53,6 @@ def csv_of(path: Path, rows: Any = ALIKE) -> Path:
 
 
 @pytest.fixture
-def llama(tiny_folder: TinyFolder, tmp_path: Path) -> Path:
-    return with_tokenizer(tiny_folder("llama"), tmp_path / "llama")
-
-
-@pytest.fixture
 def bert(tiny_folder: TinyFolder, tmp_path: Path) -> Path:
     return with_tokenizer(tiny_folder("bert"), tmp_path / "bert")
 

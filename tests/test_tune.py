@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from harness import Pessa, TinyFolder, is_refusal, snapshot
+from harness import Pessa, is_refusal, snapshot
 from peft import PeftModel
 from tuned import history, losses, sums, tokenizer, with_tokenizer, write_lines
 
@@ -28,11 +28,6 @@ SPEECH = Path(__file__).parent.parent / "models" / "speech"
 WHISPER = Path(__file__).parent.parent / "models" / "whisper-tiny.en"
 QUICK = ("--max-steps", 4, "--batch", 4, "--log-steps", 1, "--lr", "1e-2", "--device", "cpu")
 HELLO = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}]
-
-
-@pytest.fixture
-def llama(tiny_folder: TinyFolder, tmp_path: Path) -> Path:
-    return with_tokenizer(tiny_folder("llama"), tmp_path / "llama")
 
 
 @pytest.mark.parametrize(
