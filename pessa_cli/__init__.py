@@ -2,46 +2,50 @@
 
 Importing this package once lets transformers' `from_pretrained` load compact models, and PEFT our fine-tuning
 methods. It costs nothing until transformers loads its quantizers, or PEFT is imported: registration waits for that, so
-the command line need not import torch.
+the command line need not import torch. The names of `pessa_cli.api` are available here, and are imported on first use.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import TYPE_CHECKING
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 import wrapt
 
-from pessa_cli.buckets import get_backend, set_backend
-from pessa_cli.errors import PessaError, UsageError
-from pessa_cli.peft_plugin import TUNERS
+from pessa_cli.common.version import VERSION
+from pessa_cli.tuning.peft_plugin import TUNERS
+
+__version__ = VERSION
 
 if TYPE_CHECKING:
-    from whisper.model import Whisper
-
-__version__ = "0.1.0"
-__all__ = ["PessaError", "UsageError", "__version__", "get_backend", "load_whisper", "set_backend"]
+    from pessa_cli.api import *  # noqa: F403
 
 
-def load_whisper(model: str | Path, device: str | None = None) -> Whisper:
-    """A Whisper folder, compact or dense, as a model of openai-whisper; see `pessa_cli.whisper_model.load_whisper`."""
-    from pessa_cli.whisper_model import load_whisper as load
+def __getattr__(name: str) -> Any:
+    api = None if name.startswith("_") else import_module("pessa_cli.api")
+    if api is None or name not in api.__all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(api, name)
 
-    return load(model, device)
+
+def __dir__() -> list[str]:
+    api = import_module("pessa_cli.api")
+
+    return ["__version__", *api.__all__]
 
 
 @wrapt.when_imported("transformers.quantizers.auto")  # type: ignore[untyped-decorator,unused-ignore]
 def _register(_module: object) -> None:
-    from pessa_cli.loading import register
+    from pessa_cli.runtime.transformers_loader import register
 
     register()
 
 
 def _register_tuners(_module: object) -> None:
-    from pessa_cli.peft_plugin import register_all
+    from pessa_cli.tuning.peft_plugin import register_all
 
     register_all()
 
 
-for _name in ("peft", *(f"pessa_cli.{tuner}" for tuner in ("tuner_base", *TUNERS))):
+for _name in ("peft", *(f"pessa_cli.tuning.{tuner}" for tuner in ("tuner_base", *TUNERS))):
     wrapt.register_post_import_hook(_register_tuners, _name)

@@ -26,13 +26,13 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.whisper.modeling_whisper import WhisperAttention
 
 import pessa_cli
-from pessa_cli.attention import Run
-from pessa_cli.model import open_model
-from pessa_cli.narrow import narrow
-from pessa_cli.pipeline import prune_model
-from pessa_cli.ragged import Ragged, Ranks
-from pessa_cli.ranks import Rule
-from pessa_cli.runtime import RaggedIn, RaggedOut
+from pessa_cli.blocks.compact_format import Ragged, Ranks
+from pessa_cli.ranks.rule import Rule
+from pessa_cli.runtime.bucketed_attention import HeadRun
+from pessa_cli.runtime.compact_linear import RaggedIn, RaggedOut
+from pessa_cli.runtime.patched_attention import narrow
+from pessa_cli.surgery.model import open_model
+from pessa_cli.surgery.passes import prune_model
 
 WIDTH, HEADS, HEAD_DIM, FRAMES = 1280, 20, 64, 1500
 BACKENDS = ("scatter", "bucketed", "auto")
@@ -195,9 +195,9 @@ def calibrate(args: argparse.Namespace) -> None:
         ]:
             query = torch.randn(1, queries, heads * width, **to)
             keys = torch.randn(copies, 2, 1, 1, FRAMES, heads * stored + 1, **to)
-            q, kv = Run(0, heads, width, width).of_rows(query), Run(0, heads, stored, width)
+            q, kv = HeadRun(0, heads, width, width).of_rows(query), HeadRun(0, heads, stored, width)
 
-            def calls(q: Tensor = q, kv: Run = kv, keys: Tensor = keys) -> None:
+            def calls(q: Tensor = q, kv: HeadRun = kv, keys: Tensor = keys) -> None:
                 for k, v in keys:
                     kernel(module, q, kv.of_packed(k), kv.of_packed(v), None, scaling=0.125)
 

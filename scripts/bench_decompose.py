@@ -18,7 +18,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from pessa_cli.factors import Pair, decompose
+from pessa_cli.algebra.absorb import Pair
+from pessa_cli.algebra.decompose import decompose
 
 T = TypeVar("T")
 

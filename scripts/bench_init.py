@@ -71,7 +71,7 @@ def one(method: str, shape: Shape, layers: int, rounds: int, seconds: float) -> 
     """The CPU times of a method in this process: `rounds` of them, or the fewer that `seconds` are enough for."""
     import torch
 
-    from pessa_cli.methods import attach, build_config
+    from pessa_cli.tuning.registry import attach, build_config
 
     torch.set_num_threads(1)
     torch.manual_seed(0)

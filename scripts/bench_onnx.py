@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 from transformers import AutoConfig, AutoModel, DynamicCache, EncoderDecoderCache, WhisperForConditionalGeneration
 
-from pessa_cli.onnx_export import export_onnx
+from pessa_cli.exports.onnx import export_onnx
 
 ENCODER, STEP, TEXT = "encoder_model.onnx", "decoder_with_past_model.onnx", "model.onnx"
 

@@ -57,7 +57,7 @@ def measure(
     folder: Path, place: Path, rounds: int, jobs: list[int], threads: int | None, rule: list[str]
 ) -> dict[str, list[Cost]]:
     """The costs of each step, by its name, in the order of a round; outputs go below `place`."""
-    pessa = [sys.executable, "-c", "from pessa_cli.app import main; main()"]
+    pessa = [sys.executable, "-c", "from pessa_cli.cli.main import main; main()"]
     costs: dict[str, list[Cost]] = {}
     sizes: dict[str, int] = {}
 

@@ -18,20 +18,20 @@ from fetch_models import fetch
 from transformers import AutoProcessor, WhisperForConditionalGeneration
 from transformers.utils import logging
 
-from pessa_cli.audio import load_audio
-from pessa_cli.measures import Settings
-from pessa_cli.model import open_model
-from pessa_cli.pipeline import prune_model
-from pessa_cli.ranks import Rule
-from pessa_cli.report import totals
-from pessa_cli.sidebyside import Inputs, listen
-from pessa_cli.sites import select
-from pessa_cli.speech import compare_words, transcribe
+from pessa_cli.blocks.site import select
+from pessa_cli.evaluation.measures import ScoreSettings
+from pessa_cli.evaluation.word_errors import compare_words, transcribe
+from pessa_cli.models.audio import load_audio
+from pessa_cli.models.inputs import Inputs, listen
+from pessa_cli.ranks.rule import Rule
+from pessa_cli.surgery.model import open_model
+from pessa_cli.surgery.passes import prune_model
+from pessa_cli.surgery.totals import totals
 
 
 def heard(folder: Path, clip: Inputs, processor: Any) -> str:
     model = WhisperForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
-    return transcribe(model, processor, [clip], Settings(new_tokens=100))[0]
+    return transcribe(model, processor, [clip], ScoreSettings(new_tokens=100))[0]
 
 
 def main() -> None:

@@ -42,11 +42,12 @@ def one(args: argparse.Namespace) -> dict[str, Any]:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from pessa_cli.measures import Settings
-    from pessa_cli.methods import attach, build_config
-    from pessa_cli.questions import load_tasks
-    from pessa_cli.tuning import DataOptions
-    from pessa_cli.tuning_data import collate_text, encode_text, read_rows
+    from pessa_cli.evaluation.measures import ScoreSettings
+    from pessa_cli.evaluation.multiple_choice import load_tasks
+    from pessa_cli.models.instructions import read_rows
+    from pessa_cli.tuning.examples import collate_text, encode_text
+    from pessa_cli.tuning.options import DataOptions
+    from pessa_cli.tuning.registry import attach, build_config
 
     torch.set_num_threads(args.threads)
     method, seed = args.one[0], int(args.one[1])
@@ -94,7 +95,9 @@ def one(args: argparse.Namespace) -> dict[str, Any]:
 
     model.eval()
     accuracy = {}
-    for task in load_tasks([args.data / task for task in TRAIN], tokenizer, Settings(limit=args.questions, batch=8)):
+    for task in load_tasks(
+        [args.data / task for task in TRAIN], tokenizer, ScoreSettings(limit=args.questions, batch=8)
+    ):
         accuracy[task.name] = task.score(model).value
     return {
         "method": method,
@@ -112,7 +115,7 @@ def extra_loss(method: str, model: Any) -> Any:
     """SORSA's regulariser, at the weight of its paper."""
     if method != "sorsa":
         return 0.0
-    from pessa_cli.tuner_sorsa import regularizer
+    from pessa_cli.tuning.tuner_sorsa import regularizer
 
     return 13.3 * regularizer(model)
 

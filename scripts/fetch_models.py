@@ -22,9 +22,11 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from pessa_cli import ctranslate2, whisper_files
-from pessa_cli.checkpoint import SINGLE_FILE, CheckpointReader
-from pessa_cli.errors import PessaError
+from pessa_cli.checkpoint.files import SINGLE_FILE
+from pessa_cli.checkpoint.reader import CheckpointReader
+from pessa_cli.common.errors import PessaError
+from pessa_cli.sources import ctranslate2
+from pessa_cli.sources import whisper_folder as whisper_files
 
 MODELS = Path(__file__).resolve().parent.parent / "models"
 CLIP = "beckett.wav"

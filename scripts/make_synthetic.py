@@ -22,9 +22,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pessa_cli.checkpoint import CHUNK, CONFIG_FILE, SINGLE_FILE, TORCH_DTYPES, TensorInfo, write_json
-from pessa_cli.sites import Site, find_sites, specs_of
-from pessa_cli.writer import ShardWriter, write_index
+from pessa_cli.blocks.discover import find_sites, specs_of
+from pessa_cli.blocks.site import Site
+from pessa_cli.checkpoint.dtypes import TORCH_DTYPES
+from pessa_cli.checkpoint.files import CONFIG_FILE, SINGLE_FILE, write_json
+from pessa_cli.checkpoint.reader import CHUNK, TensorInfo
+from pessa_cli.checkpoint.shards import ShardWriter, write_index
 
 SHARD = 5 * 10**9  # bytes
 NOISE = 0.02  # the scale of what is not attention

@@ -32,7 +32,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from pessa_cli.errors import PessaError
+from pessa_cli.common.errors import PessaError
 
 if TYPE_CHECKING:
     import pytest
@@ -215,10 +215,10 @@ OTHER_TARGETS = {
 
 def configurations(quick: bool) -> Iterator[tuple[str, Any, dict[str, Any]]]:
     """A name, a class and keyword arguments of every method, its variants after it, small enough for PEFT's models."""
-    from pessa_cli.tuner_lora_xs import LoraXsConfig
-    from pessa_cli.tuner_pica import PicaConfig
-    from pessa_cli.tuner_sorsa import MiloraConfig, SorsaConfig
-    from pessa_cli.tuner_svft import SvftConfig
+    from pessa_cli.tuning.tuner_lora_xs import LoraXsConfig
+    from pessa_cli.tuning.tuner_pica import PicaConfig
+    from pessa_cli.tuning.tuner_sorsa import MiloraConfig, SorsaConfig
+    from pessa_cli.tuning.tuner_svft import SvftConfig
 
     yield "PESSA", _pessa_config(), {}
     yield "SORSA", SorsaConfig, {"r": 4}
@@ -235,7 +235,7 @@ def configurations(quick: bool) -> Iterator[tuple[str, Any, dict[str, Any]]]:
 
 def _pessa_config() -> Any:
     """PESSA's configuration with heads of two: PEFT's toy models have no attention to take the size of a head from."""
-    from pessa_cli.tuner_pessa import PessaTunerConfig
+    from pessa_cli.tuning.tuner_pessa import PessaTunerConfig
 
     @dataclass
     class HeadsOfTwo(PessaTunerConfig):
@@ -317,7 +317,7 @@ def pytest_pycollect_makeitem(collector: pytest.Collector, name: str, obj: objec
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Keep the tests that have one of our configurations among their parameters."""
-    from pessa_cli.tuner_base import TunerConfig
+    from pessa_cli.tuning.tuner_base import TunerConfig
 
     def ours(item: pytest.Item) -> bool:
         values = item.callspec.params.values() if hasattr(item, "callspec") else ()

@@ -20,14 +20,14 @@ from peft import PeftModel
 from transformers import AutoProcessor, WhisperForConditionalGeneration
 from transformers.utils import logging
 
-from pessa_cli.measures import Settings
-from pessa_cli.model import open_model
-from pessa_cli.pipeline import prune_model
-from pessa_cli.ranks import Rule
-from pessa_cli.sites import select
-from pessa_cli.speech import Speech, read_clips, transcribe
-from pessa_cli.tune import Job, tune
-from pessa_cli.tuning import AdapterOptions, DataOptions, TrainOptions, Tuning
+from pessa_cli.blocks.site import select
+from pessa_cli.evaluation.measures import ScoreSettings
+from pessa_cli.evaluation.word_errors import WordErrors, read_clips, transcribe
+from pessa_cli.ranks.rule import Rule
+from pessa_cli.surgery.model import open_model
+from pessa_cli.surgery.passes import prune_model
+from pessa_cli.tuning.options import AdapterOptions, DataOptions, TrainOptions, Tuning
+from pessa_cli.tuning.train import Job, tune
 
 
 def main() -> None:
@@ -41,8 +41,8 @@ def main() -> None:
     logging.disable_progress_bar()
     clips = [clip for clip in read_clips(args.clips) if clip.text]
     source = fetch("whisper-tiny.en")
-    processor, settings = AutoProcessor.from_pretrained(source), Settings(new_tokens=100)
-    development, test = (Speech.of("clips", half, processor, settings) for half in (clips[::2], clips[1::2]))
+    processor, settings = AutoProcessor.from_pretrained(source), ScoreSettings(new_tokens=100)
+    development, test = (WordErrors.of("clips", half, processor, settings) for half in (clips[::2], clips[1::2]))
 
     def load(folder: Path) -> Any:
         return WhisperForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()

@@ -40,27 +40,28 @@ from fetch_models import fetch
 from torch.nn.functional import cross_entropy
 from transformers import AutoTokenizer, WhisperProcessor
 
-from pessa_cli import pipeline
-from pessa_cli.bench import peak_memory
-from pessa_cli.calibrate import collect
-from pessa_cli.measures import Measure, Settings
-from pessa_cli.model import Model, open_model
-from pessa_cli.output import Method
-from pessa_cli.pairs import Pairs, embedding_of
-from pessa_cli.perplexity import Text
-from pessa_cli.ranks import Rule
-from pessa_cli.report import totals
-from pessa_cli.sidebyside import load, quiet_transformers
-from pessa_cli.sites import select
-from pessa_cli.speech import Speech, read_clips
-from pessa_cli.statistics import Statistics
+from pessa_cli.blocks.site import select
+from pessa_cli.calibration.collect import collect
+from pessa_cli.evaluation.bench import peak_memory
+from pessa_cli.evaluation.measures import Measure, ScoreSettings
+from pessa_cli.evaluation.perplexity import Perplexity
+from pessa_cli.evaluation.similarity import Similarity, embedding_of
+from pessa_cli.evaluation.word_errors import WordErrors, read_clips
+from pessa_cli.models.load import load, quiet_transformers
+from pessa_cli.ranks.rule import Rule
+from pessa_cli.statistics.file import Statistics
+from pessa_cli.surgery.model import Model, open_model
+from pessa_cli.surgery.passes import prune_model
+from pessa_cli.surgery.rewrite import Ranking
+from pessa_cli.surgery.run import Run
+from pessa_cli.surgery.totals import totals
 
 METHODS = ("vanilla", "plain", "calibrated", "in sequence")
 CHARACTERS = 45_000  # of the end of the text, to calibrate on
 WINDOWS = 20  # from its beginning, to score on
 EVERY = 5  # of the pairs, one to calibrate on: the file goes from genre to genre
 TENS = (0.1, 0.2, 0.3, 0.4, 0.5)
-Run = dict[str, Any]
+Figures = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,10 @@ def speech_folds(data: Path, _out: Path, source: Path) -> list[Fold]:
     clips = read_clips(data / "speech" / "clips.jsonl")
     processor, halves = WhisperProcessor.from_pretrained(source), (clips[0::2], clips[1::2])
     return [
-        Fold([clip.file for clip in half], Speech.of("the other half", other, processor, Settings(new_tokens=100)))
+        Fold(
+            [clip.file for clip in half],
+            WordErrors.of("the other half", other, processor, ScoreSettings(new_tokens=100)),
+        )
         for half, other in (halves, halves[::-1])
     ]
 
@@ -119,7 +123,9 @@ def text_folds(data: Path, out: Path, source: Path) -> list[Fold]:
     beginning, end = out / "text-beginning.txt", out / "text-end.txt"
     beginning.write_text(text[:-CHARACTERS], encoding="utf-8")
     end.write_text(text[-CHARACTERS:], encoding="utf-8")
-    return [Fold([end], Text.load(beginning, AutoTokenizer.from_pretrained(source), Settings(limit=WINDOWS)))]
+    return [
+        Fold([end], Perplexity.load(beginning, AutoTokenizer.from_pretrained(source), ScoreSettings(limit=WINDOWS)))
+    ]
 
 
 def pairs_folds(data: Path, out: Path, source: Path) -> list[Fold]:
@@ -134,7 +140,7 @@ def pairs_folds(data: Path, out: Path, source: Path) -> list[Fold]:
         csv.writer(file).writerows(others)
     embedding = embedding_of(source, open_model(source).reader.config)
     tokenizer = AutoTokenizer.from_pretrained(source)
-    return [Fold([calibration], Pairs.load(scored, tokenizer, Settings(batch=32), embedding))]
+    return [Fold([calibration], Similarity.load(scored, tokenizer, ScoreSettings(batch=32), embedding))]
 
 
 FOLDS: dict[str, Callable[[Path, Path, Path], list[Fold]]] = {
@@ -145,7 +151,7 @@ FOLDS: dict[str, Callable[[Path, Path, Path], list[Fold]]] = {
 
 
 @torch.inference_mode()
-def surprise(model: Any, speech: Speech) -> tuple[float, int]:
+def surprise(model: Any, speech: WordErrors) -> tuple[float, int]:
     """Nats that the reference texts take, teacher-forced, and their tokens; in small letters, as most of them are."""
     nats, tokens = 0.0, 0
     tokenizer = speech.processor.tokenizer
@@ -158,17 +164,17 @@ def surprise(model: Any, speech: Speech) -> tuple[float, int]:
     return nats, tokens
 
 
-def quality(folders: Sequence[Path], measures: Sequence[Measure]) -> Run:
+def quality(folders: Sequence[Path], measures: Sequence[Measure]) -> Figures:
     """That of several models together, each on data of its own."""
     scores, counts, nats, tokens = [], [], 0.0, 0
     for folder, measure in zip(folders, measures, strict=True):
         model = load(open_model(folder))
         scores.append(measure.score(model))
         counts.append(scores[-1].counts)
-        if isinstance(measure, Speech):
+        if isinstance(measure, WordErrors):
             more = surprise(model, measure)
             nats, tokens = nats + more[0], tokens + more[1]
-    found: Run = {"metric": scores[0].metric, "counts": counts}
+    found: Figures = {"metric": scores[0].metric, "counts": counts}
     if not tokens:
         (score,) = scores
         return found | {"quality": score.value}
@@ -176,7 +182,9 @@ def quality(folders: Sequence[Path], measures: Sequence[Measure]) -> Run:
     return found | {"quality": rate, "nats": nats / tokens}
 
 
-def calibrate(model: str, kinds: tuple[str, ...], files: Sequence[Path], out: Path, rule: Rule | None, n: int) -> Run:
+def calibrate(
+    model: str, kinds: tuple[str, ...], files: Sequence[Path], out: Path, rule: Rule | None, n: int
+) -> Figures:
     """Write statistics, and say what they cost; meant for a process of its own."""
     torch.set_num_threads(n)
     opened, started = open_model(fetch(model)), time.perf_counter()
@@ -193,7 +201,7 @@ class Results:
         self._data, self._out, self._threads = data, out, threads
         self._file = out / "runs.jsonl"
         self._folds = cache(lambda name: FOLDS[name](data, out, fetch(name)))
-        self.runs: list[Run] = []
+        self.runs: list[Figures] = []
         if self._file.exists():
             self.runs = [json.loads(line) for line in self._file.read_text(encoding="utf-8").splitlines()]
         (out / "statistics").mkdir(parents=True, exist_ok=True)
@@ -214,7 +222,7 @@ class Results:
                 found = quality(outs, [fold.measure for fold in folds])
         self._add(key | size | found | {"seconds": time.perf_counter() - started})
 
-    def _pruned(self, subject: Subject, method: str, share: float, model: Model, fold: int, out: Path) -> Run:
+    def _pruned(self, subject: Subject, method: str, share: float, model: Model, fold: int, out: Path) -> Figures:
         """Write a model, and say how large it is."""
         sites, statistics = select(model.sites, subject.kinds), None
         rotates = any(site.spec.rope for site in sites)
@@ -222,9 +230,9 @@ class Results:
         if method in ("calibrated", "in sequence"):
             rule = Rule(target_attention=1 - share)
             statistics = self._statistics(subject, fold, rule if method == "in sequence" else None)
-        how: Method = "vanilla" if method == "vanilla" else "svd"
-        run = pipeline.Run(jobs=self._threads)
-        ranks = pipeline.prune_model(model, out, rule, sites, how, run=run, statistics=statistics).ranks
+        how: Ranking = "vanilla" if method == "vanilla" else "svd"
+        run = Run(jobs=self._threads)
+        ranks = prune_model(model, out, rule, sites, how, run=run, statistics=statistics).ranks
         counted = totals(model.reader.header, model.sites, sites, ranks)
         names = {"parameters": "parameters_after", "attention": "attention_pruned"}
         return {name: counted[known] for name, known in names.items()}
@@ -246,13 +254,13 @@ class Results:
             raise SystemExit(f"{name}: calibrated on what it is scored on, {common}")
         return found
 
-    def _add(self, run: Run) -> None:
+    def _add(self, run: Figures) -> None:
         self.runs.append(run)
         with self._file.open("a", encoding="utf-8") as out:
             out.write(json.dumps(run) + "\n")
         print(json.dumps({key: value for key, value in run.items() if key != "counts"}), file=sys.stderr, flush=True)
 
-    def of(self, subject: str, method: str, share: float) -> Run | None:
+    def of(self, subject: str, method: str, share: float) -> Figures | None:
         key = {"subject": subject, "method": method, "share": share}
         return next((run for run in self.runs if key.items() <= run.items()), None)
 
@@ -268,7 +276,7 @@ def jobs(subjects: Sequence[Subject]) -> Iterator[tuple[Subject, str, float]]:
                 yield from ((subject, method, share) for share in chosen if (share in subject.first) is first)
 
 
-def shown(run: Run | None) -> str:
+def shown(run: Figures | None) -> str:
     if run is None:
         return ""
     if run["metric"] == "perplexity":
@@ -298,7 +306,7 @@ def table(results: Results, subjects: Sequence[Subject]) -> Iterator[str]:
             yield f"| {' | '.join(cells)} |"
 
 
-def worse(run: Run, original: Run) -> float:
+def worse(run: Figures, original: Figures) -> float:
     """By how much a model is worse than another, as TARGETS counts it."""
     if run["metric"] == "perplexity":
         return float(run["quality"] / original["quality"] - 1)

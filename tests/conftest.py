@@ -13,13 +13,14 @@ import pytest
 import tiny
 import torch
 import transformers
+from calibrating import data  # noqa: F401  # a fixture
 from harness import Pessa, Result, TinyFolder
 from tuned import with_tokenizer
 
-from pessa_cli.app import main
-from pessa_cli.model import open_model
-from pessa_cli.pipeline import prune_model
-from pessa_cli.ranks import Rule
+from pessa_cli.cli.main import main
+from pessa_cli.ranks.rule import Rule
+from pessa_cli.surgery.model import open_model
+from pessa_cli.surgery.passes import prune_model
 
 # One thread a test process: for tiny matrices more are slower, and the cores are for other tests.
 os.environ["OMP_NUM_THREADS"] = "1"  # of the commands that tests start

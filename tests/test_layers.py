@@ -1,4 +1,4 @@
-"""The order of the package, from its source: who imports whom, who prints, who needs torch."""
+"""The order of the packages, from their source: who imports whom, who prints, who needs torch."""
 
 from __future__ import annotations
 
@@ -6,53 +6,34 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
+from packages import PACKAGES, SOURCE, purpose
 
-import pessa_cli
-
-SOURCE = Path(pessa_cli.__file__).parent
-MODULES = {path.stem: ast.parse(path.read_text(encoding="utf-8")) for path in sorted(SOURCE.glob("*.py"))}
-
-# From the bottom up, as in the design, section 3: a module imports only from lines under its own.
-LAYERS = (
-    {"errors", "jobs", "spool"},
-    {"extras", "architectures", "audio", "checkpoint"},
-    {"ragged", "whisper_files", "writer"},
-    {"buckets", "naming", "sites", "gguf_source", "openai_tokenizer", "pickled"},
-    {"heads", "ranks", "ctranslate2", "hub", "openai_whisper"},
-    {"budget"},
-    {"factors", "recipe", "report", "plot", "runtime", "sources", "card", "onnx_attention"},
-    {"rope"},
-    {"attention", "methods", "statistics", "tuning"},
-    {"narrow"},
-    {"peft_plugin", "singular"},
-    {"tuner_base"},
-    {"tuner_pessa", "tuner_sorsa", "tuner_pica", "tuner_svft", "tuner_lora_xs"},
-    {"model", "loading"},
-    {"output"},
-    {"pipeline"},
-    {"openai_export"},
-    {"whisper_model"},
-    {"__init__"},
-    {"sidebyside"},
-    {"trials"},
-    {"calibrate", "measures"},
-    {"tuning_data", "merge", "speech", "perplexity", "pairs"},
-    {"tune", "questions"},
-    {"evaluate"},
-    {"search"},
-    {"verify", "bench", "onnx_export"},
-    {"junit", "console"},
-    {"options"},
-    {"app_tune"},
-    {"app"},
+MOST_LINES = 400
+# At the top: the package itself, `python -m pessa_cli`, and the public API.
+TOP = {"__init__", "__main__", "api"}
+MODULES = {
+    ".".join(path.relative_to(SOURCE).with_suffix("").parts): ast.parse(path.read_text(encoding="utf-8"))
+    for path in sorted(SOURCE.rglob("*.py"))
+}
+# What `pessa --help`, `import pessa_cli` and the first lines of every command load; the rest waits for work to do.
+NO_TORCH = (
+    *("__init__", "cli.main", "cli.options", "cli.console", "cli.junit", "cli.plot", "cli.report"),
+    *(
+        "common.errors",
+        "common.text",
+        "common.packages",
+        "checkpoint.reader",
+        "checkpoint.shards",
+        "checkpoint.staging",
+    ),
+    *("blocks.table", "blocks.discover", "blocks.compact_format", "ranks.rule", "ranks.plan", "ranks.budget"),
+    *("sources.open", "sources.ctranslate2", "sources.hub", "sources.pickled", "sources.openai", "sources.gguf"),
+    *("models.audio", "tuning.options", "tuning.peft_plugin", "runtime.buckets"),
 )
-# What `pessa --help` and the first lines of every command load; the rest waits until there is work to do.
-NO_TORCH = ("__init__", "app", "architectures", "checkpoint", "console", "errors", "junit", "plot", "ranks", "recipe")
-NO_TORCH_EITHER = ("ragged", "writer", "report", "sites", "sources", "ctranslate2", "whisper_files", "audio", "writer")
-SOURCES = ("hub", "pickled", "openai_whisper", "openai_tokenizer", "gguf_source")
 HEAVY = {
     "torch",
     "peft",
@@ -67,59 +48,69 @@ HEAVY = {
 }
 
 
-def imports(tree: ast.AST, everywhere: bool = True) -> Iterator[str]:
-    """The modules a file imports; unless `everywhere`, only those that importing the file itself loads."""
-    for node in ast.iter_child_nodes(tree):
-        if not everywhere:
-            typing_only = isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
-            if typing_only or isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-                continue
+def imports(tree: ast.AST) -> Iterator[str]:
+    """The modules and names a file imports, also inside functions and for types only."""
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, "relative import"
             assert node.module is not None
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
-        else:
-            yield from imports(node, everywhere)
 
 
-def inside(name: str) -> str | None:
-    """The pessa module behind an imported name: "heads" for pessa_cli.heads.Layout; None for other packages."""
-    package, _, rest = name.partition(".")
-    if package != "pessa_cli":
-        return None
-    module = rest.partition(".")[0]
-    return module if module in MODULES else "__init__"
+def package_of(module: str) -> str:
+    """ "surgery" for surgery.model, "" for what lies at the top."""
+    return module.partition(".")[0] if module not in TOP else ""
 
 
-def test_every_module_has_its_layer() -> None:
-    assert sorted(MODULES) == sorted(name for layer in LAYERS for name in layer)
+def used_packages(module: str) -> set[str]:
+    """The packages that a module imports from; "" for the top."""
+    names = [name.split(".") for name in imports(MODULES[module]) if name.split(".")[0] == "pessa_cli"]
+    return {name[1] if len(name) > 1 and name[1] in PACKAGES else "" for name in names}
 
 
-@pytest.mark.parametrize("module", MODULES)
+def test_every_package_is_in_the_order_and_says_what_belongs_there() -> None:
+    there = {module.partition(".")[0] for module in MODULES if "." in module}
+    assert there == set(PACKAGES)
+    assert {path.stem for path in SOURCE.glob("*.py")} == TOP
+    for package in PACKAGES:
+        assert purpose(package).endswith("."), package
+
+
+@pytest.mark.parametrize("module", [module for module in MODULES if package_of(module)])
 def test_imports_point_downwards(module: str) -> None:
-    """Those inside functions and for types only too; a version number may be asked of the package from anywhere."""
-    below: set[str] = set()
-    for layer in LAYERS:
-        if module in layer:
-            break
-        below |= layer
-    names = [name for name in imports(MODULES[module]) if name != "pessa_cli.__version__"]
-    if module == "__init__":
-        below |= {"loading"}
-    used = {found for name in names if (found := inside(name)) is not None}
-    assert used <= below, f"{module} imports {sorted(used - below)} from its own layer or above"
+    """Those inside functions and for types only, too."""
+    own = package_of(module)
+    allowed = set(PACKAGES[: PACKAGES.index(own) + 1])
+    assert used_packages(module) <= allowed, f"{module} imports from above {own}"
 
 
-def test_nobody_imports_the_command_line() -> None:
-    commands = {"app", "app_tune", "options"}  # of which app is imported by none, and the others by commands only
-    users = {user for user, tree in MODULES.items() for name in imports(tree) if inside(name) in {*commands, "console"}}
-    assert users == commands
-    assert "app" not in {inside(name) for tree in MODULES.values() for name in imports(tree)}
+def test_no_circle_within_a_package() -> None:
+    graph: dict[str, set[str]] = {}
+    for module, tree in MODULES.items():
+        names = [name.removeprefix("pessa_cli.") for name in imports(tree) if name.startswith("pessa_cli.")]
+        found = {next((n for n in (name, name.rpartition(".")[0]) if n in MODULES), "") for name in names}
+        graph[module] = {name for name in found if name and package_of(name) == package_of(module)}
+    list(TopologicalSorter(graph).static_order())  # raises CycleError
 
 
-@pytest.mark.parametrize("module", [module for module in MODULES if module != "console"])
+def test_no_file_is_long() -> None:
+    lengths = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in SOURCE.rglob("*.py")}
+    assert {path.name: length for path, length in lengths.items() if length > MOST_LINES} == {}
+
+
+def test_no_two_classes_have_the_same_name() -> None:
+    """Nor two constants called METHODS: a name means one thing in the whole package."""
+    places: dict[str, list[str]] = {}
+    for module, tree in MODULES.items():
+        for node in ast.iter_child_nodes(tree):
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                places.setdefault(node.name, []).append(module)
+    assert {name: modules for name, modules in places.items() if len(modules) > 1} == {}
+
+
+@pytest.mark.parametrize("module", [module for module in MODULES if module != "cli.console"])
 def test_only_the_console_prints(module: str) -> None:
     printing = {"print", "typer.echo", "typer.secho", "sys.stdout.write", "sys.stderr.write", "warnings.warn"}
     calls = {ast.unparse(node.func) for node in ast.walk(MODULES[module]) if isinstance(node, ast.Call)}
@@ -127,15 +118,14 @@ def test_only_the_console_prints(module: str) -> None:
     assert not [name for name in imports(MODULES[module]) if name.split(".")[0] in ("rich", "logging")]
 
 
-@pytest.mark.parametrize("module", ["factors", "ranks", "rope", "runtime"])
+@pytest.mark.parametrize("module", [module for module in MODULES if package_of(module) in ("algebra", "ranks")])
 def test_numerics_never_open_files(module: str) -> None:
     used = {name.split(".")[0] for name in imports(MODULES[module])}
     assert not used & {"pathlib", "os", "io", "json", "shutil", "tempfile", "safetensors"}
-    assert "checkpoint" not in {inside(name) for name in imports(MODULES[module])}
     assert not [n for n in ast.walk(MODULES[module]) if isinstance(n, ast.Call) and ast.unparse(n.func) == "open"]
 
 
-@pytest.mark.parametrize("module", ["checkpoint", "writer", "sources", "whisper_files", *SOURCES])
+@pytest.mark.parametrize("module", [module for module in MODULES if package_of(module) in ("checkpoint", "sources")])
 def test_input_and_output_never_do_algebra(module: str) -> None:
     tree = MODULES[module]
     assert "torch.linalg" not in ast.unparse(tree)
@@ -148,16 +138,17 @@ def test_nobody_imports_click() -> None:
     assert not [name for name in names if name.split(".")[0] == "click" or name.startswith("typer._")]
 
 
-@pytest.mark.parametrize("module", [*NO_TORCH, *NO_TORCH_EITHER, *SOURCES])
+@pytest.mark.parametrize("module", NO_TORCH)
 def test_nothing_heavy_at_import(module: str) -> None:
-    assert not {name.split(".")[0] for name in imports(MODULES[module], everywhere=False)} & HEAVY
-
-
-def test_nothing_heavy_at_import_by_way_of_others() -> None:
-    """The same, asked of Python: a module may be light itself and import a heavy one."""
-    names = [
-        "pessa_cli" if name == "__init__" else f"pessa_cli.{name}" for name in (*NO_TORCH, *NO_TORCH_EITHER, *SOURCES)
-    ]
-    code = f"import sys, {', '.join(names)}; print(sorted(sys.modules.keys() & {HEAVY!r}))"
+    """Asked of Python: a module may be light itself and import a heavy one."""
+    name = "pessa_cli" if module == "__init__" else f"pessa_cli.{module}"
+    code = f"import sys, {name}; print(sorted(sys.modules.keys() & {HEAVY!r}))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_the_tests_lie_as_the_packages_do() -> None:
+    tests = Path(__file__).parent
+    folders = {path.name for path in tests.iterdir() if path.is_dir() and any(path.glob("test_*.py"))}
+    assert folders <= {*PACKAGES, "docs"}
+    assert {path.name for path in tests.glob("test_*.py")} == {Path(__file__).name}

@@ -1,0 +1,1 @@
+"""Which attention blocks a checkpoint has: the table of architectures, discovery, and the compact format."""

@@ -1,0 +1,1 @@
+"""Collecting calibration statistics: one pass of real data through a model."""

@@ -1,0 +1,106 @@
+"""Files of a model folder: names, JSON, hashes, and which of them count."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pessa_cli.common.errors import PessaError
+from pessa_cli.common.files import file_size
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+CONFIG_FILE = "config.json"
+# Bounds on what is parsed before anything is known to be right; real files stay below half of each.
+MOST_JSON = 32 * 2**20  # bytes of a JSON file or a header: parsed, they take up to 25 times as much memory
+MOST_DEPTH = 64  # levels of JSON inside each other
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file. Raises PessaError when it is missing, unreadable, too large or no object."""
+    try:
+        size = file_size(path)
+        if size > MOST_JSON:
+            raise ValueError(f"it has {size:,} bytes, more than {MOST_JSON:,}")
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise PessaError(f"{path} does not exist", "give the folder of a complete checkpoint") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise PessaError(f"{path} is not readable JSON: {error}", "download the file again") from None
+    if not isinstance(value, dict):
+        raise PessaError(f"{path} holds a {type(value).__name__}, not a JSON object", "download the file again")
+    if not _within_depth(value):
+        raise PessaError(f"{path} is nested more than {MOST_DEPTH} levels deep", "download the file again")
+    return value
+
+
+def _within_depth(value: Any) -> bool:
+    level = [value]
+    for _ in range(MOST_DEPTH):
+        level = [
+            inner
+            for outer in level
+            if isinstance(outer, (dict, list))
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+        ]
+        if not level:
+            return True
+    return False
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    text = json.dumps(value, indent=2, ensure_ascii=False)
+    try:
+        encoded = text.encode()
+    except UnicodeEncodeError:  # half a surrogate pair, which JSON can say and UTF-8 cannot
+        encoded = json.dumps(value, indent=2).encode()
+    path.write_bytes(encoded + b"\n")
+
+
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a name is there twice")
+    return found
+
+
+ADAPTER_FILE = "adapter_config.json"
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file, read in chunks, or of a folder: of its files' names and digests."""
+    if path.is_dir():
+        files = [file for file in sorted(path.rglob("*")) if file.is_file()]
+        listing = [(file.relative_to(path).as_posix(), sha256_of(file)) for file in files]
+        return hashlib.sha256(json.dumps(listing).encode()).hexdigest()
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def source_name(folder: Path) -> str:
+    """What to call a model that lies in a folder: the folder's name, or the repository that it is a snapshot of."""
+    folder = folder.resolve()
+    place = folder.parent.parent.name.split("--")
+    if folder.parent.name == "snapshots" and place[0] == "models" and len(place) > 1:
+        return "/".join(place[1:])
+    return folder.name
+
+
+def visible_files(folder: Path) -> dict[str, Path]:
+    """The files below a folder by their relative names, but for hidden ones and links to somewhere else.
+
+    In the hub's cache every file is a link into the blobs of its own repository: that is no other place.
+    """
+    inside = folder.resolve()
+    if inside.parent.name == "snapshots":
+        inside = inside.parent.parent
+    files = {
+        path.relative_to(folder): path
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.resolve().is_relative_to(inside)
+    }
+    return {name.as_posix(): path for name, path in files.items() if not any(p.startswith(".") for p in name.parts)}

@@ -1,0 +1,1 @@
+"""The `pessa` command: options, commands, recipes, and everything that prints."""

@@ -1,0 +1,346 @@
+"""The only module that prints: results on stdout, progress and messages on stderr."""
+
+from __future__ import annotations
+
+import json
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from math import log10
+from statistics import geometric_mean, median
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.markup import escape
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from pessa_cli.common.errors import PessaError
+
+if TYPE_CHECKING:
+    from pessa_cli.blocks.site import Site
+    from pessa_cli.evaluation.bench import Bench
+    from pessa_cli.evaluation.evaluate import Scores
+    from pessa_cli.evaluation.search import SearchResult
+    from pessa_cli.evaluation.verify import Report
+    from pessa_cli.ranks.budget import Point
+    from pessa_cli.tuning.train import TrainingStep
+
+
+# Lines wrap where the terminal does it, so that a pipe gets them whole.
+OUT = Console(highlight=False, soft_wrap=True)
+ERR = Console(stderr=True, highlight=False, soft_wrap=True)
+PERCENT = ("accuracy", "word error rate")  # shown so
+MOST_STEPS = 12  # of a training run, in the moving table
+BARS = "▁▂▃▄▅▆▇█" if "utf" in OUT.encoding.lower() else "_.-:=+*#"
+
+
+def show_error(error: PessaError) -> None:
+    ERR.print(f"[bold red]error:[/] {_plain(error.message)}")
+    if error.hint:
+        ERR.print(f"[bold]hint:[/] {_plain(error.hint)}")
+
+
+def _plain(text: str) -> str:
+    """Text from files and names, without anything that a terminal or the printing library would obey."""
+    return escape("".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text))
+
+
+def note(text: str) -> None:
+    ERR.print(_plain(text))
+
+
+def show_text(text: str) -> None:
+    """As it is, whatever the width of the terminal."""
+    print(text)
+
+
+def show_json(value: Any) -> None:
+    """One JSON document on stdout, with nothing around it."""
+    print(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=True))
+
+
+@contextmanager
+def progress(what: str, nbytes: int, blocks: int) -> Iterator[Callable[[int, int], None]]:
+    """A bar on stderr with bytes, blocks and the time left, gone when done."""
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TextColumn("{task.fields[blocks]}"))
+    times = (TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, *times, console=ERR, transient=True, disable=not ERR.is_terminal) as bar:
+        task = bar.add_task(what, total=nbytes, blocks=f"0/{blocks} blocks")
+        done = 0
+
+        def tick(more: int, blocks_more: int) -> None:
+            nonlocal done
+            done += blocks_more
+            bar.update(task, advance=more, blocks=f"{done}/{blocks} blocks")
+
+        yield tick
+
+
+def show_architectures(rows: list[dict[str, Any]]) -> None:
+    """The table of `architectures`."""
+    table = Table(box=None, pad_edge=False)
+    for heading in ("model_type", "blocks", "merges", "layouts", "since", "checked on"):
+        table.add_column(heading, no_wrap=heading in ("model_type", "blocks"))
+    for row in rows:
+        cells = [", ".join(row["layouts"]), row["since"], ", ".join(row["checked"])]
+        name = row["model_type"]
+        for kind, merges in row["merges"].items():
+            table.add_row(name, kind, merges, *cells)
+            name, cells = "", []
+    OUT.print(table)
+
+
+def show_model(folder: str, config: dict[str, Any], sites: list[Site], totals: dict[str, Any]) -> None:
+    """The header of `inspect`: what kinds of blocks there are, from the names and shapes alone."""
+    attention = totals["attention_parameters"] / totals["parameters"]
+    OUT.print(
+        f"[bold]{escape(folder)}[/]  {escape(str(config.get('model_type')))}, {totals['blocks']} attention blocks"
+    )
+    OUT.print(
+        f"{totals['parameters']:,} parameters in {size(totals['bytes'])}, {attention:.1%} of them in "
+        f"{'these' if totals['blocks_chosen'] < totals['blocks'] else 'the'} attention blocks"
+    )
+    table = Table(
+        "blocks", "layers", "heads", "head_dim", "width", "biases", "dtype", "merges", box=None, pad_edge=False
+    )
+    for kind in dict.fromkeys(site.spec.kind for site in sites):
+        of_kind = [site for site in sites if site.spec.kind == kind]
+        first = of_kind[0]
+        heads = str(first.heads) if first.group == 1 else f"{first.heads} ({first.kv_heads} kv)"
+        biases = " ".join(side for side in "qkvo" if side in first.biases) or "none"
+        table.add_row(
+            kind,
+            str(len(of_kind)),
+            heads,
+            str(first.head_dim),
+            str(first.query_width),
+            biases,
+            first.dtype,
+            " | ".join(dict.fromkeys(site.merges for site in of_kind)),
+        )
+    OUT.print(table)
+
+
+def show_blocks(blocks: list[dict[str, Any]]) -> None:
+    """The table of `inspect`: for each block the spectra of all its heads together, Q-K and V-O."""
+    table = Table(box=None, pad_edge=False)
+    for heading in ("block", "", "largest", "median", "smallest", "kept", "spectrum, log"):
+        table.add_column(
+            heading, justify="left" if heading in ("block", "") or heading.startswith("spectrum") else "right"
+        )
+    for block in blocks:
+        name = f"{block['kind']}.{block['layer']}"
+        for label, side in (("Q-K", "qk"), ("V-O", "vo")):
+            spectrum, kept = block[f"{side}_spectrum"], sum(block[f"{side}_ranks"])
+            if spectrum is None and block["qk_pairs"] is None:  # norms between, say
+                continue
+            if spectrum is None:  # RoPE: pairs of directions, in the units of singular values and sorted as they are
+                label, kept = f"{label} pairs", kept // 2
+                spectrum = [sorted((pair**0.5 for pair in head), reverse=True) for head in block["qk_pairs"]]
+            values = sorted(value for head in spectrum for value in head)
+            numbers = (f"{value:.3g}" for value in (values[-1], median(values), values[0]))
+            table.add_row(name, label, *numbers, f"{kept}/{len(values)}", sparkline(spectrum))
+            name = ""
+    OUT.print(table)
+
+
+def show_curve(points: list[Point], method: str) -> None:
+    """What budgets would keep, and the errors to expect."""
+    whole = points[0]
+    calibrated = method == "calibrated"
+    error = "worst block, relative error" if calibrated else "worst product, relative error"
+    headings = "attention kept", "parameters", error, *(["harm to the output"] if calibrated else [])
+    table = Table(*headings, box=None, pad_edge=False)
+    for point in points:
+        harm = [f"{point.harm:.2e}"] if calibrated else []
+        table.add_row(f"{point.attention / whole.attention:.0%}", f"{point.parameters:,}", f"{point.error:.3f}", *harm)
+    OUT.print(table)
+    if calibrated:
+        OUT.print("harm: the KL divergence of the logits in nats, or the relative squared error of hidden states")
+
+
+def show_search(found: SearchResult) -> None:
+    """What a search has tried."""
+    percent = 100 if found.metric in PERCENT else 1
+    table = Table("attention kept", found.metric, "", box=None, pad_edge=False)
+    table.add_row("100%", f"{percent * found.original:.3f}", "the original")
+    for share, value in found.tried:
+        within = "" if value <= found.limit else f"above {percent * found.limit:.3f}"
+        table.add_row(f"{share:.1%}", f"{percent * value:.3f}", within)
+    OUT.print(table)
+
+
+def show_totals(totals: dict[str, Any], rule: str) -> None:
+    """What the ranks remove, counted as the paper does."""
+    OUT.print(
+        f"[bold]{escape(rule)}[/] prunes {totals['qk_pruned']:.2%} of Q-K and {totals['vo_pruned']:.2%} of V-O "
+        f"= {totals['attention_pruned']:.2%} of this attention = {totals['model_pruned']:.2%} of the model"
+    )
+    OUT.print(
+        f"{totals['parameters']:,} -> {totals['parameters_after']:,} parameters, "
+        f"{size(totals['bytes'])} -> {size(totals['bytes_after'])} as compact weights"
+    )
+
+
+def show_plan(document: dict[str, Any]) -> None:
+    """What a dry run has found: the ranks of each block and the files to come."""
+    table = Table("block", "ranks of Q-K", "ranks of V-O", box=None, pad_edge=False)
+    for name, ranks in document["ranks"].items():
+        table.add_row(name, ranks["qk"], ranks["vo"])
+    OUT.print(table)
+    for file, nbytes in document["shards"].items():
+        OUT.print(f"{file}  {size(nbytes)}")
+
+
+def show_report(report: Report, names: tuple[str, str]) -> None:
+    """What `verify` found, level by level, the worst places first, and the verdict last."""
+    width = max(map(len, names))
+    for name, parameters, nbytes in zip(names, report.parameters, report.nbytes, strict=True):
+        OUT.print(f"{escape(name.ljust(width))}  {parameters:,} parameters, {size(nbytes)}")
+    table = Table("level", "measure", "worst", "limit", "where", box=None, pad_edge=False)
+    for row in report.rows:
+        table.add_row(*row)
+    OUT.print(table)
+    for text in report.texts:
+        verdict = "the same text" if text.reference == text.candidate else "[red]different texts[/]"
+        OUT.print(f"\n[bold]{escape(text.name)}[/]: {verdict}")
+        for name, said in zip(names, (text.reference, text.candidate), strict=True):
+            on_one_line = said.replace("\n", "\\n")
+            OUT.print(f"  {escape(name.ljust(width))}  {escape(on_one_line)}")
+    OUT.print()
+    if report.same:
+        OUT.print("[bold green]same model[/] within these limits")
+        return
+    OUT.print("[bold red]not the same model[/]")
+    for failure in report.failures:
+        OUT.print(f"  {escape(failure)}")
+
+
+@contextmanager
+def training() -> Iterator[Callable[[TrainingStep], None]]:
+    """The last steps of a training run as a table that moves, on stderr; in a file or a pipe a line for each."""
+    shown: deque[TrainingStep] = deque(maxlen=MOST_STEPS)
+    with Live(console=ERR, auto_refresh=False) as live:
+
+        def watch(step: TrainingStep) -> None:
+            if ERR.is_terminal:
+                shown.append(step)
+                live.update(_steps_table(shown), refresh=True)
+            else:
+                ERR.print("  ".join(filter(None, (f"{h} {v}" if v else "" for h, v in _step_row(step).items()))))
+
+        yield watch
+
+
+def _steps_table(steps: Iterable[TrainingStep]) -> Table:
+    table = Table(box=None, pad_edge=False)
+    rows = [_step_row(step) for step in steps]
+    for heading in rows[0]:
+        table.add_column(heading, justify="right")
+    for row in rows:
+        table.add_row(*row.values())
+    return table
+
+
+def _step_row(step: TrainingStep) -> dict[str, str]:
+    left = step.seconds / max(1, step.step - step.first) * (step.steps - step.step)
+    return {
+        "step": f"{step.step}/{step.steps}",
+        "epoch": f"{step.epoch:.2f}",
+        "loss": "" if step.loss is None else f"{step.loss:.4f}",
+        "eval loss": "" if step.eval_loss is None else f"{step.eval_loss:.4f}",
+        "learning rate": "" if step.learning_rate is None else f"{step.learning_rate:.2e}",
+        "tokens/s": f"{step.tokens_per_second:,.0f}" if step.tokens_per_second else "",
+        "time": f"{timedelta(seconds=round(step.seconds))}",
+        "left": f"{timedelta(seconds=round(left))}",
+    }
+
+
+def show_tuned(record: dict[str, Any]) -> None:
+    """What a training run came to."""
+    share = record["trainable_parameters"] / record["parameters"]
+    OUT.print(
+        f"[bold]{escape(record['options']['adapter']['method'])}[/] trained {record['trainable_parameters']:,} of "
+        f"{record['parameters']:,} parameters ({share:.2%}) for {record['steps']} steps in {record['seconds']:.0f} s"
+    )
+    held_out = "" if record["eval_loss"] is None else f", {record['eval_loss']:.4f} on {record['eval_data']['file']}"
+    OUT.print(f"mean loss {record['loss']:.4f}{escape(held_out)}")
+
+
+def show_scores(scores: list[Scores]) -> None:
+    """The table of `eval`: above it what was measured on how much, then a row a model."""
+    captions: dict[str, dict[str, None]] = {}
+    for score in (score for model in scores for found in model.found.values() for score in found):
+        unit, amount = next(iter(score.counts.items()))
+        percent = " in %" if score.metric in PERCENT else ""
+        captions.setdefault(f"{score.metric}{percent}, {score.how}; {unit}", {})[f"{score.data} {amount:,}"] = None
+    for what, data in captions.items():
+        OUT.print(escape(f"{what}: {', '.join(data)}"))
+    table = Table("model", box=None, pad_edge=False)
+    for kind, found in scores[0].found.items():
+        for score in found:
+            table.add_column(escape(score.data if kind == "tasks" else score.metric), justify="right")
+        if kind == "tasks":
+            table.add_column("mean", justify="right")
+    for model in scores:
+        values = []
+        for kind, found in model.found.items():
+            values += [_measured(score.metric, score.value) for score in found]
+            if kind == "tasks":
+                values.append(_measured("accuracy", model.mean))
+        table.add_row(escape(model.model), *values)
+    OUT.print(table)
+
+
+def _measured(metric: str, value: float) -> str:
+    return f"{100 * value:.1f}" if metric in PERCENT else f"{value:.4g}"
+
+
+def show_bench(bench: Bench, names: tuple[str, str]) -> None:
+    """The table of `bench`: the reference, the candidate, and the candidate's share of the reference."""
+    settings = bench.settings
+    rounds = f"medians of {settings.rounds} alternating runs"
+    how = f"{settings.device}, {settings.dtype}, {bench.threads} threads, batch {settings.batch}, {rounds}"
+    OUT.print(f"{how} ({escape(bench.processor)})")
+    table = Table("", box=None, pad_edge=False)
+    for name in (*names, "ratio"):
+        table.add_column(escape(name), justify="right")
+    for measure in bench.measures:
+        what = f"generate {settings.tokens} tokens" if measure.name == "generate" else measure.name
+        values = (_quantity(value, measure.unit) for value in (measure.reference, measure.candidate))
+        table.add_row(what, *values, "" if measure.ratio is None else f"{measure.ratio:.3f}")
+    OUT.print(table)
+
+
+def _quantity(value: float, unit: str) -> str:
+    if unit == "bytes":
+        return size(value)
+    if unit == "seconds":
+        return f"{value * 1000:.1f} ms" if value < 1 else f"{value:.2f} s"
+    return f"{value:,.0f}"
+
+
+def sparkline(spectrum: list[list[float]], width: int = 20) -> str:
+    """The heads' geometric mean along the sorted directions, log scale, from the largest value down by 1e-4."""
+    top = max(max(head) for head in spectrum)
+    if top == 0:
+        return BARS[0] * width
+    means = [geometric_mean([max(value, top * 1e-9) for value in column]) for column in zip(*spectrum, strict=True)]
+    bars = []
+    for i in range(min(width, len(means))):
+        value = means[i * len(means) // min(width, len(means))]
+        level = 1 + log10(value / top) / 4  # 1 at the top, 0 at a ten-thousandth
+        bars.append(BARS[min(len(BARS) - 1, max(0, int(level * len(BARS))))])
+    return "".join(bars)
+
+
+def size(count: float) -> str:
+    """Bytes in the decimal units of file managers and hubs."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"

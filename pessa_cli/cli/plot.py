@@ -1,0 +1,119 @@
+"""Pictures: the paper's figure 2, how much faster spectra fall than norms, and the trade-off of budgets."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pessa_cli.blocks.site import Site
+from pessa_cli.common.errors import PessaError, UsageError
+from pessa_cli.ranks.budget import Point
+from pessa_cli.ranks.spectra import Spectra, Spectrum
+
+MOST_COLUMNS = 4
+
+
+def plot_spectra(path: Path, sites: list[Site], spectra: Mapping[str, Spectra], norms: Mapping[str, Spectra]) -> None:
+    """Draw each block's sorted singular values against its sorted products of L2 norms, to a PNG, SVG or PDF.
+
+    One row a kind of block and side (Q-K, V-O), one column a layer; at most four layers, spread evenly. Thin
+    lines are heads, thick ones their geometric mean. Source: PESSA/CLOVER, arXiv 2411.17426, figure 2.
+    """
+    check_plot(path)
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    kinds = list(dict.fromkeys(site.spec.kind for site in sites))
+    rows = [
+        (kind, side)
+        for kind in kinds
+        for side in ("Q-K", "V-O")
+        if side == "V-O" or any(site.merges_qk for site in sites if site.spec.kind == kind)
+    ]
+    layers = _spread(sorted({site.layer for site in sites}))
+    figure, axes = plt.subplots(
+        len(rows),
+        len(layers),
+        figsize=(3.2 * len(layers), 2.6 * len(rows)),
+        squeeze=False,
+        sharey="row",
+        layout="constrained",
+    )
+    by_place = {(site.spec.kind, site.layer): site.name for site in sites}
+    for row, (kind, side) in zip(axes, rows, strict=True):
+        for axis, layer in zip(row, layers, strict=True):
+            name = by_place.get((kind, layer))
+            if name is None:
+                axis.set_axis_off()
+                continue
+            for source, colour, label in ((norms, "tab:orange", "product of L2 norms"), (spectra, "tab:blue", "SVD")):
+                values = source[name].qk if side == "Q-K" else source[name].vo
+                if values is not None:
+                    _draw(axis, values, colour, label)
+            axis.set_title(f"{kind} {layer}, {side}", fontsize=9)
+            axis.set_yscale("log")
+            axis.tick_params(labelsize=7)
+    axes[0][0].legend(fontsize=7)
+    figure.supxlabel("direction of the head, sorted", fontsize=9)
+    figure.supylabel("importance", fontsize=9)
+    _save(figure, path)
+
+
+def _save(figure: Any, path: Path) -> None:
+    from matplotlib import pyplot as plt
+
+    try:
+        figure.savefig(path, dpi=150)
+    except OSError as error:
+        raise PessaError(f"cannot write {path}: {error}", "give --plot a file in a folder that exists") from None
+    finally:
+        plt.close(figure)
+
+
+def plot_curve(path: Path, points: list[Point]) -> None:
+    """Draw the predicted errors against the share of attention that is kept, to a PNG, SVG or PDF."""
+    check_plot(path)
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(5.5, 3.6), layout="constrained")
+    kept = [point.attention / points[0].attention for point in points[1:]]
+    axis.plot(kept, [point.error for point in points[1:]], label="worst block, relative error")
+    axis.plot(kept, [point.harm for point in points[1:]], label="harm to the output")
+    axis.set(xlabel="share of this attention that is kept", yscale="log")
+    axis.invert_xaxis()
+    axis.legend(fontsize=8)
+    _save(figure, path)
+
+
+def check_plot(path: Path) -> None:
+    """Raise before any long work what would stop the plot at its end."""
+    if path.suffix.lower() not in (".png", ".svg", ".pdf"):
+        raise UsageError(f"--plot {path}: {path.suffix or 'no suffix'} is no picture format", "name it .png or .svg")
+    if path.is_dir():
+        raise UsageError(f"--plot {path} is a folder", "give the name of a file in it")
+    if not path.resolve().parent.is_dir():
+        raise UsageError(f"--plot {path}: {path.parent} is no folder", "make it first")
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise PessaError("--plot needs matplotlib", "pip install 'pessa[plot]'") from None
+
+
+def _draw(axis: object, values: Spectrum, colour: str, label: str) -> None:
+    import numpy as np
+
+    seen = values.clip(values.max() * 1e-9 or 1e-300, None)  # a logarithm has no place for zero
+    axis.plot(seen.T, color=colour, linewidth=0.4, alpha=0.4)  # type: ignore[attr-defined]
+    axis.plot(np.exp(np.log(seen).mean(0)), color=colour, linewidth=1.8, label=label)  # type: ignore[attr-defined]
+
+
+def _spread(layers: list[int]) -> list[int]:
+    if len(layers) <= MOST_COLUMNS:
+        return layers
+    return [layers[round(i * (len(layers) - 1) / (MOST_COLUMNS - 1))] for i in range(MOST_COLUMNS)]

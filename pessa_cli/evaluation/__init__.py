@@ -1,0 +1,1 @@
+"""What a model is worth: verification, quality on data, search for a budget, and speed."""

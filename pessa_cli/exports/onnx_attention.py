@@ -1,0 +1,190 @@
+"""Attention for ONNX graphs: plain matrix products as wide as a head's kept directions, nothing scattered or gathered.
+
+Three facts make the graphs smaller than the stock ones, for unpruned models too: the softmax scale goes into W_Q, a
+key bias adds the same to every key's score, and a value bias moves into the output bias.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pessa_cli.algebra.heads import HeadWeights
+
+# What one more slot costs beside its entries, as a number of entries: measured for one query against 1500 frames.
+SLOT_COST = 8
+ALIGNED = 4  # floats in 16 bytes
+
+
+@dataclass(frozen=True)
+class Head:
+    """One head with its r_qk and r_vo kept directions only, the softmax scale in q."""
+
+    q: Tensor  # (r_qk, D)
+    q_bias: Tensor  # (r_qk,)
+    k: Tensor  # (r_qk, D)
+    v: Tensor  # (r_vo, D)
+    o: Tensor  # (r_vo, D_o)
+
+
+@dataclass
+class OnnxStep:
+    """Keys and values by block name: `past` goes into a pass over new tokens, `present` comes out of it."""
+
+    past: dict[str, tuple[Tensor, Tensor]]
+    present: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+
+def kept_heads(weights: HeadWeights, scaling: float) -> tuple[list[Head], Tensor]:
+    """The heads that do something, and the output bias, in float32.
+
+    A direction is kept when neither of its sides is zero, so that compact and dense files give the same. A block
+    without any keeps one head of zeros, so that its shapes stay those of attention.
+    """
+    q = weights.q.flatten(0, 1).float() * scaling  # (H, d, D)
+    k, v = weights.k.float(), weights.v.float()
+    o = weights.o.flatten(1, 2).permute(1, 2, 0).float()  # (H, d, D_o)
+    q_bias = q.new_zeros(q.shape[:2]) if weights.q_bias is None else weights.q_bias.flatten(0, 1).float() * scaling
+    o_bias = o.new_zeros(o.shape[-1]) if weights.o_bias is None else weights.o_bias.float()
+    if weights.v_bias is not None:
+        o_bias = o_bias + torch.einsum("hd,hdo->o", weights.v_bias.double(), o.double()).float()
+    qk = ((q != 0).any(-1) | (q_bias != 0)) & (k != 0).any(-1)  # (H, d)
+    vo = (v != 0).any(-1) & (o != 0).any(-1)
+    live = [head for head in range(len(q)) if vo[head].any()] or [0]
+    return [Head(q[h, qk[h]], q_bias[h, qk[h]], k[h, qk[h]], v[h, vo[h]], o[h, vo[h]]) for h in live], o_bias
+
+
+class HeadByHead(nn.Module):
+    """Self-attention one head after the other, each of its own width: for long inputs and no cache.
+
+    The scores of one head are all that is in memory at a time.
+    """
+
+    def __init__(self, heads: list[Head], o_bias: Tensor) -> None:
+        super().__init__()
+        self.q = nn.ModuleList([_linear(_at_least_one(head.q), _at_least_one(head.q_bias)) for head in heads])
+        self.k = nn.ModuleList([_linear(_at_least_one(head.k)) for head in heads])
+        self.v = nn.ModuleList([_linear(_at_least_one(head.v)) for head in heads])
+        self.o: nn.Module = _linear(torch.cat([_at_least_one(head.o) for head in heads]).T, o_bias)
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **_: Any) -> tuple[Tensor, None]:
+        """hidden_states: (batch, T, D); attention_mask: (batch, 1, T, T), added to the scores."""
+        outputs = []
+        for q, k, v in zip(self.q, self.k, self.v, strict=True):
+            scores = q(hidden_states) @ k(hidden_states).transpose(1, 2)  # (batch, T, T)
+            if attention_mask is not None:
+                scores = scores + attention_mask.squeeze(1)
+            outputs.append(scores.softmax(-1) @ v(hidden_states))
+        return self.o(torch.cat(outputs, -1)), None
+
+
+class CacheSlots(nn.Module):
+    """Attention over slots of one width, a head in as many as it needs: few nodes, and a small cache.
+
+    The scores of a head are the sum of those of its slots; its probabilities serve each of its value slots. Keys are
+    (batch, n_k, S, w_k) and values (batch, n_v, S, w_v), the shape of any other cache. `key_width` and `value_width`
+    None choose the widths that make reading the cache cheapest.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        heads: list[Head],
+        o_bias: Tensor,
+        key_width: int | None = None,
+        value_width: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.name = name
+        self.key_width = key_width or best_width(len(head.k) for head in heads)
+        self.value_width = value_width or best_width(len(head.v) for head in heads)
+        q, owners = _in_slots([head.q for head in heads], self.key_width)
+        q_bias, _ = _in_slots([head.q_bias for head in heads], self.key_width)
+        self.q = _linear(q, q_bias)
+        self.k = _linear(_in_slots([head.k for head in heads], self.key_width)[0])
+        self.v = _linear(_in_slots([head.v for head in heads], self.value_width)[0])
+        o, value_owners = _in_slots([head.o for head in heads], self.value_width)
+        self.o: nn.Module = _linear(o.T, o_bias)
+        one_each = list(range(len(heads)))
+        sums = (torch.tensor(owners) == torch.arange(len(heads))[:, None]).float()
+        self.sums: Tensor | None  # (H, n_k), 1 where a slot belongs to a head; None where each head has one slot
+        self.owners: Tensor | None  # (n_v,), the head of each value slot; None likewise
+        self.register_buffer("sums", None if owners == one_each else sums)
+        self.register_buffer("owners", None if value_owners == one_each else torch.tensor(value_owners))
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        key_value_states: Tensor | None = None,
+        past_key_values: OnnxStep | None = None,
+        attention_mask: Tensor | None = None,
+        **_: Any,
+    ) -> tuple[Tensor, None]:
+        """hidden_states: (batch, T, D); attention_mask: broadcast to (batch, H, T, S) and added to the scores."""
+        q = self._split(self.q(hidden_states), self.key_width)
+        k, v = self._keys_and_values(hidden_states, key_value_states, past_key_values)
+        scores = q @ k.transpose(2, 3)  # (batch, n_k, T, S)
+        if self.sums is not None:
+            scores = (self.sums @ scores.flatten(2)).reshape(scores.shape[0], -1, *scores.shape[2:])  # (batch, H, T, S)
+        if attention_mask is not None:
+            scores = scores + attention_mask
+        shares = scores.softmax(-1)
+        if self.owners is not None:
+            shares = shares.index_select(1, self.owners)  # (batch, n_v, T, S)
+        return self.o((shares @ v).transpose(1, 2).flatten(2)), None
+
+    def _keys_and_values(
+        self, hidden_states: Tensor, key_value_states: Tensor | None, step: OnnxStep | None
+    ) -> tuple[Tensor, Tensor]:
+        past = step.past.get(self.name) if step is not None else None
+        if past is not None and key_value_states is not None:
+            return past
+        source = hidden_states if key_value_states is None else key_value_states
+        k, v = self._split(self.k(source), self.key_width), self._split(self.v(source), self.value_width)
+        if past is not None:
+            k, v = torch.cat([past[0], k], 2), torch.cat([past[1], v], 2)
+        if step is not None:
+            step.present[self.name] = k, v
+        return k, v
+
+    @staticmethod
+    def _split(x: Tensor, width: int) -> Tensor:
+        return x.reshape(*x.shape[:2], -1, width).transpose(1, 2)  # (batch, slots, T, width)
+
+
+def best_width(ranks: Iterable[int]) -> int:
+    """The width of slots in which heads of these ranks take the least time to read."""
+    each = list(ranks)
+    widths = range(ALIGNED, max(*each, 1) + ALIGNED, ALIGNED)
+    return min(widths, key=lambda width: (sum(_slots(rank, width) for rank in each) * (width + SLOT_COST), -width))
+
+
+def _slots(rank: int, width: int) -> int:
+    return max(1, -(-rank // width))
+
+
+def _in_slots(parts: list[Tensor], width: int) -> tuple[Tensor, list[int]]:
+    """The heads' rows in slots of `width`, zeros where one is not full, and the head of each slot."""
+    counts = [_slots(len(part), width) for part in parts]
+    padded = [_padded(part, count * width) for part, count in zip(parts, counts, strict=True)]
+    return torch.cat(padded), [head for head, count in enumerate(counts) for _ in range(count)]
+
+
+def _at_least_one(part: Tensor) -> Tensor:
+    return _padded(part, max(1, len(part)))
+
+
+def _padded(part: Tensor, rows: int) -> Tensor:
+    return torch.cat([part, part.new_zeros(rows - len(part), *part.shape[1:])])
+
+
+def _linear(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    linear.weight = nn.Parameter(weight.contiguous(), requires_grad=False)
+    if bias is not None:
+        linear.bias = nn.Parameter(bias, requires_grad=False)
+    return linear

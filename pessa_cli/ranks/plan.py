@@ -1,0 +1,123 @@
+"""From spectra and a rule to ranks. Pure numbers: no files, no torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pessa_cli.blocks.compact_format import PairRuns, Ranks, pair_ranks
+from pessa_cli.blocks.site import Site, with_ranks
+from pessa_cli.checkpoint.dtypes import UNIT_ROUNDOFF
+from pessa_cli.common.errors import PessaError, UsageError
+from pessa_cli.ranks.rule import Rule
+from pessa_cli.ranks.spectra import Spectra, Spectrum, largest_pairs, pair_shares, smallest_dropped
+
+
+@dataclass(frozen=True)
+class RankPlan:
+    """The ranks to keep, by site name: one a key/value head, for Q-K and for V-O.
+
+    pairs: under RoPE which frequency pairs those of Q-K are, for blocks that keep less than all.
+    """
+
+    qk: Mapping[str, Ranks]
+    vo: Mapping[str, Ranks]
+    pairs: Mapping[str, tuple[PairRuns, ...]] = field(default_factory=dict)
+
+    @staticmethod
+    def stored(sites: Iterable[Site]) -> RankPlan:
+        """What the file stores of these sites."""
+        sites = list(sites)
+        pairs = {site.name: site.pairs for site in sites if site.pairs is not None}
+        return RankPlan(
+            {site.name: site.qk_ranks for site in sites}, {site.name: site.vo_ranks for site in sites}, pairs
+        )
+
+    def kept(self, site: Site) -> Site:
+        """The site as a compact file stores what is kept of it."""
+        return with_ranks(site, self.qk[site.name], self.vo[site.name], self.pairs.get(site.name))
+
+
+def plan_ranks(sites: list[Site], spectra: Mapping[str, Spectra], rule: Rule) -> RankPlan:
+    """A rule without a budget applied to every site. Raises PessaError when it would prune all of Q-K or of V-O."""
+    qk = {site.name: spectra[site.name].qk for site in sites}
+    vo = {site.name: spectra[site.name].vo for site in sites}
+    dtypes = {site.name: site.dtype for site in sites}
+    before = {site.name: site.before for site in sites}
+    rotated = [site for site in sites if qk[site.name] is None]
+    pairs = _pairs(rotated, spectra, rule)
+    return RankPlan(
+        qk={
+            name: tuple(before[name] + rank for rank in ranks)
+            for name, ranks in _side(
+                {name: spectrum for name, spectrum in qk.items() if spectrum is not None}, dtypes, rule, "Q-K"
+            ).items()
+        }
+        | {site.name: pair_ranks(pairs[site.name]) if site.name in pairs else site.full for site in rotated},
+        vo=_side(vo, dtypes, rule, "V-O"),
+        pairs=pairs,
+    )
+
+
+def _pairs(sites: list[Site], spectra: Mapping[str, Spectra], rule: Rule) -> dict[str, tuple[PairRuns, ...]]:
+    """The frequency pairs that the rule keeps, of blocks that keep less than all; what the file lacks stays away."""
+    if rule.rope_ratio is None:
+        return {site.name: site.pairs for site in sites if site.pairs is not None}
+    worth = {site.name: found for site in sites if (found := spectra[site.name].pairs) is not None}
+    if not worth:
+        raise UsageError("--rope-ratio: none of these blocks rotates its queries and keys", "leave it out")
+    shares = {name: pair_shares(found) for name, found in worth.items()}
+    plan: dict[str, tuple[PairRuns, ...]] = {}
+    for name, counts in smallest_dropped(shares, rule.rope_ratio).items():
+        width = 2 * worth[name].shape[1]
+        kept = -(-_rounded(2 * counts, rule, width) // 2)
+        there = (worth[name] > 0).sum(-1)  # the others are nothing already
+        pairs = largest_pairs(worth[name], np.minimum(kept, there))
+        if sum(pair_ranks(pairs)) < width * len(pairs):
+            plan[name] = pairs
+    return plan
+
+
+def _rounded(kept: NDArray[np.int64], rule: Rule, width: int) -> NDArray[np.int64]:
+    """Ranks of heads of that width as `round_to` and `min_rank` want them."""
+    step, least = min(rule.round_to, width), min(rule.min_rank, width)  # numpy refuses numbers beyond 64 bits
+    return (-(-kept // step) * step).clip(least, width)
+
+
+def _side(spectra: Mapping[str, Spectrum], dtypes: Mapping[str, str], rule: Rule, what: str) -> dict[str, Ranks]:
+    if not spectra:
+        return {}
+    if rule.ratio is not None:
+        counts = smallest_dropped(spectra, rule.ratio)
+    else:
+        counts = {name: _keep(spectrum, rule, what, dtypes[name]) for name, spectrum in spectra.items()}
+    plan: dict[str, Ranks] = {}
+    for name, kept in counts.items():
+        plan[name] = tuple(int(r) for r in _rounded(kept, rule, spectra[name].shape[1]))
+    if not any(any(ranks) for ranks in plan.values()):
+        largest = max(float(spectrum.max()) for spectrum in spectra.values())
+        raise PessaError(
+            f"the rule ({rule}) prunes all of {what}: the largest singular value is {largest:.3g}",
+            "lower the threshold; `pessa inspect` shows the spectra",
+        )
+    return plan
+
+
+def _keep(spectrum: Spectrum, rule: Rule, what: str, dtype: str) -> NDArray[np.int64]:
+    """How many leading directions each head keeps, (G,), under a rule that looks at one head at a time."""
+    heads, width = spectrum.shape
+    if rule.rank is not None:
+        return np.full(heads, min(rule.rank, width))
+    if rule.qk_thr is not None or rule.vo_thr is not None:
+        threshold = rule.qk_thr if what == "Q-K" else rule.vo_thr
+        return np.full(heads, width) if threshold is None else (spectrum > threshold).sum(-1)
+    loss = UNIT_ROUNDOFF[dtype] if rule.energy is None else math.sqrt(1 - rule.energy)
+    largest = spectrum[:, :1]
+    relative = np.divide(spectrum, largest, out=np.zeros_like(spectrum), where=largest > 0)  # its squares are numbers
+    tails = np.sqrt(np.cumsum(relative[:, ::-1] ** 2, axis=-1))[:, ::-1]  # norm from each direction to the last
+    kept: NDArray[np.int64] = (tails > loss * tails[:, :1]).sum(-1)
+    return kept

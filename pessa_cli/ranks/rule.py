@@ -1,0 +1,125 @@
+"""The rule that says how many directions of each head to keep."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+
+from pessa_cli.common.errors import UsageError
+from pessa_cli.common.text import shortened
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How many directions of each head to keep. At most one way may be given; none means lossless.
+
+    qk_thr, vo_thr: keep singular values above (Q-K and V-O apart; one alone leaves the other side whole).
+    ratio: drop that share of all directions, the smallest first, Q-K and V-O apart.
+    rank: keep so many in every head. energy: keep that share of each head's squared spectrum.
+    target_params, target_attention: keep that share of all parameters, and of those of the chosen blocks' attention;
+    target_size: keep the weights' bytes at that; max_error: keep the relative error of every block's output on the
+    calibration data at that. What goes is what costs least for each parameter, over all blocks and both sides.
+    lossless: drop the tail whose norm is no more than what storing the head in its dtype rounds off anyway.
+    rope_ratio, beside any of these: under RoPE, drop that share of all frequency pairs of Q-K, the smallest first, each
+    taken as a share of its head.
+    Then ranks above zero are rounded up to a multiple of `round_to`, and none is under `min_rank`.
+    """
+
+    qk_thr: float | None = None
+    vo_thr: float | None = None
+    ratio: float | None = None
+    rank: int | None = None
+    energy: float | None = None
+    target_params: float | None = None
+    target_attention: float | None = None
+    target_size: int | None = None
+    max_error: float | None = None
+    round_to: int = 1
+    min_rank: int = 0
+    rope_ratio: float | None = None
+
+    def __post_init__(self) -> None:
+        ways = {"--qk-thr/--vo-thr": self.qk_thr is not None or self.vo_thr is not None}
+        ways |= {_flag(name): getattr(self, name) is not None for name in WAYS if not name.endswith("_thr")}
+        given = [way for way, on in ways.items() if on]
+        if len(given) > 1:
+            raise UsageError(f"{' and '.join(given)} are different rules", "give one of them")
+        for flag, value in (("--qk-thr", self.qk_thr), ("--vo-thr", self.vo_thr)):
+            if value is not None and not (0 <= value < math.inf):
+                raise UsageError(f"{flag} {value} is no threshold", "give a number from 0 up, as 5e-3")
+        for flag, share in (("--ratio", self.ratio), ("--rope-ratio", self.rope_ratio)):
+            if share is not None and not 0 <= share < 1:
+                raise UsageError(f"{flag} {share} would not leave a model", "give the share to drop, from 0 to below 1")
+        for name in ("energy", "target_params", "target_attention"):
+            share = getattr(self, name)
+            if share is not None and not 0 < share <= 1:
+                raise UsageError(f"{_flag(name)} {share} is no share", "give the share to keep, above 0 to 1, as 0.99")
+        if self.max_error is not None and not 0 <= self.max_error < math.inf:
+            raise UsageError(f"--max-error {self.max_error} is no error to allow", "give a number from 0 up, as 0.01")
+        if self.budgeted and self.rope_ratio is not None:
+            raise UsageError(f"{self}: a budget shares out the frequency pairs, too", "leave out --rope-ratio")
+        for flag, count, least in (
+            ("--target-size", self.target_size, 1),
+            ("--rank", self.rank, 1),
+            ("--round-to", self.round_to, 1),
+            ("--min-rank", self.min_rank, 0),
+        ):
+            if count is not None and count < least:
+                raise UsageError(f"{flag} {count} is too small", f"give {least} or more")
+
+    def __str__(self) -> str:
+        ways = {name: getattr(self, name) for name in WAYS}
+        text = ", ".join(f"{name} {value:.12g}" for name, value in ways.items() if value is not None) or "lossless"
+        return (
+            text
+            + (f", rope_ratio {self.rope_ratio:g}" if self.rope_ratio is not None else "")
+            + (f", round_to {self.round_to}" if self.round_to > 1 else "")
+            + (f", min_rank {self.min_rank}" if self.min_rank else "")
+        )
+
+    @property
+    def given(self) -> list[str]:
+        """The ways that it names."""
+        return [name for name in WAYS if getattr(self, name) is not None]
+
+    @property
+    def budgeted(self) -> bool:
+        """Whether ranks are shared out over all heads and blocks at once."""
+        budgets = (self.target_params, self.target_attention, self.target_size, self.max_error)
+        return any(budget is not None for budget in budgets)
+
+
+WAYS = (
+    *("qk_thr", "vo_thr", "ratio", "rank", "energy"),
+    *("target_params", "target_attention", "target_size", "max_error"),
+)
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+MOST_PARTS = 200  # of a list of layers, between its commas
+
+
+def size_of(text: str, flag: str) -> int:
+    """Bytes of a size as people write it: 5GB, 1.5 MB. Raises UsageError for anything else."""
+    match = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,9})?) ?(kB|KB|MB|GB|TB)", text)
+    if match is None:
+        raise UsageError(f"{flag} {shortened(text)} is no size", "write it as 5GB or 500MB")
+    return int(float(match[1]) * {"K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}[match[2][0].upper()])
+
+
+def parse_layers(text: str) -> frozenset[int]:
+    """Layers as people write them: "0-15", "3", "0-3,12,20-23"."""
+    layers: set[int] = set()
+    wrong = UsageError(f"--layers {shortened(text)} is no list of layers", "write them as 0-15 or 0-3,12")
+    if text.count(",") > MOST_PARTS:
+        raise wrong
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*([0-9]{1,5})(?:-([0-9]{1,5}))?\s*", part)
+        if match is None or (match[2] and int(match[2]) < int(match[1])):
+            raise wrong
+        layers |= set(range(int(match[1]), int(match[2] or match[1]) + 1))
+    return frozenset(layers)

@@ -1,0 +1,1 @@
+"""Where models come from: every supported format becomes a Hugging Face folder."""

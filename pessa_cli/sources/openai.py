@@ -1,0 +1,170 @@
+"""openai-whisper's own checkpoints (`tiny.en.pt` and what is fine-tuned in that format), turned into Hugging Face
+folders at the door: tensors renamed and copied bit for bit, tokenizer and tables from the installed openai-whisper.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pessa_cli.checkpoint.dtypes import TORCH_DTYPES
+from pessa_cli.checkpoint.files import CONFIG_FILE, SINGLE_FILE, write_json
+from pessa_cli.checkpoint.reader import TensorInfo
+from pessa_cli.checkpoint.shards import CheckpointWriter
+from pessa_cli.common.errors import PessaError
+from pessa_cli.common.text import listed
+from pessa_cli.sources.openai_tokenizer import get_encoding, suppressed, tokens_and_tokenizer
+from pessa_cli.sources.pickled import header_of, load_pickle
+from pessa_cli.sources.whisper_folder import TOKENIZER_FILE, Vocabulary, whisper_config, write_side_files
+
+if TYPE_CHECKING:
+    import torch
+
+
+DIMENSIONS = (
+    *("n_mels", "n_vocab"),
+    *(f"n_{side}_{what}" for side in ("audio", "text") for what in ("ctx", "state", "head", "layer")),
+)
+SUFFIXES = (".pt", ".pth")
+NOT_WHISPER = "give a file that openai-whisper loads, or a folder of another format"
+# openai-whisper's models by vocabulary, with their decoder layers, width and encoder layers. large-v1 and large-v2
+# differ in nothing but the weights, so a file of that size gets the alignment heads of neither.
+KNOWN = {
+    ("tiny", 51865): (4, 384, 4),
+    ("tiny.en", 51864): (4, 384, 4),
+    ("base", 51865): (6, 512, 6),
+    ("base.en", 51864): (6, 512, 6),
+    ("small", 51865): (12, 768, 12),
+    ("small.en", 51864): (12, 768, 12),
+    ("medium", 51865): (24, 1024, 24),
+    ("medium.en", 51864): (24, 1024, 24),
+    ("large-v3", 51866): (32, 1280, 32),
+    ("large-v3-turbo", 51866): (4, 1280, 32),
+}
+ATTENTION = {"query": "q_proj", "key": "k_proj", "value": "v_proj", "out": "out_proj"}
+
+
+def is_openai_file(path: Path) -> bool:
+    """Whether a file is named as one of torch.save; what is in it, `convert` will see."""
+    return path.is_file() and path.suffix in SUFFIXES
+
+
+def tensor_names(dims: Mapping[str, int]) -> Iterator[tuple[str, str, tuple[int, ...]]]:
+    """Every tensor of a Whisper of these dimensions: openai-whisper's name, Hugging Face's, and the shape."""
+
+    def both(theirs: str, ours: str, *shape: int) -> Iterator[tuple[str, str, tuple[int, ...]]]:
+        yield f"{theirs}.weight", f"{ours}.weight", shape
+        if not theirs.endswith(".key"):
+            yield f"{theirs}.bias", f"{ours}.bias", shape[:1]
+
+    for side, kind in (("encoder", "audio"), ("decoder", "text")):
+        width, context = dims[f"n_{kind}_state"], dims[f"n_{kind}_ctx"]
+        ours = f"model.{side}"
+        yield f"{side}.positional_embedding", f"{ours}.embed_positions.weight", (context, width)
+        if side == "encoder":
+            yield from both(f"{side}.conv1", f"{ours}.conv1", width, dims["n_mels"], 3)
+            yield from both(f"{side}.conv2", f"{ours}.conv2", width, width, 3)
+            yield from both(f"{side}.ln_post", f"{ours}.layer_norm", width)
+        else:
+            yield f"{side}.token_embedding.weight", f"{ours}.embed_tokens.weight", (dims["n_vocab"], width)
+            yield from both(f"{side}.ln", f"{ours}.layer_norm", width)
+        for i in range(dims[f"n_{kind}_layer"]):
+            block, layer = f"{side}.blocks.{i}", f"{ours}.layers.{i}"
+            attentions = [("attn", "self_attn")] + [("cross_attn", "encoder_attn")] * (side == "decoder")
+            for short, long in attentions:
+                for theirs, projection in ATTENTION.items():
+                    yield from both(f"{block}.{short}.{theirs}", f"{layer}.{long}.{projection}", width, width)
+                yield from both(f"{block}.{short}_ln", f"{layer}.{long}_layer_norm", width)
+            yield from both(f"{block}.mlp.0", f"{layer}.fc1", 4 * width, width)
+            yield from both(f"{block}.mlp.2", f"{layer}.fc2", width, 4 * width)
+            yield from both(f"{block}.mlp_ln", f"{layer}.final_layer_norm", width)
+
+
+def _dimensions(path: Path, checkpoint: Mapping[Any, Any]) -> dict[str, int]:
+    dims, state = checkpoint.get("dims"), checkpoint.get("model_state_dict")
+    if not isinstance(dims, dict) or not isinstance(state, dict):
+        raise PessaError(f"{path} is no openai-whisper checkpoint: it has no dims and model_state_dict", NOT_WHISPER)
+    wrong = [f"{name}: {dims.get(name)!r}" for name in DIMENSIONS if type(dims.get(name)) is not int or dims[name] < 1]
+    if not wrong and dims["n_audio_state"] != dims["n_text_state"]:
+        wrong = ["n_audio_state and n_text_state: encoder and decoder differ in width"]
+    for kind in () if wrong else ("audio", "text"):
+        # Layers are counted against what is there before any list of that length is made.
+        if dims[f"n_{kind}_layer"] > len(state) or dims[f"n_{kind}_state"] % dims[f"n_{kind}_head"]:
+            wrong.append(f"{dims[f'n_{kind}_layer']} layers of {dims[f'n_{kind}_head']} heads in {kind}")
+    if wrong:
+        raise PessaError(f"{path} describes no Whisper\n{listed(wrong)}", NOT_WHISPER)
+    return {name: dims[name] for name in DIMENSIONS}
+
+
+def _alignment_heads(dims: Mapping[str, int]) -> list[list[int]]:
+    """The cross-attention heads that follow time, from openai-whisper's table; none for a model of its own size."""
+    import base64
+    import gzip
+
+    import numpy as np
+    from whisper import _ALIGNMENT_HEADS
+
+    sizes = dims["n_text_layer"], dims["n_text_state"], dims["n_audio_layer"]
+    names = [name for (name, tokens), known in KNOWN.items() if tokens == dims["n_vocab"] and known == sizes]
+    shape = dims["n_text_layer"], dims["n_text_head"]
+    for dump in [_ALIGNMENT_HEADS[name] for name in names if name in _ALIGNMENT_HEADS]:
+        chosen = np.frombuffer(gzip.decompress(base64.b85decode(dump)), dtype=bool)
+        if chosen.size == shape[0] * shape[1]:
+            return [[int(layer), int(head)] for layer, head in np.argwhere(chosen.reshape(shape))]
+    return []
+
+
+def _write_side_files(path: Path, into: Path, dims: Mapping[str, int], dtype: str) -> None:
+    """Config, generation config, tokenizer and preprocessor, through the same door as CTranslate2's."""
+    encoding = get_encoding(path, dims["n_vocab"])
+    tokens, tokenizer = tokens_and_tokenizer(encoding)
+    vocabulary = Vocabulary(path, tokens, {token: index for index, token in enumerate(tokens)})
+    sizes: dict[str, Any] = {
+        "d_model": dims["n_text_state"],
+        "num_mel_bins": dims["n_mels"],
+        "vocab_size": dims["n_vocab"],
+        "max_source_positions": dims["n_audio_ctx"],
+        "max_target_positions": dims["n_text_ctx"],
+        "tie_word_embeddings": True,
+        "dtype": dtype,
+    }
+    for side, kind in (("encoder", "audio"), ("decoder", "text")):
+        sizes[f"{side}_layers"] = dims[f"n_{kind}_layer"]
+        sizes[f"{side}_attention_heads"] = dims[f"n_{kind}_head"]
+        sizes[f"{side}_ffn_dim"] = 4 * dims[f"n_{kind}_state"]
+    config = whisper_config(sizes, vocabulary)
+    with tempfile.TemporaryDirectory(prefix="pessa-") as source:
+        write_json(Path(source) / TOKENIZER_FILE, tokenizer)
+        write_json(
+            Path(source) / CONFIG_FILE, suppressed(encoding, vocabulary) | {"alignment_heads": _alignment_heads(dims)}
+        )
+        write_side_files(Path(source), into, config, vocabulary)
+
+
+def convert(path: Path, into: Path) -> None:
+    """Write the openai-whisper checkpoint `path` as a complete Hugging Face folder: every value and dtype as it is.
+
+    Raises PessaError for a file that wants to run code or is no such checkpoint, for tensors that are missing, too
+    many or of another shape than the file's dims say, and where openai-whisper is not installed.
+    """
+    checkpoint = load_pickle(path)
+    dims = _dimensions(path, checkpoint)
+    state: dict[str, torch.Tensor] = checkpoint["model_state_dict"]
+    header = header_of(path, state)
+    plan = {theirs: (ours, shape) for theirs, ours, shape in tensor_names(dims)}
+    problems = [f"{name}: not part of a Whisper" for name in header if name not in plan]
+    for name, (_, shape) in plan.items():
+        if name not in header:
+            problems.append(f"{name}: missing")
+        elif header[name].shape != shape:
+            problems.append(f"{name}: shape {header[name].shape}, expected {shape}")
+    if problems:
+        raise PessaError(f"{path} is not the Whisper that its dims describe\n{listed(sorted(problems))}", NOT_WHISPER)
+    into.mkdir(parents=True, exist_ok=True)
+    _write_side_files(path, into, dims, TORCH_DTYPES[header["decoder.token_embedding.weight"].dtype])
+    ours: dict[str, TensorInfo] = {name: header[theirs] for theirs, (name, _) in plan.items()}
+    with CheckpointWriter(into, {SINGLE_FILE: ours}, {"format": "pt"}) as writer:
+        for theirs, (name, _) in plan.items():
+            writer.put(name, state[theirs])

@@ -1,0 +1,145 @@
+"""Reading a block's tensors into head weights, and writing them back, bit for bit.
+
+Files store heads one after the other, as rows of W_Q, W_K, W_V and columns of W_O, and a compact file only the
+directions each head has kept.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from pessa_cli.algebra.heads import HeadWeights, all_finite, live
+from pessa_cli.blocks.site import Site
+from pessa_cli.checkpoint.dtypes import TORCH_DTYPES
+from pessa_cli.checkpoint.reader import CheckpointReader, Header
+from pessa_cli.common.errors import PessaError
+from pessa_cli.common.text import listed
+
+StorageLayout = Literal["compact", "dense"]
+
+
+def read_site(reader: CheckpointReader, site: Site) -> HeadWeights:
+    """The block's weights in the file's dtype. Raises PessaError when an entry is not finite."""
+    stored = {name: reader.get(name) for name in site.tensors}
+    faults = [
+        f"{name}: {int(tensor.isnan().sum())} NaN, {int(tensor.isinf().sum())} infinite"
+        for name, tensor in stored.items()
+        if not all_finite(tensor)
+    ]
+    if faults:
+        raise NotFiniteError(reader, faults)
+
+    g, m, d = site.kv_heads, site.group, site.head_dim
+
+    def slots(letter: str, part: str) -> Tensor:
+        tensor = stored[f"{site.module(letter)}.{part}"]
+        if site.spec.transposed and part == "weight":
+            tensor = tensor.mT
+        ranks = site.stored(letter)
+        if min(ranks) < d:
+            axis = 1 if letter == "o" else 0
+            places = list(tensor.shape)
+            places[axis] = len(ranks) * d
+            tensor = tensor.new_zeros(places).index_copy_(axis, _live(site, letter), tensor)
+        return tensor
+
+    def side(letter: str, *shape: int, part: str = "weight") -> Tensor:
+        tensor = slots(letter, part)
+        if site.spec.fused and letter != "o":
+            tensor = _split_fused(tensor, site)[letter]
+        return tensor.reshape(shape)
+
+    def bias(letter: str, *shape: int) -> Tensor | None:
+        return side(letter, *shape, part="bias") if letter in site.biases else None
+
+    return HeadWeights(
+        q=side("q", g, m, d, site.query_width),
+        k=side("k", g, d, site.key_width),
+        v=side("v", g, d, site.key_width),
+        o=side("o", site.output_width, g, m, d),
+        q_bias=bias("q", g, m, d),
+        k_bias=bias("k", g, d),
+        v_bias=bias("v", g, d),
+        o_bias=stored[f"{site.o}.bias"] if "o" in site.biases else None,
+    )
+
+
+def write_site(weights: HeadWeights, site: Site, header: Header, layout: StorageLayout) -> dict[str, Tensor]:
+    """The block's tensors under their names in the file, with all cut that `site` does not store.
+
+    Dense: shapes of the original, zeros in the cut directions. Compact: only the kept directions. Each tensor is
+    rounded to the dtype that `header` has for its name. With the site as it is in the file this inverts `read_site`.
+    """
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in _in_slots(weights, site).items():
+        rounded = tensor.to(getattr(torch, TORCH_DTYPES[header[name].dtype]))
+        module, _, part = name.rpartition(".")
+        side = next(side for side in "qkvo" if site.module(side) == module)
+        if side + part != "obias":
+            index, axis = _live(site, side), 1 if side == "o" else 0
+            kept = rounded.index_select(axis, index)
+            rounded = kept if layout == "compact" else torch.zeros_like(rounded).index_copy_(axis, index, kept)
+        if not all_finite(rounded):
+            raise PessaError(
+                f"{name} would overflow: its numbers become too large for {header[name].dtype}",
+                "convert the model to float32 or bfloat16 first",
+            )
+        tensors[name] = (rounded.mT if site.spec.transposed and part == "weight" else rounded).contiguous()
+    return tensors
+
+
+def _live(site: Site, side: str) -> Tensor:
+    """Where the kept directions stand among the slots of a projection's tensor."""
+    repeats = site.group if side == "q" else 1
+    pairs = None if site.pairs is None or side not in "qk" else [p for p in site.pairs for _ in range(repeats)]
+    return live(site.stored(side), site.head_dim, pairs=pairs)
+
+
+def _in_slots(weights: HeadWeights, site: Site) -> dict[str, Tensor]:
+    """The block's tensors with all slots, rows of W_Q, W_K and W_V and columns of W_O, by their names in the file."""
+    by_side: dict[str, Tensor | None] = {
+        **{f"{side}.weight": getattr(weights, side) for side in "qkv"},
+        **{f"{side}.bias": getattr(weights, f"{side}_bias") for side in "qkv"},
+    }
+    flat = {f"{site.o}.weight": weights.o.flatten(1), f"{site.o}.bias": weights.o_bias}
+    for part in ("weight", "bias"):
+        q, k, v = (by_side[f"{side}.{part}"] for side in "qkv")
+        if site.spec.fused and q is not None and k is not None and v is not None:
+            flat[f"{site.q}.{part}"] = _fused(q, k, v, site)
+            continue
+        for side, tensor in (("q", q), ("k", k), ("v", v)):
+            axes = 3 if side == "q" else 2
+            flat[f"{site.module(side)}.{part}"] = None if tensor is None else tensor.flatten(0, axes - 1)
+    return {name: tensor for name, tensor in flat.items() if tensor is not None}
+
+
+def _fused(q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
+    """The slots of a fused tensor; q: (G, M, d, ...), k and v: (G, d, ...)."""
+    if site.spec.fused == "grouped":
+        return torch.cat([q, k.unsqueeze(1), v.unsqueeze(1)], 1).flatten(0, 2)
+    return torch.cat([q.flatten(0, 2), k.flatten(0, 1), v.flatten(0, 1)])
+
+
+def _split_fused(slots: Tensor, site: Site) -> dict[str, Tensor]:
+    """What `_together` has put together."""
+    g, m, d = site.kv_heads, site.group, site.head_dim
+    if site.spec.fused == "grouped":
+        q, k, v = torch.split(slots.reshape(g, m + 2, d, *slots.shape[1:]), [m, 1, 1], 1)
+    else:
+        q, k, v = torch.split(slots, [g * m * d, g * d, g * d])
+    return {"q": q, "k": k, "v": v}
+
+
+class NotFiniteError(PessaError):
+    """Weights that are NaN or infinite; `faults` has a line for each tensor, so that many sites report at once."""
+
+    def __init__(self, reader: CheckpointReader, faults: list[str]) -> None:
+        super().__init__(
+            f"{len(faults)} tensors of {reader.folder} are not finite\n{listed(faults)}",
+            "the checkpoint is damaged; download it again",
+        )
+        self.reader = reader
+        self.faults = faults

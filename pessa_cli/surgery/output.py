@@ -1,0 +1,192 @@
+"""What one rewriting pass writes, and the pass: shards planned ahead, filled block by block, in order.
+
+The order of the tensors is that of the source, but that a block's are together, and no block is cut in two by the
+end of a shard. So a shard needs nothing from the one before it, and a killed run goes on with the next one.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pessa_cli.blocks.compact_format import LOAD_HINT, QUANT_METHOD, Ranks
+from pessa_cli.blocks.site import Site, ragged_site
+from pessa_cli.checkpoint.files import CONFIG_FILE, sha256_of, source_name, visible_files, write_json
+from pessa_cli.checkpoint.reader import CheckpointReader, Header
+from pessa_cli.checkpoint.shards import ShardWriter, write_index
+from pessa_cli.checkpoint.staging import Staging
+from pessa_cli.common.jobs import in_order
+from pessa_cli.ranks.spectra import Spectra, Spectrum
+from pessa_cli.surgery.card import CARD_FILE, ORIGINAL_FILE, front_matter, is_card, model_card, read_card
+from pessa_cli.surgery.model import MANIFEST_FILE
+from pessa_cli.surgery.rewrite import Rewrite
+from pessa_cli.surgery.spectra_file import save_spectra
+from pessa_cli.surgery.totals import totals
+
+UNHASHED = (MANIFEST_FILE, CARD_FILE)  # what cannot hold its own hash, and what people edit
+# Weights in other formats: a copy of them in the output would be the unpruned model again.
+WEIGHT_SUFFIXES = (
+    *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".onnx_data", ".gguf", ".ot"),
+    ".index.json",
+)
+
+
+def write_output(
+    rewrite: Rewrite,
+    staging: Staging,
+    tensors_of: Callable[[Site], Mapping[str, Any]],
+    jobs: int,
+    tick: Callable[[int, int], None],
+) -> None:
+    """Write everything into the staging folder: shards that are not finished yet, side files, config, manifest.
+
+    `tensors_of` makes a block's new tensors; it runs in up to `jobs` threads, a few blocks ahead of the writing.
+    `tick` is called with the bytes and blocks that were written. Raises PessaError when the source changes meanwhile.
+    """
+    reader, folder = rewrite.model.reader, staging.folder
+    staging.begin(rewrite.run)
+    hasher = ThreadPoolExecutor(1)
+    try:
+        hashes = {file: hasher.submit(sha256_of, reader.folder / file) for file in reader.files}
+        last = {list(site.tensors)[-1] for site in rewrite.sites}
+        write_shards(
+            reader, staging, rewrite.shards, lambda plan: _tensors(rewrite, plan, tensors_of, jobs), last, tick
+        )
+        sources = {file: digest.result() for file, digest in hashes.items()}
+    finally:
+        hasher.shutdown(cancel_futures=True)
+    copied = copy_side_files(reader.folder, folder)
+    _write_config(reader.config, rewrite.stored, folder)
+    _write_card(rewrite, folder)
+    if known := _left(rewrite):
+        save_spectra(folder, known)
+    reader.check_unchanged()
+    outputs = hashes_of(staging)
+    sources |= {CONFIG_FILE: sha256_of(reader.folder / CONFIG_FILE)} | {
+        name: outputs[copy] for name, copy in copied.items()
+    }
+    manifest = rewrite.summary | {
+        "source_sha256": dict(sorted(sources.items())),
+        "sha256": outputs,
+    }
+    write_json(folder / MANIFEST_FILE, manifest)
+
+
+def write_shards(
+    reader: CheckpointReader,
+    staging: Staging,
+    shards: Mapping[str, Header],
+    tensors: Callable[[Header], Iterable[tuple[str, Any]]],
+    last: Container[str],
+    tick: Callable[[int, int], None],
+) -> None:
+    """Write the shards that are not finished yet, and their index where there are several.
+
+    `tensors` gives a shard's in order, None for one to copy. `tick` is called with the bytes written, and with
+    a block for each name in `last`. Raises PessaError when the source changes meanwhile.
+    """
+    for file, plan in shards.items():
+        if file in staging.finished:
+            tick(sum(info.nbytes for info in plan.values()), sum(name in last for name in plan))
+            continue
+        with ShardWriter(staging.folder / file, plan, reader.metadata) as shard:
+            for name, tensor in tensors(plan):
+                if tensor is None:
+                    shard.write(name, reader.checked_chunks(name))
+                else:
+                    shard.put(name, tensor)
+                tick(plan[name].nbytes, name in last)
+        reader.check_unchanged()
+        staging.done(file, shard.sha256)
+    if len(shards) > 1:
+        write_index(staging.folder, shards)
+
+
+def hashes_of(staging: Staging) -> dict[str, str]:
+    """SHA-256 of the files in the staging folder that a manifest lists, by name."""
+    files = {name: path for name, path in visible_files(staging.folder).items() if name not in UNHASHED}
+    return {name: staging.finished.get(name) or sha256_of(path) for name, path in sorted(files.items())}
+
+
+def _tensors(
+    rewrite: Rewrite, plan: Header, tensors_of: Callable[[Site], Mapping[str, Any]], jobs: int
+) -> Iterator[tuple[str, Any]]:
+    """The planned tensors in order: None for one to copy, computed ones a few blocks ahead."""
+    ready: dict[str, Any] = {}
+    with closing(in_order(tensors_of, rewrite.sites_of(plan), jobs)) as results:
+        for name in plan:
+            if name in rewrite.owner and name not in ready:
+                ready = dict(next(results))
+            yield name, ready.pop(name) if name in ready else None
+
+
+def _write_config(config: dict[str, Any], stored: list[Site], folder: Path) -> None:
+    modules = {name: str(ragged) for site in stored for name, ragged in ragged_site(site).items()}
+    config = {key: value for key, value in config.items() if key != "quantization_config"}
+    if config.get("attn_implementation") == LOAD_HINT:
+        del config["attn_implementation"]
+    if modules:
+        config.setdefault("attn_implementation", LOAD_HINT)
+        config["quantization_config"] = {"quant_method": QUANT_METHOD, "modules": modules}
+    write_json(folder / CONFIG_FILE, config)
+
+
+def copy_side_files(source: Path, folder: Path) -> dict[str, str]:
+    """Copy tokenizer, generation config and whatever else the source has, but no weights and nothing we write anew.
+
+    Returns the names there and here: a card that pessa did not write gets another one, byte for byte as it is.
+    """
+    copied = {
+        name: name
+        for name in visible_files(source)
+        if name not in (CONFIG_FILE, *UNHASHED) and not name.endswith(WEIGHT_SUFFIXES)
+    }
+    if CARD_FILE in visible_files(source) and not is_card(read_card(source)):
+        copied[CARD_FILE] = ORIGINAL_FILE
+    for name, copy in copied.items():
+        (folder / copy).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source / name, folder / copy)
+    return copied
+
+
+def _write_card(rewrite: Rewrite, folder: Path) -> None:
+    reader, model = rewrite.model.reader, rewrite.model
+    card = read_card(reader.folder) if CARD_FILE in visible_files(reader.folder) else ""
+    known = front_matter(card)
+    names = (source_name(reader.folder), rewrite.source, known.pop("base_model", "") if is_card(card) else "")
+    repository = next((name for name in names if re.fullmatch(r"[\w.-]+/[\w.-]+", name, re.ASCII)), None)
+    counts = totals(reader.header, model.sites, rewrite.sites, rewrite.ranks)
+    original = (folder / ORIGINAL_FILE).exists()
+    text = model_card(rewrite.summary, reader.config, counts, known, repository, original)
+    (folder / CARD_FILE).write_text(text, encoding="utf-8")
+
+
+def _left(rewrite: Rewrite) -> dict[str, Spectra]:
+    """The spectra that hold for the output: none of blocks that are in no such order, or were fitted anew."""
+    if rewrite.method == "vanilla":
+        return {}
+    fitted = rewrite.command == "prune" and rewrite.data is not None
+    others = {name: known for name, known in rewrite.model.spectra.items() if name not in rewrite.ranks.vo}
+    return others if fitted else dict(rewrite.model.spectra) | _cut(rewrite)
+
+
+def _cut(rewrite: Rewrite) -> dict[str, Spectra]:
+    """The spectra after pruning: zero from each head's rank on."""
+
+    def cut(spectrum: Spectrum, ranks: Ranks) -> Spectrum:
+        return np.where(np.arange(spectrum.shape[1]) < np.array(ranks)[:, None], spectrum, 0.0)
+
+    qk, vo = rewrite.merged_ranks, rewrite.ranks.vo
+    return {
+        name: replace(known, qk=None if known.qk is None else cut(known.qk, qk[name]), vo=cut(known.vo, vo[name]))
+        for name, known in rewrite.spectra.items()
+        if name in vo
+    }

@@ -1,0 +1,144 @@
+"""spectra.safetensors: the spectra of a decomposed or pruned model, beside its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+
+from pessa_cli.algebra.heads import HeadWeights
+from pessa_cli.blocks.site import Site
+from pessa_cli.checkpoint.dtypes import UNDERFLOW, UNIT_ROUNDOFF
+from pessa_cli.common.errors import PessaError
+from pessa_cli.ranks.spectra import LEVELS, Spectra, Trials
+
+SPECTRA_FILE = "spectra.safetensors"
+CALIBRATED = "calibrated"
+
+
+def save_spectra(folder: Path, spectra: Mapping[str, Spectra]) -> None:
+    """Write spectra.safetensors: "<site>.qk" and "<site>.vo", float64, (G, d) each; metadata for calibrated ones.
+
+    "<site>.trials", (2 LEVELS + 1,), where there are any: errors of Q-K, errors of V-O, harm.
+    """
+    from safetensors.torch import save
+
+    tensors = {f"{name}.vo": torch.from_numpy(s.vo) for name, s in spectra.items()}
+    tensors |= {f"{name}.qk": torch.from_numpy(s.qk) for name, s in spectra.items() if s.qk is not None}
+    tensors |= {
+        f"{name}.trials": torch.tensor([*s.trials.qk, *s.trials.vo, s.trials.harm], dtype=torch.float64)
+        for name, s in spectra.items()
+        if s.trials is not None
+    }
+    # As bytes, since the library's own files are for their owner's eyes only.
+    calibrated = " ".join(sorted(name for name, s in spectra.items() if s.calibrated))
+    about = {CALIBRATED: calibrated} if calibrated else None
+    ordered = {name: tensor.contiguous() for name, tensor in sorted(tensors.items())}
+    (folder / SPECTRA_FILE).write_bytes(save(ordered, about))
+
+
+def load_spectra(folder: Path, sites: list[Site]) -> dict[str, Spectra]:
+    """The spectra beside the weights, if there are any. Raises PessaError when they are not those of the sites."""
+    from safetensors import SafetensorError, safe_open
+
+    path = folder / SPECTRA_FILE
+    if not path.is_file():
+        return {}
+    wanted = [f"{site.name}.{part}" for site in sites for part in ("qk", "vo", "trials")]
+    try:
+        with safe_open(path, framework="pt") as file:
+            there = set(file.keys())
+            calibrated = (file.metadata() or {}).get(CALIBRATED, "").split()
+            tensors = {name: file.get_tensor(name) for name in wanted if name in there}
+    except (SafetensorError, OSError, TypeError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise PessaError(f"{path} is not a file of spectra: {reason}", "decompose the model again") from None
+    spectra: dict[str, Spectra] = {}
+    for site in sites:
+        vo, qk = tensors.get(f"{site.name}.vo"), tensors.get(f"{site.name}.qk")
+        if vo is None:
+            continue
+        if (qk is None) == site.merges_qk or not (
+            _plausible(vo, site, site.head_dim) and (qk is None or _plausible(qk, site, site.head_dim - site.unmerged))
+        ):
+            raise PessaError(f"{path} does not fit the weights at {site.name}", "decompose the model again")
+        trials = tensors.get(f"{site.name}.trials")
+        if trials is not None and not _plausible_trials(trials):
+            raise PessaError(f"{path}: its trials of {site.name} are damaged", "decompose the model again")
+        spectra[site.name] = Spectra(
+            None if qk is None else qk.numpy(),
+            vo.numpy(),
+            site.name in calibrated,
+            None if trials is None else _trials(trials.tolist()),
+        )
+    return spectra
+
+
+def _trials(numbers: list[float]) -> Trials:
+    levels = len(LEVELS)
+    return Trials(tuple(numbers[:levels]), tuple(numbers[levels : 2 * levels]), numbers[-1])
+
+
+def _plausible_trials(numbers: torch.Tensor) -> bool:
+    """Float64, as many as there are, finite, and not negative."""
+    return (
+        numbers.dtype == torch.float64
+        and tuple(numbers.shape) == (2 * len(LEVELS) + 1,)
+        and bool(numbers.isfinite().all() and (numbers >= 0).all())
+    )
+
+
+def _plausible(spectrum: torch.Tensor, site: Site, width: int) -> bool:
+    """Float64, of the site's shape, finite, not negative and descending."""
+    return (
+        spectrum.dtype == torch.float64
+        and tuple(spectrum.shape) == (site.kv_heads, width)
+        and bool(spectrum.isfinite().all() and (spectrum >= 0).all() and (spectrum.diff(dim=-1) <= 0).all())
+    )
+
+
+def check_spectra(folder: Path, known: Spectra, site: Site, weights: HeadWeights) -> None:
+    """Raise PessaError when the spectra on file are of other weights than those read.
+
+    In balanced factors both columns of a direction have the norm sqrt(s), so that a change shows without an SVD. Where
+    the spectrum is calibrated it says nothing about norms, but both are still the same.
+    """
+    # Rounding a column moves its norm by far less than the roundoff of its largest entries, but for numbers too small
+    # for the dtype; and where the dtype is finer than the algebra, the algebra's own error is what is left.
+    roundoff = max(UNIT_ROUNDOFF[site.dtype], 2.0**-40)
+    longest = site.group * max(site.query_width, site.key_width, site.output_width) + site.group
+    least = UNDERFLOW[site.dtype] * longest**0.5
+    found = {
+        side: norms[:, site.unmerged :] if side in "qk" else norms
+        for side, norms in _norms(weights, site, known.qk is not None)
+    }
+    for side, norms in found.items():
+        other = found[{"q": "k", "k": "q", "v": "o", "o": "v"}[side]]
+        spectrum = torch.from_numpy(known.vo if known.qk is None or side in "vo" else known.qk)
+        roots = other if known.calibrated else spectrum.sqrt()  # (G, d)
+        allowed = 4 * roundoff * roots.amax(dim=-1, keepdim=True) + least
+        if ((norms - roots).abs() > allowed).any():
+            raise PessaError(
+                f"{folder / SPECTRA_FILE} is not of these weights: {site.name} has changed since",
+                "delete it, and the model will be decomposed anew",
+            )
+
+
+def _norms(weights: HeadWeights, site: Site, merged_qk: bool) -> Iterator[tuple[str, torch.Tensor]]:
+    """The norm of each direction over its inputs, its bias and all query heads of a group: (G, d), by projection."""
+    rows = {"v": None if site.moves_v_bias else weights.v_bias}  # which is zero where it has moved
+    if merged_qk:
+        rows |= {"q": weights.q_bias, "k": weights.k_bias if site.spec.key_bias_stays else None}
+    squares: dict[str, list[torch.Tensor]] = {}
+    for part in weights.parts():
+        for side in rows:
+            weight: torch.Tensor = getattr(part, side)
+            each = torch.linalg.vector_norm(weight.double(), dim=-1).square()  # (G, [M,] d)
+            squares.setdefault(side, []).append(each.sum(dim=1) if each.dim() == 3 else each)
+        squares.setdefault("o", []).append(part.o.double().square().sum(dim=0).sum(dim=1))
+    for side, parts in squares.items():
+        total, bias = torch.cat(parts), rows.get(side)
+        if bias is not None:
+            total = total + bias.double().square().reshape(len(total), -1, total.shape[1]).sum(dim=1)
+        yield side, total.sqrt().cpu()

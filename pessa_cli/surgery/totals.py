@@ -1,0 +1,54 @@
+"""Parameters and bytes before and after a rank plan."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from math import prod
+from typing import Any
+
+from pessa_cli.blocks.site import Site
+from pessa_cli.checkpoint.dtypes import ITEM_BYTES
+from pessa_cli.checkpoint.reader import Header
+from pessa_cli.ranks.plan import RankPlan
+
+
+def totals(header: Header, sites: Iterable[Site], chosen: Iterable[Site], plan: RankPlan) -> dict[str, Any]:
+    """What the plan removes, counted as the paper does; `chosen` are the blocks that it covers.
+
+    Shares are of the directions of Q-K and of V-O (of the chosen blocks), of the parameters of their attention,
+    and of all the model's parameters. Bytes are those of the weights.
+    """
+    chosen = list(chosen)
+    attention, attention_bytes = _count(header, (site.tensors for site in chosen))
+    left, left_bytes = _count(header, (site.shapes(plan.qk[site.name], plan.vo[site.name]) for site in chosen))
+    parameters = sum(info.count for info in header.values())
+    nbytes = sum(info.nbytes for info in header.values())
+    return {
+        "blocks": len(list(sites)),
+        "blocks_chosen": len(chosen),
+        "qk_pruned": _dropped(plan.qk, {site.name: site.qk_ranks for site in chosen}),
+        "vo_pruned": _dropped(plan.vo, {site.name: site.vo_ranks for site in chosen}),
+        "attention_parameters": attention,
+        "attention_parameters_after": left,
+        "attention_pruned": _share(attention - left, attention),
+        "parameters": parameters,
+        "parameters_after": parameters - attention + left,
+        "model_pruned": _share(attention - left, parameters),
+        "bytes": nbytes,
+        "bytes_after": nbytes - attention_bytes + left_bytes,
+    }
+
+
+def _count(header: Header, blocks: Iterable[Mapping[str, tuple[int, ...]]]) -> tuple[int, int]:
+    """Parameters and bytes of tensors in the given shapes and the dtypes of the file."""
+    shapes = {name: prod(shape) for tensors in blocks for name, shape in tensors.items()}
+    return sum(shapes.values()), sum(ITEM_BYTES[header[name].dtype] * count for name, count in shapes.items())
+
+
+def _dropped(plan: Mapping[str, tuple[int, ...]], stored: Mapping[str, tuple[int, ...]]) -> float:
+    before = sum(sum(ranks) for ranks in stored.values())
+    return _share(before - sum(sum(plan[name]) for name in stored), before)
+
+
+def _share(part: int, whole: int) -> float:
+    return part / whole if whole else 0.0

@@ -1,0 +1,1 @@
+"""Fine-tuning: adapter methods, training, and merging adapters into a checkpoint."""

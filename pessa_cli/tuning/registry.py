@@ -1,0 +1,171 @@
+"""One name for each way of fine-tuning: what `pessa tune --method` takes, as configurations of HF PEFT.
+
+Nothing here is trained or changed: `build_config` makes a `PeftConfig`, `attach` puts it on a model. Importing this
+module costs nothing; PEFT is loaded when the first configuration is built.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from pessa_cli.common.errors import PessaError, UsageError
+
+if TYPE_CHECKING:
+    from peft import PeftConfig, PeftModel
+    from transformers import PreTrainedModel, TrainerCallback
+
+
+Builder = Callable[..., "PeftConfig"]
+
+
+def _method(module: str, kind: str, rank_field: str | None = "r", **fixed: Any) -> Builder:
+    """A builder of `module.kind`: the rank goes into `rank_field`, `fixed` are defaults that options may override."""
+
+    def build(rank: int | None, target_modules: list[str] | None, **options: Any) -> PeftConfig:
+        config_class = getattr(importlib.import_module(module), kind)
+        values = {**fixed, "target_modules": target_modules, **options}
+        if rank is not None:
+            if rank_field is None:
+                raise UsageError(f"{kind} has no rank", "leave --rank out")
+            values.setdefault(rank_field, rank)
+        known = {field.name for field in dataclasses.fields(config_class)}
+        if unknown := sorted(set(values) - known):
+            raise UsageError(f"{kind} has no option {unknown[0]!r}", "one of " + ", ".join(sorted(known)))
+        config: PeftConfig = config_class(**values)
+        return config
+
+    return build
+
+
+def _lora(scale: float, **fixed: Any) -> Builder:
+    """A builder of LoRA in one of its kinds; unless given, `lora_alpha` is `scale` times the rank."""
+    build = _method("peft", "LoraConfig", **fixed)
+
+    def scaled(rank: int | None, target_modules: list[str] | None, **options: Any) -> PeftConfig:
+        rank = 8 if rank is None else rank
+        return build(rank, target_modules, **{"lora_alpha": int(scale * rank), **options})
+
+    return scaled
+
+
+def _adalora(rank: int | None, target_modules: list[str] | None, **options: Any) -> PeftConfig:
+    """AdaLoRA starts with half as many directions again as it ends with, and has to know the number of steps."""
+    if "total_step" not in options:
+        raise UsageError("adalora needs total_step, the number of training steps")
+    rank = 8 if rank is None else rank
+    steps = int(options["total_step"])
+    # Its paper prunes between a warm-up and a final phase; a tenth and a third of the run are within what it tried.
+    schedule = {"init_r": rank + rank // 2, "target_r": rank, "tinit": steps // 10, "tfinal": steps // 3}
+    return _method("peft", "AdaLoraConfig", None)(None, target_modules, **{**schedule, **options})
+
+
+# From the papers: LoRA and DoRA scale by two (as LLM-Adapters does), what starts from a decomposition by one.
+TUNING_METHODS: dict[str, Builder] = {
+    "pessa": _method("pessa_cli.tuning.tuner_pessa", "PessaTunerConfig", None),
+    "sorsa": _method("pessa_cli.tuning.tuner_sorsa", "SorsaConfig"),
+    "pica": _method("pessa_cli.tuning.tuner_pica", "PicaConfig"),
+    "svft": _method("pessa_cli.tuning.tuner_svft", "SvftConfig"),
+    "lora-xs": _method("pessa_cli.tuning.tuner_lora_xs", "LoraXsConfig"),
+    "milora": _method("pessa_cli.tuning.tuner_sorsa", "MiloraConfig"),
+    "lora": _lora(2),
+    "dora": _lora(2, use_dora=True),
+    "pissa": _lora(1, init_lora_weights="pissa"),
+    "olora": _lora(1, init_lora_weights="olora"),
+    "eva": _lora(1, init_lora_weights="eva"),
+    "corda": _lora(1, init_lora_weights="corda"),
+    "vera": _method("peft", "VeraConfig"),
+    "boft": _method("peft", "BOFTConfig", "boft_block_size"),
+    "adalora": _adalora,
+}
+
+
+def build_config(
+    method: str, rank: int | None = None, target_modules: list[str] | None = None, **options: Any
+) -> PeftConfig:
+    """The configuration of a method by name.
+
+    Without `rank` and `target_modules` the method's own defaults hold, and PEFT's choice of layers for the model's
+    type. Options are fields of the configuration class. Raises UsageError for an unknown method or option.
+    """
+    if method not in TUNING_METHODS:
+        raise UsageError(f"there is no method {method!r}", "one of " + ", ".join(TUNING_METHODS))
+    return TUNING_METHODS[method](rank, target_modules, **options)
+
+
+def needs_data(config: PeftConfig) -> bool:
+    """Whether the start of this method is computed from training data: EVA's and CorDA's are."""
+    return getattr(config, "init_lora_weights", None) in ("eva", "corda")
+
+
+def attach(model: PreTrainedModel, config: PeftConfig, batches: Iterable[Mapping[str, Any]] | None = None) -> PeftModel:
+    """The model with a fresh adapter, and what EVA and CorDA compute from `batches` before training.
+
+    EVA takes the principal components of each layer's inputs and shares the ranks out by explained variance
+    (Paischer et al. 2024, arXiv 2410.07170), CorDA the decomposition of W C with C the covariance of the inputs
+    (Yang et al. 2024, arXiv 2406.05223). `batches` are the model's keyword arguments, on its device. Raises
+    UsageError where data are needed and none are given.
+    """
+    from peft import get_peft_model
+
+    if not needs_data(config):
+        return get_peft_model(model, config)
+    if batches is None:
+        raise UsageError(f"{config.init_lora_weights} is initialised from data, and there are none")
+    if config.init_lora_weights == "eva":
+        from peft import initialize_lora_eva_weights
+
+        tuned = get_peft_model(model, config, low_cpu_mem_usage=True)
+        initialize_lora_eva_weights(tuned, list(batches))
+        return tuned
+    import torch
+    from peft.tuners.lora.config import CordaConfig
+
+    try:
+        from peft.tuners.lora.corda import preprocess_corda
+    except ImportError as error:  # PEFT 0.21 imports attrs there without depending on it
+        raise PessaError(f"CorDA needs a package that PEFT does not bring: {error}", "pip install attrs") from None
+
+    given = list(batches)
+
+    @torch.no_grad()
+    def run() -> None:
+        for batch in given:
+            for row in _rows(batch):
+                model(**row)
+
+    if config.corda_config is None:
+        config.corda_config = CordaConfig()
+    preprocess_corda(model, config, run_model=run)
+    return get_peft_model(model, config)
+
+
+def _rows(batch: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """The inputs of a batch one at a time, as PEFT's CorDA wants them, and without what pads them."""
+    mask = batch.get("attention_mask")
+    for i in range(len(next(iter(batch.values())))):
+        row = {key: value[i : i + 1] for key, value in batch.items()}
+        if mask is not None:
+            kept = mask[i].bool()
+            row = {key: value[:, kept] if value.shape[:2] == (1, len(kept)) else value for key, value in row.items()}
+        yield row
+
+
+def callbacks(config: PeftConfig) -> list[TrainerCallback]:
+    """What a Trainer must call for this method: AdaLoRA moves its ranks after every step of the optimizer."""
+    from peft import AdaLoraConfig
+
+    return [_adalora_callback()] if isinstance(config, AdaLoraConfig) else []
+
+
+def _adalora_callback() -> TrainerCallback:
+    from transformers import TrainerCallback
+
+    class MoveRanks(TrainerCallback):  # type: ignore[misc]
+        # After the step and before the gradients are gone: AdaLoRA ranks directions by weight times gradient.
+        def on_optimizer_step(self, _args: Any, state: Any, _control: Any, **kwargs: Any) -> None:
+            kwargs["model"].base_model.update_and_allocate(state.global_step)
+
+    return MoveRanks()

@@ -1,0 +1,378 @@
+"""Fine-tuning: an adapter from HF PEFT trained by transformers' Trainer, so on one process or on Accelerate's many.
+
+The adapter's folder is written as models are: beside its place, and renamed when it is complete. What a run that
+was stopped leaves there are its checkpoints, for `--resume`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+import shutil
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate import PartialState
+from torch import Tensor, nn
+from transformers import AutoTokenizer, Trainer, TrainerCallback, TrainingArguments, WhisperProcessor
+from transformers.trainer_callback import PrinterCallback
+
+from pessa_cli.checkpoint.files import ADAPTER_FILE, read_json, sha256_of, write_json
+from pessa_cli.checkpoint.staging import Staging, new_folder, partial_folder, run_identity
+from pessa_cli.common.errors import PessaError, UsageError
+from pessa_cli.common.version import VERSION
+from pessa_cli.models.instructions import form_of, read_rows
+from pessa_cli.models.load import from_folder, load, quiet_transformers
+from pessa_cli.surgery.model import Model
+from pessa_cli.tuning.examples import SpeechData, collate_speech, collate_text, encode_text
+from pessa_cli.tuning.options import Tuning
+from pessa_cli.tuning.registry import callbacks
+
+if TYPE_CHECKING:
+    from peft import PeftConfig, PeftModel
+
+
+RECORD_FILE = "pessa-tune.json"
+HISTORY_FILE = "history.jsonl"
+SAMPLE_BATCHES = 16  # for methods whose start is computed from data
+CHECKPOINTS = "checkpoints"  # what messages call the parts that a stopped run leaves
+
+
+@dataclass(frozen=True)
+class TrainingStep:
+    """What is known at a step: the mean loss since the last report, or that on the evaluation data, and the speed."""
+
+    step: int
+    first: int  # the step that this run went on from
+    steps: int
+    epoch: float
+    loss: float | None
+    eval_loss: float | None
+    learning_rate: float | None
+    tokens_per_second: float
+    seconds: float
+
+
+Watch = Callable[[TrainingStep], None]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is tuned, on what, and where the adapter goes; `source` is what the user called the model.
+
+    tensorboard: a folder for its logs. watch: is told about the progress, in the first process only.
+    """
+
+    model: Model
+    data: Path
+    out: Path
+    tuning: Tuning
+    source: str
+    eval_data: Path | None = None
+    force: bool = False
+    resume: bool = False
+    tensorboard: Path | None = None
+    watch: Watch = lambda _: None
+
+    @property
+    def run(self) -> str:
+        """Identifies what is computed, for a run that goes on with another's checkpoints."""
+        data = [None if path is None else sha256_of(path) for path in (self.data, self.eval_data)]
+        return run_identity(self.model.reader, VERSION, self.tuning.to_dict(), data)
+
+
+def tune(job: Job) -> dict[str, Any] | None:
+    """Train an adapter and write it; returns what pessa-tune.json says, in the first of several processes.
+
+    Raises PessaError for data or options that do not fit the model, and when the loss is no longer a number.
+    """
+    with quiet_transformers(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # what transformers has to say about its own future
+        arguments = _arguments(job)
+        base = load(job.model, _dtype(job.tuning, arguments))
+        collate, examples = _data(job, base, job.data)
+        held_out = None if job.eval_data is None else _data(job, base, job.eval_data)[1]
+        model = adapted(base, job.tuning, _steps(job.tuning, len(examples)), _sample(examples, collate, arguments))
+        with _staged(job) as (folder, staging):
+            config = model.peft_config["default"]
+            trainer = _trainer_class(config)(
+                model=model, args=arguments, train_dataset=examples, eval_dataset=held_out, data_collator=collate
+            )
+            trainer.pop_callback(PrinterCallback)
+            progress = ProgressCallback(trainer, job.watch, staging)
+            for callback in [progress, *callbacks(config), *_tensorboard(job.tensorboard)]:
+                trainer.add_callback(callback)
+            done = trainer.train(resume_from_checkpoint=_last_checkpoint(folder))
+            trainer.save_model(str(folder))
+            trainer.accelerator.wait_for_everyone()
+            record = _record(job, model, trainer, done.metrics, len(examples))
+            if staging is not None:
+                _finish(folder, record, progress.history)
+    return None if staging is None else record
+
+
+def _steps(tuning: Tuning, examples: int) -> int:
+    """How many there will be."""
+    train = tuning.train
+    return train.max_steps or math.ceil(math.ceil(examples / train.batch) * train.epochs)
+
+
+def _sample(examples: Any, collate: Callable[..., dict[str, Tensor]], arguments: TrainingArguments) -> Any:
+    """A few batches for methods that start from data, the same in every process."""
+    size = arguments.per_device_train_batch_size
+    for start in range(0, min(len(examples), SAMPLE_BATCHES * size), size):
+        rows = [examples[i] for i in range(start, min(start + size, len(examples)))]
+        yield {name: tensor.to(arguments.device) for name, tensor in collate(rows).items()}
+
+
+def adapted(base: Any, tuning: Tuning, steps: int = 0, batches: Iterable[Mapping[str, Tensor]] = ()) -> PeftModel:
+    """The model with a fresh adapter; everything else is frozen. Raises UsageError for options that do not fit.
+
+    steps and batches are for the methods that have to know how long training will be, or start from data.
+    """
+    from pessa_cli.tuning.registry import attach, build_config
+
+    chosen = tuning.adapter
+    targets = None if chosen.targets is None else list(chosen.targets)
+    options = ({"total_step": steps} if chosen.method == "adalora" else {}) | dict(chosen.options)
+    try:
+        config = build_config(chosen.method, chosen.rank, targets, **options)
+        if base.main_input_name != "input_features":
+            config.task_type = "CAUSAL_LM"
+        torch.manual_seed(tuning.train.seed)
+        return attach(base, config, batches)
+    except (
+        ValueError,
+        TypeError,
+    ) as error:  # what PEFT raises for modules that are not there or not of a kind it knows
+        hint = "name the modules to tune, as --targets q_proj,v_proj" if targets is None else "see --targets"
+        raise UsageError(f"--method {chosen.method}: {error}", f"{hint}; [adapter] of a recipe has the rest") from error
+
+
+class TuneTrainer(Trainer):  # type: ignore[misc]
+    """transformers' Trainer with a count of the tokens it has learned from."""
+
+    tokens = 0
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        if model.training:
+            mask = inputs.get("attention_mask")
+            told = inputs.get("input_ids", inputs["labels"])
+            self.tokens += told.numel() if mask is None else int(mask.sum())
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+
+def _trainer_class(config: PeftConfig) -> type[TuneTrainer]:
+    """The Trainer for a method: SORSA adds to the loss."""
+    if config.peft_type != "SORSA":
+        return TuneTrainer
+    from pessa_cli.tuning.tuner_sorsa import SorsaTrainer
+
+    class RegularisedTrainer(SorsaTrainer, TuneTrainer):
+        pass
+
+    return RegularisedTrainer
+
+
+class ProgressCallback(TrainerCallback):  # type: ignore[misc]
+    """Tells about the steps, notes checkpoints that are complete, and stops when the loss is no number."""
+
+    def __init__(self, trainer: TuneTrainer, watch: Watch, staging: Staging | None) -> None:
+        self._trainer, self._watch, self._staging = trainer, watch, staging
+        self._began = self._last = time.monotonic()
+        self._tokens = self._first = 0
+        self.history: list[TrainingStep] = []
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
+        self._began = self._last = time.monotonic()
+        self._first = state.global_step
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, float], **_: Any) -> None:  # noqa: ARG002
+        loss, eval_loss = logs.get("loss"), logs.get("eval_loss")
+        if loss is None and eval_loss is None:
+            return
+        if loss is not None and not math.isfinite(loss):
+            raise PessaError(
+                f"the loss is {loss} at step {state.global_step}", "give a lower --learning-rate, or --dtype float32"
+            )
+        now, tokens = time.monotonic(), self._trainer.tokens * args.world_size
+        speed = (tokens - self._tokens) / (now - self._last) if loss is not None else 0.0
+        if loss is not None:
+            self._last, self._tokens = now, tokens
+        step = TrainingStep(
+            step=state.global_step,
+            first=self._first,
+            steps=state.max_steps,
+            epoch=round(state.epoch or 0.0, 4),
+            loss=loss,
+            eval_loss=eval_loss,
+            learning_rate=logs.get("learning_rate"),
+            tokens_per_second=round(speed, 1),
+            seconds=round(now - self._began, 2),
+        )
+        self.history.append(step)
+        if self._staging is not None:
+            self._watch(step)
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
+        self._trainer.accelerator.wait_for_everyone()  # each process puts its random state there
+        if self._staging is not None:
+            name = f"checkpoint-{state.global_step}"
+            self._staging.done(name, sha256_of(self._staging.folder / name))
+
+
+def _arguments(job: Job) -> TrainingArguments:
+    train = job.tuning.train
+    plain = {name: getattr(train, name) for name in ("learning_rate", "weight_decay", "max_grad_norm", "seed")}
+    arguments = TrainingArguments(
+        output_dir=str(partial_folder(job.out)),
+        num_train_epochs=train.epochs,
+        max_steps=train.max_steps or -1,
+        lr_scheduler_type=train.schedule,
+        warmup_steps=train.warmup,
+        logging_steps=train.log_steps,
+        logging_first_step=True,
+        logging_nan_inf_filter=False,  # a loss that is no number is an error, not something to leave out
+        eval_strategy="no" if job.eval_data is None else "steps" if train.eval_steps else "epoch",
+        eval_steps=train.eval_steps or None,
+        save_strategy="steps" if train.save_steps else "no",
+        save_steps=train.save_steps or 500,
+        save_total_limit=2,  # while the newest is being written, the one before it is what a killed run has
+        **_recomputing(train.gradient_checkpointing),
+        use_cpu=train.device == "cpu",
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        label_names=["labels"],
+        dataloader_pin_memory=torch.cuda.is_available() and train.device != "cpu",
+        ddp_find_unused_parameters=False,
+        **plain,
+    )
+    arguments._n_gpu = min(1, arguments.n_gpu)  # several devices are for several processes
+    micro = train.micro_batch or max(1, train.batch // arguments.world_size)
+    if train.batch % (micro * arguments.world_size):
+        raise UsageError(
+            f"--batch {train.batch} is no multiple of {micro} examples in each of {arguments.world_size} processes",
+            "give another --batch or --micro-batch",
+        )
+    arguments.per_device_train_batch_size = arguments.per_device_eval_batch_size = micro
+    arguments.gradient_accumulation_steps = train.batch // (micro * arguments.world_size)
+    arguments.bf16 = train.dtype == "bfloat16" or (train.dtype == "auto" and arguments.device.type != "cpu")
+    return arguments
+
+
+def _recomputing(wanted: bool) -> dict[str, Any]:
+    """Gradient checkpointing, under the name that this version of transformers has for it."""
+    known = {f.name for f in fields(TrainingArguments)}
+    name = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
+    return {name: True, f"{name}_kwargs": {"use_reentrant": False}} if wanted else {}
+
+
+def _dtype(tuning: Tuning, arguments: TrainingArguments) -> torch.dtype:
+    if tuning.train.dtype == "auto":
+        return torch.float32 if arguments.device.type == "cpu" else torch.bfloat16
+    dtype: torch.dtype = getattr(torch, tuning.train.dtype)
+    return dtype
+
+
+def _data(job: Job, base: Any, path: Path) -> tuple[Callable[..., dict[str, Tensor]], Any]:
+    """How examples become a batch, and the examples, for this kind of model."""
+    rows, options, folder = read_rows(path), job.tuning.data, job.model.reader.folder
+    speech = base.main_input_name == "input_features"
+    spoken = [form_of(row) in (("audio", "text"), ("file", "text")) for row in rows]
+    if speech != spoken[0] or len(set(spoken)) > 1:
+        needs = "audio and text" if speech else "text alone"
+        raise PessaError(f"{path} does not fit {job.source}, which learns from {needs}", "give the data of its kind")
+    if speech:
+        if options.packing:
+            raise UsageError("--packing is for text, and this model listens", "leave it out")
+        options = replace(options, max_length=min(options.max_length, base.config.max_target_positions))
+        return collate_speech, SpeechData(path, rows, from_folder(WhisperProcessor, folder, "processor"), options)
+    if not base.can_generate():
+        raise UsageError(f"{job.source} is a {type(base).__name__}, which writes no text", "give a language model")
+    tokenizer = from_folder(AutoTokenizer, folder, "tokenizer")
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
+    return collate_text(pad), encode_text(path, rows, tokenizer, options)
+
+
+@contextmanager
+def _staged(job: Job) -> Iterator[tuple[Path, Staging | None]]:
+    """The folder to write into; only the first of several processes has the staging that puts it in place."""
+    state = PartialState()
+    if not state.is_main_process:
+        state.wait_for_everyone()  # until the first has made the folder
+        yield partial_folder(job.out), None
+        return
+    with new_folder(job.out, job.model.reader.folder, job.force, job.resume, CHECKPOINTS) as staging:
+        staging.begin(job.run)
+        state.wait_for_everyone()
+        yield staging.folder, staging
+
+
+def _last_checkpoint(folder: Path) -> str | None:
+    steps = [int(path.name.rpartition("-")[2]) for path in folder.glob("checkpoint-*")]
+    return str(folder / f"checkpoint-{max(steps)}") if steps else None
+
+
+def _tensorboard(folder: Path | None) -> list[TrainerCallback]:
+    if folder is None:
+        return []
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError:
+        raise PessaError("--tensorboard needs tensorboardX", "pip install 'pessa[tune]'") from None
+    from transformers.integrations import TensorBoardCallback
+
+    return [TensorBoardCallback(SummaryWriter(str(folder)))]
+
+
+def _record(
+    job: Job, model: PeftModel, trainer: TuneTrainer, metrics: Mapping[str, float], examples: int
+) -> dict[str, Any]:
+    """What pessa-tune.json says: versions, options, hashes of the data, and how it went."""
+    packages = ("torch", "transformers", "peft", "accelerate")
+    trainable, parameters = model.get_nb_trainable_parameters()
+    losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    held_out = job.eval_data
+    return {
+        "pessa": VERSION,
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
+        "command": "tune",
+        "source": job.source,
+        "options": job.tuning.to_dict(),
+        "data": {"file": job.data.name, "sha256": sha256_of(job.data), "rows": examples},
+        "eval_data": None if held_out is None else {"file": held_out.name, "sha256": sha256_of(held_out)},
+        "trainable_parameters": trainable,
+        "parameters": parameters,
+        "processes": trainer.args.world_size,
+        "steps": trainer.state.global_step,
+        "loss": metrics["train_loss"],
+        "eval_loss": losses[-1] if losses else None,
+        "seconds": round(metrics["train_runtime"], 2),
+    }
+
+
+def _finish(folder: Path, record: Mapping[str, Any], history: list[TrainingStep]) -> None:
+    """Leave the adapter with its record, and nothing that only the training needed."""
+    for checkpoint in folder.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+    for name in ("training_args.bin", "README.md"):  # a pickle, and a card with nothing filled in
+        (folder / name).unlink(missing_ok=True)
+    # Where the model lies on this machine is nobody's business; PEFT had to look there for its config.
+    config = read_json(folder / ADAPTER_FILE)
+    write_json(folder / ADAPTER_FILE, config | {"base_model_name_or_path": record["source"]})
+    write_json(folder / RECORD_FILE, record)
+    lines = [json.dumps({k: v for k, v in asdict(step).items() if v is not None}) for step in history]
+    (folder / HISTORY_FILE).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    for path in folder.glob("*.safetensors"):  # which the library makes for their owner's eyes only
+        path.chmod((folder / RECORD_FILE).stat().st_mode)

@@ -1,0 +1,362 @@
+"""What all our fine-tuning methods share as PEFT tuners: configuration, replacing modules, merging, mixed batches.
+
+A method says what it trains and what that does to a linear layer; `AdditiveLayer` is for those that add to its weight.
+Base weights never change but by merging, and merging keeps the originals: disabling and unmerging give back the base
+model bit for bit, and an adapter that is added while another is merged starts from the weights of the base.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from peft.config import PeftConfig
+from peft.tuners._buffer_dict import BufferDict
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from peft.utils.quantization_utils import get_quantization_kwargs, resolve_quantization_backend
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from pessa_cli.algebra.heads import live
+from pessa_cli.runtime.compact_linear import RaggedIn, RaggedOut
+from pessa_cli.tuning.peft_plugin import extend_peft_type
+
+BASE = "__base__"  # PEFT's name in `adapter_names` for the base model
+
+
+def option(text: str, default: Any = None) -> Any:
+    """A field of a configuration, with what it is for."""
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class TunerConfig(PeftConfig):  # type: ignore[misc]
+    """The fields that PEFT expects of every method. A subclass sets `method`, its name in lower case."""
+
+    method: ClassVar[str]
+
+    target_modules: list[str] | str | None = option(
+        "Names of the modules to adapt, or a regular expression; by default what suits the model's architecture."
+    )
+    exclude_modules: list[str] | str | None = option("Names of modules not to adapt, or a regular expression.")
+    modules_to_save: list[str] | None = option("Other modules to train and to save as a whole, such as a new head.")
+    bias: str = option("Which biases of the base to train: 'none', 'all' or '<method>_only'.", "none")
+    init_weights: bool = option(
+        "False starts from random numbers instead of the base model's function: for tests.", True
+    )
+    layers_to_transform: list[int] | int | None = option("Adapt only these layers.")
+    layers_pattern: list[str] | str | None = option("Name of the list of layers, where it is not a common one.")
+    requires: str = option("What has to be run before PEFT knows this method.", "import pessa_cli")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = extend_peft_type(self.method.upper())
+        for name in ("target_modules", "exclude_modules"):
+            if isinstance(getattr(self, name), list):
+                setattr(self, name, set(getattr(self, name)))
+        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
+            raise ValueError("`layers_to_transform` cannot be used when `target_modules` is a str.")
+        if isinstance(self.target_modules, str) and self.layers_pattern is not None:
+            raise ValueError("`layers_pattern` cannot be used when `target_modules` is a str.")
+        if self.layers_pattern and not self.layers_to_transform:
+            raise ValueError("When `layers_pattern` is specified, `layers_to_transform` must also be specified. ")
+
+
+class TunerLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
+    """A linear layer (or a transposed Conv1D, a ragged or a quantised one) with adapters of one method.
+
+    A subclass names what an adapter consists of, all names beginning with "<method>_", and implements `initial`,
+    `adapt` and `merge_into`. `weight` and `bias` there are always (out, in) and (out,) of floats, rows and columns
+    those that the layer stores.
+    """
+
+    if TYPE_CHECKING:  # PEFT has no types, and by nn.Module's everything unknown is a tensor or a module
+
+        def __getattr__(self, name: str) -> Any: ...
+
+    adapter_layer_names: tuple[str, ...] = ()  # trained and saved
+    frozen_names: tuple[str, ...] = ()  # saved, not trained
+    setting_names: tuple[str, ...] = ()  # plain values, remade from the config
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        adapter_name: str,
+        config: Any,
+        context: dict[str, Any] | None = None,
+        quantization: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self._disable_adapters = False
+        self._active_adapter = adapter_name
+        self.merged_adapters: list[str] = []
+        self.originals: tuple[Tensor, Tensor | None] | None = None  # weight and bias of the base while merged
+        self.quantization_backend = resolve_quantization_backend(self.get_base_layer(), **(quantization or {}))
+        base: Any = self.get_base_layer()
+        self.transposed = isinstance(base, Conv1D)
+        if not (isinstance(base, nn.Linear) or self.transposed or self.quantization_backend is not None):
+            raise TypeError(f"{config.method} adapts linear layers, not {type(base).__name__}; see `target_modules`")
+        shape = reversed(base.weight.shape) if self.transposed else (base.out_features, base.in_features)
+        self.out_features, self.in_features = shape
+        for name in self.adapter_layer_names:
+            setattr(self, name, nn.ParameterDict())
+        for name in self.frozen_names:
+            setattr(self, name, BufferDict(persistent=True))
+        for name in self.setting_names:
+            setattr(self, name, {})
+        self.update_layer(adapter_name, config, context)
+
+    @property
+    def other_param_names(self) -> tuple[str, ...]:
+        return self.frozen_names + self.setting_names
+
+    def initial(self, config: Any, weight: Tensor, bias: Tensor | None, **context: Any) -> dict[str, Any]:
+        """What a new adapter starts from, by the names above: it must not change what the layer computes.
+
+        Tensors are float32 (float64 for a base in float64). On the meta device only their shapes matter: then the
+        numbers come from a file. With `config.init_weights` false they are random, and do change it.
+        `context`: what the tuner's `context` said of this layer.
+        """
+        raise NotImplementedError
+
+    def adapt(self, adapter: str, x: Tensor, result: Tensor) -> Tensor:
+        """The layer's output with one more adapter: `result` is what it gives for `x` without."""
+        raise NotImplementedError
+
+    def merge_into(self, adapter: str, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias with one more adapter, in the dtype in which they come."""
+        raise NotImplementedError
+
+    def original_weights(self) -> tuple[Tensor, Tensor | None]:
+        """Weight (out, in) and bias (out,) of the base, whatever is merged, as they are stored."""
+        weight, bias = self.originals or self._stored_weights()
+        return weight.mT if self.transposed else weight, bias
+
+    def _stored_weights(self) -> tuple[Tensor, Tensor | None]:
+        bias = getattr(self.get_base_layer(), "bias", None)
+        return self.get_base_weight(), None if bias is None else bias.data
+
+    def update_layer(self, adapter_name: str, config: Any, context: dict[str, Any] | None = None) -> None:
+        """Add an adapter."""
+        weight, bias = (None if t is None else t.to(working_dtype(t.dtype)) for t in self.original_weights())
+        assert weight is not None
+        device = weight.device
+        if _loading_later() and not weight.is_meta:
+            weight, bias = weight.to("meta"), None if bias is None else bias.to("meta")
+        with torch.no_grad():
+            start = self.initial(config, weight, bias, **(context or {}))
+        assert set(start) == {*self.adapter_layer_names, *self.other_param_names}, sorted(start)
+        for name in self.setting_names:
+            getattr(self, name)[adapter_name] = start[name]
+        for name in self.adapter_layer_names:
+            if start[name] is not None:  # this adapter has none
+                getattr(self, name)[adapter_name] = nn.Parameter(start[name])
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        for name in self.frozen_names:  # after that, since it would round them to the dtype of the base
+            buffer = start[name]
+            if buffer is None:
+                continue
+            if buffer.is_meta and device.type != "meta":  # PEFT makes only parameters real again
+                buffer = torch.empty_like(buffer, device=device)
+            getattr(self, name)[adapter_name] = buffer
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
+        if adapter_names is not None:
+            return self._forward_mixed(x, adapter_names, *args, **kwargs)
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        result: Tensor = self.base_layer(x, *args, **kwargs)
+        if self.disable_adapters or self.merged:
+            return result
+        if self.quantization_backend is not None:
+            result = self.quantization_backend.maybe_clone_base_result(result)
+        for adapter in self._present(self.active_adapters):
+            result = self.adapt(adapter, x, result)
+        return result
+
+    def _forward_mixed(self, x: Tensor, adapter_names: list[str], *args: Any, **kwargs: Any) -> Tensor:
+        """Each input of the batch with the adapter named for it."""
+        if len(x) != len(adapter_names):
+            raise ValueError(
+                "Length of `adapter_names` should be the same as the number of inputs, but got "
+                f"{len(adapter_names)} and {len(x)} respectively."
+            )
+        if self.merged:
+            raise ValueError(
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+            )
+        result: Tensor = self.base_layer(x, *args, **kwargs)
+        parts = result.clone()
+        for adapter in self._present(list(dict.fromkeys(adapter_names))):
+            rows = torch.tensor([i for i, name in enumerate(adapter_names) if name == adapter], device=x.device)
+            parts[rows] = self.adapt(adapter, x[rows], result[rows])
+        return parts
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Put the adapters into the weights of the base, in float32 and rounded once, and keep the originals.
+
+        Raises ValueError with `safe_merge` where a merged number is not finite, and changes nothing then.
+        """
+        names = self._present(check_adapters_to_merge(self, adapter_names))
+        if not names:
+            return
+        stored = self.original_weights()
+        weight, bias = (None if t is None else t.to(working_dtype(t.dtype)) for t in stored)
+        assert weight is not None
+        merged = [*self.merged_adapters, *names]
+        with torch.no_grad():
+            for adapter in merged:
+                weight, bias = self.merge_into(adapter, weight, bias)
+        if safe_merge and not all(bool(t.isfinite().all()) for t in (weight, bias) if t is not None):
+            raise ValueError(f"NaNs detected in the merged weights. The adapter {', '.join(names)} seems to be broken")
+        if self.originals is None:
+            self.originals = self._stored_weights()
+        self._store(weight.mT if self.transposed else weight, bias)
+        self.merged_adapters = merged
+
+    def unmerge(self) -> None:
+        """Give the base its own weights back."""
+        if self.originals is not None:
+            self._store(*self.originals)
+        self.originals = None
+        self.merged_adapters = []
+
+    def _store(self, weight: Tensor, bias: Tensor | None) -> None:
+        stored = self.get_base_weight()
+        self.set_base_weight(weight.to(stored.device, stored.dtype).contiguous())
+        base: Any = self.get_base_layer()
+        if bias is not None:
+            base.bias.data = bias.to(base.bias.device, base.bias.dtype)
+
+    def _present(self, names: list[str]) -> list[str]:
+        """Those of the adapters that this layer has."""
+        return [name for name in names if self._trained(name)]
+
+    def _trained(self, adapter: str) -> list[nn.Parameter]:
+        """The trained parameters of an adapter."""
+        groups = [getattr(self, name) for name in self.adapter_layer_names]
+        return [group[adapter] for group in groups if adapter in group]
+
+    def __repr__(self) -> str:
+        return f"{self.adapter_layer_names[0].partition('_')[0]}.{super().__repr__()}"
+
+
+class AdditiveLayer(TunerLayer):
+    """A layer of a method that adds to the weight: W + dW. A subclass implements `initial`, `delta` and `change`."""
+
+    def delta(self, adapter: str) -> Tensor:
+        """dW, (out, in)."""
+        raise NotImplementedError
+
+    def change(self, adapter: str, x: Tensor) -> Tensor:
+        """x dW^T, (..., out), without forming dW where the method is narrower than that."""
+        return nn.functional.linear(x, self.delta(adapter))
+
+    def adapt(self, adapter: str, x: Tensor, result: Tensor) -> Tensor:
+        base = self.get_base_layer()
+        trained = self._trained(adapter)[0]
+        if isinstance(base, RaggedIn) and x.shape[-1] != base.weight.shape[1]:
+            x = x.index_select(-1, live(base.ragged.ranks, base.ragged.head_dim).to(x.device))
+        change = self.change(adapter, self._cast_input_dtype(x, trained.dtype))
+        if isinstance(base, RaggedOut):
+            slots = live(base.ragged.ranks, base.ragged.head_dim, pairs=base.ragged.pairs).to(x.device)
+            change = change.new_zeros(result.shape).index_copy(-1, slots, change)
+        return result + change.to(result.dtype)
+
+    def merge_into(self, adapter: str, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return weight + self.delta(adapter).to(weight.dtype), bias
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """dW as PEFT wants it, for its conversion to LoRA: in the orientation in which the base stores its weight."""
+        delta = self.delta(adapter)
+        return delta.mT if self.transposed else delta
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:  # noqa: ARG002
+        return not isinstance(self.get_base_layer(), (RaggedIn, RaggedOut))
+
+
+class Tuner(BaseTuner):  # type: ignore[misc]
+    """A model with adapters of one method. A subclass sets `prefix` ("<method>_") and `tuner_layer_cls`."""
+
+    target_module_mapping: ClassVar[dict[str, list[str]]] = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+    def context(self, config: Any, target: nn.Module, name: str) -> dict[str, Any]:  # noqa: ARG002
+        """What a layer's `initial` has to know of its surroundings, as keyword arguments."""
+        return {}
+
+    def _create_and_replace(
+        self,
+        peft_config: Any,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,  # noqa: ARG002
+    ) -> None:
+        context = self.context(peft_config, target, current_key)
+        if isinstance(target, self.tuner_layer_cls):
+            target.update_layer(adapter_name, peft_config, context)
+            return
+        quantization = get_quantization_kwargs(self.model)
+        layer = self.tuner_layer_cls(target, adapter_name, peft_config, context, quantization)
+        if adapter_name not in self.active_adapters:
+            layer.requires_grad_(False)
+        self._replace_module(parent, target_name, layer, target)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *_: Any, **kwargs: Any) -> Iterator[None]:
+        """Hand `adapter_names` of a mixed batch to every layer."""
+        names = kwargs.pop("adapter_names", None)
+        if names is None:
+            yield
+            return
+        if self.training:
+            raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
+        layers = [module for module in self.modules() if isinstance(module, TunerLayer)]
+        known = {name for layer in layers for name in layer._get_available_adapters()}
+        unknown = sorted(set(names) - known - {BASE})
+        if unknown:
+            raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
+        hook = partial(_with_adapter_names, names=names)
+        handles = [layer.register_forward_pre_hook(hook, with_kwargs=True) for layer in layers]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def base_weights(module: Any) -> tuple[Tensor, Tensor | None]:
+    """Weight (out, in) and bias (out,) of a linear layer in the base, whatever adapters are around it or merged."""
+    if isinstance(module, TunerLayer):
+        return module.original_weights()
+    if isinstance(module, BaseTunerLayer):
+        module = module.get_base_layer()
+    backend = resolve_quantization_backend(module)
+    weight = module.weight.data if backend is None else backend.get_base_weight(module)
+    bias = getattr(module, "bias", None)
+    return weight.mT if isinstance(module, Conv1D) else weight, None if bias is None else bias.data
+
+
+def working_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What adapters are computed in: float32, and float64 for a base in float64."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _with_adapter_names(
+    _: nn.Module, args: Any, kwargs: dict[str, Any], names: list[str]
+) -> tuple[Any, dict[str, Any]]:
+    return args, {**kwargs, "adapter_names": names}
+
+
+def _loading_later() -> bool:
+    """Whether PEFT makes parameters on the meta device now (`low_cpu_mem_usage`), since their numbers are in a file."""
+    return bool(nn.ParameterList([nn.Parameter(torch.empty(0))])[0].is_meta)

@@ -1,0 +1,66 @@
+"""LoRA-XS: dW = B R A, and only R (r, r) is trained (Balazy et al. 2024, arXiv 2405.17604).
+
+A = diag(s) V^T and B = U come from the weight's truncated SVD and are frozen; they are in the adapter's file, since a
+basis computed again may have other signs. R starts at zero (the paper: at random, of size 1e-5), which is a no-op and
+has a gradient all the same.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from pessa_cli.tuning.peft_plugin import TunerMethod
+from pessa_cli.tuning.truncated_svd import triplets
+from pessa_cli.tuning.tuner_base import AdditiveLayer, Tuner, TunerConfig, option, working_dtype
+
+
+@dataclass
+class LoraXsConfig(TunerConfig):
+    method: ClassVar[str] = "loraxs"
+
+    r: int = option("Rank, at most that of the weight.", 32)
+    alpha: float | None = option("The update is scaled by alpha / r, as in LoRA; by default not at all.")
+    niter: int | None = option("Iterations of a randomised SVD; by default it is exact.")
+
+
+class LoraXsLayer(AdditiveLayer):
+    adapter_layer_names = ("loraxs_R",)  # (r, r)
+    frozen_names = ("loraxs_A", "loraxs_B")  # (r, in), (out, r)
+    setting_names = ("loraxs_scale",)
+
+    loraxs_R: nn.ParameterDict  # noqa: N815
+    loraxs_A: Any  # noqa: N815
+    loraxs_B: Any  # noqa: N815
+    loraxs_scale: dict[str, float]
+
+    def initial(self, config: LoraXsConfig, weight: Tensor, bias: Tensor | None, **context: Any) -> dict[str, Any]:  # noqa: ARG002
+        u, s, v = triplets(weight, config.r, niter=config.niter)
+        r = s.new_zeros(len(s), len(s))
+        return {
+            "loraxs_R": r if config.init_weights else r.normal_(std=0.1),
+            "loraxs_A": s[:, None] * v,
+            "loraxs_B": u,
+            "loraxs_scale": 1.0 if config.alpha is None else config.alpha / config.r,
+        }
+
+    def delta(self, adapter: str) -> Tensor:
+        dtype = working_dtype(self.loraxs_R[adapter].dtype)
+        b, r, a = (factors[adapter].to(dtype) for factors in (self.loraxs_B, self.loraxs_R, self.loraxs_A))
+        delta: Tensor = self.loraxs_scale[adapter] * (b @ r @ a)
+        return delta
+
+    def change(self, adapter: str, x: Tensor) -> Tensor:
+        for factors in (self.loraxs_A, self.loraxs_R, self.loraxs_B):
+            x = nn.functional.linear(x, factors[adapter].to(x.dtype))
+        return x * self.loraxs_scale[adapter]
+
+
+class LoraXsTuner(Tuner):
+    prefix = "loraxs_"
+    tuner_layer_cls = LoraXsLayer
+
+
+METHODS = (TunerMethod("loraxs", LoraXsConfig, LoraXsTuner),)

@@ -1,0 +1,533 @@
+"""Frequency pairs of Q-K under RoPE: what is cut, what makes up for it, and that each kept one turns as before."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from fetch_models import fetch
+from harness import Pessa, TinyFolder, copy_of, edit_json, edit_weights, is_refusal, raw_tensors
+from peft import get_peft_model
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+from tuned import disturb
+
+import pessa_cli
+from pessa_cli.algebra import rope
+from pessa_cli.algebra.heads import HeadWeights, live
+from pessa_cli.blocks.compact_format import PairRuns, Ragged, pair_ranks, pairs_text, parse_pairs
+from pessa_cli.calibration.collect import collect
+from pessa_cli.common.errors import PessaError, UsageError
+from pessa_cli.evaluation.verify import verify_models
+from pessa_cli.models import windows
+from pessa_cli.models.data import DataItem
+from pessa_cli.ranks.plan import RankPlan, plan_ranks
+from pessa_cli.ranks.rule import Rule
+from pessa_cli.ranks.spectra import Spectra, largest_pairs
+from pessa_cli.statistics.file import Statistics
+from pessa_cli.surgery.block_io import read_site, write_site
+from pessa_cli.surgery.model import open_model
+from pessa_cli.surgery.passes import decompose_model, export_model, measure, prune_model
+from pessa_cli.tuning.registry import build_config
+
+HALF, DIRECTIONS = 4, 8
+NAMES = ("llama", "llama-biased")
+CUT = Rule(rope_ratio=0.5, ratio=0.3)
+
+
+def weights(seed: int = 0, groups: int = 2, members: int = 2) -> HeadWeights:
+    """Queries and keys of a block with heads of eight directions, and values nobody asks for."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    k = normal(groups, DIRECTIONS, 12)
+    return HeadWeights(normal(groups, members, DIRECTIONS, 12), k, k, k.mT)
+
+
+def sample(seed: int = 1) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Rotated queries (2, 2, 30, 8) and keys (2, 50, 8) far from white, the attention between them, and values
+    behind W_O, (2, 2, 50, 5)."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    queries = normal(2, 2, 30, DIRECTIONS) @ normal(2, 1, DIRECTIONS, DIRECTIONS)
+    keys = normal(2, 50, DIRECTIONS) @ normal(2, DIRECTIONS, DIRECTIONS) + 3
+    return queries, keys, (queries @ keys.unsqueeze(1).mT / 10).softmax(-1), normal(2, 2, 50, 5) + 2
+
+
+def features(queries: Tensor, keys: Tensor, attention: Tensor, values: Tensor) -> Tensor:
+    """What each pair's coefficients are multiplied with in every output of one group, to the first order, by autograd
+    through softmax: (M n w, pairs, 2)."""
+    (q1, q2), (k1, k2) = queries.chunk(2, -1), keys.chunk(2, -1)
+    scaled = torch.einsum("mip,jp->pmij", q1, k1) + torch.einsum("mip,jp->pmij", q2, k2)
+    turned = torch.einsum("mip,jp->pmij", q2, k1) - torch.einsum("mip,jp->pmij", q1, k2)
+
+    def outputs(scores: Tensor) -> Tensor:
+        return scores.softmax(-1) @ values
+
+    columns = [torch.func.jvp(outputs, (attention.log(),), (each,))[1].flatten() for each in [*scaled, *turned]]
+    return torch.stack(columns, -1).reshape(-1, 2, HALF).mT
+
+
+def weighting(shrinkage: float = 1e-10) -> tuple[rope.PairWeighting, list[Tensor]]:
+    """A weighting, and the features of each group that it is of."""
+    inputs = sample()
+    return rope.PairWeighting(rope.output_gram(*inputs), shrinkage), [
+        features(*one) for one in zip(*inputs, strict=True)
+    ]
+
+
+def residual(features: Tensor, kept: list[int]) -> float:
+    """The squared error of least squares for all pairs together from some of them."""
+    scores = features[..., 0].sum(-1)
+    if not kept:
+        return float(scores.square().sum())
+    fit = features[:, kept].flatten(1)
+    return float((scores - fit @ torch.linalg.lstsq(fit, scores).solution).square().sum())
+
+
+def test_rotated_as_transformers_does() -> None:
+    x = torch.randn(5, 3, DIRECTIONS, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    angle = torch.rand(5, HALF, generator=torch.Generator().manual_seed(1), dtype=torch.float64).repeat(1, 2)
+    heads = x.transpose(0, 1).unsqueeze(0)
+    expected, _ = apply_rotary_pos_emb(heads, heads, angle.cos().unsqueeze(0), angle.sin().unsqueeze(0))
+    assert torch.allclose(rope.rotated(x, angle.cos(), angle.sin()), expected[0].transpose(0, 1))
+
+
+def test_compensation_is_least_squares() -> None:
+    """The coefficients are those of torch.linalg.lstsq on every output of every query, written out."""
+    block, (weighed, by_group) = weights(), weighting()
+    pairs: tuple[PairRuns, ...] = ((range(0, 2), range(3, 4)), (range(1, 3),))
+    found = rope.compensated(block, pairs, weighed)
+    for g, kept in enumerate(([0, 1, 3], [1, 2])):
+        each = by_group[g]
+        best = torch.linalg.lstsq(each[:, kept].flatten(1), each[..., 0].sum(-1)).solution.reshape(-1, 2)
+        first, second = block.q[g].chunk(2, -2)
+        a, b = best[:, :1], best[:, 1:]
+        expected = torch.cat([a * first[:, kept] + b * second[:, kept], a * second[:, kept] - b * first[:, kept]], 1)
+        got = found.q[g][:, kept + [HALF + p for p in kept]]
+        assert torch.allclose(got, expected, rtol=1e-6, atol=1e-8)
+    assert torch.equal(found.k, block.k)
+
+
+@pytest.mark.parametrize("shrinkage", [1e-10, 1e-2, 0.3, 10.0])
+def test_compensation_is_never_worse_than_none_on_its_data(shrinkage: float) -> None:
+    block, (weighed, by_group) = weights(), weighting(shrinkage)
+    found = rope.compensated(block, ((range(0, 2),), (range(1, 4),)), weighed)
+    for g, kept in enumerate(([0, 1], [1, 2, 3])):
+        each = by_group[g]
+        scores = each[..., 0].sum(-1)
+        # What each kept pair was multiplied with, read off the complex numbers that its two rows are.
+        old, new = (torch.complex(q[g, 0, kept], q[g, 0, [HALF + p for p in kept]]) for q in (block.q, found.q))
+        factor = (new / old).mean(-1)  # a - i b: the transpose of what stands between
+        x = torch.stack([factor.real, -factor.imag], -1)
+        compensated = scores - torch.einsum("npc,pc->n", each[:, kept], x)
+        plain = scores - each[:, kept, 0].sum(-1)
+        assert compensated.norm() <= plain.norm()
+        if shrinkage < 1e-3:
+            assert compensated.norm() < 0.95 * plain.norm()
+            assert float(compensated.square().sum()) == pytest.approx(residual(each, kept))
+
+
+def test_contributions_are_the_error_of_dropping_the_smallest_one_by_one() -> None:
+    """Backward elimination: no other pair would leave less, and what was dropped adds up to what is lost."""
+    weighed, by_group = weighting()
+    worth = rope.contributions(weights(), weighed)
+    for each, row in zip(by_group, worth, strict=True):
+        kept, lost = list(range(HALF)), 0.0
+        for p in row.argsort().tolist():
+            least = min(residual(each, [o for o in kept if o != other]) for other in kept)
+            kept.remove(p)
+            assert residual(each, kept) == pytest.approx(least, rel=1e-5)
+            lost += float(row[p])
+            assert lost >= residual(each, kept) * (1 - 1e-6)  # what one adds is never less than what the last did
+
+
+def test_without_data_a_pair_is_worth_its_norms() -> None:
+    """The mean over rotations of the squared norm of what the pair adds to W_Q W_K^T, and not this one rotation's."""
+    block = weights()
+    worth = rope.contributions(block)
+    g, p = 1, 2
+    both = [p, p + HALF]
+    turns = torch.linspace(0, 2 * torch.pi, 9, dtype=torch.float64)[:-1]
+    total = 0.0
+    for turn in turns:
+        c, s = turn.cos(), turn.sin()
+        rotation = torch.stack([torch.stack([c, -s]), torch.stack([s, c])])
+        total += sum(float((q[both].mT @ rotation @ block.k[g][both]).square().sum()) for q in block.q[g]) / len(turns)
+    assert float(worth[g, p]) == pytest.approx(total)
+    biased = replace(block, k_bias=torch.ones(2, DIRECTIONS, dtype=torch.float64))
+    assert (rope.contributions(biased) > worth).all()  # under RoPE a key bias is no constant
+
+
+@pytest.mark.parametrize("kind", ["zero queries", "zero keys", "one pair", "no data", "one query", "one key"])
+def test_degenerate_heads_and_data_give_numbers(kind: str) -> None:
+    block, (queries, keys, attention, values) = weights(), sample()
+    q, k = block.q.clone(), block.k.clone()
+    if kind == "zero queries":
+        q, queries = torch.zeros_like(q), torch.zeros_like(queries)
+    if kind == "zero keys":
+        k[0], keys[0] = 0, 0
+    if kind == "one pair":
+        gone = [1, 2, 3, 5, 6, 7]
+        q[..., gone, :], k[..., gone, :], queries[..., gone], keys[..., gone] = 0, 0, 0, 0
+    if kind == "no data":
+        queries = torch.zeros_like(queries)
+    if kind == "one query":
+        queries, attention = queries[:, :, :1], attention[:, :, :1]
+    if kind == "one key":
+        keys, values, attention = keys[:, :1], values[:, :, :1], torch.ones_like(attention[..., :1])
+    block = replace(block, q=q, k=k)
+    weighed = rope.PairWeighting(rope.output_gram(queries, keys, attention, values), 1e-2)
+    worth = rope.contributions(block, weighed)
+    assert worth.isfinite().all()
+    assert (worth >= 0).all()
+    found = rope.compensated(block, ((range(0, 2),), ()), weighed)
+    assert found.q.isfinite().all()
+    if kind in ("no data", "one key"):
+        assert torch.allclose(worth, rope.contributions(block))
+        assert torch.allclose(found.q[0][:, [0, 1, 4, 5]], block.q[0][:, [0, 1, 4, 5]])
+
+
+def test_pairs_in_words_and_back() -> None:
+    pairs = largest_pairs(np.array([[9.0, 1, 8, 7], [1, 1, 1, 1], [0, 0, 0, 5]]), np.array([3, 2, 0]))
+    assert pairs == ((range(0, 1), range(2, 4)), (range(0, 2),), ())
+    assert pairs_text(pairs) == "0,2-3 0-1 none"
+    assert parse_pairs("0,2-3 0-1 none") == pairs
+    assert pair_ranks(pairs) == (6, 4, 0)
+    ragged = Ragged.parse("q", "pairs 8: 0,2-3 0-1 none")
+    assert str(ragged) == "pairs 8: 0,2-3 0-1 none"
+    assert live(ragged.ranks, 8, pairs=ragged.pairs).tolist() == [0, 2, 3, 4, 6, 7, 8, 9, 12, 13]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "0-3,", ",0", "3-1", "0-1,1", "0-1,2", "2,0", "0-0", "00", "0 ", " 0", "0  1", "none,0", "-1", "0-99999", "a"],
+)
+def test_hostile_pairs(text: str) -> None:
+    with pytest.raises(PessaError, match=r"config\.json"):
+        Ragged.parse("q", f"pairs 8: {text}")
+
+
+def test_hostile_entries() -> None:
+    for text in ("pairs 7: 0", "pairs 0: 0", "pairs 8:0", "pairs 8: 4", "pairs 99999999: 0", "pairs 8"):
+        with pytest.raises(PessaError, match=r"config\.json"):
+            Ragged.parse("q", text)
+    huge = Ragged.parse("q", "pairs 99998: " + " ".join(["0-49998"] * 1000))  # as long as its text, and no longer
+    assert huge.ranks[0] == 99998
+
+
+def test_the_smallest_pairs_go_wherever_they_are(tiny_folder: TinyFolder) -> None:
+    model = open_model(tiny_folder("llama"))
+    spectra = measure(model, model.sites)
+
+    def kept(**rule: Any) -> RankPlan:
+        return plan_ranks(model.sites, spectra, Rule(**rule))
+
+    plan = kept(rope_ratio=0.4)
+    worth = np.stack([s for site in model.sites if (s := spectra[site.name].pairs) is not None])  # (layers, G, pairs)
+    worth = worth / worth.sum(-1, keepdims=True)
+    threshold = np.sort(worth.ravel())[6]
+    for layer, site in enumerate(model.sites):
+        for head, runs in enumerate(plan.kept(site).pairs or ()):
+            assert [p for run in runs for p in run] == np.flatnonzero(worth[layer, head] >= threshold).tolist()
+    assert sum(sum(ranks) for ranks in plan.qk.values()) == 20
+    assert kept(rope_ratio=0.05).pairs == kept(rank=3).pairs == {}
+    assert min(rank for ranks in kept(rope_ratio=0.9, min_rank=3).qk.values() for rank in ranks) == 4
+    assert {rank % 4 for ranks in kept(rope_ratio=0.4, round_to=4).qk.values() for rank in ranks} == {0}
+    nothing = {name: replace(known, pairs=np.zeros((2, 4))) for name, known in spectra.items()}
+    assert plan_ranks(model.sites, nothing, Rule(rope_ratio=0.0)).qk["decoder.self.0"] == (0, 0)
+
+
+def test_without_rope_there_are_no_pairs(tiny_folder: TinyFolder) -> None:
+    model = open_model(tiny_folder("bert"))
+    with pytest.raises(UsageError, match="--rope-ratio"):
+        plan_ranks(model.sites, measure(model, model.sites), Rule(rope_ratio=0.5))
+    assert isinstance(measure(model, model.sites)[model.sites[0].name], Spectra)
+
+
+def zeroed(tensors: dict[str, Tensor]) -> None:
+    """Pairs 1 and 2 of every head made zero, in queries and keys."""
+    for name, tensor in tensors.items():
+        if "q_proj" in name or "k_proj" in name:
+            rows = tensor.view(-1, 2, len(tensor) // (4 if "q_proj" in name else 2) // 2, *tensor.shape[1:])
+            rows[:, :, 1:3] = 0
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_pairs_that_are_zero_go_without_a_trace(name: str, tiny_folder: TinyFolder, tmp_path: Path) -> None:
+    folder = copy_of(tiny_folder(name), tmp_path / "zero")
+    edit_weights(zeroed)(folder)
+    written = prune_model(open_model(folder), tmp_path / "out", Rule(rope_ratio=0.0))
+    half = written.sites[0].head_dim // 2
+    assert set(written.ranks.qk.values()) == {(2 * half - 4, 2 * half - 4)}
+    assert tiny.close(tiny.load(folder), tiny.load(tmp_path / "out"), 1e-6)
+    assert verify_models(open_model(folder), open_model(tmp_path / "out")).failures == []
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_compact_is_dense_and_another_pair_is_not(name: str, tiny_folder: TinyFolder, tmp_path: Path) -> None:
+    model = open_model(tiny_folder(name))
+    written = prune_model(model, tmp_path / "compact", CUT)
+    prune_model(model, tmp_path / "dense", CUT, layout="dense")
+    compact, dense = tiny.load(tmp_path / "compact"), tiny.load(tmp_path / "dense")
+    assert tiny.close(compact, dense)
+    assert not tiny.close(compact, tiny.load(tiny_folder(name)))
+    report = verify_models(open_model(tmp_path / "dense"), open_model(tmp_path / "compact"))
+    assert report.failures == []
+    # The same numbers at other frequencies: no file is damaged, and it is another model.
+    half = written.sites[0].head_dim // 2
+
+    def mirrored(content: dict[str, Any]) -> None:
+        modules = content["quantization_config"]["modules"]
+        for module in modules:
+            entry = Ragged.parse(module, modules[module])
+            if entry.pairs is not None:
+                pairs = tuple(tuple(range(half - r.stop, half - r.start) for r in runs[::-1]) for runs in entry.pairs)
+                modules[module] = str(Ragged.of_pairs(2 * half, pairs))
+
+    wrong = copy_of(tmp_path / "compact", tmp_path / "wrong")
+    edit_json(mirrored)(wrong)
+    assert not tiny.close(tiny.load(wrong), dense, 1e-2)
+    assert not verify_models(open_model(tmp_path / "dense"), open_model(wrong), "weights").same
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_both_layouts_turn_into_each_other(name: str, tiny_folder: TinyFolder, tmp_path: Path) -> None:
+    model = open_model(tiny_folder(name))
+    prune_model(model, tmp_path / "compact", CUT)
+    prune_model(model, tmp_path / "dense", CUT, layout="dense")
+    export_model(open_model(tmp_path / "compact"), tmp_path / "to-dense", "dense")
+    export_model(open_model(tmp_path / "dense"), tmp_path / "to-compact", "compact")
+    for made, original in (("to-dense", "dense"), ("to-compact", "compact")):
+        assert raw_tensors(tmp_path / made) == raw_tensors(tmp_path / original)
+        assert json.loads((tmp_path / made / "config.json").read_text()) == json.loads(
+            (tmp_path / original / "config.json").read_text()
+        )
+    compact = open_model(tmp_path / "compact")
+    for site in compact.sites:  # bit for bit what was read
+        read = read_site(compact.reader, site)
+        for tensor, stored in write_site(read, site, compact.reader.header, "compact").items():
+            assert torch.equal(stored, compact.reader.get(tensor))
+
+
+@pytest.mark.parametrize("layout", ["compact", "dense"])
+def test_pruned_again(layout: str, tiny_folder: TinyFolder, tmp_path: Path) -> None:
+    """What is gone stays away, more can go, and where no pairs are asked for all that are there stay."""
+    first = prune_model(open_model(tiny_folder("llama")), tmp_path / "first", CUT, layout=layout)  # type: ignore[arg-type]
+    model = open_model(tmp_path / "first")
+    same = prune_model(model, tmp_path / "same", Rule(rope_ratio=0.25))
+    assert same.ranks.pairs == first.ranks.pairs
+    assert tiny.close(tiny.load(tmp_path / "same"), tiny.load(tmp_path / "first"))
+    less = prune_model(model, tmp_path / "less", Rule(rope_ratio=0.75))
+    assert sum(sum(ranks) for ranks in less.ranks.qk.values()) == 8
+    for name, pairs in less.ranks.pairs.items():
+        for now, before in zip(pairs, first.ranks.pairs[name], strict=True):
+            assert {p for run in now for p in run} <= {p for run in before for p in run}
+    as_it_is = prune_model(model, tmp_path / "as-it-is", Rule(rank=4))
+    assert as_it_is.ranks.pairs == (first.ranks.pairs if layout == "compact" else {})
+    decompose_model(model, tmp_path / "full")
+    assert tiny.close(tiny.load(tmp_path / "full"), tiny.load(tmp_path / "first"))
+    sliced = prune_model(open_model(tmp_path / "full"), tmp_path / "sliced", Rule(rope_ratio=0.75))
+    assert sliced.ranks.pairs == less.ranks.pairs
+
+
+def test_saved_loaded_and_generating(tiny_folder: TinyFolder, tmp_path: Path) -> None:
+    assert pessa_cli
+    prune_model(open_model(tiny_folder("llama")), tmp_path / "compact", CUT)
+    prune_model(open_model(tiny_folder("llama")), tmp_path / "dense", CUT, layout="dense")
+    compact, dense = tiny.load(tmp_path / "compact"), tiny.load(tmp_path / "dense")
+    compact.save_pretrained(tmp_path / "again")
+    again = tiny.load(tmp_path / "again")
+    ids = tiny.inputs(dense)["input_ids"][:1]
+    for other in (compact, again):
+        for cache in (True, False):
+            options: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False, "use_cache": cache}
+            assert torch.equal(other.generate(ids, **options), dense.generate(ids, **options))
+    export_model(open_model(tmp_path / "again"), tmp_path / "back", "dense")
+    assert raw_tensors(tmp_path / "back") == raw_tensors(tmp_path / "dense")
+
+
+@pytest.mark.parametrize(
+    ("module", "text"),
+    [
+        ("q_proj", "pairs 8: 0-1 0-1 0-1 0-1"),  # not those of the keys
+        ("q_proj", "rows 8: 4 4 4 4"),
+        ("k_proj", "pairs 8: 0-1"),
+        ("k_proj", "pairs 8: 0-7 0-1"),
+        ("k_proj", "pairs 8: 1,0 0-1"),
+        ("v_proj", "pairs 8: 0-1 0-1"),
+    ],
+)
+def test_hostile_config(module: str, text: str, tiny_folder: TinyFolder, tmp_path: Path, pessa: Pessa) -> None:
+    prune_model(open_model(tiny_folder("llama")), tmp_path / "out", Rule(rope_ratio=0.5, rank=4))
+    name = f"model.layers.1.self_attn.{module}"
+
+    def change(content: dict[str, Any]) -> None:
+        modules = content["quantization_config"]["modules"]
+        assert modules[name] != text
+        modules[name] = text
+
+    edit_json(change)(tmp_path / "out")
+    is_refusal(pessa("inspect", tmp_path / "out"), "layers.1.self_attn")
+
+
+def test_ranks_of_rotated_heads_and_pairs_of_others_are_refused(
+    tiny_folder: TinyFolder, tmp_path: Path, pessa: Pessa
+) -> None:
+    prune_model(open_model(tiny_folder("llama")), tmp_path / "llama", Rule(rope_ratio=0.5))
+    edit_json(lambda c: _replace(c, "rows 8:", " 4"))(tmp_path / "llama")
+    is_refusal(pessa("inspect", tmp_path / "llama"), "rotated ones are kept by pairs")
+    prune_model(open_model(tiny_folder("bert")), tmp_path / "bert", Rule(rank=4))
+    edit_json(lambda c: _replace(c, "pairs 8:", " 0-1"))(tmp_path / "bert")
+    is_refusal(pessa("inspect", tmp_path / "bert"), "only rotated ones have")
+
+
+def _replace(content: dict[str, Any], start: str, head: str) -> None:
+    modules = content["quantization_config"]["modules"]
+    for name in modules:
+        if name.endswith(("q_proj", "k_proj", "query", "key")):
+            modules[name] = start + head * (2 if name.endswith("k_proj") else 4)
+
+
+@pytest.mark.parametrize("pairs", ["0-1", "0-1 0-9", "x", 3, "0 0"])
+def test_a_manifest_with_other_pairs_is_refused(
+    pairs: object, tiny_folder: TinyFolder, tmp_path: Path, pessa: Pessa
+) -> None:
+    prune_model(open_model(tiny_folder("llama")), tmp_path / "out", CUT, layout="dense")
+    edit_json(lambda c: c["ranks"]["decoder.self.0"].update(pairs=pairs), "pessa.json")(tmp_path / "out")
+    is_refusal(pessa("export", tmp_path / "out", "-o", tmp_path / "x", "--layout", "compact"), "pessa.json")
+
+
+@pytest.fixture
+def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """Eight inputs for a tiny model, which has no tokenizer."""
+
+    def inputs_of(_folder: Path, _model: Any, item: DataItem, _said: bool) -> Iterator[dict[str, Tensor]]:
+        ids = torch.randint(5, 90, (1, 40), generator=torch.Generator().manual_seed(int(item.text or "")))
+        yield {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+    monkeypatch.setattr(windows, "inputs_of", inputs_of)
+    paths = [tmp_path / f"{number}.txt" for number in range(8)]
+    for number, path in enumerate(paths):
+        path.write_text(str(number))
+    return paths
+
+
+def first_block(folder: Path) -> Tensor:
+    """What the first attention block makes of the calibration data."""
+    model, found = tiny.load(folder), []
+    model.model.layers[0].self_attn.register_forward_hook(lambda _module, _args, output: found.append(output[0]))
+    with torch.no_grad():
+        for seed in range(8):
+            model(input_ids=torch.randint(5, 90, (1, 40), generator=torch.Generator().manual_seed(seed)))
+    return torch.cat(found)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_calibrated_pairs_are_nearer(name: str, tiny_folder: TinyFolder, data: list[Path], tmp_path: Path) -> None:
+    folder = tiny_folder(name)
+    model = open_model(folder)
+    collect(model, model.sites, data, tmp_path / "s")
+    found = Statistics(tmp_path / "s")
+    rule = Rule(rope_ratio=0.25)
+    prune_model(model, tmp_path / "plain", rule)
+    written = prune_model(model, tmp_path / "calibrated", rule, statistics=found)
+    prune_model(model, tmp_path / "dense", rule, statistics=found, layout="dense")
+    assert written.method == "calibrated"
+    calibrated, plain, original = (first_block(f) for f in (tmp_path / "calibrated", tmp_path / "plain", folder))
+    assert (calibrated - original).norm() < (plain - original).norm()
+    assert tiny.close(tiny.load(tmp_path / "calibrated"), tiny.load(tmp_path / "dense"))
+    export_model(open_model(tmp_path / "calibrated"), tmp_path / "back", "dense")
+    assert raw_tensors(tmp_path / "back") == raw_tensors(tmp_path / "dense")
+    collect(model, model.sites, data, tmp_path / "s2", Rule(rope_ratio=0.5, rank=4))  # in sequence
+    assert Statistics(tmp_path / "s2").of(model.sites[1]).pairs.isfinite().all()
+
+
+def test_on_the_command_line(tiny_folder: TinyFolder, tmp_path: Path, pessa: Pessa) -> None:
+    folder, out = tiny_folder("llama"), tmp_path / "out"
+    shown = pessa("inspect", folder, "--rope-ratio", "0.5")
+    assert "Q-K pairs" in shown.out
+    assert "rope_ratio 0.5" in shown.out
+    document = json.loads(pessa("inspect", folder, "--rope-ratio", "0.5", "--json").out)
+    assert document["totals"]["qk_pruned"] == 0.5
+    assert np.array(document["blocks"][0]["qk_pairs"]).shape == (2, 4)
+    assert pessa("prune", folder, "-o", out, "--rope-ratio", "0.5", "--rank", "4").code == 0
+    manifest = json.loads((out / "pessa.json").read_text())
+    assert sum(int(rank) for ranks in manifest["ranks"].values() for rank in ranks["qk"].split()) == 16
+    assert parse_pairs(manifest["ranks"]["decoder.self.0"]["pairs"]) is not None
+    assert "50.00% of Q-K" in (out / "README.md").read_text()
+    assert pessa("verify", out, out, "--level", "blocks").code == 0
+    assert pessa("verify", folder, out, "--level", "weights").code == 1
+    is_refusal(pessa("prune", folder, "-o", out, "--rope-ratio", "1", "--force"), "--rope-ratio", code=2)
+    is_refusal(pessa("inspect", tiny_folder("bert"), "--rope-ratio", "0.5"), "--rope-ratio", code=2)
+    recipe = tmp_path / "r.toml"
+    recipe.write_text("[prune]\nrope_ratio = 0.5\nrank = 4\n")
+    assert pessa("run", recipe, folder, "-o", tmp_path / "run").code == 0
+    assert raw_tensors(tmp_path / "run") == raw_tensors(out)
+
+
+@pytest.mark.parametrize(
+    ("method", "targets"), [("sorsa", None), ("pessa", ["v_proj"]), ("svft", ["q_proj", "k_proj"])]
+)
+def test_tuned_and_merged(
+    method: str, targets: list[str] | None, tiny_folder: TinyFolder, tmp_path: Path, pessa: Pessa
+) -> None:
+    """An adapter turns kept pairs only, and a merged compact model stays compact."""
+    prune_model(open_model(tiny_folder("llama")), tmp_path / "out", CUT)
+    torch.manual_seed(0)
+    model = get_peft_model(tiny.load(tmp_path / "out"), build_config(method, None if method == "pessa" else 4, targets))
+    disturb(model)
+    model.save_pretrained(tmp_path / "adapter")
+    assert pessa("merge", tmp_path / "out", tmp_path / "adapter", "-o", tmp_path / "merged").code == 0
+    merged = tiny.load(tmp_path / "merged")
+    assert tiny.close(model.eval(), merged)
+    assert not tiny.close(tiny.load(tmp_path / "out"), merged, 1e-4)
+    export_model(open_model(tmp_path / "merged"), tmp_path / "dense", "dense")
+    assert tiny.close(tiny.load(tmp_path / "dense"), merged)
+
+
+def test_pessa_does_not_tune_what_is_left_of_queries_and_keys(tiny_folder: TinyFolder, tmp_path: Path) -> None:
+    prune_model(open_model(tiny_folder("llama")), tmp_path / "out", CUT)
+    with pytest.raises(ValueError, match="target v_proj alone"):
+        get_peft_model(tiny.load(tmp_path / "out"), build_config("pessa", None, None))
+
+
+def test_other_programs_formats_are_refused(tiny_folder: TinyFolder, tmp_path: Path, pessa: Pessa) -> None:
+    prune_model(open_model(tiny_folder("llama")), tmp_path / "out", CUT)
+    for to, name in (("onnx", "x"), ("openai-whisper", "x.pt")):
+        is_refusal(pessa("export", tmp_path / "out", "-o", tmp_path / name, "--to", to), "llama")
+
+
+@pytest.mark.skipif(not os.environ.get("PESSA_DATA"), reason="PESSA_DATA names no folder with text/wikitext2-valid.txt")
+def test_smollm2_reads_nearly_as_well_without_a_tenth_of_its_pairs(tmp_path: Path) -> None:
+    source = fetch("smollm2-135m")
+    text = (Path(os.environ["PESSA_DATA"]) / "text" / "wikitext2-valid.txt").read_text()
+    (tmp_path / "last.txt").write_text(text[-6_000:])
+    model = open_model(source)
+    collect(model, model.sites, [tmp_path / "last.txt"], tmp_path / "s")
+    prune_model(model, tmp_path / "plain", Rule(rope_ratio=0.1))
+    prune_model(model, tmp_path / "calibrated", Rule(rope_ratio=0.1), statistics=Statistics(tmp_path / "s"))
+    ids = AutoTokenizer.from_pretrained(source)(text[:6_000], return_tensors="pt").input_ids[:, :512]
+
+    def loss(folder: Path) -> float:
+        loaded = AutoModelForCausalLM.from_pretrained(folder).eval()
+        with torch.inference_mode():
+            return float(loaded(input_ids=ids, labels=ids).loss)
+
+    losses = [loss(folder) for folder in (source, tmp_path / "calibrated", tmp_path / "plain")]
+    assert losses[1] < losses[0] + 0.05
+    assert losses[1] < losses[2]

@@ -1,0 +1,436 @@
+"""Calibrated decomposition: optimal for the inputs it was shown, safe where they say little, and the same model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import products
+import pytest
+import soundfile
+import tiny
+import torch
+from calibrating import batches, block_errors, collected
+from harness import Pessa, TinyFolder, copy_of, edit_weights, is_refusal
+from torch import Tensor
+
+from pessa_cli.algebra.absorb import Pair
+from pessa_cli.algebra.decompose import decompose, svd_transforms, transformed
+from pessa_cli.algebra.weighted import Weighting, refitted, weighted_transforms
+from pessa_cli.calibration import collect as calibrate
+from pessa_cli.calibration import listeners
+from pessa_cli.calibration.collect import collect
+from pessa_cli.common.errors import PessaError, UsageError
+from pessa_cli.models import load as sidebyside
+from pessa_cli.models import windows
+from pessa_cli.models.data import DataItem, read_data
+from pessa_cli.ranks.budget import ranks_for
+from pessa_cli.ranks.rule import Rule
+from pessa_cli.statistics.file import Statistics
+from pessa_cli.statistics.sums import NAMES, BlockStatistics
+from pessa_cli.statistics.weighing import independent, weigh
+from pessa_cli.surgery.block_io import read_site
+from pessa_cli.surgery.model import Model, open_model
+from pessa_cli.surgery.passes import decompose_model, export_model, measure, prune_model
+
+TRIED = ("output", "tried", "harm")
+
+
+def inputs_weigh(seed: int, width: int) -> Tensor:
+    """A second moment of inputs that are far from white, (width, width)."""
+    generator = torch.Generator().manual_seed(seed)
+    samples = torch.randn(3 * width, width, generator=generator, dtype=torch.float64)
+    return (samples * torch.logspace(1, -2, width, dtype=torch.float64)).T.cov()
+
+
+def weighted_error(pair: Pair, other: Pair, left: Tensor, right: Tensor | None) -> Tensor:
+    """The root of E |x^T (A B^T - A' B'^T) y|^2 the long way, by dense products and roots of the moments: (G,)."""
+    difference = products.product(pair) - products.product(other)
+    difference = torch.linalg.cholesky(left).mT @ difference
+    if right is not None:
+        difference = difference @ torch.linalg.cholesky(right)
+    squares: Tensor = difference.square().sum((-2, -1))
+    return squares.sqrt()
+
+
+@pytest.mark.parametrize("both", [True, False], ids=["Q-K", "V-O"])
+@pytest.mark.parametrize("rank", [0, 1, 4, 7, 8])
+def test_no_choice_of_directions_is_better_for_the_inputs(rank: int, both: bool) -> None:
+    pair = products.random_pair()
+    c_left, c_right = inputs_weigh(1, 40), inputs_weigh(2, 30) if both else None
+    right = None if c_right is None else pair.right.mT @ c_right @ pair.right
+    found = transformed(
+        pair, transforms := weighted_transforms(pair, Weighting(pair.left.mT @ c_left @ pair.left, right, 0))
+    )
+    error = weighted_error(pair, products.truncated(found, rank), c_left, c_right)
+    # Eckart and Young: the dense weighted product leaves no less, whatever is put in its place.
+    whole = torch.linalg.cholesky(c_left).mT @ products.product(pair)
+    values = torch.linalg.svdvals(whole if c_right is None else whole @ torch.linalg.cholesky(c_right))
+    scale = values[:, :1]
+    assert ((error - values[:, rank:].norm(dim=-1)).abs() < 1e-9 * scale[:, 0]).all()
+    assert ((transforms.spectrum - values[:, :8]).abs() < 1e-9 * scale).all()
+    plain = weighted_error(pair, products.truncated(decompose(pair), rank), c_left, c_right)
+    assert (error <= plain + 1e-9 * scale[:, 0]).all()
+    if rank in (1, 4, 7):  # and by much, or the weights alone would do
+        assert error.sum() < 0.85 * plain.sum()
+
+
+@pytest.mark.parametrize("kind", ["well-conditioned", *products.KINDS])
+@pytest.mark.parametrize("data", ["rich", "few", "zero"])
+def test_degenerate_heads_and_samples_keep_the_product(kind: str, data: str) -> None:
+    pair = products.degenerate(kind)
+    grams = []
+    for seed, factor in enumerate((pair.left, pair.right)):
+        moment = inputs_weigh(seed, factor.shape[-2])
+        if data != "rich":
+            vector = torch.ones(len(moment), 1, dtype=torch.float64) * (data == "few")
+            moment = vector @ vector.T
+        grams.append(factor.mT @ moment @ factor)
+    found = transformed(pair, transforms := weighted_transforms(pair, Weighting(grams[0], grams[1], 0.3)))
+    assert all(tensor.isfinite().all() for tensor in (found.left, found.right, found.spectrum, transforms.growth))
+    assert (found.spectrum.diff(dim=-1) <= 0).all()
+    product = products.product(pair)
+    assert (products.product(found) - product).norm() <= 1e-5 * product.norm()
+    norms = found.left.norm(dim=-2), found.right.norm(dim=-2)
+    assert torch.allclose(*norms, rtol=1e-6, atol=1e-9 * float(norms[0].max()))  # what 16-bit numbers have to hold
+
+
+def test_much_shrinkage_is_the_plain_rule() -> None:
+    pair = products.random_pair()
+    gram = pair.left.mT @ inputs_weigh(1, 40) @ pair.left
+    plain = products.truncated(decompose(pair), 3)
+    for data, shrinkage in ((gram, 1e9), (torch.zeros_like(gram), 0.0)):
+        found = transformed(pair, weighted_transforms(pair, Weighting(data, data if shrinkage else None, shrinkage)))
+        cut = products.product(products.truncated(found, 3))
+        if shrinkage:  # the other side's Gram matrix was of the left, which counts for nothing then
+            assert torch.allclose(cut, products.product(plain), atol=1e-6)
+        else:
+            assert torch.allclose(cut, products.product(plain))
+            assert torch.allclose(found.spectrum, svd_transforms(pair).spectrum)
+
+
+def test_the_refit_is_least_squares() -> None:
+    generator = torch.Generator().manual_seed(0)
+    mixtures = torch.randn(200, 12, generator=generator, dtype=torch.float64)
+    mixtures[:, 6:] += mixtures[:, :6]  # heads that say the same in part
+    o = torch.randn(5, 12, generator=generator, dtype=torch.float64)
+    kept, moment = torch.tensor([0, 1, 2, 4, 7, 9]), mixtures.T @ mixtures
+    found = refitted(o, moment, kept, 0.0)
+    assert torch.allclose(found[:, kept].T, torch.linalg.lstsq(mixtures[:, kept], mixtures @ o.T).solution)
+    assert torch.allclose(refitted(o, moment, kept, 1e12), o)
+
+    def error(weights: Tensor) -> float:
+        return float((mixtures @ o.T - mixtures[:, kept] @ weights[:, kept].T).norm())
+
+    assert error(found) < error(refitted(o, moment, kept, 0.1)) < error(o)
+    silent = refitted(o, torch.zeros_like(moment), kept, 0.1)
+    assert torch.equal(silent, o)
+
+
+Collected = tuple[Model, Path]
+
+
+@pytest.mark.parametrize("name", tiny.NAMES)
+def test_statistics_are_those_of_the_inputs(
+    name: str, tiny_folder: TinyFolder, data: list[Path], tmp_path: Path
+) -> None:
+    """Second moments of a projection's outputs are its weights' Gram matrix under the second moment of its inputs."""
+    model = open_model(tiny_folder(name))
+    found = collected(model, data, tmp_path / "s")
+    site = model.sites[0]
+    torch_model = tiny.load(tiny_folder(name))
+    seen: list[Tensor] = []
+    torch_model.get_submodule(
+        next(n for n, _ in torch_model.named_modules() if n.endswith(site.q))
+    ).register_forward_pre_hook(lambda _m, args: seen.append(args[0]))
+    with torch.no_grad():
+        for given in batches(torch_model):
+            torch_model(**given)
+    rows = torch.cat([x[0] for x in seen]).double()
+    sums, weights = found.of(site), read_site(model.reader, site)
+    q = weights.q.double().flatten(0, 1) @ rows.T  # (H, d, rows)
+    if weights.q_bias is not None:
+        q = q + weights.q_bias.double().flatten(0, 1).unsqueeze(-1)
+    expected = (q @ q.mT).reshape(site.kv_heads, site.group, site.head_dim, site.head_dim).sum(1)
+    assert int(sums.frames) == len(rows)
+    assert torch.allclose(sums.queries, expected, rtol=1e-4, atol=1e-3 * float(expected.abs().max()))
+    if not site.spec.kind.startswith("decoder"):  # where each query sees all keys
+        each = [weights.k.double() @ (x[0].double() - x[0].double().mean(0)).T for x in seen]
+        keys = sum(k @ k.mT for k in each)
+        assert isinstance(keys, Tensor)
+        assert torch.allclose(sums.keys, keys, rtol=1e-4, atol=1e-3 * float(keys.abs().max()))
+    assert bool(found.warnings([site])) == (len(rows) < site.heads * site.head_dim)
+
+
+def test_influence_is_what_a_small_error_of_the_keys_does_to_the_output(
+    tiny_folder: TinyFolder, data: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against the derivative of the attention itself, with respect to scores that move by k_j x for every key j."""
+    monkeypatch.setattr(listeners, "QUERIES", 10**6)
+    model = open_model(tiny_folder("bert"))
+    site = model.sites[0]
+    found = collected(model, data, tmp_path / "s").of(site).influence
+    weights = read_site(model.reader, site)
+    torch_model = tiny.load(tiny_folder("bert"))
+    seen: list[Tensor] = []
+    query = torch_model.get_submodule(next(n for n, _ in torch_model.named_modules() if n.endswith(site.q)))
+    query.register_forward_pre_hook(lambda _m, args: seen.append(args[0][0].double()))
+    with torch.no_grad():
+        for given in batches(torch_model):
+            torch_model(**given)
+    head, d = 1, site.head_dim
+    x = torch.randn(d, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    w = {name: getattr(weights, name)[head].reshape(d, -1).double() for name in "qkv"}
+    o = weights.o[:, head, 0].double()
+    assert weights.q_bias is not None
+    total = 0.0
+    for rows in seen:
+        q, k, v = rows @ w["q"].T + weights.q_bias[head].reshape(-1).double(), rows @ w["k"].T, rows @ w["v"].T
+
+        def output(step: Tensor, q: Tensor = q, k: Tensor = k, v: Tensor = v) -> Tensor:
+            moved: Tensor = (q @ k.T / d**0.5 + step * (k @ x)).softmax(-1) @ v @ o.T
+            return moved
+
+        zero, one = torch.zeros((), dtype=torch.float64), torch.ones((), dtype=torch.float64)
+        total += float(torch.func.jvp(output, (zero,), (one,))[1].square().sum())
+    assert float(x @ found[head] @ x) == pytest.approx(total, rel=1e-3)
+
+
+def test_statistics_of_parts_add_up_to_those_of_all(tiny_folder: TinyFolder, data: list[Path], tmp_path: Path) -> None:
+    model = open_model(tiny_folder("whisper"))
+    whole = collected(model, data, tmp_path / "all")
+    collect(model, model.sites, data[:2], tmp_path / "a")
+    collect(model, model.sites, data[2:], tmp_path / "b")
+    both = Statistics(tmp_path / "b", tmp_path / "a")
+    assert both.sha256 == whole.sha256 != Statistics(tmp_path / "a").sha256
+    for site in model.sites:
+        one, sum_ = whole.of(site), both.of(site)
+        added = [name for name in NAMES if name not in TRIED]  # those are of other inputs and decompositions
+        assert all(torch.allclose(getattr(one, name), getattr(sum_, name)) for name in added)
+        assert sum_.trials is not None
+    with pytest.raises(PessaError, match="in common"):
+        Statistics(tmp_path / "all", tmp_path / "a")
+
+
+@pytest.mark.parametrize("name", ["llama", "bert"])
+def test_a_model_that_does_not_fit_is_read_from_disk_block_by_block(
+    name: str, tiny_folder: TinyFolder, data: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = open_model(tiny_folder(name))
+    whole = collected(model, data, tmp_path / "whole")
+    monkeypatch.setattr(calibrate, "free_memory", lambda: 4 * model.parameters // 2)
+    placed: list[set[str]] = []
+    load = sidebyside.load
+
+    def loading(model: Model, **placing: Any) -> Any:
+        loaded = load(model, **placing)
+        placed.append(set(map(str, loaded.hf_device_map.values())))
+        return loaded
+
+    monkeypatch.setattr(calibrate, "load", loading)
+    parts = collected(model, data, tmp_path / "parts")
+    assert "disk" in placed[0]
+    for site in model.sites:
+        one, other = whole.of(site), parts.of(site)
+        assert all(torch.allclose(getattr(one, n), getattr(other, n)) for n in NAMES if n not in TRIED)
+        assert other.trials is None
+        assert one.trials is not None
+    assert "no trials" in parts.warnings(model.sites)[-1] or "independent" in parts.warnings(model.sites)[-1]
+    assert ranks_for(model.sites, measure(model, model.sites, statistics=parts), Rule(target_attention=0.8), model.size)
+    with pytest.raises(PessaError, match="do not fit twice"):
+        collected(model, data, tmp_path / "no", Rule(rank=4))
+
+
+@pytest.mark.parametrize("name", tiny.NAMES)
+def test_full_rank_is_the_same_model_and_less_is_nearer_than_the_plain_rule(
+    name: str, tiny_folder: TinyFolder, data: list[Path], tmp_path: Path
+) -> None:
+    folder = tiny_folder(name)
+    model = open_model(folder)
+    found = collected(model, data, tmp_path / "s")
+    decompose_model(model, tmp_path / "full", statistics=found)
+    assert block_errors(tmp_path / "full", folder) < 1e-5
+    plain, calibrated = tmp_path / "plain", tmp_path / "calibrated"
+    prune_model(model, plain, Rule(rank=5), layout="dense")
+    written = prune_model(model, calibrated, Rule(rank=5), layout="dense", statistics=found)
+    assert block_errors(calibrated, folder) < block_errors(plain, folder)
+    assert written.summary["method"] == "calibrated"
+    assert written.summary["calibration_sha256"] == found.sha256
+    again = tmp_path / "compact"
+    export_model(open_model(calibrated), again, "compact")
+    assert tiny.close(tiny.load(again), tiny.load(calibrated))
+
+
+def test_the_spectrum_is_the_error_that_real_mixtures_get(
+    tiny_folder: TinyFolder, data: list[Path], tmp_path: Path
+) -> None:
+    """V-O of one head cut: what its block then puts out differs by the norm of the tail, its mean given back."""
+    model = open_model(tiny_folder("bert"))
+    site = model.sites[0]
+    weighed = weigh(collected(model, data, tmp_path / "s").of(site), site, None)
+    weights = read_site(model.reader, site)
+    pair = Pair(weights.v.double().mT, weights.o.double().permute(1, 2, 0, 3).flatten(1, 2))
+    weighting = Weighting(weighed.vo.left, None, 0.0)
+    transforms = weighted_transforms(pair, weighting)
+    gone = torch.linalg.inv(transforms.left)[:, 5:].mT @ transforms.left[:, :, 5:].mT  # onto the last 3 directions
+    lost = pair.right @ gone  # (G, D_o, d)
+    error = torch.einsum("god,gde,goe->g", lost, weighed.vo.left, lost).sqrt()
+    assert torch.allclose(error, transforms.spectrum[:, 5:].norm(dim=-1), rtol=1e-6)
+
+
+def test_what_is_cut_leaves_its_mean_behind(tiny_folder: TinyFolder, data: list[Path], tmp_path: Path) -> None:
+    """The block's mean output over the calibration data stays, when most of it is cut."""
+    folder = tiny_folder("bert")
+    model = open_model(folder)
+    found = collected(model, data, tmp_path / "s")
+    decompose_model(model, tmp_path / "full", statistics=found)
+    prune_model(open_model(tmp_path / "full"), tmp_path / "cut", Rule(rank=1), model.sites[:1], layout="dense")
+    prune_model(model, tmp_path / "plain", Rule(rank=1), model.sites[:1], layout="dense")
+
+    def mean(made: Path) -> Tensor:
+        loaded, outputs = tiny.load(made), []
+        projection = loaded.get_submodule(model.sites[0].o)
+        projection.register_forward_hook(lambda _module, _args, output: outputs.append(output[0]))
+        with torch.no_grad():
+            for given in batches(loaded):
+                loaded(**given)
+        return torch.cat(outputs).mean(0)
+
+    original = mean(folder)
+    assert torch.allclose(mean(tmp_path / "full"), original, atol=1e-4)
+    # Queries and keys are cut as well, and with them the attention changes: so it stays nearly.
+    drift, plain = ((mean(tmp_path / made) - original).norm() for made in ("cut", "plain"))
+    assert drift < 0.5 * plain
+
+
+def test_a_calibrated_decomposition_is_sliced_and_its_changes_are_seen(
+    tiny_folder: TinyFolder, data: list[Path], tmp_path: Path
+) -> None:
+    model = open_model(tiny_folder("whisper"))
+    found = collected(model, data, tmp_path / "s")
+    full = decompose_model(model, tmp_path / "full", statistics=found)
+    sliced = prune_model(open_model(tmp_path / "full"), tmp_path / "cut", Rule(ratio=0.4))
+    assert sliced.summary["method"] == "calibrated"
+    assert sliced.ranks == prune_model(model, tmp_path / "x", Rule(ratio=0.4), run=None, statistics=found).ranks
+    assert full.ranks != sliced.ranks
+    plain = prune_model(model, tmp_path / "plain", Rule(ratio=0.4))
+    assert plain.ranks != sliced.ranks
+    assert prune_model(open_model(tmp_path / "cut"), tmp_path / "again", Rule(rank=2)).method == "calibrated"
+    changed = copy_of(tmp_path / "full", tmp_path / "changed")
+    edit_weights(lambda tensors: tensors[f"model.{name_of(model)}.weight"].mul_(1.01))(changed)
+    with pytest.raises(PessaError, match="has changed since"):
+        measure(open_model(changed), open_model(changed).sites)
+
+
+def name_of(model: Model) -> str:
+    return model.sites[0].q.removeprefix("model.")
+
+
+def test_statistics_of_other_weights_or_of_nothing_are_refused(
+    tiny_folder: TinyFolder, data: list[Path], tmp_path: Path
+) -> None:
+    model = open_model(tiny_folder("whisper"))
+    found = collected(model, data[:1], tmp_path / "s")
+    other = copy_of(tiny_folder("whisper"), tmp_path / "other")
+    edit_weights(lambda tensors: tensors[f"model.{name_of(model)}.weight"].mul_(1.01))(other)
+    with pytest.raises(PessaError, match="of other weights"):
+        prune_model(open_model(other), tmp_path / "out", Rule(rank=4), statistics=found)
+    with pytest.raises(PessaError, match="no statistics of"):
+        found.of(open_model(tiny_folder("bert")).sites[0].__class__(**{**vars(model.sites[0]), "layer": 7}))
+    with pytest.raises(PessaError, match="not a file of statistics"):
+        Statistics(tiny_folder("whisper") / "model.safetensors")
+    with pytest.raises(PessaError, match="not a file of statistics"):
+        Statistics(tmp_path / "nowhere")
+    prune_model(model, tmp_path / "compact", Rule(rank=4))
+    with pytest.raises(UsageError, match="is compact"):
+        collect(compact := open_model(tmp_path / "compact"), compact.sites, data, tmp_path / "t")
+
+
+def test_one_input_again_and_again_is_few_data_and_nothing_breaks(
+    tiny_folder: TinyFolder, data: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def same(_folder: Path, _model: Any, _item: DataItem, _said: bool) -> Iterator[dict[str, Tensor]]:
+        ids = torch.full((1, 9), 7)
+        yield {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+    monkeypatch.setattr(windows, "inputs_of", same)
+    for name in ("bert", "llama", "llama-biased"):
+        model = open_model(tiny_folder(name))
+        found = collected(model, data, tmp_path / name)
+        assert len(found.warnings(model.sites)) == len(model.sites)
+        spectra = measure(model, model.sites, statistics=found)
+        assert all(np.isfinite(known.vo).all() and (known.vo > 0).any() for known in spectra.values())
+        prune_model(model, tmp_path / f"{name}-out", Rule(ratio=0.3), statistics=found)
+        with torch.no_grad():
+            loaded = tiny.load(tmp_path / f"{name}-out")
+            assert loaded(**tiny.inputs(loaded)).logits.isfinite().all()
+    assert independent(torch.eye(5).double()) == 5
+
+
+def test_in_sequence_later_blocks_meet_what_pruned_ones_produce(
+    tiny_folder: TinyFolder, data: list[Path], tmp_path: Path
+) -> None:
+    model = open_model(tiny_folder("whisper"))
+    apart = collected(model, data, tmp_path / "apart")
+    chain = collected(model, data, tmp_path / "chain", Rule(rank=3))
+
+    def moved(name: str) -> float:
+        site = next(site for site in model.sites if site.name == name)
+        one, other = apart.of(site), chain.of(site)
+        return float((one.queries - other.queries).norm() / one.queries.norm())
+
+    assert max(moved("encoder.self.0"), moved("decoder.self.0")) < 1e-14
+    assert min(moved(name) for name in ("encoder.self.1", "decoder.cross.0", "decoder.self.1")) > 1e-3
+    prune_model(model, tmp_path / "out", Rule(rank=3), statistics=chain)
+
+
+def test_data_of_all_kinds_is_read_once(tmp_path: Path) -> None:
+    for number in range(2):
+        soundfile.write(tmp_path / f"{number}.wav", np.full(160, 0.1 * number), 16000)
+    (tmp_path / "clips.jsonl").write_text('{"audio": "0.wav", "text": "one"}\n\n{"file": "1.wav", "text": null}\n')
+    (tmp_path / "texts.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
+    (tmp_path / "text.txt").write_text("three")
+    items, hashes = read_data([tmp_path / "clips.jsonl", tmp_path, tmp_path / "texts.jsonl", tmp_path / "text.txt"])
+    assert [item.text for item in items if item.audio is None] == ["one", "two", "three"]
+    assert len([item for item in items if item.audio is not None]) == 2
+    assert len(set(hashes)) == 4
+    for content in ("[]", '{"audio": "none.wav"}', '{"other": 1}', "{", '{"text": 3}', ""):
+        (tmp_path / "bad.jsonl").write_text(content)
+        with pytest.raises(PessaError):
+            read_data([tmp_path / "bad.jsonl"])
+    (tmp_path / "empty").mkdir()
+    for missing in (tmp_path / "nowhere", tmp_path / "empty"):
+        with pytest.raises(PessaError):
+            read_data([missing])
+
+
+def test_the_commands(tiny_folder: TinyFolder, data: list[Path], tmp_path: Path, pessa: Pessa) -> None:
+    folder, file, out = tiny_folder("bert"), tmp_path / "s.safetensors", tmp_path / "out"
+    given = [argument for path in data for argument in ("--calibrate", path)]
+    done = pessa("prune", folder, "-o", out, "--ratio", "0.3", *given, "--statistics", file)
+    assert done.code == 0, done
+    assert "calibrated" in done.err
+    assert json.loads((out / "pessa.json").read_text())["method"] == "calibrated"
+    seen = json.loads(pessa("inspect", folder, "--ratio", "0.3", "--statistics", file, "--json").out)
+    assert seen["method"] == "calibrated"
+    assert json.loads(pessa("inspect", folder, "--json").out)["method"] == "svd"
+    assert pessa("decompose", folder, "-o", tmp_path / "full", "--statistics", file).code == 0
+    few = pessa("inspect", folder, "--calibrate", data[0])
+    assert few.code == 0
+    assert "independent frames" in few.err
+    chain = pessa("prune", folder, "-o", tmp_path / "chain", "--rank", "4", *given, "--sequential")
+    assert chain.code == 0, chain
+    refused = tmp_path / "no"
+    is_refusal(pessa("prune", folder, "-o", refused, "--method", "vanilla", *given), "vanilla", code=2)
+    is_refusal(pessa("prune", folder, "-o", refused, "--sequential", "--statistics", file), "--sequential", code=2)
+    is_refusal(pessa("prune", folder, "-o", refused, *given, "--statistics", file), "there already", code=2)
+    is_refusal(pessa("inspect", folder, "--statistics", folder / "config.json"), "config.json")
+    assert not refused.exists()
+
+
+def test_blocks_add() -> None:
+    one = BlockStatistics(*(torch.ones((), dtype=torch.float64) for _ in NAMES))
+    assert float((one + one).queries) == 2

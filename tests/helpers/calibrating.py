@@ -1,0 +1,61 @@
+"""Calibration of tiny models, which have no tokenizers: files that stand for one input each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from torch import Tensor
+
+from pessa_cli.calibration.collect import collect
+from pessa_cli.models import windows
+from pessa_cli.models.data import DataItem
+from pessa_cli.ranks.rule import Rule
+from pessa_cli.statistics.file import Statistics
+from pessa_cli.surgery.model import Model
+
+
+def batches(model: Any, count: int = 6) -> list[dict[str, Tensor]]:
+    """Inputs of batch 1 for a tiny model, each other."""
+    generator = torch.Generator().manual_seed(7)
+    found = []
+    for _ in range(count):
+        ids = torch.randint(5, 90, (1, 20), generator=generator)
+        if model.config.model_type == "whisper":
+            features = torch.randn(1, 8, 60, generator=generator) * torch.logspace(0, -1, 8).unsqueeze(-1)
+            found.append({"input_features": features, "decoder_input_ids": ids})
+        else:
+            found.append({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+    return found
+
+
+@pytest.fixture
+def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """Files that stand for one input each: tiny models have no tokenizers."""
+
+    def inputs_of(_folder: Path, model: Any, item: DataItem, _said: bool) -> Iterator[dict[str, Tensor]]:
+        yield batches(model)[int(item.text or "")]
+
+    monkeypatch.setattr(windows, "inputs_of", inputs_of)
+    paths = [tmp_path / f"{number}.txt" for number in range(6)]
+    for number, path in enumerate(paths):
+        path.write_text(str(number))
+    return paths
+
+
+def collected(model: Model, data: list[Path], out: Path, rule: Rule | None = None) -> Statistics:
+    collect(model, model.sites, data, out, rule)
+    return Statistics(out)
+
+
+def block_errors(folder: Path, reference: Path) -> float:
+    """The relative error of the logits over the calibration inputs, of one model against another."""
+    a, b = tiny.load(folder), tiny.load(reference)
+    with torch.no_grad():
+        pairs = [(a(**given).logits, b(**given).logits) for given in batches(a)]
+    off, whole = (torch.cat([t.flatten() for t in side]) for side in zip(*pairs, strict=True))
+    return float((off - whole).norm() / whole.norm())

@@ -1,0 +1,346 @@
+"""Files made to do harm: a typed error each, soon, in little memory, with nothing run and nothing written elsewhere.
+
+scripts/fuzz.py runs the same strategies for as long as one likes; here are a few of each, and the known attacks.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import struct
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from harness import TinyFolder, copy_of, edit_json
+from hostile import (
+    CONFIG,
+    INDEX,
+    MANIFEST,
+    RECIPE,
+    SPECTRA,
+    WEIGHTS,
+    Case,
+    bounded,
+    header_of,
+    make_bases,
+    outcome,
+    targets,
+)
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save
+
+from pessa_cli.checkpoint.files import MOST_JSON, read_json, write_json
+from pessa_cli.checkpoint.reader import CheckpointReader
+from pessa_cli.cli.recipe import load_recipe
+from pessa_cli.common.errors import PessaError
+from pessa_cli.evaluation.verify import verify_models
+from pessa_cli.ranks.rule import Rule
+from pessa_cli.surgery.model import open_model
+from pessa_cli.surgery.passes import prune_model
+from pessa_cli.surgery.run import Run
+
+TARGETS = ("header", "bytes", "index", "config", "manifest", "spectra", "recipe")
+Bases = dict[str, Path]
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> Bases:
+    return make_bases(tmp_path_factory.mktemp("bases"))
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_whatever_a_file_says_it_works_or_is_refused(target: str, bases: Bases, tmp_path: Path) -> None:
+    found: set[str] = set()
+
+    @settings(
+        max_examples=60,
+        deadline=None,
+        database=None,
+        derandomize=True,
+        phases=[Phase.generate, Phase.shrink],
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(targets(bases)[target])
+    def attack(case: Case) -> None:
+        found.add(outcome(case, bases, tmp_path / "place"))
+
+    attack()
+    assert "PessaError" in found
+
+
+def test_the_small_models_undamaged_pass(bases: Bases, tmp_path: Path) -> None:
+    """The control: what is refused above is refused for its damage."""
+    for name, folder in bases.items():
+        unchanged = Case(name, {path.name: path.read_bytes() for path in folder.iterdir() if path.name != MANIFEST})
+        assert outcome(unchanged, bases, tmp_path / "place") == "fine"
+    for name in ("decomposed", "compact"):
+        unchanged = Case(name, {MANIFEST: (bases[name] / MANIFEST).read_bytes()})
+        assert outcome(unchanged, bases, tmp_path / "place") == "fine"
+    assert outcome(Case("bert", {RECIPE: b"[prune]\nrank = 2"}), bases, tmp_path / "place") == "fine"
+
+
+def refused(case: Case, bases: Bases, place: Path) -> str:
+    """The message of the refusal."""
+    with pytest.MonkeyPatch.context() as patch:
+        seen: list[str] = []
+        made = PessaError.__init__
+
+        def noted(self: PessaError, message: str, hint: str | None = None) -> None:
+            seen.append(message)
+            made(self, message, hint)
+
+        patch.setattr(PessaError, "__init__", noted)
+        assert outcome(case, bases, place) == "PessaError"
+    return seen[-1]
+
+
+def with_header(folder: Path, change: Callable[[str], str]) -> dict[str, Any]:
+    header, data = header_of((folder / WEIGHTS).read_bytes())
+    encoded = change(json.dumps(header)).encode()
+    return {WEIGHTS: struct.pack("<Q", len(encoded)) + encoded + data}
+
+
+def twice(header: str) -> str:
+    """The first entry once more, further on."""
+    name, entry = next(iter(json.loads(header).items()))
+    return f"{header[:-1]}, {json.dumps(name)}: {json.dumps(entry)}}}"
+
+
+def as_lists(header: str) -> str:
+    """What the format's library takes for entries, too."""
+    return json.dumps({name: list(entry.values()) for name, entry in json.loads(header).items()})
+
+
+HEADERS: dict[str, tuple[Callable[[str], str], str]] = {
+    "duplicate names": (twice, "twice"),
+    "entries as lists": (as_lists, "lists"),
+    "names that steer a terminal": (lambda h: h.replace("embeddings", r"\u001b[2Jembeddings"), "impossible names"),
+    "endless names": (lambda h: h.replace("embeddings", "x" * 600), "impossible names"),
+    "offsets past the file": (lambda h: h.replace("[0, 96]", "[0, 10000000000000]"), "not a complete"),
+    "overlap": (lambda h: h.replace("[0, 96]", "[32, 128]"), "not a complete"),
+    "reversed offsets": (lambda h: h.replace("[0, 96]", "[96, 0]"), "not a complete"),
+    "product that overflows": (lambda h: h.replace("[3, 8]", "[4294967296, 4294967296, 24]"), "not a complete"),
+    "negative shape": (lambda h: h.replace("[3, 8]", "[-3, -8]"), "not a complete"),
+    "shape of floats": (lambda h: h.replace("[3, 8]", "[3.0, 8.0]"), "not a complete"),
+    "shape of booleans": (lambda h: h.replace("[3, 8]", "[true, 24]"), "not a complete"),
+    "dtype as a number": (lambda h: h.replace('"F32"', "32"), "not a complete"),
+    "metadata as a list": (lambda h: h.replace("{", '{"__metadata__": [], ', 1), "not a complete"),
+    "half a surrogate": (lambda h: h.replace("embeddings", r"\ud800"), "not a complete"),
+    "depth": (lambda h: h.replace("[3, 8]", "[" * 5000 + "]" * 5000), "not a complete"),
+}
+
+
+@pytest.mark.parametrize("attack", HEADERS)
+def test_headers(attack: str, bases: Bases, tmp_path: Path) -> None:
+    change, says = HEADERS[attack]
+    assert with_header(bases["bert"], change) != with_header(bases["bert"], str)
+    assert says in refused(Case("bert", with_header(bases["bert"], change)), bases, tmp_path / "place")
+
+
+def config(base: Path, **values: Any) -> dict[str, Any]:
+    return {CONFIG: json.dumps(json.loads((base / CONFIG).read_text()) | values).encode()}
+
+
+def claims(head_dim: int) -> dict[str, Any]:
+    """No direction kept in heads as large as said."""
+    modules = {f"model.layers.0.self_attn.{side}_proj": f"rows {head_dim}: 0 0" for side in "v"}
+    modules |= {"model.layers.0.self_attn.o_proj": f"columns {head_dim}: 0 0 0 0"}
+    return {"quant_method": "pessa", "modules": modules}
+
+
+CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
+    "more heads than memory": ({"num_attention_heads": 10**12, "num_key_value_heads": 10**12}, "not a number of heads"),
+    "more heads than numbers": ({"num_attention_heads": 10**4000}, "not a number of heads"),
+    "as many heads as float64 has": ({"num_attention_heads": 1e308}, "not a number of heads"),
+    "heads not a number": ({"num_attention_heads": float("nan")}, "not a number of heads"),
+    "negative heads": ({"num_key_value_heads": -2}, "not a number of heads"),
+    "heads larger than memory": ({"quantization_config": claims(99999)}, "model.layers.0.self_attn"),
+    "head_dim beyond numbers": ({"quantization_config": claims(10**4000)}, "quantization_config"),
+    "a module of dots": ({"quantization_config": {"quant_method": "pessa", "modules": {"." * 10**6: ""}}}, "module"),
+    "a long story": ({"model_type": "x" * 10**6}, "is not supported"),
+    "a model type that cannot be looked up": ({"model_type": {}}, "model_type"),
+}
+
+
+@pytest.mark.parametrize("attack", CONFIGS)
+def test_configs(attack: str, bases: Bases, tmp_path: Path) -> None:
+    values, says = CONFIGS[attack]
+    assert says in refused(Case("llama", config(bases["llama"], **values)), bases, tmp_path / "place")
+
+
+def test_zero_ranks_do_not_make_room_for_more_than_the_file_can_mean(bases: Bases, tmp_path: Path) -> None:
+    """Tensors without a byte whose full size would be 2**50 entries."""
+    wide = 2**40
+    header = {
+        f"model.layers.0.self_attn.{side}_proj.weight": {"dtype": "F32", "shape": shape, "data_offsets": [0, 0]}
+        for side, shape in {"q": [0, wide], "k": [0, wide], "v": [0, wide], "o": [wide, 0]}.items()
+    }
+    encoded = json.dumps(header).encode()
+    modules = {f"model.layers.0.self_attn.{side}_proj": "pairs 256: none none" for side in "qk"}
+    modules |= {"model.layers.0.self_attn.v_proj": "rows 256: 0 0"}
+    modules |= {"model.layers.0.self_attn.o_proj": "columns 256: 0 0"}
+    claim = {"quantization_config": {"quant_method": "pessa", "modules": modules}, "num_attention_heads": 2}
+    files = {WEIGHTS: struct.pack("<Q", len(encoded)) + encoded, **config(bases["llama"], **claim)}
+    assert "at full size" in refused(Case("llama", files), bases, tmp_path / "place")
+
+
+def test_json_beyond_the_limits_is_refused_unread(bases: Bases, tmp_path: Path) -> None:
+    model = copy_of(bases["bert"], tmp_path / "model")
+    with (model / CONFIG).open("r+b") as file:
+        file.truncate(MOST_JSON + 1)  # sparse
+    with bounded(), pytest.raises(PessaError, match="more than"):
+        CheckpointReader(model)
+    length = MOST_JSON + 8
+    with (model / WEIGHTS).open("wb") as file:
+        file.write(struct.pack("<Q", length))
+        file.truncate(8 + length)
+    shutil.copyfile(bases["bert"] / CONFIG, model / CONFIG)
+    with bounded(), pytest.raises(PessaError, match="header would have"):
+        CheckpointReader(model)
+
+
+def test_what_json_can_say_and_utf8_cannot_is_written_all_the_same(tmp_path: Path) -> None:
+    (tmp_path / "in.json").write_text(r'{"a": "\ud800", "b": "é"}')
+    value = read_json(tmp_path / "in.json")
+    write_json(tmp_path / "out.json", value)
+    assert read_json(tmp_path / "out.json") == value
+    write_json(tmp_path / "plain.json", {"b": "é"})
+    assert "é" in (tmp_path / "plain.json").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", [WEIGHTS, CONFIG])
+@pytest.mark.parametrize("kind", ["pipe", "/dev/zero", "/dev/null", "a loop", "a folder"])
+def test_what_is_no_file_is_not_read(kind: str, name: str, bases: Bases, tmp_path: Path) -> None:
+    """A pipe would never answer and /dev/zero never end."""
+    model = copy_of(bases["bert"], tmp_path / "model")
+    (model / name).unlink()
+    if kind == "pipe":
+        os.mkfifo(model / name)
+    elif kind == "a folder":
+        (model / name).mkdir()
+    else:
+        (model / name).symlink_to(name if kind == "a loop" else kind)
+    with bounded(), pytest.raises(PessaError):
+        open_model(model)
+
+
+def test_links_as_in_the_cache_of_the_hub_are_followed(bases: Bases, tmp_path: Path) -> None:
+    """There every file of a snapshot is a link to ../../blobs; an index may not ask for that."""
+    for base in ("bert", "sharded"):
+        cache = tmp_path / base
+        snapshot = cache / "snapshots" / "abc"
+        snapshot.mkdir(parents=True)
+        (cache / "blobs").mkdir()
+        for number, path in enumerate(sorted(bases[base].iterdir())):
+            shutil.copyfile(path, cache / "blobs" / str(number))
+            (snapshot / path.name).symlink_to(f"../../blobs/{number}")
+        prune_model(open_model(snapshot), tmp_path / f"{base}-out", Rule(rank=2), run=Run(jobs=1))
+        out = list((tmp_path / f"{base}-out").iterdir())
+        assert {WEIGHTS, CONFIG, "notes.txt"} <= {path.name for path in out}
+        assert not any(path.is_symlink() for path in out)
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        "../bert/model.safetensors",
+        "/etc/passwd",
+        "a/b.safetensors",
+        "a\\b.safetensors",
+        "..",
+        ".",
+        "",
+        "./x.safetensors",
+        "a\0.safetensors",
+        "\ud800.safetensors",
+        "x" * 300 + ".safetensors",
+        "x" * 10**6,
+        "config.json",
+        "\n.safetensors",
+    ],
+)
+def test_an_index_names_files_of_its_folder_alone(file: str, bases: Bases, tmp_path: Path) -> None:
+    index = json.loads((bases["sharded"] / INDEX).read_text())
+    index["weight_map"]["embeddings.weight"] = file
+    message = refused(Case("sharded", {INDEX: json.dumps(index).encode()}), bases, tmp_path / "place")
+    assert "outside its folder" in message or "no .safetensors file" in message
+
+
+def test_many_names_do_not_take_for_ever(bases: Bases, tmp_path: Path) -> None:
+    """Time in proportion to the header's length, not to its square."""
+    block = "encoder.layer.{}.attention.{}"
+    tensors = {
+        block.format(i, side): torch.zeros(1, 1) for i in range(3000) for side in ("self.query.weight", "x.weight")
+    }
+    files: dict[str, Any] = {WEIGHTS: save(tensors)}
+    assert "do not fit" in refused(Case("bert", files), bases, tmp_path / "place")
+    modules = {f"encoder.layer.{i}.attention.self.query": "rows 4: 1 1" for i in range(30_000)}
+    claim = config(bases["bert"], quantization_config={"quant_method": "pessa", "modules": modules})
+    assert "do not fit" in refused(Case("bert", files | claim), bases, tmp_path / "place")
+
+
+@settings(max_examples=40, deadline=None, database=None, derandomize=True)
+@given(st.sampled_from(["nan", "inf", "negative", "ascending", "float32"]), st.integers(0, 7))
+def test_spectra_that_are_none_are_refused(
+    bases: Bases, tmp_path_factory: pytest.TempPathFactory, kind: str, at: int
+) -> None:
+    tensors = load_file(bases["decomposed"] / SPECTRA)
+    values = tensors["encoder.self.0.vo"]
+    if kind == "float32":
+        tensors["encoder.self.0.vo"] = values.float()
+    elif kind == "ascending":
+        values[at // 4] = values[at // 4].flip(0)
+    else:
+        values.view(-1)[at] = {"nan": torch.nan, "inf": torch.inf, "negative": -1.0}[kind]
+    place = tmp_path_factory.mktemp("spectra") / "place"
+    assert SPECTRA in refused(Case("decomposed", {SPECTRA: save(tensors)}), bases, place)
+
+
+RECIPES = {
+    "huge": "[prune]\nrank = " + "9" * 400,
+    "digits without end": "[prune]\nrank = " + "9" * 5000,
+    "deep": "[prune]\nsites = " + "[" * 5000 + "]" * 5000,
+    "huge limit": "[verify]\ntolerance = " + "9" * 400,
+    "layers without end": '[prune]\nlayers = "' + "0-99999," * 10_000 + '0"',
+    "long": "#" * 2**21,
+}
+
+
+@pytest.mark.parametrize("attack", RECIPES)
+def test_recipes(attack: str, tmp_path: Path) -> None:
+    (tmp_path / RECIPE).write_text(RECIPES[attack])
+    with bounded(), pytest.raises(PessaError, match=RECIPE) as error:
+        load_recipe(tmp_path / RECIPE)
+    assert len(error.value.message) < 1000
+
+
+def test_a_rank_too_large_for_64_bits_is_the_head_s(bases: Bases, tmp_path: Path) -> None:
+    rule = Rule(rank=10**30, round_to=10**30, min_rank=10**30)
+    prune_model(open_model(bases["bert"]), tmp_path / "out", rule, run=Run(jobs=1))
+    assert [site.vo_ranks for site in open_model(tmp_path / "out").sites] == [(4, 4)]
+
+
+@pytest.mark.parametrize("name", ["bert", "whisper"])
+def test_code_that_comes_with_a_model_is_never_run(
+    name: str, tiny_folder: TinyFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """config.json and tokenizer_config.json ask for it, and nobody is asked whether it may run."""
+    model = copy_of(tiny_folder(name), tmp_path / "model")
+    marker = tmp_path / "ran"
+    (model / "evil.py").write_text(f"open({str(marker)!r}, 'w')\nConfig = Model = Tokenizer = Processor = None\n")
+    classes = {"AutoConfig": "evil.Config", "AutoModel": "evil.Model", "AutoModelForMaskedLM": "evil.Model"}
+    edit_json(lambda c: c.update(auto_map=classes, trust_remote_code=True))(model)
+    tokens = {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["evil.Tokenizer", None]}}
+    (model / "tokenizer_config.json").write_text(json.dumps(tokens))
+    (model / "preprocessor_config.json").write_text(json.dumps({"auto_map": {"AutoProcessor": "evil.Processor"}}))
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked whether to run it"))
+    prune_model(open_model(model), tmp_path / "out", Rule(), run=Run(jobs=1))
+    with suppress(PessaError):  # having no tokenizer without that code
+        verify_models(open_model(model), open_model(tmp_path / "out"), level="outputs")
+    assert not marker.exists()

@@ -1,0 +1,189 @@
+"""The README.md of an output: what the hub reads of it, what people read, and what `verify --card` adds."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from harness import Pessa, TinyFolder, copy_of, is_refusal
+from huggingface_hub import ModelCard
+
+from pessa_cli.ranks.rule import Rule
+from pessa_cli.surgery.card import BEGIN, END, front_matter, is_card, model_card
+from pessa_cli.surgery.model import open_model
+from pessa_cli.surgery.passes import export_model, prune_model
+from pessa_cli.surgery.run import Run
+
+SOURCE_CARD = """---
+license: cc-by-4.0
+language: [en, fr]
+library_name: sentence-transformers
+tags: [speech, tiny]
+base_model: someone/else
+model-index: [{name: x, results: []}]
+widget: [{text: hello}]
+---
+# The original
+
+Trained on moonlight.
+"""
+
+
+@pytest.fixture
+def source(tiny_folder: TinyFolder, place: Path) -> Path:
+    folder = copy_of(tiny_folder("whisper"), place / "moonlight")
+    (folder / "README.md").write_text(SOURCE_CARD)
+    (folder / "tokenizer_config.json").write_text("{}")
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    return folder
+
+
+@pytest.fixture
+def out(source: Path, place: Path) -> Path:
+    prune_model(open_model(source), place / "out", Rule(rank=5), run=Run(source="owner/moonlight"))
+    return place / "out"
+
+
+def test_the_front_matter_is_the_sources_with_ours(out: Path) -> None:
+    data = ModelCard.load(out / "README.md").data.to_dict()
+    assert data == {
+        "base_model": "owner/moonlight",
+        "language": ["en", "fr"],
+        "library_name": "sentence-transformers",
+        "license": "cc-by-4.0",
+        "pipeline_tag": "automatic-speech-recognition",
+        "tags": ["speech", "tiny", "pessa", "pruned"],
+    }
+
+
+def test_side_files_and_the_sources_card_stay(source: Path, out: Path, pessa: Pessa) -> None:
+    assert (out / "README.original.md").read_bytes() == (source / "README.md").read_bytes()
+    for name in ("tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
+        assert (out / name).read_bytes() == (source / name).read_bytes()
+    manifest = json.loads((out / "pessa.json").read_text())
+    assert manifest["source_sha256"]["README.md"] == manifest["sha256"]["README.original.md"]
+    assert pessa("verify", out).code == 0
+
+
+def test_what_the_card_says(out: Path) -> None:
+    text = (out / "README.md").read_text()
+    before, after = open_model(out.parent / "moonlight"), open_model(out)
+    assert f"| parameters | {before.parameters:,} | {after.parameters:,} |" in text
+    assert f"| bytes of weights, compact | {before.nbytes:,} | {after.nbytes:,} |" in text
+    assert "# moonlight, attention pruned" in text
+    assert "`rank 5`" in text
+    assert "import pessa_cli" in text
+    assert 'WhisperForConditionalGeneration.from_pretrained("FOLDER")' in text
+    dropped = json.loads((out / "pessa.json").read_text())["dropped"]["decoder.cross.1"]
+    line = next(line for line in text.splitlines() if line.startswith("| decoder.cross.1 |"))
+    assert (
+        line == f"| decoder.cross.1 | 20 (5 to 5) | {max(dropped['qk']):.3g} | 20 (5 to 5) | {max(dropped['vo']):.3g} |"
+    )
+    assert "[README.original.md](README.original.md)" in text
+
+
+def test_the_code_in_the_card_runs(out: Path) -> None:
+    text = (out / "README.md").read_text()
+    code = text.split("```python\n")[1].split("```")[0].replace("FOLDER", str(out))
+    scope: dict[str, object] = {}
+    exec(code, scope)
+    assert type(scope["model"]).__name__ == "WhisperForConditionalGeneration"
+
+
+def test_cards_of_other_layouts_and_commands(out: Path, source: Path, pessa: Pessa, place: Path) -> None:
+    export_model(open_model(out), place / "dense", "dense")
+    text = (place / "dense" / "README.md").read_text()
+    assert "import pessa_cli" not in text
+    assert front_matter(text)["base_model"] == "owner/moonlight"  # by way of the card in between
+    assert front_matter(text)["tags"] == ["speech", "tiny", "pessa", "pruned"]
+    assert (place / "dense" / "README.original.md").read_text() == SOURCE_CARD
+    assert pessa("decompose", source, "-o", place / "whole").code == 0
+    text = (place / "whole" / "README.md").read_text()
+    assert "# moonlight, attention decomposed" in text
+    assert "base_model" not in front_matter(text)  # a folder is no repository, and its own base is further off
+    assert pessa("prune", source, "--ratio", 0.1, "--method", "vanilla", "-o", place / "vanilla").code == 0
+    assert "L2 norms" in (place / "vanilla" / "README.md").read_text()
+
+
+def test_a_source_without_a_card(tiny_folder: TinyFolder, place: Path, pessa: Pessa) -> None:
+    assert pessa("prune", tiny_folder("llama"), "--rank", 3, "-o", place / "out").code == 0
+    text = (place / "out" / "README.md").read_text()
+    assert not (place / "out" / "README.original.md").exists()
+    assert "README.original.md" not in text
+    assert front_matter(text) == {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["pessa", "pruned"],
+    }
+    assert "0.00% of Q-K" in text
+
+
+def test_verify_puts_its_figures_in(source: Path, out: Path, pessa: Pessa) -> None:
+    card = out / "README.md"
+    card.write_text(card.read_text() + "\nMine.\n")  # people write into it
+    for _ in range(2):  # the second time in place of the first
+        result = pessa("verify", source, out, "--card", "--level", "weights")
+        assert result.code == 1, result
+        text = card.read_text()
+        figures = text[text.index(BEGIN) : text.index(END)]
+        assert "against moonlight: not the same model" in figures
+        assert figures.count("| weights | Q-K, relative error |") == 1
+        assert text.endswith("\nMine.\n")
+        assert is_card(text)
+        assert ModelCard.load(card).data.license == "cc-by-4.0"
+    assert pessa("verify", out).code == 0  # it has no hash, since it is for editing
+    (out / "chat_template.jinja").write_text("changed")
+    assert pessa("verify", out).code == 1
+
+
+def test_a_card_that_changed_hands(source: Path, out: Path, pessa: Pessa) -> None:
+    is_refusal(pessa("verify", out, source, "--card"), "README.md")  # not ours: nothing to fill in
+    assert (source / "README.md").read_text() == SOURCE_CARD
+    is_refusal(pessa("verify", out, "--card"), "--card", code=2)
+    (out / "README.md").unlink()
+    assert pessa("verify", out).code == 0
+    is_refusal(pessa("verify", source, out, "--card"), "README.md")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "no front matter",
+        "---\n[a, b]\n---\n",
+        "---\n{broken\n---\n",
+        "---\nlicense: {a: b}\ntags: [1, 2]\nlanguage: " + "x" * 2000 + "\n---\n",
+        "---\nself: 1\n---\n",
+        "---\nignore_metadata_errors: 1\n---\n",
+        "---\n1: 2\n---\n",
+        "---\nlicense: !!python/object/apply:os.system ['false']\n---\n",
+        "---\na: &a [x]\nb: &b [*a, *a]\nlicense: *b\n---\n",
+        "---\nlicense: " + "[" * 3000 + "\n---\n",
+    ],
+)
+def test_front_matter_from_anywhere(text: str) -> None:
+    assert front_matter(text) == {}
+
+
+def test_names_from_anywhere_are_only_text() -> None:
+    bad = "a|b](http://x) <script> `x`\n# heading <!-- pessa verify: end -->"
+    summary = {
+        **{"pessa": "0", "command": "prune", "source": bad, "method": "svd", "rule": "lossless", "layout": "compact"},
+        **{"ranks": {"encoder.self.0": {"qk": "1 2", "vo": "0 3"}}, "dropped": {}},
+    }
+    totals = dict.fromkeys(("parameters", "parameters_after", "attention_parameters", "bytes", "bytes_after"), 10)
+    totals |= {
+        "attention_parameters_after": 1,
+        "qk_pruned": 0,
+        "vo_pruned": 0,
+        "attention_pruned": 0,
+        "model_pruned": 0,
+    }
+    text = model_card(summary, {"architectures": ["import os; x"]}, totals, {}, None, False)
+    assert "<script>" not in text
+    assert "\n# heading" not in text
+    assert text.count(END) == 1
+    assert "import os" not in text
+    assert is_card(text)
+    assert front_matter(text)["tags"] == ["pessa", "pruned"]

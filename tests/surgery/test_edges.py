@@ -1,0 +1,271 @@
+"""Where numbers are hard: every dtype and mixtures, degenerate heads, odd shapes, and what 16 bits can hold.
+
+Each edge is decomposed and losslessly pruned, both from the original and from the decomposed model, and compared
+with the original head by head in float64.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from pessa_cli.algebra.absorb import Factors, Pair
+from pessa_cli.algebra.compare import relative_difference
+from pessa_cli.algebra.decompose import decompose
+from pessa_cli.checkpoint.dtypes import UNIT_ROUNDOFF
+from pessa_cli.common.errors import PessaError
+from pessa_cli.evaluation.verify import verify_models
+from pessa_cli.ranks.rule import Rule
+from pessa_cli.surgery.model import open_model
+from pessa_cli.surgery.passes import decompose_model, prune_model
+from pessa_cli.surgery.run import Run
+
+Tensors = dict[str, Tensor]
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+RUN = Run(jobs=1)
+FLOOR = 1e-12  # of float64 algebra, whatever the storage
+
+
+def bert(width: int = 24, heads: int = 3, head_dim: int = 8) -> tuple[Tensors, dict[str, object]]:
+    """One block with all four biases."""
+    generator = torch.Generator().manual_seed(0)
+    names, rows = {"q": "self.query", "k": "self.key", "v": "self.value", "o": "output.dense"}, heads * head_dim
+    tensors: Tensors = {}
+    for side, name in names.items():
+        shape = (width, rows) if side == "o" else (rows, width)
+        tensors[f"encoder.layer.0.attention.{name}.weight"] = torch.randn(shape, generator=generator) * 0.4
+        tensors[f"encoder.layer.0.attention.{name}.bias"] = torch.randn(shape[0], generator=generator) * 0.4
+    return tensors, {"model_type": "bert", "num_attention_heads": heads}
+
+
+def llama(heads: int, kv_heads: int, width: int = 24, head_dim: int = 8) -> tuple[Tensors, dict[str, object]]:
+    generator = torch.Generator().manual_seed(0)
+    rows = {"q": heads * head_dim, "k": kv_heads * head_dim, "v": kv_heads * head_dim, "o": width}
+    tensors = {
+        f"model.layers.0.self_attn.{side}_proj.weight": torch.randn(
+            count, heads * head_dim if side == "o" else width, generator=generator
+        )
+        for side, count in rows.items()
+    }
+    return tensors, {"model_type": "llama", "num_attention_heads": heads, "num_key_value_heads": kv_heads}
+
+
+def saved(folder: Path, tensors: Tensors, config: dict[str, object]) -> Path:
+    folder.mkdir()
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def error_after(folder: Path, place: Path) -> float:
+    """The worst relative error of a head, over decompose, prune, and prune from the decomposed model."""
+    original = open_model(folder)
+    decompose_model(original, place / "decomposed", run=RUN)
+    prune_model(original, place / "pruned", Rule(), run=RUN)
+    prune_model(open_model(place / "decomposed"), place / "sliced", Rule(), run=RUN)
+    reports = [
+        verify_models(original, open_model(place / out), "weights") for out in ("decomposed", "pruned", "sliced")
+    ]
+    assert all(report.same for report in reports), [report.failures for report in reports]
+    assert (place / "pruned/model.safetensors").read_bytes() == (place / "sliced/model.safetensors").read_bytes()
+    return max(report.worst.error for report in reports)
+
+
+def rows_of(tensors: Tensors, side: str, head: int) -> Tensor:
+    """The rows of one head, to be changed in place: (8, D)."""
+    return tensors[f"encoder.layer.0.attention.self.{side}.weight"][8 * head : 8 * head + 8]
+
+
+def zero_head(tensors: Tensors) -> None:
+    for side in ("query", "key", "value"):
+        rows_of(tensors, side, 1).zero_()
+
+
+def all_zero(tensors: Tensors) -> None:
+    rows_of(tensors, "query", 0).zero_()
+    rows_of(tensors, "query", 1).zero_()
+    rows_of(tensors, "key", 2)[3:].zero_()
+
+
+def rank_deficient(tensors: Tensors) -> None:
+    for side in ("query", "value"):
+        rows = rows_of(tensors, side, 1)
+        rows[4:] = rows[:4]
+
+
+def scaled(**scales: float) -> Callable[[Tensors], None]:
+    def change(tensors: Tensors) -> None:
+        for side, scale in scales.items():
+            rows_of(tensors, side, 1).mul_(scale)
+
+    return change
+
+
+def many_scales(tensors: Tensors) -> None:
+    """1e4 and 1e-8 in one head, by directions and by entries."""
+    rows_of(tensors, "query", 1).mul_(torch.logspace(4, -8, 8).unsqueeze(1))
+    rows_of(tensors, "value", 1).mul_(torch.logspace(4, -8, 24))
+
+
+def huge_biases(tensors: Tensors) -> None:
+    for side in ("query", "key", "value"):
+        tensors[f"encoder.layer.0.attention.self.{side}.bias"].mul_(3000)
+
+
+def nothing(_tensors: Tensors) -> None:
+    pass
+
+
+DAMAGES: dict[str, Callable[[Tensors], None]] = {
+    "ordinary": nothing,
+    "a zero head": zero_head,
+    "mostly zero": all_zero,
+    "rank-deficient": rank_deficient,
+    "entries of 1e4": scaled(query=1e4, key=1e4, value=1e4),
+    "entries of 1e4 and 1e-3": scaled(query=1e4, key=1e-3),
+    "entries of 1e-8": scaled(query=1e-8, key=1e-8, value=1e-8),
+    "1e4 and 1e-8 in one head": many_scales,
+    "huge biases": huge_biases,
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("edge", DAMAGES)
+def test_lossless_means_the_dtype_s_own_rounding(edge: str, dtype: str, tmp_path: Path) -> None:
+    tensors, config = bert()
+    DAMAGES[edge](tensors)
+    stored = {name: tensor.to(DTYPES[dtype]) for name, tensor in tensors.items()}
+    error = error_after(saved(tmp_path / "model", stored, config), tmp_path)
+    assert error <= 2 * UNIT_ROUNDOFF[dtype] + FLOOR
+
+
+SHAPES = {
+    "head_dim larger than the input": bert(width=6, heads=2, head_dim=16),
+    "one head": bert(width=8, heads=1, head_dim=8),
+    "a width of one": bert(width=1, heads=2, head_dim=2),
+    "a head_dim of one": bert(width=8, heads=8, head_dim=1),
+    "groups of one": llama(4, 4),
+    "all query heads in one group": llama(4, 1),
+    "one query head": llama(1, 1),
+    "heads wider than the input in one group": llama(4, 1, width=4, head_dim=16),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_odd_shapes(shape: str, dtype: str, tmp_path: Path) -> None:
+    tensors, config = SHAPES[shape]
+    stored = {name: tensor.to(DTYPES[dtype]) for name, tensor in tensors.items()}
+    error = error_after(saved(tmp_path / "model", stored, config), tmp_path)
+    assert error <= 2 * UNIT_ROUNDOFF[dtype] + FLOOR
+
+
+@pytest.mark.parametrize("coarse", ["weight", "bias", "embedding"])
+@pytest.mark.parametrize("dtype", ["F16", "BF16"])
+def test_mixed_dtypes_are_judged_by_the_coarsest_of_a_block(coarse: str, dtype: str, tmp_path: Path) -> None:
+    tensors, config = bert()
+    tensors["embedding"] = torch.randn(3, 24)
+    part = {"weight": "self.key.weight", "bias": "self.query.bias", "embedding": "embedding"}[coarse]
+    others = {"value.weight": torch.float64}
+    for name in tensors:
+        kinds = [kind for end, kind in others.items() if name.endswith(end)]
+        tensors[name] = tensors[name].to(DTYPES[dtype] if name.endswith(part) else kinds[0] if kinds else torch.float32)
+    folder = saved(tmp_path / "model", tensors, config)
+    expected = "F32" if coarse == "embedding" else dtype
+    assert [site.dtype for site in open_model(folder).sites] == [expected]
+    assert error_after(folder, tmp_path) <= 2 * UNIT_ROUNDOFF[expected] + FLOOR
+
+
+def stored_error(pair: Pair, dtype: torch.dtype, shift: float = 1.0) -> float:
+    """The relative error of a head's product when its balanced factors are stored; `shift` unbalances them."""
+    factors = decompose(pair)
+    left, right = (factors.left * shift).to(dtype).double(), (factors.right / shift).to(dtype).double()
+    return float(relative_difference(pair, Pair(left, right)).max())
+
+
+def head(scale: float, width: int = 64, head_dim: int = 8) -> Pair:
+    """A random head whose product has the given Frobenius norm, from equal factors."""
+    generator = torch.Generator().manual_seed(0)
+    left, right = torch.randn(2, 1, width, head_dim, generator=generator, dtype=torch.float64)
+    root = (scale / float(torch.linalg.matrix_norm(left @ right.mT))) ** 0.5
+    return Pair(left * root, right * root)
+
+
+@pytest.mark.parametrize("exponent", range(-6, 7))
+@pytest.mark.parametrize("dtype", ["F16", "BF16"])
+def test_products_from_1e_6_to_1e6_keep_their_digits_in_16_bits(dtype: str, exponent: int) -> None:
+    assert stored_error(head(10.0**exponent), DTYPES[dtype]) <= 2 * UNIT_ROUNDOFF[dtype]
+
+
+@pytest.mark.parametrize("exponent", range(-12, -5))
+@pytest.mark.parametrize("width", [64, 1280])
+def test_below_that_float16_loses_no_more_than_it_already_has(width: int, exponent: int) -> None:
+    """Entries under 6e-5 are subnormal: multiples of 2^-24, whatever their size.
+
+    Rounding noise of 2^-25 an entry costs at most 2^-25 sqrt(D) (||A|| + ||B||) of the product. Over all factors of
+    one product ||A||^2 + ||B||^2 is least for balanced ones, so no other choice, the original's included, does better.
+    """
+    pair = head(10.0**exponent, width)
+    norms = sum(float(torch.linalg.matrix_norm(factor)) for factor in (pair.left, pair.right))
+    own = 2.0**-25 * width**0.5 * norms / 10.0**exponent
+    error = stored_error(pair, torch.float16)
+    assert error <= 2 * UNIT_ROUNDOFF["F16"] + own
+    assert stored_error(pair, torch.bfloat16) <= 2 * UNIT_ROUNDOFF["BF16"]  # which has the range of float32
+    for shift in (1 / 16, 16):
+        assert error < 0.2 * stored_error(pair, torch.float16, shift) or error > 0.1  # where little is left of any
+
+
+def test_a_head_of_float16_subnormals_survives_the_way_through_a_decomposed_model(tmp_path: Path) -> None:
+    """Its columns' norms are rough, and are not taken for those of other weights."""
+    tensors, config = bert(width=96)
+    for side in ("query", "key"):
+        rows_of(tensors, side, 1).mul_(1e-6)
+    tensors["encoder.layer.0.attention.self.query.bias"][8:16].mul_(1e-6)
+    folder = saved(tmp_path / "model", {name: tensor.half() for name, tensor in tensors.items()}, config)
+    decompose_model(open_model(folder), tmp_path / "decomposed", run=RUN)
+    prune_model(open_model(tmp_path / "decomposed"), tmp_path / "pruned", Rule(), run=RUN)
+
+
+@pytest.mark.parametrize("where", ["query", "value"])
+def test_what_16_bits_cannot_hold_is_an_error(where: str, tmp_path: Path) -> None:
+    """All of a head's directions the same and at the dtype's end: one direction of sqrt(8) times that in factors."""
+    tensors, config = bert()
+    name, other = (f"encoder.layer.0.attention.{n}.weight" for n in (f"self.{where}", "self.key"))
+    for each in (name, other if where == "query" else "encoder.layer.0.attention.output.dense.weight"):
+        tensors[each].zero_()
+        rows = tensors[each].T if "output" in each else tensors[each]
+        rows[:8, 0] = 60000
+    folder = saved(tmp_path / "model", {n: tensor.half() for n, tensor in tensors.items()}, config)
+    with pytest.raises(PessaError, match="overflow"):
+        decompose_model(open_model(folder), tmp_path / "out", run=RUN)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("scale", [1e60, 1e100, 1e200, 1e300])
+def test_products_beyond_float64_are_an_error(scale: float, tmp_path: Path) -> None:
+    tensors, config = bert()
+    stored = {name: tensor.double() for name, tensor in tensors.items()}
+    for side in ("query", "key"):
+        rows_of(stored, side, 1).mul_(scale)
+    folder = saved(tmp_path / "model", stored, config)
+    if scale == 1e60:
+        assert error_after(folder, tmp_path) <= FLOOR
+        return
+    with pytest.raises(PessaError, match="float64"):
+        prune_model(open_model(folder), tmp_path / "out", Rule(), run=RUN)
+    assert not (tmp_path / "out").exists()
+
+
+def test_balanced_factors_come_from_the_spectrum() -> None:
+    """The control for the tests above: unbalanced ones do leave float16's range."""
+    pair = head(1e6)
+    factors: Factors = decompose(pair)
+    lopsided = Pair(factors.left * 1e-5, factors.right * factors.spectrum.unsqueeze(-2) * 1e5)
+    rounded = Pair(lopsided.left.half().double(), lopsided.right.half().double())
+    assert not rounded.right.isfinite().all()
