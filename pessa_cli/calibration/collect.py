@@ -6,9 +6,11 @@ Every input runs alone, so that nothing is padding but what the model itself pad
 
 from __future__ import annotations
 
+import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -20,97 +22,133 @@ from pessa_cli.calibration.listeners import collect_statistics
 from pessa_cli.calibration.sequential import collect_in_sequence
 from pessa_cli.calibration.trial_cuts import PASSES, try_out
 from pessa_cli.common.errors import PessaError, UsageError
-from pessa_cli.common.progress import Progress, quietly
 from pessa_cli.models.data import read_data
 from pessa_cli.models.inputs import Inputs
 from pessa_cli.models.load import load, quiet_transformers
-from pessa_cli.models.windows import item_windows, on_device
+from pessa_cli.models.windows import on_device, windows
 from pessa_cli.ranks.rule import Rule
-from pessa_cli.statistics.file import Statistics, fingerprint, save_statistics
-from pessa_cli.surgery.block_io import read_site
+from pessa_cli.statistics.file import CollectedStatistics, SavedStatistics, Statistics, save_statistics
+from pessa_cli.surgery.block_reader import BlockReader
+from pessa_cli.surgery.decomposition import Decomposition, decomposition_of
 from pessa_cli.surgery.model import Model
+from pessa_cli.surgery.run import Run
 
 TRIED = 8  # inputs that trials are made on, at most
 FOLDS = 4  # one of so many parts of the inputs is for trials; the decomposition that is tried is that of the others
 
 
+@dataclass(frozen=True)
+class Calibration:
+    """What a run knows of the calibration data.
+
+    blocks: the reader that knows the weights by now. decomposition: that of all chosen blocks by these statistics, if
+    collecting them has needed one already.
+    """
+
+    statistics: Statistics
+    blocks: BlockReader
+    decomposition: Decomposition | None = None
+
+
 @contextmanager
-def statistics_for(
+def calibration_for(
     model: Model,
     sites: Sequence[Site],
     data: Sequence[Path],
     files: Sequence[Path],
     rule: Rule | None = None,
-    progress: Progress = quietly,
-    device: str = "cpu",
-) -> Iterator[Statistics | None]:
-    """What the options --calibrate and --statistics come to: statistics read or collected, or None without either.
+    run: Run | None = None,
+) -> Iterator[Calibration | None]:
+    """What the options --calibrate and --statistics ask for: statistics collected or read, or None without either.
 
-    With both, what is collected goes to the one file. With `rule` they are collected in sequence.
+    With both, what is collected is also saved to the one file. With `rule` the statistics are collected in sequence.
+    Raises UsageError for options that do not go together, and what `calibrate` raises.
     """
     if rule is not None and not data:
         raise UsageError("--sequential depends on the rule", "give it the data itself: --calibrate")
+    run = run or Run()
     if not data:
-        yield Statistics(*files) if files else None
+        yield Calibration(SavedStatistics(*files), BlockReader(model.reader)) if files else None
         return
     if len(files) > 1:
         raise UsageError("--calibrate writes one --statistics", "collect first, and add files up afterwards")
     if files and files[0].exists():
         raise UsageError(f"{files[0]} is there already", "leave out --calibrate to use it, or give another file")
-    with tempfile.TemporaryDirectory() as folder:
-        path = files[0] if files else Path(folder) / "statistics.safetensors"
-        collect(model, sites, data, path, rule, progress, device)
-        yield Statistics(path)
+    with calibrate(model, sites, data, rule, run) as found:
+        if files:
+            save(files[0], found, sites)
+        yield found
 
 
 def collect(
-    model: Model,
-    sites: Sequence[Site],
-    data: Sequence[Path],
-    out: Path,
-    rule: Rule | None = None,
-    progress: Progress = quietly,
-    device: str = "cpu",
+    model: Model, sites: Sequence[Site], data: Sequence[Path], out: Path, rule: Rule | None = None, run: Run | None = None
 ) -> None:
-    """Run the data through the model and write the statistics of its blocks to `out`.
+    """Collect the statistics of blocks, and save them to a file; see `calibrate`."""
+    with calibrate(model, sites, data, rule, run or Run()) as found:
+        save(out, found, sites)
+
+
+def save(path: Path, found: Calibration, sites: Sequence[Site]) -> None:
+    """Save statistics with the fingerprints of the weights that they belong to. Raises PessaError if that fails."""
+    blocks = found.blocks
+    fingerprints = {site.name: blocks.fingerprint(site, blocks.weights(site)) for site in sites}
+    sums = {site.name: found.statistics.of(site) for site in sites}
+    save_statistics(path, sums, fingerprints, found.statistics.data)
+
+
+@contextmanager
+def calibrate(
+    model: Model, sites: Sequence[Site], data: Sequence[Path], rule: Rule | None, run: Run
+) -> Iterator[Calibration]:
+    """Run the data through the model and collect the statistics of the given blocks, in memory.
 
     Takes a float64 matrix of a block's width for each block, and the attention of one input at a time. Weights that do
-    not fit into memory twice are read from disk block by block, at every input, and there are no trials. With `rule`
-    each block meets what the blocks before it produce when they are pruned by it: one more pass for each block.
+    not fit into memory twice are read from disk block by block, at every input, and there are no trial cuts. With `rule`
+    each block is calibrated on what the blocks before it produce when they are pruned by it: one more pass for each
+    block. Raises UsageError for models and data that do not fit one another, and PessaError for a model that cannot be
+    calibrated, or data that cannot be read.
     """
     items, hashes = read_data(data)
-    weights = {site.name: fingerprint(read_site(model.reader, site)) for site in sites}
     free = free_memory()
-    fits = free is None or 2 * 4 * model.parameters < free  # in float32, and the pruned one of the trials
+    fits = free is None or 2 * 4 * model.parameters < free  # in float32, and the cut one of the trials
     if rule is not None and not fits:
         raise PessaError(
             f"--sequential: {4 * model.parameters:,} bytes of weights do not fit twice into {free:,} of free memory",
             "leave it out, or calibrate on a larger machine and use its --statistics here",
         )
-    with quiet_transformers(), tempfile.TemporaryDirectory() as offloaded:
-        if free is None or fits:
-            loaded = load_for_calibration(model).to(device)
-        else:
-            on_disk = {"device_map": "auto", "max_memory": {"cpu": free // 2}, "offload_folder": offloaded}
-            loaded = load_for_calibration(model, **on_disk)
-        with torch.inference_mode():
-            said = any(not site.spec.kind.startswith("encoder") for site in sites)
-            inputs = (given for item in items for given in item_windows(model.reader.folder, loaded, item, said))
-            total = sum(item.nbytes for item in items)
-            samples: list[Inputs] = []
-            # In sequence, what the whole model hears is what its decoder goes on with.
-            kept = _sampled(inputs, samples) if rule is None else list(_sampled(inputs, samples))
-            held_out, others = collect_statistics(model, loaded, sites, kept, progress("calibrating", total, 1), FOLDS)
-        found = {site.name: held_out[site.name] + others[site.name] for site in sites}
-        if fits:
-            few = not any(float(one.frames) for one in others.values())  # of a single input nothing can be held out
-            save_statistics(out, found if few else others, weights, hashes)
-            with progress("trying out", 0, PASSES) as tick:
-                loaded.set_attn_implementation("sdpa")
-                found = try_out(model, loaded, sites, on_device(samples, device), found, Statistics(out), tick)
-        save_statistics(out, found, weights, hashes)
+    blocks = BlockReader(model.reader, keep=fits)
+    with ExitStack() as resources:
+        sequence = None
         if rule is not None:
-            collect_in_sequence(model, loaded, sites, kept, out, rule, found, (weights, hashes), progress)
+            sequence = resources.enter_context(decomposition_of(model, run, blocks))
+        with quiet_transformers(), tempfile.TemporaryDirectory() as offloaded:
+            if free is None or fits:
+                loaded = load_for_calibration(model).to(run.device)
+            else:
+                on_disk = {"device_map": "auto", "max_memory": {"cpu": free // 2}, "offload_folder": offloaded}
+                loaded = load_for_calibration(model, **on_disk)
+            samples: list[Inputs] = []
+            with torch.inference_mode():
+                transcribed = any(not site.spec.kind.startswith("encoder") for site in sites)
+                inputs = _sampled(windows(model.reader.folder, loaded, items, transcribed), samples)
+                if sequence is not None:  # which goes over the inputs again for each block
+                    inputs = list(inputs)
+                total = sum(item.nbytes for item in items)
+                ticks = run.progress("calibrating", total, 1)
+                held_out, others = collect_statistics(loaded, sites, inputs, blocks, ticks, FOLDS)
+            found = {site.name: held_out[site.name] + others[site.name] for site in sites}
+            if fits:
+                few = not any(float(one.frames) for one in others.values())  # of one input nothing can be held out
+                loaded.set_attn_implementation("sdpa")
+                tried = CollectedStatistics(found if few else others, hashes)
+                with decomposition_of(model, run, blocks) as trial, run.progress("trying out", 0, PASSES) as tick:
+                    trial.decompose(sites, tried)
+                    most = sys.maxsize if free is None else free // 4
+                    found = try_out(loaded, sites, on_device(samples, run.device), found, trial, most, tick)
+            if rule is not None and sequence is not None:
+                found = collect_in_sequence(model, loaded, sites, inputs, rule, found, blocks, sequence, run)
+            del loaded
+        yield Calibration(CollectedStatistics(found, sorted(hashes)), blocks, sequence)
 
 
 def free_memory() -> int | None:

@@ -1,4 +1,4 @@
-"""Hooks that add up the calibration statistics of one attention block while the model runs."""
+"""Hooks that add up the calibration statistics of attention blocks while the model runs."""
 
 from __future__ import annotations
 
@@ -13,65 +13,125 @@ from pessa_cli.algebra.rope import output_gram, rotated
 from pessa_cli.blocks.site import Site
 from pessa_cli.common.errors import PessaError
 from pessa_cli.common.progress import Tick
-from pessa_cli.models.hooks import modules_of, output_of
+from pessa_cli.models.hooks import BlockModules, block_modules, output_of
 from pessa_cli.models.inputs import Inputs
 from pessa_cli.models.windows import device_of, on_device
 from pessa_cli.statistics.sums import NAMES, BlockStatistics, shapes_of
-from pessa_cli.surgery.block_io import read_site
-from pessa_cli.surgery.model import Model
+from pessa_cli.surgery.block_reader import BlockReader
 
-QUERIES = 64  # of an input that are looked at one by one: more cost much and say little
+QUERIES = 64  # of each input that are looked at one by one: more cost much and change little
 
 
-def run_input(model: Any, inputs: Inputs, collectors: Sequence[BlockListener]) -> None:
-    """One input through the model, with the collectors listening; generating before it does not count."""
-    for collector in collectors:
-        collector.on = True
+def collect_statistics(
+    loaded: Any,
+    sites: Sequence[Site],
+    inputs: Iterable[tuple[Inputs, int]],
+    blocks: BlockReader,
+    progress: AbstractContextManager[Tick],
+    folds: int = 1,
+) -> list[dict[str, BlockStatistics]]:
+    """Run the inputs through the model and add up the statistics of the given blocks, by site name.
+
+    inputs: each with its number of bytes, for the progress. The first result holds the sums over the first of every
+    `folds` inputs, the second one those over the others; without folds there is one result, over all inputs.
+    """
+    with ExitStack() as hooks, progress as tick:
+        masks, modules = VisibleKeys(), block_modules(sites, loaded)
+        listeners = [
+            BlockListener(site, modules[site.name], blocks.weights(site).o, device_of(loaded), hooks, masks, min(folds, 2))
+            for site in sites
+        ]
+        for number, (given, nbytes) in enumerate(inputs):
+            run_input(loaded, given, listeners, fold=int(number % folds > 0))
+            tick(nbytes, 0)
+        tick(0, 1)
+        return [{each.site.name: each.found(fold) for each in listeners} for fold in range(min(folds, 2))]
+
+
+def run_input(model: Any, inputs: Inputs, listeners: Sequence[BlockListener], fold: int = 0) -> None:
+    """Run one input through the model, and add what it does to one fold of the listeners' sums."""
+    for listener in listeners:
+        listener.fold = fold
     try:
         output_of(model, on_device([inputs], device_of(model))[0])
     finally:
-        for collector in collectors:
-            collector.on = False
+        for listener in listeners:
+            listener.fold = None
+
+
+class VisibleKeys:
+    """Which keys each query sees, as rows that sum to one; computed once for each mask, since layers share theirs."""
+
+    def __init__(self) -> None:
+        self._mask: Tensor | None = None
+        self._rows = self._totals = torch.empty(0)
+
+    def of(self, attention: Tensor) -> tuple[Tensor, Tensor]:
+        """The rows, (G, queries, keys), and their sums over queries, (G, keys), for attention weights (G, ...)."""
+        mask = attention > 0
+        if self._mask is None or mask.shape != self._mask.shape or not torch.equal(mask, self._mask):
+            rows = mask.to(attention.dtype)
+            self._mask, self._rows = mask, rows / rows.sum(-1, keepdim=True)
+            self._totals = self._rows.sum(1)
+        return self._rows, self._totals
 
 
 class BlockListener:
-    """Listens to one attention block of a model, and adds up its statistics while `on`; o: as in HeadWeights."""
+    """Adds up the statistics of one attention block of a model while `fold` says to which sums.
 
-    def __init__(self, site: Site, model: Any, o: Tensor, hooks: ExitStack) -> None:
-        self.on = self._checked = False
-        self._site = site
+    o: W_O as in HeadWeights. masks: may be shared by the blocks of a model. Every input has batch size 1. Raises
+    PessaError, while the model runs, for a block that does not compute attention times values.
+    """
+
+    def __init__(
+        self,
+        site: Site,
+        modules: BlockModules,
+        o: Tensor,
+        device: torch.device,
+        hooks: ExitStack,
+        masks: VisibleKeys | None = None,
+        folds: int = 1,
+    ) -> None:
+        self.site = site
+        self.fold: int | None = None  # None while nothing is to be added up, as during generation
+        self._checked = False
         self._seen: dict[str, Tensor] = {}
-        self._sums = {
-            name: torch.zeros(shape, dtype=torch.float64, device=device_of(model))
-            for name, shape in zip(NAMES, shapes_of(site), strict=True)
-        }
-        block, projections = modules_of(site, model)
+        self._masks = masks or VisibleKeys()
+        self._sums = [
+            {
+                name: torch.zeros(shape, dtype=torch.float64, device=device)
+                for name, shape in zip(NAMES, shapes_of(site), strict=True)
+            }
+            for _ in range(folds)
+        ]
         # What stands for W_O where only inner products of outputs matter, (G, M, d, d).
-        self._roots = torch.linalg.qr(o.double().permute(1, 2, 0, 3).to(device_of(model)), mode="r").R
+        self._roots = torch.linalg.qr(o.double().permute(1, 2, 0, 3).to(device), mode="r").R
         for side in "qkv":
-            hooks.callback(projections[side].register_forward_hook(self._heard(side)).remove)
-        hooks.callback(projections["o"].register_forward_pre_hook(self._mixed).remove)
-        hooks.callback(block.register_forward_hook(self._finished, with_kwargs=True).remove)
+            hooks.callback(modules.projections[side].register_forward_hook(self._keep_output(side)).remove)
+        hooks.callback(modules.projections["o"].register_forward_pre_hook(self._keep_input).remove)
+        hooks.callback(modules.block.register_forward_hook(self._add_call, with_kwargs=True).remove)
 
-    def found(self) -> BlockStatistics:
-        return BlockStatistics(**{name: total.cpu() for name, total in self._sums.items()})
+    def found(self, fold: int = 0) -> BlockStatistics:
+        """The sums of one fold so far, on the CPU."""
+        return BlockStatistics(**{name: total.cpu() for name, total in self._sums[fold].items()})
 
-    def _heard(self, side: str) -> Any:
+    def _keep_output(self, side: str) -> Any:
         def hook(_module: nn.Module, _args: Any, output: Tensor) -> None:
-            if self.on:
+            if self.fold is not None:
                 self._seen[side] = output
 
         return hook
 
-    def _mixed(self, _module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        if self.on:
+    def _keep_input(self, _module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        if self.fold is not None:
             self._seen["o"] = args[0]
 
-    def _finished(self, _module: nn.Module, _args: Any, kwargs: Mapping[str, Any], output: Any) -> None:
-        """Add up one call of the block. Everything is of batch 1."""
-        if not self.on:
+    def _add_call(self, _module: nn.Module, _args: Any, kwargs: Mapping[str, Any], output: Any) -> None:
+        """Add up one call of the block."""
+        if self.fold is None:
             return
-        site = self._site
+        site, sums = self.site, self._sums[self.fold]
         g, m, d = site.kv_heads, site.group, site.head_dim
         attention = next(
             (t[0] for t in output if isinstance(t, Tensor) and t.dim() == 4 and t.shape[1] == site.heads), None
@@ -86,51 +146,57 @@ class BlockListener:
             self._check(attention, mixtures)
         self._seen.clear()
         some = torch.linspace(0, len(queries) - 1, min(QUERIES, len(queries)), device=queries.device).round().long()
-        falls = attention.reshape(g, m, *attention.shape[1:])  # (G, M, queries, keys)
-        more = len(queries) / len(some)
+        weights = attention.reshape(g, m, *attention.shape[1:])  # (G, M, queries, keys)
+        share = len(queries) / len(some)
         if site.by_pairs:
-            turned, seen_as = self._rotated(queries, keys, kwargs.get("position_embeddings"))
-            asked = turned[some].permute(1, 2, 0, 3)  # (G, M, queries, d)
-            self._sums["pairs"] += output_gram(asked, seen_as.transpose(0, 1), falls[:, :, some], values) * more
-        keys = (keys - keys.mean(0)).transpose(0, 1)  # (G, keys, d); what is common would only cost digits
+            turned, turned_keys = self._rotated(queries, keys, kwargs.get("position_embeddings"))
+            chosen = turned[some].permute(1, 2, 0, 3)  # (G, M, queries, d)
+            sums["pairs"] += output_gram(chosen, turned_keys.transpose(0, 1), weights[:, :, some], values) * share
+        keys = (keys - keys.mean(0)).transpose(0, 1)  # (G, keys, d); what keys have in common would only cost digits
         if not site.by_pairs:
-            self._sums["influence"] += _influence(falls[:, :, some], keys, values) * more
-        seen = (falls[:, 0] > 0).to(attention.dtype)
-        seen = seen / seen.sum(-1, keepdim=True)  # (G, queries, keys): each query's keys alike, none that is masked
-        means = (seen @ keys.to(seen.dtype)).double()  # (G, queries, d)
+            sums["influence"] += _influence(weights[:, :, some], keys, values) * share
+        visible, totals = self._masks.of(weights[:, 0])
+        means = (visible @ keys.to(visible.dtype)).double()  # (G, queries, d)
         flat = queries.permute(1, 2, 0, 3).flatten(1, 2)  # (G, M queries, d)
-        self._sums["frames"] += len(mixtures)
-        self._sums["queries"] += flat.mT @ flat
-        self._sums["keys"] += keys.mT @ (seen.sum(1).double().unsqueeze(-1) * keys) - means.mT @ means
-        self._sums["mixtures"] += mixtures.mT @ mixtures
-        self._sums["mixture"] += mixtures.sum(0)
+        sums["frames"] += len(mixtures)
+        sums["queries"] += flat.mT @ flat
+        sums["keys"] += keys.mT @ (totals.double().unsqueeze(-1) * keys) - means.mT @ means
+        sums["mixtures"] += mixtures.mT @ mixtures
+        sums["mixture"] += mixtures.sum(0)
 
     def _check(self, attention: Tensor, mixtures: Tensor) -> None:
-        """Raise PessaError where attention times values is not what goes into W_O: then this is something else."""
-        site = self._site
+        """Raise PessaError unless the input of W_O is attention times values, as the statistics take it to be."""
+        site = self.site
         values = self._seen["v"][0].double().reshape(-1, site.kv_heads, 1, site.head_dim).permute(1, 2, 0, 3)
-        falls = attention.reshape(site.kv_heads, site.group, *attention.shape[1:]).double()
-        fit = falls.shape[-1] == values.shape[-2] and falls[..., 0].numel() * site.head_dim == mixtures.numel()
-        expected = (falls @ values).permute(2, 0, 1, 3).reshape(mixtures.shape) if fit else mixtures
+        weights = attention.reshape(site.kv_heads, site.group, *attention.shape[1:]).double()
+        fit = weights.shape[-1] == values.shape[-2] and weights[..., 0].numel() * site.head_dim == mixtures.numel()
+        expected = (weights @ values).permute(2, 0, 1, 3).reshape(mixtures.shape) if fit else mixtures
         if not fit or not float((expected - mixtures).norm()) <= 1e-3 * float(mixtures.norm()):
-            raise PessaError(f"{site.name} mixes values otherwise than by its attention", "go by the weights alone")
+            raise PessaError(
+                f"{site.name}: the input of its output projection is not attention times values",
+                "prune by the weights alone: leave out --calibrate and --statistics",
+            )
         self._checked = True
 
     def _rotated(self, queries: Tensor, keys: Tensor, rotation: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+        """Queries and keys after RoPE. Raises PessaError if the block is not given its rotations as cos and sin."""
         if rotation is None:
-            raise PessaError(f"{self._site.name} is given no rotations", "this model cannot be calibrated")
+            raise PessaError(f"{self.site.name} is given no rotations", "this model cannot be calibrated")
         cos, sin = (angle[0] for angle in rotation)
-        if cos.shape[-1] != self._site.head_dim:
-            raise PessaError(f"{self._site.name} is given its rotations in another form", "go by the weights alone")
+        if cos.shape[-1] != self.site.head_dim:
+            raise PessaError(
+                f"{self.site.name} is given rotations of width {cos.shape[-1]}, and its heads have {self.site.head_dim}",
+                "prune by the weights alone: leave out --calibrate and --statistics",
+            )
         return rotated(queries, cos, sin), rotated(keys, cos, sin)
 
 
 def _influence(attention: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """What errors of the keys do to the output, (G, d, d), summed over queries.
+    """What errors of the keys do to the output, (G, d, d), summed over queries, to first order.
 
-    An error e_j of the scores moves what a query gets by sum_j a_j (e_j - mean e) v_j, and where e_j = k_j x by
+    An error e_j of the scores moves the output of a query by sum_j a_j (e_j - mean e) v_j. Where e_j = k_j x that is
     C^T x, with C the covariance of keys and values under the query's attention. attention: (G, M, queries, keys); keys:
-    (G, keys, d); values behind W_O, or anything of the same inner products: (G, M, keys, w).
+    (G, keys, d); values: (G, M, keys, w), behind W_O, or anything of the same inner products.
     """
     total, dtype = torch.zeros_like(keys.mT @ keys), attention.dtype
     for g, each in enumerate(keys.to(dtype)):  # one query head at a time: keys d w numbers
@@ -140,24 +206,3 @@ def _influence(attention: Tensor, keys: Tensor, values: Tensor) -> Tensor:
             through = covariance.transpose(0, 1).flatten(1)
             total[g] += (through @ through.mT).double()
     return total
-
-
-def collect_statistics(
-    model: Model,
-    loaded: Any,
-    sites: Sequence[Site],
-    inputs: Iterable[tuple[Inputs, int]],
-    progress: AbstractContextManager[Tick],
-    every: int = 1,
-) -> tuple[dict[str, BlockStatistics], dict[str, BlockStatistics]]:
-    """The statistics of the given blocks over the first of `every` so many inputs, and over the others."""
-    with ExitStack() as hooks, progress as tick:
-        outputs = {site.name: read_site(model.reader, site).o for site in sites}
-        first, others = ([BlockListener(site, loaded, outputs[site.name], hooks) for site in sites] for _ in range(2))
-        for number, (given, nbytes) in enumerate(inputs):
-            run_input(loaded, given, others if number % every else first)
-            tick(nbytes, 0)
-        tick(0, 1)
-        names = [site.name for site in sites]
-        found = [{name: c.found() for name, c in zip(names, part, strict=True)} for part in (first, others)]
-        return found[0], found[1]

@@ -1,11 +1,9 @@
-"""Calibration in sequence: each block meets what the pruned blocks before it produce."""
+"""Calibration in sequence: each block is calibrated on what the pruned blocks before it produce."""
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,15 +11,16 @@ import torch
 from pessa_cli.blocks.site import Site
 from pessa_cli.calibration.listeners import collect_statistics
 from pessa_cli.calibration.trial_cuts import set_block
-from pessa_cli.common.progress import Progress
+from pessa_cli.models.hooks import block_modules
 from pessa_cli.models.inputs import Inputs
 from pessa_cli.ranks.budget import ranks_for
 from pessa_cli.ranks.rule import Rule
-from pessa_cli.statistics.file import Statistics, save_statistics
+from pessa_cli.statistics.file import CollectedStatistics
 from pessa_cli.statistics.sums import BlockStatistics
+from pessa_cli.surgery.block_reader import BlockReader
+from pessa_cli.surgery.decomposition import Decomposition, measure
 from pessa_cli.surgery.model import Model
-from pessa_cli.surgery.passes import Cuts, measure
-from pessa_cli.surgery.scratch import Spool
+from pessa_cli.surgery.run import Run
 
 
 def collect_in_sequence(
@@ -29,27 +28,30 @@ def collect_in_sequence(
     loaded: Any,
     sites: Sequence[Site],
     inputs: Iterable[tuple[Inputs, int]],
-    out: Path,
     rule: Rule,
-    found: dict[str, BlockStatistics],
-    about: tuple[Mapping[str, str], Sequence[str]],
-    progress: Progress,
-) -> None:
-    """Collect the statistics of each block anew, behind those before it as the rule prunes them."""
-    spectra = measure(model, list(sites), statistics=Statistics(out))
+    found: Mapping[str, BlockStatistics],
+    blocks: BlockReader,
+    decomposition: Decomposition,
+    run: Run,
+) -> dict[str, BlockStatistics]:
+    """The statistics of each block, collected anew behind those before it as the rule prunes them.
+
+    found: the statistics of the whole model, by which the ranks are planned. The blocks are added to `decomposition`.
+    """
+    spectra = measure(model, sites, run=run, statistics=CollectedStatistics(found, ()), blocks=blocks)
     plan = ranks_for(list(sites), spectra, rule, model.size)
     loaded.set_attn_implementation("eager")
+    modules, anew = block_modules(sites, loaded), dict(found)
+    total = sum(nbytes for _, nbytes in inputs)
     for site in sorted(sites, key=_place):
         with torch.inference_mode():
-            ticks = progress(f"calibrating {site.name}", sum(nbytes for _, nbytes in inputs), 1)
-            anew = collect_statistics(model, loaded, [site], inputs, ticks)[0][site.name]
+            ticks = run.progress(f"calibrating {site.name}", total, 1)
+            sums = collect_statistics(loaded, [site], inputs, blocks, ticks)[0][site.name]
         before = found[site.name]
-        found[site.name] = replace(anew, output=before.output, tried=before.tried, harm=before.harm)
-        save_statistics(out, found, *about)
-        statistics = Statistics(out)
-        with tempfile.TemporaryDirectory() as folder, Spool(Path(folder)) as spool:
-            measure(model, [site], spool=spool, statistics=statistics)
-            set_block(loaded, site, Cuts(model, spool, statistics).tensors(site, plan.kept(site)))
+        anew[site.name] = replace(sums, output=before.output, tried=before.tried, harm=before.harm)
+        decomposition.decompose([site], CollectedStatistics(anew, ()))
+        set_block(site, modules[site.name], decomposition.cut(plan.kept(site), "dense"))
+    return anew
 
 
 def _place(site: Site) -> tuple[bool, int, bool]:

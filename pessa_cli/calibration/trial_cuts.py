@@ -1,85 +1,183 @@
-"""Trials: what cutting a block does to its output and to the model's, measured on a few of the calibration inputs.
+"""Trial cuts: how much cutting a block changes its output and the model's, measured on a few calibration inputs.
 
-Second moments alone do not tell: to first order, with independent keys, the error of a cut Q-K comes out at a tenth of
-what it is in some blocks and at twice that in others. So each side of each block is cut for real, at a few depths.
+Second moments alone do not predict that: to first order, with independent keys, the error of a cut Q-K comes out at a
+tenth of what it is in some blocks and at twice that in others. So each side of each block is really cut, at a few
+depths, and run on inputs that its decomposition has not seen.
 """
 
 from __future__ import annotations
 
 import copy
-import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_map_only
 
 from pessa_cli.blocks.compact_format import pair_ranks
 from pessa_cli.blocks.site import Site, with_ranks
 from pessa_cli.common.progress import Tick
-from pessa_cli.models.hooks import block_squares, compare_block, modules_of, output_of
+from pessa_cli.models.hooks import BlockModules, Call, block_modules, on_calls, output_of, replay
 from pessa_cli.models.inputs import Inputs
 from pessa_cli.ranks.spectra import LEVELS, Spectra, Spectrum, largest_pairs, pair_shares, smallest_dropped
-from pessa_cli.statistics.file import Statistics
 from pessa_cli.statistics.sums import BlockStatistics
-from pessa_cli.surgery.model import Model
-from pessa_cli.surgery.passes import Cuts, measure
-from pessa_cli.surgery.scratch import Spool
+from pessa_cli.surgery.decomposition import Decomposition
 
-DEPTH = 0.5  # of both sides, where the harm to the model is looked at
-SAMPLES = 4  # of the gradients that tell it, for each input
+DEPTH = 0.5  # the share of both sides that is cut where the harm to the model's output is measured
+SAMPLES = 4  # gradients that estimate the harm, for each input
 PASSES = 2 * len(LEVELS) + 1  # over the inputs
 
 
+@dataclass
+class _Sums:
+    """What the trials of one block add up to, in float64; see `statistics.sums.BlockStatistics`."""
+
+    output: float = 0.0
+    tried: Tensor = field(default_factory=lambda: torch.zeros(2, len(LEVELS), dtype=torch.float64))
+    harm: Tensor = field(default_factory=lambda: torch.zeros(3, dtype=torch.float64))
+
+
 def try_out(
-    model: Model,
     loaded: Any,
     sites: Sequence[Site],
     inputs: Sequence[Inputs],
     found: Mapping[str, BlockStatistics],
-    statistics: Statistics,
+    decomposition: Decomposition,
+    most_bytes: int,
     tick: Tick,
 ) -> dict[str, BlockStatistics]:
-    """The statistics of the blocks with those of trials. `tick` is called once for each pass over the inputs."""
-    pruned = copy.deepcopy(loaded)
-    with tempfile.TemporaryDirectory() as folder, Spool(Path(folder)) as spool:
-        spectra = measure(model, list(sites), spool=spool, statistics=statistics)
-        cuts = Cuts(model, spool, statistics)
+    """The statistics of the blocks with the results of trial cuts; `tick` is called once for each of PASSES.
 
-        def cut(qk: float, vo: float) -> None:
-            for site in sites:
-                set_block(pruned, site, cuts.tensors(site, kept_at(site, spectra[site.name], qk, vo)))
+    The model runs once for each input. What its blocks were called with is kept, up to `most_bytes` at a time, and the
+    cut blocks run on that. decomposition: of the blocks, by statistics that do not include these inputs.
+    """
+    ours = block_modules(sites, loaded)
+    cut_blocks = {name: copied(modules) for name, modules in ours.items()}
+    sums = {site.name: _Sums() for site in sites}
 
-        squares = {site.name: torch.zeros(2, len(LEVELS), dtype=torch.float64) for site in sites}
-        output = {site.name: torch.zeros((), dtype=torch.float64) for site in sites}
+    def cut(qk: float, vo: float) -> None:
+        for site in sites:
+            kept = kept_at(site, decomposition.spectra[site.name], qk, vo)
+            set_block(site, cut_blocks[site.name], decomposition.cut(kept, "dense"))
+
+    ticks_left = PASSES
+    loaded.requires_grad_(False)
+    generator = torch.Generator().manual_seed(0)
+    remaining = list(inputs)
+    while remaining:
+        cut(DEPTH, DEPTH)
+        calls: dict[str, list[Call]] = {site.name: [] for site in sites}
+        held = 0
+        while remaining and held <= most_bytes:
+            seen = _run_and_harm(loaded, sites, ours, cut_blocks, remaining.pop(0), sums, generator)
+            held += _nbytes(seen)
+            for name, each in seen.items():
+                calls[name] += each
         for at, level in enumerate(LEVELS):
             for side, depths in enumerate(((level, 0.0), (0.0, level))):
                 cut(*depths)
-                with ExitStack() as hooks, torch.inference_mode():
-                    sums = block_squares(sites, loaded, pruned, hooks)
-                    for given in inputs:
-                        output_of(loaded, given)
-                for name, (off, whole) in sums.items():
-                    squares[name][side, at] = off
-                    output[name].fill_(whole)
-                tick(0, 1)
-        cut(DEPTH, DEPTH)
-        harm = _harm(loaded, pruned, sites, inputs)
-        tick(0, 1)
+                for name, each in calls.items():
+                    sums[name].tried[side, at] += _squares(cut_blocks[name], each)
+                if not remaining:
+                    tick(0, 1)
+                    ticks_left -= 1
+        for name, each in calls.items():
+            sums[name].output += sum(float(call.output.double().square().sum()) for call in each)
+    tick(0, ticks_left)
     return {
-        name: replace(known, output=output[name], tried=squares[name], harm=harm[name]) for name, known in found.items()
+        name: replace(
+            known,
+            output=torch.tensor(sums[name].output, dtype=torch.float64),
+            tried=sums[name].tried,
+            harm=sums[name].harm,
+        )
+        for name, known in found.items()
     }
 
 
-def set_block(loaded: Any, site: Site, tensors: Mapping[str, Tensor]) -> None:
-    """Exchange the weights of one block of a loaded model."""
-    _, projections = modules_of(site, loaded)
-    for side, module in projections.items():
+@torch.inference_mode()
+def _squares(modules: BlockModules, calls: Sequence[Call]) -> float:
+    """The sum of squares of the differences that a cut block makes to the outputs of the calls."""
+    total = 0.0
+    for call in calls:
+        total += float((call.output.double() - replay(modules, call).double()).square().sum())
+    return total
+
+
+def _run_and_harm(
+    loaded: Any,
+    sites: Sequence[Site],
+    ours: Mapping[str, BlockModules],
+    cut_blocks: Mapping[str, BlockModules],
+    given: Inputs,
+    sums: Mapping[str, _Sums],
+    generator: torch.Generator,
+) -> dict[str, list[Call]]:
+    """Run the model on one input, add up the harm of each cut block alone, and return the calls of all blocks.
+
+    The harm is what the difference of the block does to the output of the model, to second order: for logits the KL
+    divergence, which is half the variance that the difference gives to the log-likelihood of tokens drawn from the model
+    itself; for hidden states their relative squared error, likewise by random projections.
+    """
+    probes: dict[str, list[Tensor]] = {site.name: [] for site in sites}
+    calls: dict[str, list[Call]] = {site.name: [] for site in sites}
+    with ExitStack() as hooks, torch.enable_grad():
+        for site in sites:
+
+            def probe(_module: nn.Module, _args: Any, output: Tensor, name: str = site.name) -> Tensor:
+                probes[name].append(torch.zeros_like(output, requires_grad=True))
+                return output + probes[name][-1]
+
+            def keep(call: Call, name: str = site.name) -> None:
+                detached: Call = tree_map_only(Tensor, Tensor.detach, call)
+                calls[name].append(detached)
+
+            hooks.callback(ours[site.name].projections["o"].register_forward_hook(probe).remove)
+            on_calls(site, ours[site.name], keep, hooks)
+        kind, output = output_of(loaded, given)
+        with torch.no_grad():
+            moves = {
+                name: [replay(cut_blocks[name], call) - call.output for call in each] for name, each in calls.items()
+            }
+        leaves = [leaf for each in probes.values() for leaf in each]
+        for _ in range(SAMPLES):
+            scalar, scale = _projected(kind, output, generator)
+            gradients = iter(torch.autograd.grad(scalar, leaves, retain_graph=True, allow_unused=True))
+            for name, each in probes.items():
+                found = [next(gradients) for _ in each]
+                moved = sum(
+                    float((g * m).double().sum()) for g, m in zip(found, moves[name], strict=True) if g is not None
+                )
+                sums[name].harm[0] += scale * moved**2 / SAMPLES
+    for name, each in moves.items():
+        sums[name].harm[1] += output.shape[:-1].numel()
+        sums[name].harm[2] += sum(float(m.double().square().sum()) for m in each)
+    return calls
+
+
+def _nbytes(calls: Mapping[str, Sequence[Call]]) -> int:
+    """The bytes that calls hold; a tensor that several blocks share counts once."""
+    tensors = (leaf for leaf in tree_flatten(calls)[0] if isinstance(leaf, Tensor))
+    return sum({leaf.data_ptr(): leaf.nbytes for leaf in tensors}.values())
+
+
+def copied(modules: BlockModules) -> BlockModules:
+    """A copy of a block's modules that can be cut."""
+    names = {id(module): name for name, module in modules.block.named_modules()}
+    block = copy.deepcopy(modules.block)
+    return BlockModules(
+        block, {side: block.get_submodule(names[id(module)]) for side, module in modules.projections.items()}
+    )
+
+
+def set_block(site: Site, modules: BlockModules, tensors: Mapping[str, Tensor]) -> None:
+    """Exchange the weights of one block of a loaded model, by the names in the file."""
+    for side, module in modules.projections.items():
         for name, parameter in module.named_parameters():
             parameter.data.copy_(tensors[f"{site.module(side)}.{name}"])
 
@@ -97,50 +195,6 @@ def kept_at(site: Site, spectra: Spectra, qk: float, vo: float) -> Site:
         return with_ranks(site, site.full, vo_ranks)
     pairs = largest_pairs(spectra.pairs, left(pair_shares(spectra.pairs), qk))
     return with_ranks(site, pair_ranks(pairs), vo_ranks, pairs)
-
-
-def _harm(ours: Any, theirs: Any, sites: Sequence[Site], inputs: Sequence[Inputs]) -> dict[str, Tensor]:
-    """What the difference of each block alone does to the output of the model, to second order: see BlockStatistics.
-
-    For logits the KL divergence, half the variance that the difference gives to the log-likelihood of tokens drawn from
-    the model itself; for hidden states their relative squared error, likewise by random projections.
-    """
-    ours.requires_grad_(False)
-    sums = {site.name: torch.zeros(3, dtype=torch.float64) for site in sites}
-    generator = torch.Generator().manual_seed(0)
-    probes: dict[str, list[Tensor]] = {}
-    moves: dict[str, list[Tensor]] = {}
-    with ExitStack() as hooks, torch.enable_grad():
-        for site in sites:
-
-            def probe(_module: nn.Module, _args: Any, output: Tensor, name: str = site.name) -> Tensor:
-                probes.setdefault(name, []).append(torch.zeros_like(output, requires_grad=True))
-                return output + probes[name][-1]
-
-            def heard(expected: Tensor, other: Tensor, name: str = site.name) -> None:
-                moves.setdefault(name, []).append((other - expected).detach())
-
-            hooks.callback(modules_of(site, ours)[1]["o"].register_forward_hook(probe).remove)
-            compare_block(site, ours, theirs, heard, hooks)
-        for given in inputs:
-            probes.clear()
-            moves.clear()
-            kind, output = output_of(ours, given)
-            tokens = output.shape[:-1].numel()
-            leaves = [leaf for name in probes for leaf in probes[name]]
-            for _ in range(SAMPLES):
-                scalar, scale = _projected(kind, output, generator)
-                gradients = iter(torch.autograd.grad(scalar, leaves, retain_graph=True, allow_unused=True))
-                for name in probes:
-                    grads = [next(gradients) for _ in probes[name]]
-                    moved = sum(
-                        float((g * m).double().sum()) for g, m in zip(grads, moves[name], strict=True) if g is not None
-                    )
-                    sums[name][0] += scale * moved**2 / SAMPLES
-            for name, moved_by in moves.items():
-                sums[name][1] += tokens
-                sums[name][2] += sum(float(m.double().square().sum()) for m in moved_by)
-    return sums
 
 
 def _projected(kind: str, output: Tensor, generator: torch.Generator) -> tuple[Tensor, float]:

@@ -1,10 +1,10 @@
-"""Hooks on the attention blocks of loaded models."""
+"""Hooks on the attention blocks of loaded models: recording their calls, and running other blocks on the same inputs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -15,7 +15,23 @@ from pessa_cli.models.inputs import Inputs
 from pessa_cli.models.load import WEIGHTS_ALONE
 
 
+class BlockModules(NamedTuple):
+    """The innermost module that contains the four projections of an attention block, and the projections by letter."""
+
+    block: nn.Module
+    projections: Mapping[str, nn.Module]
+
+
+class Call(NamedTuple):
+    """One call of an attention block: its arguments, and the output of its output projection."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    output: Tensor
+
+
 def output_of(model: Any, inputs: Inputs) -> tuple[str, Tensor]:
+    """Run a model without a cache; returns "logits" or, for a model without a head, "hidden states", and the tensor."""
     extra = {"use_cache": False} if hasattr(model.config.get_text_config(), "use_cache") else {}
     output = model(**inputs, **extra)
     logits = getattr(output, "logits", None)
@@ -23,62 +39,87 @@ def output_of(model: Any, inputs: Inputs) -> tuple[str, Tensor]:
 
 
 def block_squares(sites: Sequence[Site], ours: Any, theirs: Any, hooks: ExitStack) -> dict[str, list[float]]:
-    """Sums that go on while our model runs: of the squares of what each block of theirs does differently, and of ours.
+    """Accumulate, while the first model runs, how far each block of the second one deviates.
 
-    Whenever our model enters an attention block, theirs runs on the very same inputs; compared is what leaves the
-    output projections.
+    Returns, by block name, two sums over all outputs of the output projection: the squared difference of both models,
+    and the square of the first one's output. Both blocks get the inputs of the first model.
     """
     squares = {site.name: [0.0, 0.0] for site in sites}
+    first, second = block_modules(sites, ours), block_modules(sites, theirs)
     for site in sites:
 
-        def add(expected: Tensor, found: Tensor, sums: list[float] = squares[site.name]) -> None:
-            expected = expected.double()
-            sums[0] += float((expected - found.double()).square().sum())
+        def add(
+            call: Call, sums: list[float] = squares[site.name], other: BlockModules = second[site.name]
+        ) -> None:
+            found, expected = replay(other, call).double(), call.output.double()
+            sums[0] += float((expected - found).square().sum())
             sums[1] += float(expected.square().sum())
 
-        compare_block(site, ours, theirs, add, hooks)
+        on_calls(site, first[site.name], add, hooks)
     return squares
 
 
-def compare_block(
-    site: Site, ours: Any, theirs: Any, heard: Callable[[Tensor, Tensor], None], hooks: ExitStack
-) -> None:
-    """Tell `heard` at every call of a block what leaves its output projection, and what does in the other model."""
-    (block, ours_at), (other_block, theirs_at) = modules_of(site, ours), modules_of(site, theirs)
-    o, other_o = ours_at["o"], theirs_at["o"]
+def on_calls(site: Site, modules: BlockModules, take: Callable[[Call], None], hooks: ExitStack) -> None:
+    """Give `take` every call of a block, when the block is done; `hooks` removes the hooks when it closes.
+
+    Raises PessaError, during the call, when the block does not call its output projection.
+    """
     seen: dict[str, Any] = {}
 
     def entered(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        seen["args"], seen["kwargs"] = args, kwargs
+        seen.update(args=args, kwargs=kwargs)
 
-    def left(_module: nn.Module, _args: Any, output: Tensor) -> None:
-        seen["expected"] = output
+    def projected(_module: nn.Module, _args: Any, output: Tensor) -> None:
+        seen["output"] = output
 
     def finished(*_: Any) -> None:
-        if "expected" not in seen:
-            raise PessaError(f"{site.name} reads the weights of its output projection directly", WEIGHTS_ALONE)
-        found: list[Tensor] = []
-        handle = other_o.register_forward_hook(lambda _m, _a, output: found.append(output))
-        try:
-            other_block(*seen["args"], **seen["kwargs"])
-        finally:
-            handle.remove()
-        heard(seen["expected"], found[-1])
+        if "output" not in seen:
+            raise PessaError(
+                f"{site.name} reads the weights of its output projection without calling it, so hooks see no output",
+                WEIGHTS_ALONE,
+            )
+        call = Call(seen["args"], seen["kwargs"], seen["output"])
+        seen.clear()
+        take(call)
 
-    hooks.callback(block.register_forward_pre_hook(entered, with_kwargs=True).remove)
-    hooks.callback(o.register_forward_hook(left).remove)
-    hooks.callback(block.register_forward_hook(finished).remove)
+    hooks.callback(modules.block.register_forward_pre_hook(entered, with_kwargs=True).remove)
+    hooks.callback(modules.projections["o"].register_forward_hook(projected).remove)
+    hooks.callback(modules.block.register_forward_hook(finished).remove)
 
 
-def modules_of(site: Site, model: Any) -> tuple[nn.Module, dict[str, nn.Module]]:
-    """The module that holds the block's four projections, and those, by their letter."""
+def replay(modules: BlockModules, call: Call) -> Tensor:
+    """The output of a block's output projection when the block gets the arguments of a call of another one."""
+    found: list[Tensor] = []
+    handle = modules.projections["o"].register_forward_hook(lambda _m, _a, output: found.append(output))
+    try:
+        modules.block(*call.args, **call.kwargs)
+    finally:
+        handle.remove()
+    return found[-1]
+
+
+def block_modules(sites: Sequence[Site], model: Any) -> dict[str, BlockModules]:
+    """The modules of the given blocks in a loaded model, by block name.
+
+    Raises PessaError when the model has no modules of these names.
+    """
     modules = dict(model.named_modules())
-    found = module_names(model, {site.module(side) for side in "qkvo"})
-    names = {side: found[site.module(side)] for side in "qkvo" if site.module(side) in found}
-    if len(names) < len("qkvo"):
-        raise PessaError(f"{type(model).__name__} has no module named {site.q}", "compare with --level weights")
+    places = module_names(model, [site.module(side) for site in sites for side in "qkvo"])
+    found = {}
+    for site in sites:
+        names = {side: places[site.module(side)] for side in "qkvo" if site.module(side) in places}
+        if len(names) < len("qkvo"):
+            raise PessaError(f"{type(model).__name__} has no module named {site.q}", "compare with --level weights")
+        found[site.name] = BlockModules(
+            modules[_shared(names["q"], names["o"])], {side: modules[name] for side, name in names.items()}
+        )
+    return found
+
+
+def _shared(name: str, other: str) -> str:
+    """The name of the innermost module that contains two others."""
+    parts, others = name.split("."), other.split(".")
     shared = 0
-    q, o = names["q"].split("."), names["o"].split(".")
-    while q[shared] == o[shared]:
+    while parts[shared] == others[shared]:
         shared += 1
-    return modules[".".join(q[:shared])], {side: modules[name] for side, name in names.items()}
+    return ".".join(parts[:shared])

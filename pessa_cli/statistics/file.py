@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -25,30 +26,61 @@ from pessa_cli.statistics.weighing import independent
 FORMAT = "pessa-statistics-2"
 
 
-class Statistics:
+class Statistics(Protocol):
+    """The calibration statistics of the blocks of one model.
+
+    `data` holds the SHA-256 of each file of calibration data, sorted.
+    """
+
+    @property
+    def data(self) -> Sequence[str]:
+        """The SHA-256 of each file of calibration data, sorted."""
+
+    def of(self, site: Site, digest: Callable[[], str] | None = None) -> BlockStatistics:
+        """The sums of a block.
+
+        `digest` computes the fingerprint of the block's weights; it is called only if there is something to compare it
+        with. Raises PessaError if there are no sums of this block, or if they are of other weights.
+        """
+
+
+def data_sha256(statistics: Statistics) -> str:
+    """The SHA-256 of the calibration data: the same for the same files in any order."""
+    return hashlib.sha256("".join(statistics.data).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class CollectedStatistics:
+    """Statistics that were collected in this run, in memory, by site name; they are of the weights in use."""
+
+    blocks: Mapping[str, BlockStatistics]
+    data: Sequence[str]
+
+    def of(self, site: Site, digest: Callable[[], str] | None = None) -> BlockStatistics:  # noqa: ARG002
+        """The sums of a block; there is nothing to compare its weights with."""
+        return self.blocks[site.name]
+
+
+class SavedStatistics:
     """The statistics in one or more files of one model, added up; a block is read when it is asked for.
 
-    Raises PessaError for files that are no statistics, of other models, or of the same data twice.
+    Raises PessaError for files that hold no statistics, and for files that have calibration data in common.
     """
 
     def __init__(self, *paths: Path) -> None:
         self.paths = paths
         self._about = [_about(path) for path in paths]
-        self.data = sorted(digest for about in self._about for digest in about["data"])
+        self.data: Sequence[str] = sorted(digest for about in self._about for digest in about["data"])
         if len(set(self.data)) < len(self.data):
             named = listed([str(path) for path in paths])
             raise PessaError(f"these have data in common\n{named}", "give each part of the data once")
 
-    @property
-    def sha256(self) -> str:
-        """Of the data: the same for the same files in whatever order."""
-        return hashlib.sha256("".join(self.data).encode()).hexdigest()
-
-    def of(self, site: Site, weights: HeadWeights | None = None) -> BlockStatistics:
-        """The sums of a block. Raises PessaError when there are none, or when they are of other weights."""
+    def of(self, site: Site, digest: Callable[[], str] | None = None) -> BlockStatistics:
+        """The sums of a block. Raises PessaError if there are none, or if they are of other weights."""
         from safetensors import safe_open
 
         total: BlockStatistics | None = None
+        expected = None if digest is None else digest()
         for path, about in zip(self.paths, self._about, strict=True):
             with safe_open(path, framework="pt") as file:
                 there = set(file.keys())
@@ -57,7 +89,7 @@ class Statistics:
                 found = BlockStatistics(*(file.get_tensor(f"{site.name}.{name}") for name in NAMES))
             if not _plausible(found, site):
                 raise PessaError(f"{path} does not fit {site.name}", "collect it anew with --calibrate")
-            if weights is not None and about["weights"].get(site.name) != fingerprint(weights):
+            if expected is not None and about["weights"].get(site.name) != expected:
                 raise PessaError(
                     f"{path} is of other weights than {site.name} has", "collect it anew on this model: --calibrate"
                 )
@@ -65,18 +97,19 @@ class Statistics:
         assert total is not None
         return total
 
-    def warnings(self, sites: Sequence[Site]) -> list[str]:
-        """What is too little to go by: blocks without trials, or with fewer independent frames than dimensions."""
-        few = []
-        for site in sites:
-            found = self.of(site)
-            wide = int((found.mixtures.diagonal() > 0).sum())
-            count = min(int(found.frames), independent(found.mixtures))
-            if count < wide:
-                few.append(f"{site.name}: {count:,} independent frames for {wide:,} dimensions")
-            elif found.trials is None:
-                few.append(f"{site.name}: no trials, since the model did not fit into memory")
-        return few
+
+def shortages(statistics: Statistics, sites: Sequence[Site]) -> list[str]:
+    """A line for each block with too little data: fewer independent frames than dimensions, or no trials."""
+    few = []
+    for site in sites:
+        found = statistics.of(site)
+        wide = int((found.mixtures.diagonal() > 0).sum())
+        count = min(int(found.frames), independent(found.mixtures))
+        if count < wide:
+            few.append(f"{site.name}: {count:,} independent frames for {wide:,} dimensions")
+        elif found.trials is None:
+            few.append(f"{site.name}: no trials, since the model did not fit into memory")
+    return few
 
 
 def save_statistics(
@@ -87,7 +120,13 @@ def save_statistics(
 
     tensors = {f"{s}.{name}": getattr(found, name).contiguous() for s, found in blocks.items() for name in NAMES}
     about = {"format": FORMAT, "weights": json.dumps(dict(weights)), "data": json.dumps(sorted(data))}
-    path.write_bytes(save(tensors, about))
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        partial.write_bytes(save(tensors, about))
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise PessaError(f"cannot write {path}: {error}", "give --statistics a file in a folder that exists") from error
 
 
 def fingerprint(weights: HeadWeights) -> str:

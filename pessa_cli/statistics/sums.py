@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
+import torch
 from torch import Tensor
 
 from pessa_cli.blocks.site import Site
@@ -50,7 +51,7 @@ class BlockStatistics:
     def __add__(self, other: BlockStatistics) -> BlockStatistics:
         return BlockStatistics(*(getattr(self, name) + getattr(other, name) for name in NAMES))
 
-    def to(self, device: str) -> BlockStatistics:
+    def to(self, device: str | torch.device) -> BlockStatistics:
         return BlockStatistics(*(getattr(self, name).to(device) for name in NAMES))
 
 

@@ -21,20 +21,32 @@ UNIFORM = 0.3  # of the keys' weighting: all keys that a query sees alike, besid
 
 
 @dataclass(frozen=True)
-class Weighed:
-    """What the statistics of a block say to its decomposition.
+class Refit:
+    """What the statistics of a block contribute once its decomposition is known: the refit to what is kept.
 
-    qk and vo: see Weighting; pairs: under RoPE what there is instead of qk. center: (G, d), what is taken for the mean
-    of the mixtures before W_O and after the value bias, None where no output bias can give it back. moment:
-    (H d, H d), of the mixtures less their center.
+    center: (G, d), the mean input of W_O that a value bias can subtract and the output bias adds again, before the
+    value bias; None if the block has no such biases. moment: (H d, H d), the second moment of the inputs of W_O less
+    their center. ridge: the regularisation of the refit of W_O. pairs: under RoPE, the weighting by which the kept
+    frequency pairs compensate for the others.
     """
 
-    qk: Weighting
-    vo: Weighting
     center: Tensor | None
     moment: Tensor
     ridge: float
     pairs: PairWeighting | None
+
+
+@dataclass(frozen=True)
+class Weighed:
+    """The statistics of a block in the form that its decomposition takes them.
+
+    qk and vo: the weightings of the two products; that of Q-K is not used if nothing merges there. refit: what is
+    needed after the decomposition.
+    """
+
+    qk: Weighting
+    vo: Weighting
+    refit: Refit
 
 
 def weigh(found: BlockStatistics, site: Site, v_bias: Tensor | None) -> Weighed:
@@ -57,10 +69,12 @@ def weigh(found: BlockStatistics, site: Site, v_bias: Tensor | None) -> Weighed:
     return Weighed(
         qk=Weighting(found.queries / frames, _key_side(found) / (frames * d), SHRINKAGE + few),
         vo=Weighting(own, None, SHRINKAGE + few),
-        center=center if center is None or v_bias is None else center - v_bias.double(),
-        moment=moment,
-        ridge=RIDGE + m * g * few,
-        pairs=PairWeighting(found.pairs / (frames * d), RIDGE + few) if site.by_pairs else None,
+        refit=Refit(
+            center=center if center is None or v_bias is None else center - v_bias.double(),
+            moment=moment,
+            ridge=RIDGE + m * g * few,
+            pairs=PairWeighting(found.pairs / (frames * d), RIDGE + few) if site.by_pairs else None,
+        ),
     )
 
 
@@ -88,11 +102,11 @@ def independent(moment: Tensor) -> int:
     return int((values > 1e-10 * values[-1]).sum())
 
 
-def refit_moment(weighed: Weighed, transform: Tensor, site: Site) -> Tensor:
+def refit_moment(refit: Refit, transform: Tensor, site: Site) -> Tensor:
     """The second moment of what the new directions of V-O carry, (H d, H d), for their `transform`, (G, d, d)."""
     h, d = site.heads, site.head_dim
     each = transform.repeat_interleave(site.group, 0)  # (H, d, d)
-    moment = weighed.moment.reshape(h, d, h * d)
+    moment = refit.moment.reshape(h, d, h * d)
     moment = (each.mT @ moment).reshape(h * d, h, d).transpose(0, 1)  # (H, H d, d)
     return (moment @ each).transpose(0, 1).reshape(h * d, h * d)
 

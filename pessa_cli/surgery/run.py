@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -43,7 +44,7 @@ class Run:
             reason = str(error).splitlines()[0]
             raise UsageError(f"--device {self.device} cannot be used: {reason}", "give cpu, or leave it out") from None
 
-    def jobs_for(self, sites: list[Site]) -> int:
+    def jobs_for(self, sites: Sequence[Site]) -> int:
         largest = max(8 * _count(site) for site in sites)
         return max(1, min(self.jobs or os.cpu_count() or 1, IN_FLIGHT // largest))
 

@@ -1,48 +1,58 @@
-"""Arrays put aside on disk between two passes, so that memory need not hold what a whole model adds up to."""
+"""Tensors kept on disk between two passes, so that memory need not hold what a whole model adds up to."""
 
 from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
+from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
+import torch
+from torch import Tensor
 
 
-class Spool:
-    """Float64 arrays by name, in a file that has no name itself and is gone with the process, however that ends.
+class _Place(NamedTuple):
+    """Where a tensor is in the file: its first byte, and its shape."""
 
-    `put` from one thread at a time; `take` from any number.
+    offset: int
+    shape: tuple[int, ...]
+
+
+class Scratch:
+    """Float64 tensors by block and name, in a file without a name, which is gone with the process however that ends.
+
+    `put` may be called from one thread at a time, `take` from any number.
     """
 
     def __init__(self, folder: Path) -> None:
         self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 -- closed by __exit__
         self._end = 0
-        self._places: dict[str, list[tuple[int, tuple[int, ...]]]] = {}
+        self._places: dict[str, dict[str, _Place]] = {}
 
-    def put(self, name: str, arrays: Sequence[NDArray[np.float64]]) -> None:
-        """Keep the arrays under a name that has none yet."""
-        places = self._places[name] = []
-        for array in arrays:
-            places.append((self._end, array.shape))
-            self._end += self._file.write(np.ascontiguousarray(array).data)
+    def put(self, block: str, tensors: Mapping[str, Tensor]) -> None:
+        """Keep the tensors of a block that has none yet."""
+        places = self._places[block] = {}
+        for name, tensor in tensors.items():
+            array = np.ascontiguousarray(tensor.cpu().numpy())
+            places[name] = _Place(self._end, array.shape)
+            self._end += self._file.write(array.data)
         self._file.flush()
 
-    def take(self, name: str) -> list[NDArray[np.float64]]:
-        """The arrays that were kept under the name."""
-        found = []
-        for offset, shape in self._places[name]:
-            array = np.empty(shape)
-            count = os.preadv(self._file.fileno(), [array.data], offset)
+    def take(self, block: str) -> dict[str, Tensor]:
+        """The tensors of a block. Raises OSError if the file does not hold them any more."""
+        found = {}
+        for name, place in self._places[block].items():
+            array = np.empty(place.shape)
+            count = os.preadv(self._file.fileno(), [array.data], place.offset) if array.size else 0
             if count != array.nbytes:
-                raise OSError(f"read {count:,} of {array.nbytes:,} bytes that were put aside")
-            found.append(array)
+                raise OSError(f"read {count:,} of {array.nbytes:,} bytes of {name} of {block} from a temporary file")
+            found[name] = torch.from_numpy(array)
         return found
 
-    def __enter__(self) -> Spool:
+    def __enter__(self) -> Scratch:
         return self
 
     def __exit__(

@@ -1,0 +1,226 @@
+"""One attention block on its way from weights to factors, as a value that is computed once and passed on.
+
+`decompose_block` finds how the block's projections become factors. `factored` applies that, at full rank, and `cut`
+prepares the factors for the directions that are kept of them; `surgery.block_io.write_site` then drops the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+from pessa_cli.algebra.absorb import Absorbed, Pair, absorb, recompose
+from pessa_cli.algebra.decompose import (
+    Transforms,
+    norm_products,
+    norm_transforms,
+    singular_values,
+    svd_transforms,
+    transformed,
+)
+from pessa_cli.algebra.heads import HeadWeights, joined
+from pessa_cli.algebra.rope import PairWeighting, compensated, contributions
+from pessa_cli.algebra.weighted import refitted, weighted_transforms
+from pessa_cli.blocks.site import Site
+from pessa_cli.ranks.spectra import Spectra, Spectrum
+from pessa_cli.statistics.sums import BlockStatistics
+from pessa_cli.statistics.weighing import Refit, Weighed, kept_directions, refit_moment, weigh
+from pessa_cli.surgery.rewrite import Ranking
+
+
+@dataclass(frozen=True)
+class Order:
+    """One way to order the directions of a head: the values to order by, alone or with the transforms to factors."""
+
+    values: Callable[[Pair], Tensor]
+    transforms: Callable[[Pair], Transforms]
+
+
+_SVD = Order(singular_values, svd_transforms)
+# A calibrated model without statistics, which is pruned again, is decomposed by its weights alone.
+ORDERS: Mapping[Ranking, Order] = {
+    "svd": _SVD,
+    "vanilla": Order(norm_products, norm_transforms),
+    "calibrated": _SVD,
+}
+
+
+@dataclass(frozen=True)
+class BlockTransforms:
+    """How the projections of a block become factors, for all of its key/value heads.
+
+    qk is None if nothing merges between W_Q and W_K. refit: what calibration adds, None without calibration.
+    """
+
+    qk: Transforms | None
+    vo: Transforms
+    refit: Refit | None = None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything as float64 tensors by name, for a file."""
+        sides = {"qk": self.qk, "vo": self.vo}
+        found = {
+            f"{side}.{field.name}": getattr(of, field.name)
+            for side, of in sides.items()
+            if of is not None
+            for field in fields(Transforms)
+        }
+        if self.refit is not None:
+            found |= {"moment": self.refit.moment, "ridge": torch.tensor(self.refit.ridge, dtype=torch.float64)}
+            if self.refit.center is not None:
+                found["center"] = self.refit.center
+            if self.refit.pairs is not None:
+                found["pairs.gram"] = self.refit.pairs.gram
+                found["pairs.shrinkage"] = torch.tensor(self.refit.pairs.shrinkage, dtype=torch.float64)
+        return found
+
+    def to(self, device: torch.device) -> BlockTransforms:
+        """The same on another device."""
+        moved = {name: tensor.to(device) for name, tensor in self.tensors().items()}
+        return BlockTransforms.of(moved)
+
+    @staticmethod
+    def of(tensors: Mapping[str, Tensor]) -> BlockTransforms:
+        """The inverse of `tensors`."""
+        qk, vo = (
+            Transforms(*(tensors[f"{side}.{field.name}"] for field in fields(Transforms)))
+            if f"{side}.left" in tensors
+            else None
+            for side in ("qk", "vo")
+        )
+        assert vo is not None
+        if "moment" not in tensors:
+            return BlockTransforms(qk, vo)
+        pairs = None
+        if "pairs.gram" in tensors:
+            pairs = PairWeighting(tensors["pairs.gram"], float(tensors["pairs.shrinkage"]))
+        refit = Refit(tensors.get("center"), tensors["moment"], float(tensors["ridge"]), pairs)
+        return BlockTransforms(qk, vo, refit)
+
+
+@dataclass(frozen=True)
+class DecomposedBlock:
+    """The spectra of a block, and how it gets the factors that they belong to.
+
+    transforms: None if the file stores these factors already, so that nothing remains to be computed.
+    """
+
+    spectra: Spectra
+    transforms: BlockTransforms | None
+
+
+def spectra_of(weights: HeadWeights, site: Site, ranking: Ranking) -> Spectra:
+    """The spectra of a block by its weights alone, without the transforms: a third of the work of `decompose_block`."""
+    parts = ([ORDERS[ranking].values(pair) for pair in _products(part, site)] for part in weights.parts())
+    return _spectra([torch.cat(side) for side in zip(*parts, strict=True)], pair_contributions(weights, site))
+
+
+def decompose_block(
+    weights: HeadWeights, site: Site, ranking: Ranking, found: BlockStatistics | None = None
+) -> DecomposedBlock:
+    """Decompose the products of a block: by its weights alone, or as the statistics of real inputs weigh them."""
+    weighed = None if found is None else weigh(found.to(weights.v.device), site, weights.v_bias)
+    products = (_products(part, site) for part in weights.parts())
+    if weighed is None:
+        parts: Iterable[list[Transforms]] = ([ORDERS[ranking].transforms(p) for p in pairs] for pairs in products)
+    else:
+        parts = _weighted(products, weighed)
+    sides = [_joined(side) for side in zip(*parts, strict=True)]
+    refit = None if weighed is None else weighed.refit
+    pairs = pair_contributions(weights, site, None if refit is None else refit.pairs)
+    spectra = _spectra([side.spectrum for side in sides], pairs)
+    if found is not None:
+        spectra = replace(spectra, calibrated=True, trials=found.trials)
+    return DecomposedBlock(spectra, BlockTransforms(sides[0] if len(sides) == 2 else None, sides[-1], refit))
+
+
+def pair_contributions(weights: HeadWeights, site: Site, weighting: PairWeighting | None = None) -> Spectrum | None:
+    """The contributions of the frequency pairs under RoPE, (G, d/2); None if Q-K is not pruned by pairs."""
+    return contributions(weights, weighting).cpu().numpy() if site.by_pairs else None
+
+
+def factored(weights: HeadWeights, site: Site, transforms: BlockTransforms) -> HeadWeights:
+    """The block in factored form at full rank: the same function of its inputs, in the dtypes of `weights`."""
+    transforms = transforms.to(weights.v.device)
+    parts, start, o_bias = list[HeadWeights](), 0, weights.o_bias
+    center = None if transforms.refit is None else transforms.refit.center
+    for part in weights.parts():
+        part = replace(part, o_bias=o_bias)  # to which each part adds its value biases
+        heads = slice(start, start := start + len(part.v))
+        known = [_of_heads(side, heads) for side in (transforms.qk, transforms.vo) if side is not None]
+        absorbed = absorb(part, site, _precision(part, known))
+        factors = [transformed(pair, side) for pair, side in zip(_pairs(absorbed), known, strict=True)]
+        mean = None if center is None else (center[heads].unsqueeze(1) @ known[-1].left).squeeze(1)
+        rewritten = recompose(part, absorbed, factors[0] if len(factors) == 2 else None, factors[-1], site, mean)
+        o_bias = rewritten.o_bias
+        parts.append(joined([rewritten], weights))
+    return joined(parts, weights)
+
+
+def cut(weights: HeadWeights, kept: Site, transforms: BlockTransforms) -> HeadWeights:
+    """A block in factored form, fitted to what `kept` keeps of it; without calibration it stays as it is.
+
+    W_O is refitted to the kept directions of V-O, and under RoPE the kept frequency pairs compensate for the others.
+    """
+    if transforms.refit is None:
+        return weights
+    transforms = transforms.to(weights.o.device)
+    refit = transforms.refit
+    assert refit is not None
+    if refit.pairs is not None and kept.pairs is not None:
+        weights = compensated(weights, kept.pairs, refit.pairs)
+    if kept.vo_ranks == kept.full:
+        return weights
+    moment = refit_moment(refit, transforms.vo.left, kept)
+    directions = kept_directions(kept, kept.vo_ranks).to(moment.device)
+    o = refitted(weights.o.double().reshape(kept.output_width, -1), moment, directions, refit.ridge)
+    return replace(weights, o=o.reshape(weights.o.shape).to(weights.o.dtype))
+
+
+def _products(part: HeadWeights, site: Site) -> list[Pair]:
+    return _pairs(absorb(part, site))
+
+
+def _pairs(absorbed: Absorbed) -> list[Pair]:
+    """The products of a block that are decomposed: Q-K, if it can be merged, and V-O."""
+    return [absorbed.vo] if absorbed.qk is None else [absorbed.qk, absorbed.vo]
+
+
+def _weighted(parts: Iterable[list[Pair]], weighed: Weighed) -> Iterator[list[Transforms]]:
+    """The transforms of each part of a block, whose heads follow one another."""
+    start = 0
+    for pairs in parts:
+        heads = slice(start, start := start + len(pairs[-1].left))
+        sides = (weighed.qk, weighed.vo)[-len(pairs) :]
+        yield [weighted_transforms(pair, side.of_heads(heads)) for pair, side in zip(pairs, sides, strict=True)]
+
+
+def _joined(parts: Iterable[Transforms]) -> Transforms:
+    """The transforms of all heads from those of parts of them, on the CPU."""
+    parts = list(parts)
+    return Transforms(*(torch.cat([getattr(p, f.name).cpu() for p in parts]).contiguous() for f in fields(Transforms)))
+
+
+def _of_heads(transforms: Transforms, heads: slice) -> Transforms:
+    return Transforms(*(getattr(transforms, field.name)[heads] for field in fields(Transforms)))
+
+
+def _spectra(sides: list[Tensor], pairs: Spectrum | None) -> Spectra:
+    arrays = [side.cpu().numpy() for side in sides]
+    return Spectra(arrays[0] if len(arrays) == 2 else None, arrays[-1], pairs=pairs)
+
+
+def _precision(weights: HeadWeights, transforms: list[Transforms]) -> torch.dtype:
+    """The dtype to apply transforms in: float32 if its errors stay below an eighth of what the weights' dtype rounds.
+
+    That is half of the work, and 16-bit numbers are exact in it. The transforms themselves are found in float64.
+    """
+    dtypes = {tensor.dtype for tensor in (weights.q, weights.k, weights.v, weights.o)}
+    if not dtypes <= {torch.float16, torch.bfloat16}:
+        return torch.float64
+    finest = min(torch.finfo(dtype).eps for dtype in dtypes)
+    growth = max(float(t.growth.where(t.growth.isfinite(), 0.0).max()) for t in transforms)
+    return torch.float32 if 8 * growth * torch.finfo(torch.float32).eps <= finest else torch.float64

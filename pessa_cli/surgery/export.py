@@ -1,0 +1,111 @@
+"""Rewriting a model that pessa made in the other layout: the same numbers, with zeros for what is cut or without them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from pessa_cli.algebra.heads import HeadWeights
+from pessa_cli.blocks.compact_format import PairRuns, Ranks, last_pair, pair_ranks, parse_pairs
+from pessa_cli.blocks.site import Site, in_full
+from pessa_cli.checkpoint.files import read_json
+from pessa_cli.common.errors import PessaError
+from pessa_cli.common.text import listed
+from pessa_cli.ranks.plan import RankPlan
+from pessa_cli.surgery.block_io import StorageLayout, read_site, write_site
+from pessa_cli.surgery.decomposed_block import ORDERS
+from pessa_cli.surgery.model import MANIFEST_FILE, Model
+from pessa_cli.surgery.rewrite import Ranking, Rewrite
+from pessa_cli.surgery.run import Run
+from pessa_cli.surgery.writing import carry_out, new_output, new_rewrite
+
+
+def export_model(model: Model, out: Path, layout: StorageLayout, run: Run | None = None) -> Rewrite:
+    """Write a model that pessa made in the other layout: the same numbers, padded with zeros or without them.
+
+    The ranks are those of its pessa.json, or those it is stored with. Raises PessaError for a dense model that pessa
+    did not write, since its ranks are not known, and for ranks that would cut off weights that are not zero.
+    """
+    run = run or Run()
+    plan, method, rule = _known_ranks(model)
+    sites = [site for site in model.sites if site.name in plan.vo]
+    rewrite = new_rewrite("export", model, sites, plan, {}, rule, method, layout, run)
+    if run.dry:
+        return rewrite
+
+    def tensors_of(site: Site) -> dict[str, Tensor]:
+        weights, kept = read_site(model.reader, site), plan.kept(site)
+        _check_nothing_lost(model, weights, kept)
+        return write_site(weights, kept, model.reader.header, layout)
+
+    with new_output(model, out, run) as staging:
+        carry_out(rewrite, staging, tensors_of, run)
+    return rewrite
+
+
+def _known_ranks(model: Model) -> tuple[RankPlan, Ranking, str]:
+    """What each block that pessa has rewritten keeps, with the method and the rule."""
+    path = model.reader.folder / MANIFEST_FILE
+    compact = [site for site in model.sites if site != in_full(site)]
+    if not path.exists():
+        if compact:  # saved again by transformers, say
+            return RankPlan.stored(compact), "svd", "as stored"
+        raise PessaError(
+            f"{model.reader.folder} has no {MANIFEST_FILE}: it is not a model that pessa wrote",
+            "prune it first; `pessa prune` without a rule removes only what is zero",
+        )
+    manifest = read_json(path)
+    try:
+        ranks = {name: (_ranks(sides["qk"]), _ranks(sides["vo"])) for name, sides in manifest["ranks"].items()}
+        pairs = {name: parse_pairs(sides["pairs"]) for name, sides in manifest["ranks"].items() if "pairs" in sides}
+        method, rule = manifest["method"], manifest["rule"]
+    except (KeyError, TypeError, ValueError, AttributeError):
+        ranks, pairs, method, rule = {}, {}, "", ""
+    if not ranks or not isinstance(method, str) or method not in ORDERS or not isinstance(rule, str):
+        raise PessaError(f"{path} is damaged", "prune the original again")
+    by_name = {site.name: site for site in model.sites}
+    wrong = [
+        name
+        for name, both in ranks.items()
+        if name not in by_name or not _fit(by_name[name], *both, pairs.get(name, ()))
+    ]
+    if wrong:
+        raise PessaError(f"{path} and the weights disagree about {wrong[0]}", "prune the original again")
+    known = RankPlan(
+        {name: qk for name, (qk, _) in ranks.items()},
+        {name: vo for name, (_, vo) in ranks.items()},
+        {name: each for name, each in pairs.items() if each},
+    )
+    return known, method, rule
+
+
+def _fit(site: Site, qk_ranks: Ranks, vo_ranks: Ranks, pairs: tuple[PairRuns, ...] | None) -> bool:
+    """Whether a file of this block could have such ranks, and such pairs; () stands for all, None for nonsense."""
+    counted = all(
+        len(ranks) == site.kv_heads and all(0 <= rank <= site.head_dim for rank in ranks)
+        for ranks in (qk_ranks, vo_ranks)
+    )
+    if pairs is None or not counted:
+        return False
+    if not pairs:
+        return min(qk_ranks) >= site.unmerged
+    return site.by_pairs and pair_ranks(pairs) == qk_ranks and 2 * last_pair(pairs) < site.head_dim
+
+
+def _ranks(text: str) -> Ranks:
+    return tuple(int(rank) for rank in text.split())
+
+
+def _check_nothing_lost(model: Model, weights: HeadWeights, site: Site) -> None:
+    """What another layout, which stores what `site` does, leaves out must be zero in this one."""
+    reader = model.reader
+    whole = write_site(weights, in_full(site), reader.header, "dense")
+    kept = write_site(weights, site, reader.header, "dense")
+    lost = [name for name, tensor in whole.items() if not torch.equal(tensor, kept[name])]
+    if lost:
+        raise PessaError(
+            f"{reader.folder / MANIFEST_FILE} gives {site.name} ranks that would cut weights off\n{listed(lost)}",
+            "the weights were changed after pruning; prune this folder instead",
+        )

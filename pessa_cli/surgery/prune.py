@@ -1,0 +1,126 @@
+"""The two passes of a prune: decompose every block, then write what a rule keeps of them.
+
+Only the blocks in work are in memory. Ranks are known before the first byte is written, because a safetensors
+header needs every shape; what is not attention is copied byte for byte.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+
+from pessa_cli.blocks.site import Site
+from pessa_cli.common.errors import UsageError
+from pessa_cli.ranks.budget import ranks_for
+from pessa_cli.ranks.plan import RankPlan
+from pessa_cli.ranks.rule import Rule
+from pessa_cli.ranks.spectra import Spectra
+from pessa_cli.statistics.file import Statistics, data_sha256
+from pessa_cli.surgery.block_io import StorageLayout
+from pessa_cli.surgery.block_reader import BlockReader
+from pessa_cli.surgery.decomposition import Decomposition, decomposition_of, measure
+from pessa_cli.surgery.model import Model
+from pessa_cli.surgery.rewrite import Ranking, Rewrite
+from pessa_cli.surgery.run import Run
+from pessa_cli.surgery.writing import carry_out, check_layout, new_output, new_rewrite
+
+
+def decompose_model(
+    model: Model,
+    out: Path,
+    sites: list[Site] | None = None,
+    run: Run | None = None,
+    statistics: Statistics | None = None,
+    *,
+    blocks: BlockReader | None = None,
+    decomposition: Decomposition | None = None,
+) -> Rewrite:
+    """Write the model with every block as balanced factors at full rank, and its spectra: same names and shapes.
+
+    blocks, decomposition: as in `prune_model`.
+    """
+    run, sites = run or Run(), model.sites if sites is None else sites
+    full = {site.name: site.full for site in sites}
+    plan = RankPlan(full, full)
+
+    def planned(spectra: Mapping[str, Spectra]) -> Rewrite:
+        rewrite = new_rewrite("decompose", model, sites, plan, spectra, "full rank", "svd", "dense", run)
+        return rewrite if statistics is None else _calibrated(rewrite, statistics)
+
+    return _two_passes(planned, model, out, sites, "svd", "dense", run, statistics, blocks, decomposition)
+
+
+def prune_model(
+    model: Model,
+    out: Path,
+    rule: Rule,
+    sites: list[Site] | None = None,
+    method: Ranking = "svd",
+    layout: StorageLayout = "compact",
+    run: Run | None = None,
+    statistics: Statistics | None = None,
+    *,
+    blocks: BlockReader | None = None,
+    decomposition: Decomposition | None = None,
+) -> Rewrite:
+    """Write the model with only the directions that the rule keeps, and return what was written.
+
+    With `statistics` directions are ordered and cut by their effect on real inputs, and the output projection is
+    refitted to those that are kept; without, by the weights alone. Blocks that are stored as balanced factors already
+    (from `decompose` or an earlier `prune`) are sliced; the others are decomposed first, with the same bytes as a
+    result. blocks: a reader that may know the weights already. decomposition: that of these blocks with these
+    statistics, if there is one already. Raises UsageError for options that do not fit the model or one another, and
+    PessaError when the output cannot be written, or when weights are not finite.
+    """
+    run, sites = run or Run(), model.sites if sites is None else sites
+    if method == "vanilla" and statistics is not None:
+        raise UsageError("--method vanilla goes by the weights alone", "leave out the data, or the method")
+    if method == "vanilla" and any(site.name in model.spectra for site in sites):
+        raise UsageError(
+            f"{model.reader.folder} is decomposed: its original dimensions are gone",
+            "give --method vanilla the original model",
+        )
+
+    def planned(spectra: Mapping[str, Spectra]) -> Rewrite:
+        ranks = ranks_for(sites, spectra, rule, model.size)
+        known = any(found.calibrated for found in spectra.values())
+        ranking: Ranking = "calibrated" if known else method
+        rewrite = new_rewrite("prune", model, sites, ranks, spectra, str(rule), ranking, layout, run)
+        return rewrite if statistics is None else _calibrated(rewrite, statistics)
+
+    return _two_passes(planned, model, out, sites, method, layout, run, statistics, blocks, decomposition)
+
+
+def _calibrated(rewrite: Rewrite, statistics: Statistics) -> Rewrite:
+    return replace(rewrite, method="calibrated", data=data_sha256(statistics))
+
+
+def _two_passes(
+    planned: Callable[[Mapping[str, Spectra]], Rewrite],
+    model: Model,
+    out: Path,
+    sites: list[Site],
+    ranking: Ranking,
+    layout: StorageLayout,
+    run: Run,
+    statistics: Statistics | None,
+    blocks: BlockReader | None,
+    decomposition: Decomposition | None,
+) -> Rewrite:
+    """Decompose the blocks, plan by their spectra, and write; or only plan, if the run is dry."""
+    check_layout(model, sites, layout)
+    if run.dry:
+        if decomposition is not None:
+            return planned(decomposition.spectra)
+        return planned(measure(model, sites, ranking, run, statistics, blocks=blocks))
+    with ExitStack() as resources:
+        staging = resources.enter_context(new_output(model, out, run))
+        found = decomposition
+        if found is None:
+            found = resources.enter_context(decomposition_of(model, run, blocks, staging.folder))
+            found.decompose(sites, statistics, ranking)
+        cut, rewrite = found.cut, planned(found.spectra)
+        carry_out(rewrite, staging, lambda site: cut(rewrite.ranks.kept(site), rewrite.layout), run)
+    return rewrite
