@@ -111,7 +111,7 @@ def ordered_steps(sites: Sequence[Site], spectra: Mapping[str, Spectra], rule: R
 def _steps(site: Site, side: str, spectra: Spectra, rule: Rule) -> Iterator[PruneStep]:
     """The steps of one side of a block in the order of their prices."""
     worth, unit = _worth(spectra, side)
-    before = site.before if side == "qk" else 0  # kept always, and no part of the spectrum
+    before = site.always_kept if side == "qk" else 0  # kept always, and no part of the spectrum
     stored = [rank - before for rank in (site.qk_ranks if side == "qk" else site.vo_ranks)]
     grid, least = -(-rule.round_to // unit), -(-rule.min_rank // unit)
     chunks = [

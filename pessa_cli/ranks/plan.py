@@ -47,7 +47,7 @@ def plan_ranks(sites: list[Site], spectra: Mapping[str, Spectra], rule: Rule) ->
     qk = {site.name: spectra[site.name].qk for site in sites}
     vo = {site.name: spectra[site.name].vo for site in sites}
     dtypes = {site.name: site.dtype for site in sites}
-    before = {site.name: site.before for site in sites}
+    before = {site.name: site.always_kept for site in sites}
     rotated = [site for site in sites if qk[site.name] is None]
     pairs = _pairs(rotated, spectra, rule)
     return RankPlan(

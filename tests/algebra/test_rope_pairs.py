@@ -390,10 +390,10 @@ def test_ranks_of_rotated_heads_and_pairs_of_others_are_refused(
 ) -> None:
     prune_model(open_model(tiny_folder("llama")), tmp_path / "llama", Rule(rope_ratio=0.5))
     edit_json(lambda c: _replace(c, "rows 8:", " 4"))(tmp_path / "llama")
-    is_refusal(pessa("inspect", tmp_path / "llama"), "rotated ones are kept by pairs")
+    is_refusal(pessa("inspect", tmp_path / "llama"), "heads with RoPE need frequency pairs")
     prune_model(open_model(tiny_folder("bert")), tmp_path / "bert", Rule(rank=4))
     edit_json(lambda c: _replace(c, "pairs 8:", " 0-1"))(tmp_path / "bert")
-    is_refusal(pessa("inspect", tmp_path / "bert"), "only rotated ones have")
+    is_refusal(pessa("inspect", tmp_path / "bert"), "only heads with RoPE have")
 
 
 def _replace(content: dict[str, Any], start: str, head: str) -> None:
