@@ -108,7 +108,7 @@ def find_sites(specs: Iterable[AttentionSpec], config: Mapping[str, Any], header
     named: dict[str, list[str]] = defaultdict(list)
     for site in sites:
         named[site.name].append(site.q)
-    faults += [f"{name} was found more than once: {' and '.join(qs[:8])}" for name, qs in named.items() if len(qs) > 1]
+    faults += [f"{name} was found twice or more: {' and '.join(qs[:8])}" for name, qs in named.items() if len(qs) > 1]
     scopes = {_scope(site.q) for site in sites}
     elsewhere = tuple(end for spec in specs for end in spec.elsewhere)
     for name, info in header.items():

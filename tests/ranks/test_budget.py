@@ -56,9 +56,9 @@ def test_params_and_sizes_count_the_whole_model() -> None:
     spectra = spectra_of(0.5, 0.7)
     for rule in (Rule(target_params=0.8), Rule(target_size=3200)):
         assert left(ranks_for(SITES, spectra, rule, WHOLE), SITES) == EACH * 32 - 13 * EACH  # 200 of 1000 are 12.5
-    with pytest.raises(PessaError, match="488 are left"):
+    with pytest.raises(PessaError, match="488 remain"):
         ranks_for(SITES, spectra, Rule(target_params=0.4), WHOLE)
-    with pytest.raises(PessaError, match="1,952 are left"):
+    with pytest.raises(PessaError, match="1,952 remain"):
         ranks_for(SITES, spectra, Rule(target_size=100), WHOLE)
 
 
@@ -118,7 +118,7 @@ def test_max_error_bounds_every_block() -> None:
         lost = sum(s.error for s in errors if s.rank >= getattr(plan, s.side)[site.name][s.head])
         assert lost <= 0.1**2 * (1 + 1e-9)
     assert left(plan, SITES[:1]) < left(plan, SITES[1:]) < EACH * 16
-    with pytest.raises(UsageError, match="real inputs"):
+    with pytest.raises(UsageError, match="measured on calibration data"):
         ranks_for(SITES, spectra_of(0.5, 0.7), Rule(max_error=0.1), WHOLE)
 
 

@@ -313,7 +313,7 @@ def test_garbage_is_an_error_and_nothing_else(english: Case, tmp_path: Path) -> 
     with pytest.raises(PessaError, match="binary version"):
         read_model(path)
     path.write_bytes(good + b"\0")
-    with pytest.raises(PessaError, match="after its end"):
+    with pytest.raises(PessaError, match="after its last entry"):
         read_model(path)
 
 
@@ -342,7 +342,10 @@ SELF, CROSS = "decoder/layer_1/self_attention/linear_0", "decoder/layer_1/attent
             edit(f"{SELF}/weight", lambda a: a[:-1]),
             rf"\n  {SELF}/weight: shape \(47, 16\), expected \(48, 16\)",
         ),
-        (edit("decoder/num_heads", lambda _: np.array(3, np.int16)), "3 heads for a width of 16"),
+        (
+            edit("decoder/num_heads", lambda _: np.array(3, np.int16)),
+            "3 heads, which do not divide its width of 16 evenly",
+        ),
         (edit("decoder/alibi", lambda _: np.array(1, np.int8)), "decoder/alibi: 1, expected 0"),
         (lambda found: found.pop(f"{SELF}/bias"), f"{SELF}/bias: missing"),
         (lambda found: found.pop("encoder/conv1/weight"), "has no encoder/conv1/weight"),
@@ -364,9 +367,9 @@ def test_other_models_are_refused(
 @pytest.mark.parametrize(
     ("header", "message"),
     [
-        ({"spec": "TransformerSpec"}, "holds a TransformerSpec 3, not a WhisperSpec 3"),
-        ({"revision": 2}, "holds a WhisperSpec 2"),
-        ({"version": 5}, "binary version 5, not 6"),
+        ({"spec": "TransformerSpec"}, "holds a TransformerSpec, revision 3, but pessa reads WhisperSpec, revision 3"),
+        ({"revision": 2}, "holds a WhisperSpec, revision 2"),
+        ({"version": 5}, "binary version 5, but pessa reads 6"),
     ],
 )
 def test_other_formats_are_refused(tmp_path: Path, header: dict[str, int], message: str) -> None:
@@ -379,11 +382,11 @@ def test_other_formats_are_refused(tmp_path: Path, header: dict[str, int], messa
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [
-        ("vocabulary.txt", "a\nb\n", "holds 2 tokens, the embedding has 51,864 rows"),
-        ("vocabulary.txt", "a\n" * 51_864, "not a Whisper's vocabulary: it lacks <|endoftext|>"),
-        ("vocabulary.txt", None, "vocabulary.json is no readable vocabulary"),
+        ("vocabulary.txt", "a\nb\n", "holds 2 tokens, but the embedding has 51,864 rows"),
+        ("vocabulary.txt", "a\n" * 51_864, "not the vocabulary of a Whisper model: it lacks <|endoftext|>"),
+        ("vocabulary.txt", None, "vocabulary.json is not a readable vocabulary"),
         ("tokenizer.json", None, "tokenizer.json does not exist"),
-        ("tokenizer.json", "{}", "no tokenizer with a vocabulary"),
+        ("tokenizer.json", "{}", "not a tokenizer with a vocabulary"),
         ("tokenizer.json", json.dumps(tokenizer(vocabulary(True))), "belongs to another model"),
         ("config.json", None, "config.json does not exist"),
         ("config.json", '{"suppress_ids": [51864]}', "suppress_ids is not a list of token ids below 51864"),

@@ -162,18 +162,18 @@ def test_a_download_that_always_breaks_off_is_an_error(tiny_folder: TinyFolder, 
         result = ask(server, place, "prune", ID, *RULE, "-o", place / "out")
     assert result.code == 1
     error, hint = result.err.strip().splitlines()[-2:]
-    assert error.startswith(f"error: the download of {ID} broke off again and again"), result.err
+    assert error.startswith(f"error: the download of {ID} was interrupted repeatedly"), result.err
     assert hint.startswith("hint: run again")
     assert not (place / "out").exists()
     assert list((place / "tmp").iterdir()) == []
 
 
 REFUSALS: dict[str, tuple[dict[str, Any], str, dict[str, str], tuple[str, ...]]] = {
-    "no such model": ({}, "openai/nothing", {}, ("openai/nothing is neither a folder here nor a model on",)),
-    "no token": ({"token": "hf_secret"}, ID, {}, (f"does not give {ID} to you (401)", "HF_TOKEN")),
-    "wrong token": ({"token": "hf_secret"}, ID, {"HF_TOKEN": "hf_other"}, (f"does not give {ID} to you (401)",)),
-    "gated": ({"gated": True}, ID, {}, (f"{ID} is gated", "ask for access on")),
-    "offline": ({}, "tiny.en", {"HF_HUB_OFFLINE": "1"}, (f"{ID} is not, or not whole, in the cache", "HF_HUB_OFFLINE")),
+    "no such model": ({}, "openai/nothing", {}, ("openai/nothing is neither a local folder nor a model on",)),
+    "no token": ({"token": "hf_secret"}, ID, {}, (f"denied access to {ID} (status 401)", "HF_TOKEN")),
+    "wrong token": ({"token": "hf_secret"}, ID, {"HF_TOKEN": "hf_other"}, (f"denied access to {ID} (status 401)",)),
+    "gated": ({"gated": True}, ID, {}, (f"{ID} is gated", "request access on")),
+    "offline": ({}, "tiny.en", {"HF_HUB_OFFLINE": "1"}, (f"does not hold all files of {ID}", "HF_HUB_OFFLINE")),
     "out of reach": ({}, "tiny.en", {"HF_ENDPOINT": "http://127.0.0.1:9"}, ("cannot reach http://127.0.0.1:9", ID)),
 }
 
@@ -205,9 +205,9 @@ def test_every_name_of_openai_whisper_is_known() -> None:
 
 
 def test_names_that_are_no_hub_names(pessa: Pessa, tiny_folder: TinyFolder, place: Path) -> None:
-    is_refusal(pessa("inspect", "whisper-large"), "whisper-large is two models", "large-v3", code=2)
+    is_refusal(pessa("inspect", "whisper-large"), "whisper-large can mean two models", "large-v3", code=2)
     is_refusal(pessa("inspect", "nonsense"), "nonsense does not exist", "owner/name")
-    is_refusal(pessa("inspect", tiny_folder("bert"), "--revision", "x"), "--revision is for models from a hub", code=2)
+    is_refusal(pessa("inspect", tiny_folder("bert"), "--revision", "x"), "--revision is for models on the hub", code=2)
     assert source_name(place / "models--openai--whisper-tiny.en" / "snapshots" / "0123") == ID
     assert source_name(place / "mine") == "mine"
 
@@ -306,10 +306,10 @@ BAD_PICKLES: dict[str, tuple[object, tuple[str, ...]]] = {
     "sparse": ({"a": torch.eye(3).to_sparse()}, ("a: torch.float32, torch.sparse_coo",)),
     "complex": ({"a": torch.ones(2, dtype=torch.complex64)}, ("a: torch.complex64",)),
     "nothing": ({}, ("holds no tensors",)),
-    "endless": ({"a": torch.ones(1).expand(10**13)}, ("a: (10000000000000,) out of 4 bytes",)),
-    "garbage": (b"garbage", ("no readable file of torch.save",)),
-    "empty": (b"", ("no readable file of torch.save",)),
-    "half a zip": (None, ("no readable file of torch.save",)),
+    "endless": ({"a": torch.ones(1).expand(10**13)}, ("a: shape (10000000000000,) but only 4 bytes",)),
+    "garbage": (b"garbage", ("not a readable file of torch.save",)),
+    "empty": (b"", ("not a readable file of torch.save",)),
+    "half a zip": (None, ("not a readable file of torch.save",)),
 }
 
 
@@ -439,13 +439,13 @@ BAD_OPENAI: dict[str, tuple[Change, tuple[str, ...]]] = {
     "a dim missing": (lambda c: c["dims"].pop("n_text_head"), ("n_text_head: None",)),
     "a dim as text": (lambda c: c["dims"].update(n_mels="80"), ("n_mels: '80'",)),
     "no heads": (lambda c: c["dims"].update(n_text_head=0), ("n_text_head: 0",)),
-    "heads that do not divide": (lambda c: c["dims"].update(n_text_head=7), ("3 layers of 7 heads in text",)),
-    "endless layers": (lambda c: c["dims"].update(n_audio_layer=10**12), ("layers of 3 heads in audio",)),
+    "heads that do not divide": (lambda c: c["dims"].update(n_text_head=7), ("3 text layers of 7 heads",)),
+    "endless layers": (lambda c: c["dims"].update(n_audio_layer=10**12), ("audio layers of 3 heads",)),
     "other layers": (lambda c: c["dims"].update(n_text_layer=2), ("decoder.blocks.2.attn.key.weight: not part",)),
     "other width": (lambda c: c["dims"].update(n_mels=128), ("encoder.conv1.weight: shape", "(24, 128, 3)")),
     "another vocabulary": (
         lambda c: cut_vocabulary(c, 100),
-        ("has 100 tokens, which is no vocabulary",),
+        ("has 100 tokens, but openai-whisper has no vocabulary of that size",),
     ),
     "a tensor missing": (lambda c: c["model_state_dict"].pop("decoder.ln.bias"), ("decoder.ln.bias: missing",)),
     "a tensor too many": (lambda c: c["model_state_dict"].update(x=torch.ones(1)), ("x: not part of a Whisper",)),
@@ -566,9 +566,9 @@ def test_bad_gguf_files_are_refused(pessa: Pessa, place: Path, monkeypatch: pyte
     content = (place / "m.gguf").read_bytes()
     for size in (4, 30, 2000, len(content) - 1000):
         (place / "m.gguf").write_bytes(content[:size])
-        is_refusal(pessa("inspect", place / "m.gguf"), f"{place / 'm.gguf'} is no readable GGUF file", "download")
+        is_refusal(pessa("inspect", place / "m.gguf"), f"{place / 'm.gguf'} is not a readable GGUF file", "download")
     (place / "m.gguf").write_bytes(content)
     monkeypatch.setitem(sys.modules, "gguf", None)
-    is_refusal(pessa("inspect", place / "m.gguf"), "gguf is not installed", "pip install 'pessa[gguf]'")
+    is_refusal(pessa("inspect", place / "m.gguf"), "needs gguf, which is not installed", "pip install 'pessa[gguf]'")
     (place / "notes.txt").write_text("hello")
     is_refusal(pessa("inspect", place / "notes.txt"), f"{place / 'notes.txt'} is a file, not a folder")
