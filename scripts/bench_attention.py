@@ -30,7 +30,7 @@ from pessa_cli.blocks.compact_format import Ragged, Ranks
 from pessa_cli.ranks.rule import Rule
 from pessa_cli.runtime.bucketed_attention import HeadRun
 from pessa_cli.runtime.compact_linear import RaggedIn, RaggedOut
-from pessa_cli.runtime.patched_attention import narrow
+from pessa_cli.runtime.patched_attention import patch_attention
 from pessa_cli.surgery.model import open_model
 from pessa_cli.surgery.passes import prune_model
 
@@ -75,7 +75,7 @@ class Block(nn.Module):
             ("out_proj", RaggedIn, "columns", ranks[1]),
         ):
             setattr(self.attention, name, kind(getattr(self.attention, name), Ragged(side, HEAD_DIM, of)))
-        narrow(self)
+        patch_attention(self)
 
 
 def alternating(

@@ -93,16 +93,13 @@ def _dimensions(path: Path, checkpoint: Mapping[Any, Any]) -> dict[str, int]:
         )
     wrong = [f"{name}: {dims.get(name)!r}" for name in DIMENSIONS if type(dims.get(name)) is not int or dims[name] < 1]
     if not wrong and dims["n_audio_state"] != dims["n_text_state"]:
-        wrong = [
-            f"n_audio_state {dims['n_audio_state']} and n_text_state {dims['n_text_state']}: "
-            "encoder and decoder differ in width"
-        ]
+        wrong = ["n_audio_state and n_text_state: encoder and decoder differ in width"]
     for kind in () if wrong else ("audio", "text"):
         # Compare the number of layers with the number of tensors before creating lists of that length.
         if dims[f"n_{kind}_layer"] > len(state) or dims[f"n_{kind}_state"] % dims[f"n_{kind}_head"]:
             wrong.append(
-                f"{dims[f'n_{kind}_layer']} {kind} layers of {dims[f'n_{kind}_head']} heads, "
-                f"with a width of {dims[f'n_{kind}_state']} and {len(state)} tensors"
+                f"{dims[f'n_{kind}_layer']} {kind} layers of {dims[f'n_{kind}_head']} heads: more layers than the "
+                f"{len(state)} tensors, or heads that do not divide n_{kind}_state evenly"
             )
     if wrong:
         raise PessaError(f"{path} has invalid dims for a Whisper model\n{listed(wrong)}", NOT_WHISPER)

@@ -24,7 +24,7 @@ from pessa_cli.ranks.rule import Rule
 from pessa_cli.runtime.bucketed_attention import DECODING, ENCODING
 from pessa_cli.runtime.buckets import Cost, plan
 from pessa_cli.runtime.compact_linear import RaggedIn, RaggedOut, Slots
-from pessa_cli.runtime.patched_attention import NarrowBertSelfAttention, NarrowWhisperAttention, narrow
+from pessa_cli.runtime.patched_attention import NarrowBertSelfAttention, NarrowWhisperAttention, patch_attention
 from pessa_cli.surgery.model import open_model
 from pessa_cli.surgery.passes import prune_model
 
@@ -78,7 +78,7 @@ def block(ranks: tuple[Ranks, Ranks], decoder: bool) -> WhisperAttention:
     with torch.no_grad():
         for parameter in holder.parameters():
             parameter.normal_(0, 0.4)
-    narrow(holder)
+    patch_attention(holder)
     assert isinstance(attention, NarrowWhisperAttention)
     return attention.eval()
 
@@ -263,9 +263,9 @@ def test_an_adapter_sends_a_block_back_to_full_slots(folders: dict[str, Path]) -
     x = torch.randn(1, 9, 32)
     with torch.no_grad():
         expected = module(x)[0]
-        assert module.bucketed(x)
+        assert module.uses_buckets(x)
         module.v_proj = nn.Sequential(module.v_proj)  # as peft would wrap it
-        assert not module.bucketed(x)
+        assert not module.uses_buckets(x)
         assert error(expected, module(x)[0]) < 1e-5
 
 

@@ -168,7 +168,7 @@ def test_a_config_that_no_longer_fits_is_refused(pruned: Callable[[str, str], Pa
     name = next(iter(modules))
     modules[name] = modules[name].replace("rows 8:", "rows 16:")
     (tmp_path / "out" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(pessa_error(), match="ranks are for"):
+    with pytest.raises(pessa_error(), match=r"ranks in config\.json are for"):
         load(tmp_path / "out")
 
 
