@@ -194,7 +194,8 @@ class CheckpointReader:
 
     def _check_index(self, weight_map: Mapping[str, str]) -> None:
         wrong = [
-            f"{_printable(name)}: the index says {weight_map.get(name)}, the shards say {place.file if place else None}"
+            f"{_printable(name)}: in the index {weight_map.get(name, 'missing')}, "
+            f"in the shards {place.file if place else 'missing'}"
             for name in sorted(weight_map.keys() | self._places.keys())
             for place in [self._places.get(name)]
             if place is None or weight_map.get(name) != place.file

@@ -77,7 +77,9 @@ class ShardWriter:
 
         info = self._plan[name]
         if tuple(tensor.shape) != info.shape or tensor.dtype != getattr(torch, TORCH_DTYPES[info.dtype]):
-            raise PessaError(f"{name} was put as {tensor.dtype} {tuple(tensor.shape)}, but {info} was planned")
+            raise PessaError(
+                f"{name} was put as {tensor.dtype} {tuple(tensor.shape)}, but {info.dtype} {info.shape} was planned"
+            )
         flat = tensor.detach().cpu().contiguous().reshape(-1)
         self.write(name, [flat.view(torch.uint8).numpy().data] if flat.numel() else [])
 
