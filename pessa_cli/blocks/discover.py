@@ -37,7 +37,9 @@ def specs_of(config: Mapping[str, Any], header: Header, architecture: str | None
     """
     model_type = architecture or config.get("model_type")
     if isinstance(model_type, str) and model_type in TOWERS:
-        return tuple(spec for tower in TOWERS[model_type] for spec in tower.specs(tower.rows or _inner(tower, config)))
+        return tuple(
+            spec for tower in TOWERS[model_type] for spec in tower.specs(tower.rows or _submodel_rows(tower, config))
+        )
     if isinstance(model_type, str) and model_type in ARCHITECTURES:
         return tuple(
             spec
@@ -54,7 +56,7 @@ def specs_of(config: Mapping[str, Any], header: Header, architecture: str | None
     raise PessaError(what, known)
 
 
-def _inner(tower: Tower, config: Mapping[str, Any]) -> tuple[AttentionSpec, ...]:
+def _submodel_rows(tower: Tower, config: Mapping[str, Any]) -> tuple[AttentionSpec, ...]:
     """Return the rows for the `model_type` in the submodel's config. Raises PessaError if it is not supported."""
     inner = config.get(tower.config)
     model_type = inner.get("model_type") if isinstance(inner, Mapping) else None
@@ -80,7 +82,7 @@ def find_sites(specs: Iterable[AttentionSpec], config: Mapping[str, Any], header
     ragged_names = ModuleNames(ragged)
     most = max(ALWAYS_FINE, MOST_GROWTH * sum(info.count for info in header.values()))
     found = [(spec, layer, modules) for spec in specs for layer, modules in _layers(spec, header)]
-    beside = _beside({_scope(modules["q"]) for _, _, modules in found}, header)
+    beside = _tensors_within({_parent(modules["q"]) for _, _, modules in found}, header)
     for spec in specs:
         refused = [key for key in spec.refused if _value(config, spec, (key,))]
         if refused:
@@ -88,18 +90,20 @@ def find_sites(specs: Iterable[AttentionSpec], config: Mapping[str, Any], header
                 f"config.json sets {refused[0]}, an operation between W_V and W_O that prevents merging them",
                 "pessa cannot prune this model",
             )
-        gaps = [] if spec.sparse else _gaps(spec, header)
+        gaps = [] if spec.sparse else _layers_without(spec, header)
         faults += [f"{module}: this layer has no {spec.kind} attention" for module in gaps]
     for spec, layer, modules in found:
         owned |= {f"{modules[side]}.{part}" for side in "qkvo" for part in ("weight", "bias")}
-        rests = beside[_scope(modules["q"])]
-        owned |= {f"{_scope(modules['q'])}.{rest}" for rest in rests if _fits(rest, (*spec.beside, *spec.norms))}
+        rests = beside[_parent(modules["q"])]
+        owned |= {
+            f"{_parent(modules['q'])}.{rest}" for rest in rests if _matches_any(rest, (*spec.beside, *spec.norms))
+        }
         missing = [f"{modules[side]}.weight: missing" for side in "qkvo" if f"{modules[side]}.weight" not in header]
         faults += dict.fromkeys(missing)
         if missing:
             continue
         entries = {side: ragged.get(ragged_names.find(module) or "") for side, module in modules.items()}
-        there = [norm.partition(".")[0] for norm in spec.norms if any(_fits(rest, (norm,)) for rest in rests)]
+        there = [norm.partition(".")[0] for norm in spec.norms if any(_matches_any(rest, (norm,)) for rest in rests)]
         between = there[0] if there else "norms" * spec.normed
         try:
             sites.append(_site(spec, layer, modules, config, header, entries, most, between))
@@ -109,7 +113,7 @@ def find_sites(specs: Iterable[AttentionSpec], config: Mapping[str, Any], header
     for site in sites:
         named[site.name].append(site.q)
     faults += [f"{name} was found twice or more: {' and '.join(qs[:8])}" for name, qs in named.items() if len(qs) > 1]
-    scopes = {_scope(site.q) for site in sites}
+    scopes = {_parent(site.q) for site in sites}
     elsewhere = tuple(end for spec in specs for end in spec.elsewhere)
     for name, info in header.items():
         within = any(name[: dot.start()] in scopes for dot in re.finditer(r"\.", name))
@@ -129,12 +133,12 @@ def find_sites(specs: Iterable[AttentionSpec], config: Mapping[str, Any], header
     return sites
 
 
-def _scope(module: str) -> str:
+def _parent(module: str) -> str:
     """Return the name of the parent module."""
     return module.rpartition(".")[0]
 
 
-def _beside(scopes: set[str], header: Header) -> dict[str, list[str]]:
+def _tensors_within(scopes: set[str], header: Header) -> dict[str, list[str]]:
     """Map each of these modules to the names, relative to it, of all tensors within it."""
     rests: dict[str, list[str]] = defaultdict(list)
     for name in header:
@@ -144,33 +148,33 @@ def _beside(scopes: set[str], header: Header) -> dict[str, list[str]]:
     return rests
 
 
-def _fits(name: str, patterns: tuple[str, ...]) -> bool:
+def _matches_any(name: str, patterns: tuple[str, ...]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def _layers(spec: AttentionSpec, header: Header) -> Iterator[tuple[int, dict[str, str]]]:
     """Yield the layers that have any of the row's projections, each with the module names of all four projections."""
-    for prefix, layer in _found(spec, header):
+    for prefix, layer in _locations(spec, header):
         names = {"q": spec.q, "k": spec.k, "v": spec.v, "o": spec.o}
         yield layer, {side: prefix + name.replace("{i}", str(layer)) for side, name in names.items()}
 
 
-def _found(spec: AttentionSpec, header: Header) -> list[tuple[str, int]]:
+def _locations(spec: AttentionSpec, header: Header) -> list[tuple[str, int]]:
     """Return (prefix, layer) wherever the header has any of the row's projections."""
     patterns = (spec.q, spec.k, spec.v, spec.o)
-    return sorted({place for pattern in patterns for place in _places(spec, f"{pattern}.weight", header)})
+    return sorted({place for pattern in patterns for place in _matches(spec, f"{pattern}.weight", header)})
 
 
-def _gaps(spec: AttentionSpec, header: Header) -> list[str]:
+def _layers_without(spec: AttentionSpec, header: Header) -> list[str]:
     """Return the layer modules that have none of the row's projections, though other layers with that prefix do."""
-    found = _found(spec, header)
+    found = _locations(spec, header)
     prefixes = {prefix for prefix, _ in found}
     stem = spec.q.partition("{i}")[0]
-    there = {place for place in _places(spec, f"{stem}{{i}}.", header) if place[0] in prefixes}
+    there = {place for place in _matches(spec, f"{stem}{{i}}.", header) if place[0] in prefixes}
     return [f"{prefix}{stem}{layer}" for prefix, layer in sorted(there.difference(found))]
 
 
-def _places(spec: AttentionSpec, pattern: str, header: Header) -> Iterator[tuple[str, int]]:
+def _matches(spec: AttentionSpec, pattern: str, header: Header) -> Iterator[tuple[str, int]]:
     """Yield (prefix, layer) for each tensor name that matches the pattern; after a final dot anything may follow."""
     before, after = (re.escape(part) for part in pattern.split("{i}"))
     regex = re.compile(rf"((?:.*\.)?){before}(0|[1-9][0-9]{{0,4}}){after}{'.*' if pattern.endswith('.') else ''}")
@@ -218,7 +222,7 @@ def _default(config: Mapping[str, Any], key: str) -> Any:
     return getattr(CONFIG_MAPPING[model_type](), key, None) if known else None
 
 
-def _turned(config: Mapping[str, Any], spec: AttentionSpec, layer: int, head_dim: int) -> int:
+def _rotated_directions(config: Mapping[str, Any], spec: AttentionSpec, layer: int, head_dim: int) -> int:
     """Return how many leading directions of each head RoPE rotates in this layer: an even number, or all of them.
 
     Raises PessaError if config.json has no valid fraction or number of rotated directions.
@@ -288,7 +292,7 @@ def _site(
             return (head_dim,) * kv_heads
         return tuple(rank for rank, (letter, _) in zip(entry.ranks, orders[side], strict=False) if letter == side)
 
-    unmerged = head_dim if between else _turned(config, spec, layer, head_dim)
+    unmerged = head_dim if between else _rotated_directions(config, spec, layer, head_dim)
     site = Site(
         spec=spec,
         layer=layer,
@@ -317,9 +321,9 @@ def _site(
         )
     if site.query_width != site.output_width or ("self" in spec.kind and site.query_width != site.key_width):
         widths = f"W_Q {site.query_width}, W_K {site.key_width}, W_O {site.output_width}"
-        raise PessaError(f"{_scope(modules['q'])}: the widths of its inputs and output differ: {widths}")
+        raise PessaError(f"{_parent(modules['q'])}: the widths of its inputs and output differ: {widths}")
     if min(site.query_width, site.key_width) < 1:
-        raise PessaError(f"{_scope(modules['q'])}: its inputs have width zero")
+        raise PessaError(f"{_parent(modules['q'])}: its inputs have width zero")
     if site.by_pairs and head_dim % 2:
         raise PessaError(f"{site.q}: RoPE rotates pairs, but heads have an odd number of directions, {head_dim}")
     if site.qk_ranks != site.full and (site.pairs is not None) != site.by_pairs:
@@ -336,7 +340,7 @@ def _site(
         )
     size = count(site.shapes(site.full, site.full))
     if size > most:
-        raise PessaError(f"{_scope(modules['q'])}: at full size it would have {size:,} entries, more than {most:,}")
+        raise PessaError(f"{_parent(modules['q'])}: at full size it would have {size:,} entries, more than {most:,}")
     for name, shape in site.tensors.items():
         if header[name].shape != shape:
             raise PessaError(

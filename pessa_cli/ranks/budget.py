@@ -62,7 +62,7 @@ def ranks_for(sites: list[Site], spectra: Mapping[str, Spectra], rule: Rule, who
         return plan_ranks(sites, spectra, rule)
     steps = ordered_steps(sites, spectra, rule)
     if rule.max_error is not None:
-        return _plan(sites, spectra, _within(steps, spectra, rule.max_error))
+        return _plan(sites, spectra, _within_error(steps, spectra, rule.max_error))
     attention = sum(count(site.tensors) for site in sites)
     hint = "give {share:.2f} or more, or choose more --sites"
     if rule.target_attention is not None:
@@ -177,7 +177,7 @@ def _errors(worth: Spectrum, masses: NDArray[np.float64], trials: Trials | None,
     return np.maximum.accumulate(np.where(masses > 0, inside, 0.0))
 
 
-def _within(steps: Sequence[PruneStep], spectra: Mapping[str, Spectra], most: float) -> list[PruneStep]:
+def _within_error(steps: Sequence[PruneStep], spectra: Mapping[str, Spectra], most: float) -> list[PruneStep]:
     """Return the cheapest steps that keep the relative error of every block's output at or below `most`.
 
     Raises UsageError if a block has no trials.

@@ -54,21 +54,21 @@ def plan_ranks(sites: list[Site], spectra: Mapping[str, Spectra], rule: Rule) ->
     dtypes = {site.name: site.dtype for site in sites}
     always_kept = {site.name: site.always_kept for site in sites}
     rotated = [site for site in sites if qk[site.name] is None]
-    pairs = _pairs(rotated, spectra, rule)
+    pairs = _kept_pairs(rotated, spectra, rule)
     return RankPlan(
         qk={
             name: tuple(always_kept[name] + rank for rank in ranks)
-            for name, ranks in _side(
+            for name, ranks in _side_ranks(
                 {name: spectrum for name, spectrum in qk.items() if spectrum is not None}, dtypes, rule, "Q-K"
             ).items()
         }
         | {site.name: pair_ranks(pairs[site.name]) if site.name in pairs else site.full for site in rotated},
-        vo=_side(vo, dtypes, rule, "V-O"),
+        vo=_side_ranks(vo, dtypes, rule, "V-O"),
         pairs=pairs,
     )
 
 
-def _pairs(sites: list[Site], spectra: Mapping[str, Spectra], rule: Rule) -> dict[str, tuple[PairRuns, ...]]:
+def _kept_pairs(sites: list[Site], spectra: Mapping[str, Spectra], rule: Rule) -> dict[str, tuple[PairRuns, ...]]:
     """Return the frequency pairs that the rule keeps, for sites that do not keep all of them.
 
     Pairs that the file does not store are never kept. Raises UsageError if --rope-ratio finds no frequency pairs.
@@ -98,14 +98,14 @@ def _rounded(kept: NDArray[np.int64], rule: Rule, width: int) -> NDArray[np.int6
     return (-(-kept // step) * step).clip(least, width)
 
 
-def _side(spectra: Mapping[str, Spectrum], dtypes: Mapping[str, str], rule: Rule, what: str) -> dict[str, Ranks]:
+def _side_ranks(spectra: Mapping[str, Spectrum], dtypes: Mapping[str, str], rule: Rule, what: str) -> dict[str, Ranks]:
     """Return the ranks of one side, `what` is "Q-K" or "V-O", of all sites. Raises PessaError if all are zero."""
     if not spectra:
         return {}
     if rule.ratio is not None:
         counts = smallest_dropped(spectra, rule.ratio)
     else:
-        counts = {name: _keep(spectrum, rule, what, dtypes[name]) for name, spectrum in spectra.items()}
+        counts = {name: _kept_directions(spectrum, rule, what, dtypes[name]) for name, spectrum in spectra.items()}
     plan: dict[str, Ranks] = {}
     for name, kept in counts.items():
         plan[name] = tuple(int(r) for r in _rounded(kept, rule, spectra[name].shape[1]))
@@ -118,7 +118,7 @@ def _side(spectra: Mapping[str, Spectrum], dtypes: Mapping[str, str], rule: Rule
     return plan
 
 
-def _keep(spectrum: Spectrum, rule: Rule, what: str, dtype: str) -> NDArray[np.int64]:
+def _kept_directions(spectrum: Spectrum, rule: Rule, what: str, dtype: str) -> NDArray[np.int64]:
     """Return how many leading directions each head keeps, (G,), under a rule that looks at one head at a time.
 
     `--energy` and lossless compare the norm of the dropped tail with that of the whole spectrum.

@@ -164,9 +164,9 @@ class BlockLayout:
 def lay_out(qk_ranks: Ranks, vo_ranks: Ranks, head_dim: int, cost: Cost) -> BlockLayout:
     """Return the layout of a block for its cheapest bucket plan, with its indices on the CPU."""
     found = plan(qk_ranks, vo_ranks, head_dim, cost)
-    q = _side(found.buckets, [bucket.width for bucket in found.buckets], qk_ranks)
-    k = _side(found.buckets, [bucket.qk for bucket in found.buckets], qk_ranks)
-    v = _side(found.buckets, [bucket.vo for bucket in found.buckets], vo_ranks)
+    q = _row_layout(found.buckets, [bucket.width for bucket in found.buckets], qk_ranks)
+    k = _row_layout(found.buckets, [bucket.qk for bucket in found.buckets], qk_ranks)
+    v = _row_layout(found.buckets, [bucket.vo for bucket in found.buckets], vo_ranks)
     spread = torch.full((len(vo_ranks) * head_dim,), sum(vo_ranks), device="cpu")
     spread[live(vo_ranks, head_dim)] = torch.arange(sum(vo_ranks), device="cpu")
     return BlockLayout(
@@ -174,13 +174,13 @@ def lay_out(qk_ranks: Ranks, vo_ranks: Ranks, head_dim: int, cost: Cost) -> Bloc
         q,
         k,
         v,
-        live=_live(found.buckets, [bucket.width for bucket in found.buckets], vo_ranks),
-        stored=_live(found.buckets, [bucket.vo for bucket in found.buckets], vo_ranks),
+        live=_kept_slots(found.buckets, [bucket.width for bucket in found.buckets], vo_ranks),
+        stored=_kept_slots(found.buckets, [bucket.vo for bucket in found.buckets], vo_ranks),
         spread=Slots.of(spread, sum(vo_ranks)),
     )
 
 
-def _live(buckets: Sequence[Bucket], widths: Sequence[int], ranks: Ranks) -> Slots:
+def _kept_slots(buckets: Sequence[Bucket], widths: Sequence[int], ranks: Ranks) -> Slots:
     """Return the indices of the kept directions, head by head, among results that are concatenated bucket by bucket."""
     starts: dict[int, int] = {}
     total = 0
@@ -192,7 +192,7 @@ def _live(buckets: Sequence[Bucket], widths: Sequence[int], ranks: Ranks) -> Slo
     return Slots.of(torch.tensor(order, dtype=torch.long, device="cpu"), total)
 
 
-def _side(buckets: Sequence[Bucket], steps: Sequence[int], ranks: Ranks) -> RowLayout:
+def _row_layout(buckets: Sequence[Bucket], steps: Sequence[int], ranks: Ranks) -> RowLayout:
     """Place the buckets of q, k or v in a row; buckets whose views read least beyond their heads come last.
 
     This order keeps the padding at the end of the row small.
@@ -206,13 +206,13 @@ def _side(buckets: Sequence[Bucket], steps: Sequence[int], ranks: Ranks) -> RowL
     # A row has at least one slot, because a cache treats empty keys as if there were none.
     row = max([1, start, *(run.start + (run.heads - 1) * run.step + run.width for run in ordered)])
     slots = torch.full((row,), sum(ranks), device="cpu")
-    for head, first in _starts(buckets, ordered).items():
+    for head, first in _first_slots(buckets, ordered).items():
         column = sum(ranks[:head])
         slots[first : first + ranks[head]] = torch.arange(column, column + ranks[head], device="cpu")
     return RowLayout(ordered, Slots.of(slots, sum(ranks)))
 
 
-def _starts(buckets: Sequence[Bucket], runs: Sequence[HeadRun]) -> dict[int, int]:
+def _first_slots(buckets: Sequence[Bucket], runs: Sequence[HeadRun]) -> dict[int, int]:
     """Return the first slot of each head in a row."""
     return {
         head: run.start + i * run.step
