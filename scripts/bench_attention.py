@@ -1,12 +1,12 @@
-"""What bucketed attention gains: modules of Whisper-large-v3's size, Whisper tiny.en as a whole, and the cache.
+"""Measure bucketed attention: modules of the size of Whisper-large-v3, a whole Whisper model, and the cache.
 
-Every figure is a ratio to the original's time: medians over runs that alternate with the original's, in one process.
-Random weights, uneven ranks over the heads, Q-K and V-O shuffled apart. Decoding steps go through several blocks in
-turn, each with its own weights and 1500 cached frames, as in a model, so that they come from memory and not from the
-processor's cache.
+Every figure is a ratio to the original's time, the median over runs that alternate with the original in one process.
+The weights are random, and the ranks differ between heads and between Q-K and V-O. As in a model, decoding steps use
+several blocks in turn, each with its own weights and 1500 cached frames, so that these are read from memory and not
+from the processor's cache.
 
     python scripts/bench_attention.py [--device cpu --dtype float32 --threads 2 --rounds 9] [--model whisper-tiny.en]
-    python scripts/bench_attention.py --calibrate    # the constants in pessa_cli/attention.py for this device
+    python scripts/bench_attention.py --calibrate    # the constants of runtime/bucketed_attention.py for this device
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from pessa_cli.blocks.compact_format import Ragged, Ranks
 from pessa_cli.ranks.rule import Rule
 from pessa_cli.runtime.bucketed_attention import HeadRun
 from pessa_cli.runtime.compact_linear import RaggedIn, RaggedOut
-from pessa_cli.runtime.patched_attention import narrow
+from pessa_cli.runtime.patched_attention import patch_attention
 from pessa_cli.surgery.model import open_model
 from pessa_cli.surgery.passes import prune_model
 
@@ -40,7 +40,7 @@ Ratios = dict[str, float]
 
 
 def uneven(mean: int, seed: int) -> Ranks:
-    """Ranks around a mean, from its eighth part on, in random order."""
+    """Return ranks with the given mean, from an eighth of it upwards, in random order."""
     reach = 0.875 * min(mean, HEAD_DIM - mean)
     ranks = [round(mean + reach * (2 * i / (HEADS - 1) - 1)) for i in range(HEADS)]
     order = torch.randperm(HEADS, generator=torch.Generator().manual_seed(seed))
@@ -60,7 +60,7 @@ RANKS: dict[str, tuple[Ranks, Ranks]] = {
 
 
 class Block(nn.Module):
-    """One attention block of Whisper, original or with random weights of these ranks."""
+    """One Whisper attention block with random weights, original or with these ranks."""
 
     def __init__(self, ranks: tuple[Ranks, Ranks] | None, decoder: bool) -> None:
         super().__init__()
@@ -75,13 +75,13 @@ class Block(nn.Module):
             ("out_proj", RaggedIn, "columns", ranks[1]),
         ):
             setattr(self.attention, name, kind(getattr(self.attention, name), Ragged(side, HEAD_DIM, of)))
-        narrow(self)
+        patch_attention(self)
 
 
 def alternating(
     runs: dict[str, Callable[[], object]], args: argparse.Namespace, times_as_many: int = 1
 ) -> dict[str, float]:
-    """The median time of each, in seconds, run in turns."""
+    """Run the functions in turns, and return the median time of each in seconds."""
     clock = time.process_time if args.cpu_time else time.perf_counter
     times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(times_as_many * args.rounds + 1):
@@ -91,13 +91,13 @@ def alternating(
             if args.device == "cuda":
                 torch.cuda.synchronize()
             times[name].append(clock() - start)
-    return {name: statistics.median(taken[1:]) for name, taken in times.items()}  # the first round warms up
+    return {name: statistics.median(taken[1:]) for name, taken in times.items()}  # the first round is a warm-up
 
 
 def ratios(
     original: Callable[[], object], ours: Callable[[], object], args: argparse.Namespace, times_as_many: int = 1
 ) -> Ratios:
-    """Of our time in each backend to the original's."""
+    """Return the ratio of the compact model's time to the original's, for each backend."""
 
     def within(backend: Any) -> Callable[[], object]:
         def run() -> object:
@@ -113,7 +113,7 @@ def ratios(
 
 
 def encoding(ranks: tuple[Ranks, Ranks], args: argparse.Namespace) -> Ratios:
-    """An encoder's attention over 1500 frames."""
+    """Measure an encoder's attention over 1500 frames."""
     to = {"device": args.device, "dtype": getattr(torch, args.dtype)}
     original, ours = (Block(r, decoder=False).eval().to(**to) for r in (None, ranks))
     x = torch.randn(args.batch, FRAMES, WIDTH, **to)
@@ -121,7 +121,7 @@ def encoding(ranks: tuple[Ranks, Ranks], args: argparse.Namespace) -> Ratios:
 
 
 def decoding(ranks: tuple[Ranks, Ranks], args: argparse.Namespace) -> tuple[Ratios, float]:
-    """One step of a decoder's cross-attention against 1500 cached frames, and the cache's bytes to the original's."""
+    """Measure one step of a decoder's cross-attention to 1500 cached frames, and the ratio of the caches' bytes."""
     to = {"device": args.device, "dtype": getattr(torch, args.dtype)}
     original, ours = ([Block(r, decoder=True).eval().to(**to) for _ in range(args.blocks)] for r in (None, ranks))
     frames = torch.randn(args.batch, FRAMES, WIDTH, **to)
@@ -146,13 +146,13 @@ def new_cache() -> Any:
 
 
 def cached_bytes(cache: Any) -> int:
-    """Of the keys and values of a decoder's own attention and of that across."""
+    """Return the bytes of the cached keys and values of self-attention and cross-attention."""
     parts = [layer for half in (cache.self_attention_cache, cache.cross_attention_cache) for layer in half.layers]
     return sum(side.numel() * side.element_size() for layer in parts for side in (layer.keys, layer.values))
 
 
 def whole_model(folder: Path, args: argparse.Namespace) -> tuple[dict[str, Ratios], float]:
-    """A Whisper pruned to half of its attention: its encoder, 32 decoding steps, and the bytes in its cache."""
+    """Measure a Whisper pruned to half of its attention: its encoder, 32 decoding steps, and the bytes of its cache."""
     to = {"device": args.device, "dtype": getattr(torch, args.dtype)}
     kind = transformers.WhisperForConditionalGeneration
     with tempfile.TemporaryDirectory() as scratch:
@@ -163,7 +163,7 @@ def whole_model(folder: Path, args: argparse.Namespace) -> tuple[dict[str, Ratio
     caches: dict[tuple[str, bool], Any] = {}
 
     def decode(model: Any) -> object:
-        """The same steps for both: greedy texts of two models may differ in length."""
+        """Decode a fixed number of steps, since the greedy texts of two models may differ in length."""
         states = encoded[model]
         cache = new_cache()
         for token in range(32):
@@ -183,7 +183,7 @@ def whole_model(folder: Path, args: argparse.Namespace) -> tuple[dict[str, Ratio
 
 
 def calibrate(args: argparse.Namespace) -> None:
-    """Least squares, relative, of call + heads * (head + width * w + stored * 2 s) over a grid of calls."""
+    """Fit call + heads * (head + width * w + stored * 2 s) to a grid of calls, by relative least squares."""
     to = {"device": args.device, "dtype": getattr(torch, args.dtype)}
     kernel = ALL_ATTENTION_FUNCTIONS["sdpa"]
     module: Any = nn.Module().eval()
@@ -222,12 +222,10 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument(
-        "--blocks", type=int, default=8, help="cross-attention blocks that a decoding step goes through"
-    )
-    parser.add_argument("--ranks", nargs="*", default=list(RANKS), help="rows of the table, all by default")
-    parser.add_argument("--model", type=Path, help="a Whisper folder: it is pruned to half of its attention")
-    parser.add_argument("--cpu-time", action="store_true", help="CPU seconds, for busy machines; with one thread")
+    parser.add_argument("--blocks", type=int, default=8, help="number of cross-attention blocks in a decoding step")
+    parser.add_argument("--ranks", nargs="*", default=list(RANKS), help="rows of the table (default: all)")
+    parser.add_argument("--model", type=Path, help="a Whisper folder, which is pruned to half of its attention")
+    parser.add_argument("--cpu-time", action="store_true", help="measure CPU time with one thread, for busy machines")
     parser.add_argument("--calibrate", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

@@ -1,8 +1,8 @@
-"""One Whisper-large-v3-sized attention block, decomposed by pessa and by the dense-product route.
+"""Compare the decomposition of one attention block of the size of Whisper-large-v3 by pessa and by the dense product.
 
-The dense route is that of the research code: the D x D product of every head, then a full SVD of it. Both run on
-the same float32 weights, in the same process, on one thread; CPU time is what counts, so that a busy machine does
-not. The error is that of the full-rank factors against the product of the float32 weights in float64.
+The dense route is that of the research code: the D x D product of every head, then its full SVD. Both run on the same
+float32 weights, in one process and on one thread. CPU time is measured, so that other load on the machine has little
+effect. The error is that of the full-rank factors against the product of the float32 weights in float64.
 
     python scripts/bench_decompose.py [--width 1280 --heads 20 --head-dim 64 --rounds 5]
 """
@@ -25,13 +25,13 @@ T = TypeVar("T")
 
 
 def ours(pairs: list[Pair]) -> list[tuple[Tensor, Tensor]]:
-    """Thin QR and a d x d SVD in float64, balanced factors back in float32."""
+    """Decompose as pessa does: thin QR and a d x d SVD in float64; returns balanced factors in float32."""
     found = [decompose(Pair(pair.left.double(), pair.right.double())) for pair in pairs]
     return [(factors.left.float(), factors.right.float()) for factors in found]
 
 
 def dense(pairs: list[Pair]) -> list[tuple[Tensor, Tensor]]:
-    """The D x D product in the weights' dtype, then a full SVD of it, head by head, cut and balanced."""
+    """Decompose head by head with the full SVD of the D x D product in the weights' dtype, truncated and balanced."""
     found = []
     for pair in pairs:
         width = pair.left.shape[-1]
@@ -45,7 +45,7 @@ def dense(pairs: list[Pair]) -> list[tuple[Tensor, Tensor]]:
 
 
 def error(pairs: list[Pair], factors: list[tuple[Tensor, Tensor]]) -> float:
-    """The largest relative Frobenius error of a head's product."""
+    """Return the largest relative Frobenius error of a head's product."""
     worst = 0.0
     for pair, (left, right) in zip(pairs, factors, strict=True):
         for head in range(left.shape[0]):
@@ -56,7 +56,7 @@ def error(pairs: list[Pair], factors: list[tuple[Tensor, Tensor]]) -> float:
 
 
 def timed(route: Callable[[], T]) -> tuple[float, T]:
-    """CPU seconds of all threads of the process, and the result."""
+    """Return the CPU seconds of all threads of the process, and the function's result."""
     start = time.process_time()
     result = route()
     return time.process_time() - start, result
@@ -67,14 +67,14 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=1280, help="D, the model's width")
     parser.add_argument("--heads", type=int, default=20)
     parser.add_argument("--head-dim", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=5, help="repetitions of our route, of which the median counts")
+    parser.add_argument("--rounds", type=int, default=5, help="repetitions of pessa's route; the median is reported")
     args = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
     shape = (args.heads, args.width, args.head_dim)
     scale = args.width**-0.5
     pairs = [Pair(torch.randn(shape) * scale, torch.randn(shape) * scale) for _ in ("Q-K", "V-O")]
-    ours(pairs)  # the first call loads the linear algebra library
+    ours(pairs)  # the first call is not timed, because it loads the linear algebra library
     runs = [timed(lambda: ours(pairs)) for _ in range(args.rounds)]
     our_time, our_error = statistics.median(seconds for seconds, _ in runs), error(pairs, runs[-1][1])
     dense_time, found = timed(lambda: dense(pairs))

@@ -1,9 +1,9 @@
-"""What PESSA's start costs against PiSSA's exact SVD: decoder layers of LLaMA shapes with random weights, one thread.
+"""Compare the cost of initialising PESSA adapters with PiSSA's exact SVD, on LLaMA layers with random weights.
 
-Adapters go on q, k and v, PESSA with all of R, the others with the rank that gives as many trained parameters. Each
-method runs in a process of its own, once on a tiny model to load what it needs, then on a new model in each round. It
-is CPU time that counts, so that a busy machine does not. What PEFT itself takes is in all figures; LoRA, which
-decomposes nothing, tells how much that is, and the last columns are without it.
+Adapters are on q, k and v: PESSA with full d x d matrices, the others with the rank that gives the same number of
+trained parameters. Each method runs in a separate process on one thread, once on a tiny model as a warm-up, then on a
+new model in each round. CPU time is measured, so that other load on the machine has little effect. All figures include
+the time of PEFT itself, which LoRA shows because it decomposes nothing; the last columns subtract it.
 
     python scripts/bench_init.py [--shapes smollm2-135m llama-2-7b] [--layers 1 --rounds 15 --seconds 60]
     python scripts/bench_init.py --hidden 4096 --heads 32 --kv-heads 8
@@ -25,7 +25,7 @@ METHODS = ("lora", "pessa", "pissa")
 
 
 class Shape(NamedTuple):
-    """The attention of a LLaMA model."""
+    """The attention sizes of a LLaMA model."""
 
     hidden: int
     heads: int
@@ -37,7 +37,7 @@ class Shape(NamedTuple):
 
     @property
     def rank(self) -> int:
-        """Of LoRA and PiSSA, for as many parameters as PESSA's d x d matrices have, as near as it gets."""
+        """The rank at which LoRA and PiSSA have nearly as many parameters as PESSA's d x d matrices."""
         trained = (self.heads + 2 * self.kv_heads) * self.head_dim**2
         a_rank = 3 * self.hidden + (self.heads + 2 * self.kv_heads) * self.head_dim
         return max(1, round(trained / a_rank))
@@ -52,7 +52,7 @@ SHAPES = {
 
 
 def build(shape: Shape, layers: int) -> Any:
-    """A model of that attention, with weights of N(0, 0.02); the rest of it is small, since nothing is done with it."""
+    """Build a model with these attention sizes and weights from N(0, 0.02); its other parts are small and not used."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -68,7 +68,7 @@ def build(shape: Shape, layers: int) -> Any:
 
 
 def one(method: str, shape: Shape, layers: int, rounds: int, seconds: float) -> dict[str, Any]:
-    """The CPU times of a method in this process: `rounds` of them, or the fewer that `seconds` are enough for."""
+    """Return the CPU times of a method in this process, from at most `rounds` rounds begun within `seconds`."""
     import torch
 
     from pessa_cli.tuning.registry import attach, build_config
@@ -97,7 +97,7 @@ def one(method: str, shape: Shape, layers: int, rounds: int, seconds: float) -> 
 
 
 def measure(method: str, shape: Shape, args: argparse.Namespace) -> tuple[float, int]:
-    """The median of a method's CPU times, and how many parameters it trains, from a process of its own."""
+    """Return the median CPU time of a method and its number of trained parameters, measured in a separate process."""
     command = [sys.executable, __file__, "--one", method, *map(str, shape), "--layers", str(args.layers)]
     command += ["--rounds", str(args.rounds), "--seconds", str(args.seconds)]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -123,12 +123,14 @@ def row(name: str, shape: Shape, args: argparse.Namespace) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
-    parser.add_argument("--hidden", type=int, help="D of another shape, instead of those")
+    parser.add_argument("--hidden", type=int, help="the width D of another shape, in place of --shapes")
     parser.add_argument("--heads", type=int, default=32, help="query heads of the other shape")
     parser.add_argument("--kv-heads", type=int, default=32, help="key and value heads of the other shape")
     parser.add_argument("--layers", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=15, help="of each method, of which the median counts")
-    parser.add_argument("--seconds", type=float, default=60, help="begin no further round of a method after so long")
+    parser.add_argument("--rounds", type=int, default=15, help="rounds of each method; the median is reported")
+    parser.add_argument(
+        "--seconds", type=float, default=60, help="begin no further round of a method after this many seconds"
+    )
     parser.add_argument("--one", nargs=4, metavar=("METHOD", "HIDDEN", "HEADS", "KV_HEADS"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:

@@ -1,9 +1,8 @@
-"""A pruned Whisper or BERT against its original in onnxruntime: encoders, and a decoding step with a cache.
+"""Compare a pruned Whisper or BERT with its original in onnxruntime: encoders, and a decoding step with a cache.
 
-The original is exported twice: as it is (`stock`: transformers' own attention through torch's exporter, what anyone
-would get), and by pessa, whose graphs are faster for unpruned models too. All run in turn in one process on the same
-inputs; the numbers are medians, and medians of the ratios within a round. CPU time is that of all threads, for a
-machine that others use, too.
+The original is exported twice: with torch's exporter and transformers' attention (`stock`), and by pessa, whose graphs
+are faster for unpruned models too. All graphs run in turns in one process on the same inputs. The figures are medians
+of times, and medians of the ratios within a round. CPU time is that of all threads, for machines with other load.
 
     python scripts/bench_onnx.py models/minilm out/
     python scripts/bench_onnx.py models/whisper-tiny.en out/ [--threads 2 --rounds 41 --past 32]
@@ -29,7 +28,7 @@ ENCODER, STEP, TEXT = "encoder_model.onnx", "decoder_with_past_model.onnx", "mod
 
 
 class StockEncoder(nn.Module):
-    """transformers' own encoder."""
+    """The encoder with transformers' own attention."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -40,7 +39,7 @@ class StockEncoder(nn.Module):
 
 
 class StockStep(nn.Module):
-    """transformers' own decoder with its own caches."""
+    """The decoder with transformers' own attention and caches."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -56,7 +55,7 @@ class StockStep(nn.Module):
 
 
 class StockText(nn.Module):
-    """transformers' own BERT."""
+    """BERT with transformers' own attention."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -67,7 +66,7 @@ class StockText(nn.Module):
 
 
 def export_stock_text(folder: Path, out: Path) -> None:
-    """As `export_stock`, of a BERT."""
+    """Export the original BERT with torch's exporter, as `export_stock` does for Whisper."""
     names, tokens = ["input_ids", "attention_mask", "token_type_ids"], torch.ones(2, 9, dtype=torch.long)
     axes = {0: Dim("batch_size"), 1: Dim("sequence_length")}
     module = StockText(AutoModel.from_pretrained(folder, dtype=torch.float32)).eval()
@@ -80,7 +79,7 @@ def export_stock_text(folder: Path, out: Path) -> None:
 
 
 def export_stock(folder: Path, out: Path) -> None:
-    """The original as torch's exporter makes it, with the same names and dynamic axes as ours."""
+    """Export the original with torch's exporter, with the same names and dynamic axes as pessa's export."""
     model = WhisperForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
     config = model.config
     heads, head_dim = config.decoder_attention_heads, config.d_model // config.decoder_attention_heads
@@ -117,12 +116,12 @@ def session(path: Path, threads: int) -> Any:
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = threads, 3
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # waiting is not work
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # spinning threads would count as CPU time
     return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 
 def inputs_of(running: Any, past: int, frames: int) -> dict[str, Any]:
-    """Noise in the shapes that a graph asks for: batch 1, one new token."""
+    """Return random inputs in the shapes that a graph expects, with batch size 1 and one new token."""
     sizes = {"past_decoder_sequence_length": past, "past_tokens": past, "encoder_sequence_length": frames}
     sizes |= {"frames": frames, "sequence_length": frames}
     arrays = {}
@@ -133,7 +132,7 @@ def inputs_of(running: Any, past: int, frames: int) -> dict[str, Any]:
 
 
 def compare(file: str, folders: dict[str, Path], args: argparse.Namespace, frames: int) -> None:
-    """Print one table row a folder."""
+    """Print one row of the table per folder."""
     sessions = {name: session(folder / file, args.threads) for name, folder in folders.items()}
     inputs = {name: inputs_of(running, args.past, frames) for name, running in sessions.items()}
     wall: dict[str, list[float]] = {name: [] for name in sessions}

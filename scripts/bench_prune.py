@@ -1,8 +1,8 @@
-"""Whole `pessa` processes against copying: time, CPU time and peak memory on one machine in one go.
+"""Compare whole `pessa` processes with copying the folder: time, CPU time and peak memory.
 
-Each round copies the folder (`cp -r`, then `sync -f`), decomposes it, prunes it, and prunes what was decomposed, one
+Each round copies the folder (`cp -r`, then `sync -f`), decomposes it, prunes it, and prunes the decomposed folder, one
 after the other; each figure is the median over the rounds. Outputs are removed after each run, and the disk is
-synced before it. The folder lies in the page cache wherever memory allows.
+synced before it. The folder is in the page cache if memory allows.
 
     python scripts/make_synthetic.py whisper-large-v3 synthetic/whisper-large-v3
     python scripts/bench_prune.py synthetic/whisper-large-v3 [--rounds 3] [--jobs 1 2] [--threads 2]
@@ -26,7 +26,7 @@ from typing import NamedTuple
 
 
 class Cost(NamedTuple):
-    """What a process and its children took: seconds, seconds of all cores, and bytes at the peak of the largest."""
+    """The cost of a process and its children: elapsed seconds, CPU seconds, and the largest peak memory in bytes."""
 
     wall: float
     cpu: float
@@ -34,7 +34,7 @@ class Cost(NamedTuple):
 
 
 def run(command: Sequence[str], threads: int | None) -> Cost:
-    """Run a command to its end. Raises SystemExit with its messages when it fails."""
+    """Run a command to its end. Raises SystemExit with the command's messages if it fails."""
     environment = dict(os.environ) | ({} if threads is None else {"OMP_NUM_THREADS": str(threads)})
     os.sync()
     with tempfile.TemporaryFile() as log:
@@ -56,7 +56,7 @@ def folder_size(folder: Path) -> int:
 def measure(
     folder: Path, place: Path, rounds: int, jobs: list[int], threads: int | None, rule: list[str]
 ) -> dict[str, list[Cost]]:
-    """The costs of each step, by its name, in the order of a round; outputs go below `place`."""
+    """Return the costs of each step by name, in the order of a round; outputs are written below `place`."""
     pessa = [sys.executable, "-c", "from pessa_cli.cli.main import main; main()"]
     costs: dict[str, list[Cost]] = {}
     sizes: dict[str, int] = {}
@@ -97,7 +97,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="the checkpoint")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--jobs", type=int, nargs="*", default=[], help="run pessa with each of these --jobs")
-    parser.add_argument("--threads", type=int, help="OMP_NUM_THREADS of the processes (default: as it is)")
+    parser.add_argument("--threads", type=int, help="OMP_NUM_THREADS of the processes (default: unchanged)")
     parser.add_argument("--qk-thr", type=float, default=5e-3)
     parser.add_argument("--vo-thr", type=float, default=5e-3)
     parser.add_argument("--target", type=Path, help="where to write (default: beside the folder)")

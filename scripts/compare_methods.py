@@ -1,4 +1,4 @@
-"""The README's table: Whisper tiny.en pruned by pessa and by the vanilla baseline, the same clip, the same ratio.
+"""Make the README's table of Whisper tiny.en pruned by pessa and by the vanilla baseline, on one clip at equal ratios.
 
 Vanilla ranks the original dimensions of each head by the product of their L2 norms. The reference is the original
 model's own transcript; the word error rate counts words that differ from it, normalised as Whisper's papers do.

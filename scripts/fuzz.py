@@ -1,7 +1,7 @@
-"""Hostile files by the hundred thousand: `python scripts/fuzz.py --cases 100000`.
+"""Test pessa with many hostile files: `python scripts/fuzz.py --cases 100000`.
 
-Prints what came of them for each target, and of each failure its exception and the case, to be run again with
-`hostile.outcome`. The strategies are those of tests/test_hostile.py.
+It prints the outcomes for each target, and for each kind of failure the exception and a case, which `hostile.outcome`
+can run again. The strategies are those of tests/sources/test_hostile.py.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ import torch
 from hypothesis import HealthCheck, Phase, given, seed, settings
 
 SHARES = {"header": 3, "bytes": 2, "index": 2, "config": 3, "manifest": 1, "spectra": 1, "recipe": 1}
-CHUNK = 1000  # cases a process generates before it hands its figures over
+CHUNK = 1000  # cases that a process generates before it returns its results
 
 
 def run_chunk(target: str, cases: int, number: int, first: int) -> tuple[Counter[str], dict[str, str], float]:
-    """So many cases of a target: the outcomes, one reproduction for each kind of failure, the longest time."""
+    """Run cases of a target; returns the outcomes, one case for each kind of failure, and the longest time."""
     torch.set_num_threads(1)
     found: Counter[str] = Counter()
     failures: dict[str, str] = {}
@@ -81,7 +81,7 @@ def main() -> int:
     found: dict[str, Counter[str]] = {name: Counter() for name in shares}
     slowest = dict.fromkeys(shares, 0.0)
     failures: dict[str, str] = {}
-    # Spawned: a fork of a process with torch's threads may hang.
+    # Processes are spawned, because a fork of a process with torch's threads may hang.
     with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
         futures = []
         for name, share in shares.items():

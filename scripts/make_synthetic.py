@@ -1,8 +1,8 @@
-"""Checkpoints of real shapes with chosen spectra, written without holding them in memory.
+"""Write synthetic checkpoints with the shapes of real models and chosen spectra, without holding them in memory.
 
-The products of every head, W_Q W_K^T with its query bias (where nothing stands between the two) and W_V W_O, get
-the singular values of `spectrum`: geometric, and uneven over heads, so that one threshold gives many ranks. What is
-not attention is cheap noise. The same arguments give the same bytes.
+The products of every head, W_Q W_K^T with its query bias (if there is no RoPE between them) and W_V W_O, have the
+singular values of `spectrum`: geometric, and different between heads, so that one threshold gives many ranks. All other
+tensors are pseudo-random. The same arguments give the same bytes.
 
     python scripts/make_synthetic.py whisper-large-v3 FOLDER
     python scripts/make_synthetic.py llama-70b FOLDER --layers 9     # 20 GB
@@ -105,7 +105,7 @@ Shapes = dict[str, tuple[int, ...]]
 
 @dataclass(frozen=True)
 class Recipe:
-    """What the singular values of the heads are, and the seed of everything else."""
+    """The parameters of the heads' singular values, and the seed of all random numbers."""
 
     top: float = 0.1
     decay: float | None = None
@@ -114,10 +114,10 @@ class Recipe:
 
 
 def spectrum(recipe: Recipe, head_dim: int, block: int, head: int) -> Tensor:
-    """The singular values of one head of one product, (head_dim,): from `top` down by a factor a direction.
+    """Return the singular values of one head of one product, (head_dim,): geometric, beginning with `top`.
 
-    The factor of a middle head is `decay`, by default such that its first half lies above top / 20. Those of the
-    others are its powers from 1 - spread to 1 + spread, evenly filled whatever the number of blocks and heads.
+    The ratio of a middle head is `decay`, by default such that the first half of its values is above top / 20. The
+    ratios of all heads are powers of it with exponents that cover 1 - spread to 1 + spread evenly.
     """
     decay = 0.05 ** (2 / head_dim) if recipe.decay is None else recipe.decay
     place = ((block * 64 + head) * 0.6180339887498949) % 1
@@ -186,7 +186,7 @@ MODELS: dict[str, tuple[dict[str, Any], str, Callable[[Mapping[str, Any]], Shape
 
 
 def product(generator: torch.Generator, left: int, right: int, spectra: Tensor) -> tuple[Tensor, Tensor]:
-    """Two factors (left, d) and (right, d), float32, whose product has these singular values, all d columns alike."""
+    """Return float32 factors (left, d) and (right, d) whose product has these singular values, with columns alike."""
     mix = torch.linalg.qr(torch.randn(len(spectra), len(spectra), generator=generator)).Q
     root = spectra.sqrt().float().unsqueeze(1) * mix
 
@@ -200,7 +200,7 @@ def product(generator: torch.Generator, left: int, right: int, spectra: Tensor) 
 
 
 def attention(site: Site, recipe: Recipe, block: int, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The tensors of a block that make up its products; the others are noise."""
+    """Return the tensors of a block that determine its products; the other tensors are noise."""
     generator = torch.Generator().manual_seed((recipe.seed << 20) + block)
     shapes = site.tensors
     found: dict[str, Tensor] = {}
@@ -232,7 +232,7 @@ def attention(site: Site, recipe: Recipe, block: int, dtype: torch.dtype) -> dic
 
 
 class Noise:
-    """Pseudo-random tensors at the speed of a copy: slices of one buffer, at places drawn from the tensor's name."""
+    """Pseudo-random tensors at the speed of a copy: slices of one buffer, at offsets drawn from the tensor's name."""
 
     def __init__(self, dtype: torch.dtype, seed: int) -> None:
         self._seed = seed
@@ -250,7 +250,7 @@ class Noise:
 
 
 def shards(header: Mapping[str, TensorInfo], limit: int) -> dict[str, dict[str, TensorInfo]]:
-    """The tensors in order, over files of at most `limit` bytes each where no tensor alone is larger."""
+    """Distribute the tensors in order over files of at most `limit` bytes, unless a single tensor is larger."""
     parts: list[dict[str, TensorInfo]] = [{}]
     size = 0
     for name, info in header.items():
@@ -269,7 +269,8 @@ def make(
 ) -> int:
     """Write the checkpoint into a new folder and return its size in bytes.
 
-    `layers`: of each stack; `dtype`: F16, BF16 or F32; both as in the real model unless given.
+    `layers` is the number of layers of each stack, and `dtype` is F16, BF16 or F32; the defaults are those of the real
+    model.
     """
     known, usual, shapes_of = MODELS[model]
     config = dict(known)
@@ -314,8 +315,8 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("F16", "BF16", "F32"), help="default: that of the real model")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--top", type=float, default=Recipe.top, help="the largest singular value of every head")
-    parser.add_argument("--decay", type=float, help="from one singular value to the next, in a middle head")
-    parser.add_argument("--spread", type=float, default=Recipe.spread, help="how uneven the heads are, from 0 to 1")
+    parser.add_argument("--decay", type=float, help="the ratio of successive singular values in a middle head")
+    parser.add_argument("--spread", type=float, default=Recipe.spread, help="how much the heads differ, from 0 to 1")
     parser.add_argument("--force", action="store_true", help="replace the folder if it exists")
     args = parser.parse_args()
     if args.force and args.folder.exists():

@@ -1,16 +1,16 @@
-"""Run PEFT's own tests, unedited, with our methods in the place of PEFT's.
+"""Run PEFT's own tests, unedited, with pessa's methods in place of PEFT's.
 
-    python scripts/peft_tests.py            # all that are parametrised with methods
+    python scripts/peft_tests.py            # all tests that are parametrised with methods
     python scripts/peft_tests.py --quick    # one case of each method on a toy model and on a tiny LLaMA
 
 The tests come with PEFT's source distribution, which pip downloads once into the cache ($PESSA_CACHE, by default
 ~/.cache/pessa). They are parametrised with lists of configurations and of models on the hub: this module, as a plugin
-of pytest, replaces the contents of those lists by our configurations and by tiny models made on the spot, before the
-tests are collected, and keeps the tests that name one of our configurations. Packages that the tests import but do not
-need here (diffusers, datasets) are stood in for by empty modules, so nothing but pytest has to be installed.
+of pytest, replaces the contents of those lists by pessa's configurations and by tiny models that it builds, before the
+tests are collected, and keeps only the tests that use one of pessa's configurations. Packages that the tests import but
+do not need here (diffusers, datasets) are replaced by empty modules, so only pytest has to be installed.
 
-A test that fails is either explained, line by line, in EXPLAINED below, or a failure of this run; an explanation that
-explains nothing in a full run is a failure too.
+A test may fail only if EXPLAINED below has an entry for it; every other failure is a failure of this run, and so is an
+entry that matches no failure in a full run.
 """
 
 from __future__ import annotations
@@ -41,30 +41,30 @@ SUITES = ("custom", "decoder", "encoder_decoder", "feature_extraction", "seq_cla
 FILES = {name: f"test_{name}{'' if name == 'seq_classifier' else '_models'}.py" for name in SUITES}
 STAND_INS = {"diffusers": ("StableDiffusionPipeline",), "datasets": ("load_dataset",)}
 
-# What fails, by a regular expression on "file.py::test[parameters]", and why that is right.
+# Expected failures: a regular expression on "file.py::test[parameters]", and why the failure is correct.
 EXPLAINED: tuple[tuple[str, str], ...] = (
     (
         r"custom_models.py::test_load_model_low_cpu_mem_usage\[PiCa shared",
-        "everything up to its last step passes; then it injects into a bare model unless the method's class says that "
-        "it shares state, and whether PiCa does depends on its configuration: it refuses by a clear error",
+        "everything up to its last step passes; the last step injects into a bare model unless the method's class "
+        "declares shared state, and whether PiCa shares state depends on its configuration: it raises a clear error",
     ),
     (
-        # The fifth configuration: with sharing.
+        # The fifth configuration is the one with sharing.
         r"::test_training(_decoders|_encoder_decoders)?_layer_indexing\[PicaConfig-config_kwargs4-",
-        "it wants fewer trained tensors for the first layer than for all, and one M shared by all of them is as many; "
-        "it is skipped for PEFT's own methods that share, by name",
+        "it expects fewer trained tensors for the first layer than for all layers, but a shared M is one tensor in "
+        "both cases; the test skips PEFT's own methods with shared state by their names",
     ),
     (
         r"custom_models.py::test_parameters_after_loading_model\[SORSA",
-        "SGD with a learning rate of 0.5 on inputs up to 90 sends the product of three trained factors to infinity, "
-        "and NaN equals nothing; the test lowers the rate for eight of PEFT's own methods, by name",
+        "SGD with a learning rate of 0.5 on inputs up to 90 makes the product of three trained factors infinite, and "
+        "NaN compares unequal; the test lowers the rate for eight of PEFT's own methods, by their names",
     ),
 )
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """Names of tests by what became of them."""
+    """The names of the tests by their result."""
 
     passed: list[str]
     skipped: list[str]
@@ -72,7 +72,7 @@ class Outcome:
 
     @property
     def explained(self) -> dict[str, str]:
-        """The failures with a reason."""
+        """The failures that EXPLAINED expects, with the reasons."""
         reasons = {name: reason for name in self.failed for pattern, reason in EXPLAINED if re.search(pattern, name)}
         return dict(sorted(reasons.items()))
 
@@ -82,12 +82,12 @@ class Outcome:
 
     @property
     def stale(self) -> list[str]:
-        """Explanations that explain nothing."""
+        """The entries of EXPLAINED that match no failure."""
         return [pattern for pattern, _ in EXPLAINED if not any(re.search(pattern, name) for name in self.failed)]
 
 
 def source(cache: Path) -> Path:
-    """PEFT's tests of the installed version, as a package in the cache; downloaded when they are not there yet."""
+    """Return the folder in the cache with the tests of the installed PEFT version; downloads them if missing."""
     name = f"peft-{metadata.version('peft')}"
     place = cache / name
     if place.is_dir():
@@ -97,17 +97,19 @@ def source(cache: Path) -> Path:
         pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
         request = ["--no-build-isolation", "--no-binary", ":all:", "--dest", work, name.replace("-", "==")]
         if subprocess.run([*pip, *request], check=False).returncode:
-            raise PessaError(f"pip could not download the source of {name}", "is the package index reachable?")
+            raise PessaError(
+                f"pip could not download the source of {name}", "check whether the package index can be reached"
+            )
         with tarfile.open(Path(work) / f"{name}.tar.gz") as archive:
             archive.extractall(work, filter="data")
         (Path(work) / name / "tests" / "__init__.py").touch()
-        with suppress(OSError):  # another run was faster
+        with suppress(OSError):  # a concurrent run was faster
             (Path(work) / name).rename(place)
     return place
 
 
 def run(suites: list[str], quick: bool, jobs: int, more: list[str]) -> Outcome:
-    """The outcome of PEFT's tests with our methods; `more` are further arguments for pytest."""
+    """Run PEFT's tests with pessa's methods and return the outcome; `more` are further arguments for pytest."""
     cache = Path(os.environ.get("PESSA_CACHE") or Path.home() / ".cache" / "pessa").absolute()
     root = source(cache)
     with tempfile.TemporaryDirectory(prefix="pessa-peft-") as work:
@@ -131,7 +133,7 @@ def run(suites: list[str], quick: bool, jobs: int, more: list[str]) -> Outcome:
 
 
 def read(report: Path) -> Outcome:
-    """What pytest's JUnit report says. Raises FileNotFoundError where pytest did not get as far as writing one."""
+    """Read pytest's JUnit report. Raises FileNotFoundError if pytest failed before it wrote one."""
     outcome = Outcome([], [], {})
     for case in ElementTree.parse(report).iter("testcase"):
         file = next((part for part in case.get("classname", "").split(".") if part.startswith("test_")), "")
@@ -147,7 +149,7 @@ def read(report: Path) -> Outcome:
 
 
 def build_models(folder: Path) -> None:
-    """Tiny models of the architectures that the tests are run on, by the names that PEFT's tests know parts of."""
+    """Build tiny models of the tested architectures, with names that contain the parts PEFT's tests look for."""
     import torch
     import transformers
 
@@ -202,7 +204,7 @@ TASKS = {
     "feature_extraction": "FEATURE_EXTRACTION",
     "seq_classifier": "SEQ_CLS",
 }
-# PESSA's own choice of modules needs an architecture that it knows.
+# PESSA's default choice of modules needs an architecture that it knows.
 OTHER_TARGETS = {
     ("decoder", "PESSA"): ["q_proj", "k_proj", "v_proj", "c_attn"],
     ("encoder_decoder", "PESSA"): ["q", "k", "v", "q_proj", "k_proj", "v_proj"],
@@ -210,11 +212,11 @@ OTHER_TARGETS = {
 }
 
 
-# From here on: the plugin of pytest.
+# The pytest plugin.
 
 
 def configurations(quick: bool) -> Iterator[tuple[str, Any, dict[str, Any]]]:
-    """A name, a class and keyword arguments of every method, its variants after it, small enough for PEFT's models."""
+    """Yield a name, class and keyword arguments for every method and its variants, small enough for PEFT's models."""
     from pessa_cli.tuning.tuner_lora_xs import LoraXsConfig
     from pessa_cli.tuning.tuner_pica import PicaConfig
     from pessa_cli.tuning.tuner_sorsa import MiloraConfig, SorsaConfig
@@ -234,7 +236,7 @@ def configurations(quick: bool) -> Iterator[tuple[str, Any, dict[str, Any]]]:
 
 
 def _pessa_config() -> Any:
-    """PESSA's configuration with heads of two: PEFT's toy models have no attention to take the size of a head from."""
+    """Return PESSA's configuration class with heads of size two, since PEFT's toy models have no attention heads."""
     from pessa_cli.tuning.tuner_pessa import PessaTunerConfig
 
     @dataclass
@@ -245,7 +247,7 @@ def _pessa_config() -> Any:
 
 
 def custom_cases(quick: bool) -> Iterator[tuple[str, str, Any, dict[str, Any]]]:
-    """Rows for TEST_CASES: name, toy model, class, keyword arguments."""
+    """Return the rows for TEST_CASES: name, toy model, class, keyword arguments."""
     targets: tuple[tuple[str, dict[str, Any]], ...] = (
         ("MLP", {"target_modules": ["lin0", "lin1"]}),
         ("MLP", {"target_modules": "lin0"}),
@@ -258,12 +260,12 @@ def custom_cases(quick: bool) -> Iterator[tuple[str, str, Any, dict[str, Any]]]:
         few = quick or kind in seen
         seen.add(kind)
         for i, (model, target) in enumerate(targets[:1] if few else targets):
-            heads = {"head_dim": 1} if (name, model) == ("PESSA", "EmbConv1D") else {}  # of which that has one row
+            heads = {"head_dim": 1} if (name, model) == ("PESSA", "EmbConv1D") else {}  # a layer with one row
             yield f"{name} {i} {model}", model, kind, {**target, **options, **heads}
 
 
 def replace_cases(module: ModuleType, suite: str, quick: bool) -> None:
-    """Put our cases into the lists of one of PEFT's test modules, in place: the decorators hold on to the lists."""
+    """Replace the cases in the lists of one of PEFT's test modules, in place, because decorators refer to the lists."""
     lists: Any = module
     if suite == "custom":
         cases = list(custom_cases(quick))
@@ -285,7 +287,7 @@ def replace_cases(module: ModuleType, suite: str, quick: bool) -> None:
     getattr(lists, MODEL_LISTS[suite])[:] = [str(folder / name) for name in MODELS[suite][: 1 if quick else None]]
     lists.ALL_CONFIGS[:] = [
         (kind, {"task_type": TASKS[suite], "target_modules": OTHER_TARGETS.get((suite, name)), **options})
-        # The variants differ in nothing that these tests look at.
+        # These tests do not check anything in which the variants differ.
         for name, kind, options in configurations(quick=True)
     ]
 
@@ -306,7 +308,7 @@ def pytest_configure(config: pytest.Config) -> None:  # noqa: ARG001
 
 
 def pytest_pycollect_makeitem(collector: pytest.Collector, name: str, obj: object) -> None:  # noqa: ARG001
-    """Called first when a module is there and none of its tests has been parametrised."""
+    """Replace the cases when a module has been imported but none of its tests has been parametrised."""
     module = getattr(collector, "module", None)
     suite = next((key for key, file in FILES.items() if module and Path(str(module.__file__)).name == file), None)
     if suite is not None and not hasattr(module, "_pessa_cases"):
@@ -316,7 +318,7 @@ def pytest_pycollect_makeitem(collector: pytest.Collector, name: str, obj: objec
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Keep the tests that have one of our configurations among their parameters."""
+    """Keep the tests that have one of pessa's configurations among their parameters."""
     from pessa_cli.tuning.tuner_base import TunerConfig
 
     def ours(item: pytest.Item) -> bool:
@@ -330,10 +332,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("suites", nargs="*", metavar="SUITE", help=", ".join(SUITES) + "; all by default")
+    parser.add_argument("suites", nargs="*", metavar="SUITE", help=", ".join(SUITES) + " (default: all)")
     parser.add_argument("--quick", action="store_true", help="one case of each method, on the first two suites")
-    parser.add_argument("--jobs", type=int, default=1, help="processes")
-    parser.add_argument("-k", dest="expression", help="only the tests that match, as for pytest")
+    parser.add_argument("--jobs", type=int, default=1, help="number of processes")
+    parser.add_argument("-k", dest="expression", help="run only matching tests, as pytest's -k")
     arguments = parser.parse_args()
     if unknown := sorted(set(arguments.suites) - set(SUITES)):
         parser.error(f"no suite {unknown[0]}: give {', '.join(SUITES)}")
@@ -347,12 +349,12 @@ def main() -> int:
     report(outcome, print)
     whole = not (arguments.suites or arguments.quick or arguments.expression)
     if whole and outcome.stale:
-        print("explained, but nothing like it failed: " + ", ".join(outcome.stale))
+        print("entries of EXPLAINED that match no failure: " + ", ".join(outcome.stale))
     return 1 if outcome.unexplained or not outcome.passed or (whole and outcome.stale) else 0
 
 
 def report(outcome: Outcome, say: Callable[[str], object]) -> None:
-    """The failures with their explanations, then the counts."""
+    """Pass the failures with their explanations, and then the counts, to `say` line by line."""
     for name, reason in outcome.explained.items():
         say(f"explained: {name}: {reason}")
     for name, error in outcome.unexplained.items():

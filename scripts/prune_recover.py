@@ -1,7 +1,7 @@
-"""Pruning, then recovery: Whisper tiny.en's encoder cut by the plain rule, then S trained on development speech.
+"""Measure pruning with recovery: prune Whisper tiny.en's encoder by the plain rule, then train S on development speech.
 
-Every second clip with a text is for development, and the model learns what the original hears in it, in the
-original's own spelling; the others are for the word error rate against their reference texts.
+Every second clip with a text is used for training, with the original model's transcripts as targets; the others are
+used to measure the word error rate against their reference texts.
 
     python scripts/prune_recover.py $PESSA_DATA/speech/clips.jsonl [--ratio 0.35] [--epochs 12]
 """
@@ -32,7 +32,7 @@ from pessa_cli.tuning.train import Job, tune
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("clips", type=Path, help="JSONL of file and text")
+    parser.add_argument("clips", type=Path, help="a JSONL file with the keys file and text")
     parser.add_argument("--ratio", type=float, default=0.35)
     parser.add_argument("--epochs", type=float, default=12)
     parser.add_argument("--learning-rate", type=float, default=1e-3)

@@ -1,22 +1,22 @@
-"""The README's results: real models pruned by four methods at equal shares of their attention, quality and size.
+"""Reproduce the README's results: real models pruned by four methods at equal shares of their attention.
 
     python scripts/reproduce.py $PESSA_DATA -o out/results [--only "tiny.en encoder"] [--threads 2]
 
-- vanilla: the original dimensions, ranked by the product of their L2 norms, as the paper's baseline does it.
-- plain: singular values of the weights alone, Q-K and V-O apart (`--ratio`).
-- calibrated: statistics of real inputs, one budget for all heads, blocks and sides (`--calibrate --target-attention`).
-- in sequence: the same, each block calibrated on what the pruned ones before it produce (`--sequential`).
+- vanilla: the paper's baseline, which ranks the original dimensions by the product of their L2 norms.
+- plain: singular values of the weights alone, separately for Q-K and V-O (`--ratio`).
+- calibrated: statistics of inputs, and one budget for all heads, blocks and sides (`--calibrate --target-attention`).
+- in sequence: the same, with each block calibrated on the outputs of the pruned blocks before it (`--sequential`).
 
-Under RoPE vanilla and plain drop the share of frequency pairs of Q-K by the weights alone (`--rope-ratio`).
+Under RoPE, vanilla and plain drop this share of the frequency pairs of Q-K by the weights alone (`--rope-ratio`).
 
-What a model was calibrated on, it is never scored on. Whisper: the clips are dealt into two halves, and each is
-transcribed by models that were calibrated on the audio of the other one; beside the word error rate stands the mean
-negative log-likelihood of the reference texts, which moves by less when a clip loses a sentence. SmolLM2: calibrated on
-the end of the text, perplexity over windows from its beginning. MiniLM: calibrated on the sentences of every fifth pair
-that no other pair has, Spearman's correlation over the other pairs.
+A model is never scored on its calibration data. Whisper: the clips are divided into two halves, and each half is
+transcribed by models that were calibrated on the audio of the other half; in addition to the word error rate, the mean
+negative log-likelihood of the reference texts is measured, which depends less on single lost sentences. SmolLM2:
+calibrated on the end of the text, perplexity over windows from its beginning. MiniLM: calibrated on those sentences of
+every fifth pair that are in no other pair, Spearman's correlation over the other pairs.
 
-Results are kept in OUT/runs.jsonl as they come and statistics in OUT/statistics: what is there is not made again, so a
-run can be stopped at any time. In the end OUT has table.md and results.png.
+Each result is appended to OUT/runs.jsonl, and statistics are kept in OUT/statistics; existing ones are not made again,
+so a run can be stopped at any time. At the end OUT holds table.md and results.png.
 """
 
 from __future__ import annotations
@@ -66,10 +66,10 @@ Figures = dict[str, Any]
 
 @dataclass(frozen=True)
 class Subject:
-    """A part of the table: a model, the kinds of its blocks that are pruned, and the shares of their attention.
+    """A part of the table: a model, the kinds of blocks that are pruned, and the shares of attention to prune.
 
-    first: those that are run before all others; sequence: those at which calibration in sequence is tried.
-    same: the title of a subject with more blocks, whose statistics have these, too.
+    first: the shares that are run before all others. sequence: the shares at which calibration in sequence is run.
+    same: the title of a subject whose statistics include these blocks.
     """
 
     title: str
@@ -88,7 +88,7 @@ SUBJECTS = (
     Subject("MiniLM", "minilm", first=(0.3,)),
     Subject("SmolLM2", "smollm2-135m", (), (0.1, 0.15, *TENS[1:]), (0.15,)),
 )
-# By how much a model may be worse than the original: points of word error rate, of correlation, a share of perplexity.
+# The allowed loss against the original: points of word error rate, points of correlation, or a share of the perplexity.
 TARGETS = (
     ("tiny.en encoder", 0.35, "calibrated", 0.02),
     ("tiny.en encoder", 0.5, "in sequence", 0.1),
@@ -100,7 +100,7 @@ TARGETS = (
 
 @dataclass(frozen=True)
 class Fold:
-    """Files to calibrate on, and a measure on other data."""
+    """Calibration files, and a quality measure on other data."""
 
     calibration: Sequence[Path]
     measure: Measure
@@ -152,7 +152,10 @@ FOLDS: dict[str, Callable[[Path, Path, Path], list[Fold]]] = {
 
 @torch.inference_mode()
 def surprise(model: Any, speech: WordErrors) -> tuple[float, int]:
-    """Nats that the reference texts take, teacher-forced, and their tokens; in small letters, as most of them are."""
+    """Return the negative log-likelihood of the reference texts in nats, teacher-forced, and their number of tokens.
+
+    The texts are lower-cased, since most of them are in lower case.
+    """
     nats, tokens = 0.0, 0
     tokenizer = speech.processor.tokenizer
     prefix = len(tokenizer("").input_ids) - 1  # what stands before a text, as what ends it does after
@@ -165,7 +168,7 @@ def surprise(model: Any, speech: WordErrors) -> tuple[float, int]:
 
 
 def quality(folders: Sequence[Path], measures: Sequence[Measure]) -> Figures:
-    """That of several models together, each on data of its own."""
+    """Return the quality of several models together, each on its own data."""
     scores, counts, nats, tokens = [], [], 0.0, 0
     for folder, measure in zip(folders, measures, strict=True):
         model = load(open_model(folder))
@@ -185,7 +188,7 @@ def quality(folders: Sequence[Path], measures: Sequence[Measure]) -> Figures:
 def calibrate(
     model: str, kinds: tuple[str, ...], files: Sequence[Path], out: Path, rule: Rule | None, n: int
 ) -> Figures:
-    """Write statistics, and say what they cost; meant for a process of its own."""
+    """Write statistics and return their cost; meant to run in a separate process."""
     torch.set_num_threads(n)
     opened, started = open_model(fetch(model)), time.perf_counter()
     partial = out.with_suffix(".partial")
@@ -195,7 +198,7 @@ def calibrate(
 
 
 class Results:
-    """Runs, each of them made once."""
+    """The results of all runs; each run is made only once."""
 
     def __init__(self, data: Path, out: Path, threads: int) -> None:
         self._data, self._out, self._threads = data, out, threads
@@ -223,7 +226,7 @@ class Results:
         self._add(key | size | found | {"seconds": time.perf_counter() - started})
 
     def _pruned(self, subject: Subject, method: str, share: float, model: Model, fold: int, out: Path) -> Figures:
-        """Write a model, and say how large it is."""
+        """Write a pruned model and return its size."""
         sites, statistics = select(model.sites, subject.kinds), None
         rotates = any(site.spec.rope for site in sites)
         rule = Rule(ratio=share, rope_ratio=share if rotates else None)
@@ -244,7 +247,7 @@ class Results:
         name = "-".join(f"{subject.title} {number} {rule or ''}".split())
         file = self._out / "statistics" / f"{name}.safetensors"
         if not file.exists():
-            # In a process of its own, since its peak of memory is of interest.
+            # A separate process, because its peak memory is measured.
             context = multiprocessing.get_context("spawn")
             with ProcessPoolExecutor(1, context) as pool:
                 arguments = (subject.model, subject.kinds, fold.calibration, file, rule, self._threads)
@@ -266,7 +269,7 @@ class Results:
 
 
 def jobs(subjects: Sequence[Subject]) -> Iterator[tuple[Subject, str, float]]:
-    """Everything there is to run, what targets are about first."""
+    """Yield all runs to make, beginning with those that the targets refer to."""
     for subject in subjects:
         yield subject, "original", 0.0
     for first in (True, False):
@@ -287,7 +290,7 @@ def shown(run: Figures | None) -> str:
 
 
 def table(results: Results, subjects: Sequence[Subject]) -> Iterator[str]:
-    """In Markdown. Parameters are those of vanilla and plain, and of the calibrated ones, which have no more."""
+    """Yield the table in Markdown; the parameters are those of vanilla and plain; calibrated ones never have more."""
     yield f"| model | pruned | parameters | calibrated | {' | '.join(METHODS)} |"
     yield "|---" * (4 + len(METHODS)) + "|"
     for subject in subjects:
@@ -307,7 +310,7 @@ def table(results: Results, subjects: Sequence[Subject]) -> Iterator[str]:
 
 
 def worse(run: Figures, original: Figures) -> float:
-    """By how much a model is worse than another, as TARGETS counts it."""
+    """Return the loss of one model against another, in the unit of TARGETS."""
     if run["metric"] == "perplexity":
         return float(run["quality"] / original["quality"] - 1)
     difference = float(run["quality"] - original["quality"])
@@ -315,7 +318,7 @@ def worse(run: Figures, original: Figures) -> float:
 
 
 def verdicts(results: Results, subjects: Sequence[Subject]) -> Iterator[str]:
-    """Which targets are met, and where calibration does harm or takes more parameters."""
+    """Yield lines on which targets are met, and where calibration is worse or keeps more parameters."""
     for title, share, method, most in TARGETS:
         run, original = results.of(title, method, share), results.of(title, "original", 0.0)
         if run is not None and original is not None:
@@ -341,7 +344,7 @@ def costs(results: Results) -> Iterator[str]:
 
 
 def plot(results: Results, subjects: Sequence[Subject], file: Path) -> None:
-    """Quality against the share of attention that is pruned."""
+    """Plot quality against the share of attention that is pruned."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(4 * len(subjects), 4), layout="constrained")
@@ -364,9 +367,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, help="a folder with speech/clips.jsonl, text/wikitext2-valid.txt and more")
     parser.add_argument("-o", "--out", type=Path, required=True)
-    parser.add_argument("--only", nargs="+", choices=[subject.title for subject in SUBJECTS], help="of the subjects")
+    parser.add_argument(
+        "--only", nargs="+", choices=[subject.title for subject in SUBJECTS], help="run only these subjects"
+    )
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--show", action="store_true", help="only show what there is")
+    parser.add_argument("--show", action="store_true", help="only show the existing results")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     subjects = [subject for subject in SUBJECTS if not args.only or subject.title in args.only]

@@ -5,10 +5,10 @@
     python scripts/same_bytes.py record . -o after.json
     python scripts/same_bytes.py compare before.json after.json
 
-Recorded are the 82 tiny models of the tests and the real models in models/, over every rule, by the weights alone and
-calibrated, in both layouts, and all exports. Calibration needs text: PESSA_DATA names the folder of the benchmark data,
-without it only the real speech model is calibrated. Version strings are left out of JSON and Markdown files, and names
-of Python code out of ONNX graphs. What a command refuses is recorded as its exit code. Everything runs on one thread,
+A record covers the 82 tiny models of the tests and the real models in models/, with every rule, with and without
+calibration, in both layouts, and with all exports. Calibration needs text: PESSA_DATA names the folder of the benchmark
+data; without it only the real speech model is calibrated. Version strings are removed from JSON and Markdown files, and
+names of Python code from ONNX graphs. A refused command is recorded by its exit code. Everything runs on one thread,
 because sums that are split differently are rounded differently.
 """
 
@@ -47,14 +47,14 @@ RULES = {
 
 
 class Case(NamedTuple):
-    """One command; {model} and {NAME} in its arguments are the input and the outputs of earlier cases."""
+    """One command; in its arguments {model} stands for the input and {NAME} for the output of an earlier case."""
 
     name: str
     arguments: Sequence[str]
 
 
 def cases(thresholds: tuple[str, str], sizes: str, calibrate: Sequence[str], whole: bool) -> Iterator[Case]:
-    """The commands for one model; `whole` adds those that take long, for real models."""
+    """Return the commands for one model; `whole` adds those that take long, for real models."""
     rules = RULES | {"thresholds": ["--qk-thr", thresholds[0], "--vo-thr", thresholds[1]], "target size": [sizes]}
     rules["target size"] = ["--target-size", sizes]
     yield Case("decompose", ["decompose", "{model}"])
@@ -85,7 +85,7 @@ def cases(thresholds: tuple[str, str], sizes: str, calibrate: Sequence[str], who
 
 
 def searches(kind: str, data: Sequence[str], evaluate: str) -> Iterator[Case]:
-    """Prunes that are searched for, with and without calibration data."""
+    """Return the commands that search for a rule, with and without calibration data."""
     limit = ["--max-wer-increase", "5"] if kind == "speech" else ["--max-ppl-increase", "5%"]
     given = [argument for path in data for argument in ("--calibrate", path)]
     yield Case("search", ["prune", "{model}", *limit, "--evaluate", evaluate])
@@ -93,7 +93,7 @@ def searches(kind: str, data: Sequence[str], evaluate: str) -> Iterator[Case]:
 
 
 def entry_point(checkout: Path) -> Callable[[], None]:
-    """The `pessa` command of a checkout, as its pyproject.toml names it."""
+    """Return the function behind the `pessa` command of a checkout, as named in its pyproject.toml."""
     sys.path.insert(0, str(checkout.resolve()))
     named = tomllib.loads((checkout / "pyproject.toml").read_text())["project"]["scripts"]["pessa"]
     module, _, function = named.partition(":")
@@ -105,7 +105,7 @@ def entry_point(checkout: Path) -> Callable[[], None]:
 
 
 def run(main: Callable[[], None], arguments: Sequence[str]) -> tuple[int, str]:
-    """The exit code of one command, and what it printed."""
+    """Run one command, and return its exit code and its output."""
     sys.argv = ["pessa", *arguments]
     printed = io.StringIO()
     try:
@@ -113,19 +113,19 @@ def run(main: Callable[[], None], arguments: Sequence[str]) -> tuple[int, str]:
             main()
     except SystemExit as leaving:
         return int(leaving.code or 0), printed.getvalue()
-    except BaseException as error:  # a fault of the checkout is a result, too
+    except BaseException as error:  # an exception of the checkout is also a result
         return 99, f"{type(error).__name__}: {error}"
     return 0, printed.getvalue()
 
 
 def digests(out: Path) -> dict[str, str]:
-    """The SHA-256 of each file below a path, or of the file itself."""
+    """Return the SHA-256 of each file below a path, or of the file itself."""
     files = sorted(path for path in out.rglob("*") if path.is_file()) if out.is_dir() else [out]
     return {path.relative_to(out).as_posix(): hashlib.sha256(canonical(path)).hexdigest() for path in files}
 
 
 def canonical(path: Path) -> bytes:
-    """The content of a file without what names a version of pessa or a line of its code."""
+    """Return the content of a file without versions of pessa and without references to its code."""
     if path.suffix == ".onnx":
         return _graph(path)
     content = path.read_bytes()
@@ -143,7 +143,7 @@ def canonical(path: Path) -> bytes:
 
 
 def _graph(path: Path) -> bytes:
-    """An ONNX model without its documentation: the exporter puts stack traces and class names there."""
+    """Return an ONNX model without its documentation, in which the exporter puts stack traces and class names."""
     import onnx
 
     model = onnx.load(path, load_external_data=False)
@@ -159,7 +159,7 @@ def _graph(path: Path) -> bytes:
 
 
 def record(main: Callable[[], None], names: Sequence[str]) -> dict[str, Any]:
-    """The digests of all outputs, by model and case."""
+    """Return the digests of all outputs by model and case."""
     found: dict[str, Any] = {}
     for name, source, commands in plan(names):
         found[name] = {}
@@ -180,7 +180,7 @@ def record(main: Callable[[], None], names: Sequence[str]) -> dict[str, Any]:
 
 
 def plan(names: Sequence[str]) -> Iterator[tuple[str, Callable[[Path], Path], list[Case]]]:
-    """Each model: its name, a function that puts it into a folder, and its commands."""
+    """Return for each model its name, a function that puts it into a folder, and its commands."""
     sys.path.insert(1, str(HERE / "tests" / "helpers"))
     import tiny_models
     import torch
@@ -225,12 +225,12 @@ def plan(names: Sequence[str]) -> Iterator[tuple[str, Callable[[Path], Path], li
 
 
 def _in_place(model: Path, _into: Path) -> Path:
-    """A model that need not be built."""
+    """Return a function for a model that exists already."""
     return model
 
 
 def _clips(data: Path, folder: str) -> str:
-    """Three short clips with their transcripts, to score on."""
+    """Write three short clips with their transcripts, for scoring."""
     rows = [json.loads(line) for line in (data / "speech" / "clips.jsonl").read_text().splitlines() if line.strip()]
     said = [row for row in rows if row.get("text") and "sentences" in str(row.get("file", row.get("audio")))][:3]
     for row in said:
@@ -241,7 +241,7 @@ def _clips(data: Path, folder: str) -> str:
 
 
 def compare(before: dict[str, Any], after: dict[str, Any]) -> int:
-    """Print the table of both records, and every file that differs; the number of those."""
+    """Print a table of both records and every file that differs; returns the number of files that differ."""
     print(f"{'model':28}{'commands':>10}{'files':>8}{'refused':>9}{'differ':>8}")
     total, lines, counts = 0, [], [0, 0, 0]
     for name in dict.fromkeys([*before, *after]):
@@ -265,11 +265,13 @@ def compare(before: dict[str, Any], after: dict[str, Any]) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    recording = commands.add_parser("record", help="write the digests of what a checkout writes")
+    recording = commands.add_parser("record", help="write the digests of all files that a checkout writes")
     recording.add_argument("checkout", type=Path)
     recording.add_argument("-o", "--out", type=Path, required=True)
     recording.add_argument("--models", nargs="*", default=[], help="only these")
-    comparing = commands.add_parser("compare", help="show what differs between two records; exit 1 if anything does")
+    comparing = commands.add_parser(
+        "compare", help="show the differences between two records; exits with status 1 if there are any"
+    )
     comparing.add_argument("records", type=Path, nargs=2)
     args = parser.parse_args()
     if args.command == "compare":

@@ -1,1 +1,1 @@
-"""The mathematics on tensors: head weights, products, decompositions, and rotary pairs. No files."""
+"""The mathematics on tensors: head weights, products, decompositions and rotary pairs. It reads and writes no files."""

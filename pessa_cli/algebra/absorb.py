@@ -1,4 +1,7 @@
-"""Absorb the two projections of a head into their product, and go back from factors to projections."""
+"""Merging of two projections of a head into their product, and the way back from factors to projections.
+
+The method is PESSA/CLOVER (arXiv 2411.17426), section 3.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,10 @@ from pessa_cli.blocks.site import Site
 
 @dataclass(frozen=True)
 class Pair:
-    """Two factors that only matter through their product `left @ right.mT`: (G, L, d) and (G, R, d)."""
+    """Two factors of a product `left @ right.mT` for each key/value head: (G, L, d) and (G, R, d).
+
+    The attention block depends on the factors only through their product.
+    """
 
     left: Tensor
     right: Tensor
@@ -21,10 +27,10 @@ class Pair:
 
 @dataclass(frozen=True)
 class Factors(Pair):
-    """The same product with its directions sorted by what they are worth, the spectrum (G, d), descending.
+    """A factorisation whose directions (columns) are sorted by importance; `spectrum` is (G, d), descending.
 
-    The spectrum is split evenly over both sides, so that 16-bit numbers keep their range: both columns of a direction
-    have the norm sqrt(s). From `decompose` the columns are orthogonal and the spectrum holds the singular values.
+    In `decompose` the spectrum holds the singular values s and the columns of each factor are orthogonal. The spectrum
+    is split evenly over both factors, so that 16-bit numbers keep their range: both columns have the norm sqrt(s).
     """
 
     spectrum: Tensor
@@ -32,12 +38,14 @@ class Factors(Pair):
 
 @dataclass(frozen=True)
 class Absorbed:
-    """An attention block as its products: Q-K where nothing stands between W_Q and W_K, V-O, and the output bias.
+    """An attention block as the products Q-K and V-O, and its output bias.
 
-    qk.left stacks the m query heads of a group, each with its bias as one more input row: (G, m (D_q + 1), c), for the
-    c directions of each head that merge. qk.right is W_K, (G, D_k, c), with a key bias that must stay as one more row.
-    vo.left is W_V (G, D_k, d), with the value bias as one more row where it cannot move into an output bias; vo.right
-    stacks the outputs of the group, (G, m D_o, d).
+    qk: None if W_Q and W_K cannot be merged. qk.left stacks the m query heads of a group, each with its bias as one
+    more input row: (G, m (D_q + 1), c), for the c directions of each head that can be merged. qk.right is W_K,
+    (G, D_k, c), with the key bias as one more row if it must be kept.
+    vo.left is W_V, (G, D_k, d), with the value bias as one more row if it cannot move into the output bias; vo.right
+    stacks W_O of the group's query heads, (G, m D_o, d).
+    o_bias: (D_o,) in float64, or None if the block has none.
     """
 
     qk: Pair | None
@@ -46,12 +54,12 @@ class Absorbed:
 
 
 def absorb(weights: HeadWeights, site: Site, dtype: torch.dtype = torch.float64) -> Absorbed:
-    """The block's products in `dtype`, with both bias rules of a plain softmax applied where they hold.
+    """Return the block's products in `dtype`, with the key and value biases removed where that is exact.
 
-    The key bias adds the same number to every key's score of a query, which softmax removes: it is dropped, unless it
-    meets something else than queries. The rows of attention sum to one (but with attention sinks), so a value bias
-    adds `sum_h b_V,h W_O,h` to the output whatever the input: it moves into the output bias, if there is one, which is
-    float64 always.
+    The key bias adds the same number to the scores of a query with all keys, which softmax removes. It is dropped,
+    unless the architecture also multiplies keys with something other than queries. Attention weights sum to one (except
+    with attention sinks), so the value bias adds `sum_h b_V,h W_O,h` to the output for every input. It moves into the
+    output bias, if there is one.
     """
     g, m, d = len(weights.v), site.group, site.head_dim
     qk = None
@@ -64,14 +72,14 @@ def absorb(weights: HeadWeights, site: Site, dtype: torch.dtype = torch.float64)
     if o_bias is None or not site.moves_v_bias:
         v = _with_bias(v, weights.v_bias)
     elif weights.v_bias is not None:
-        each = weights.v_bias.double().unsqueeze(1).expand(g, m, d)  # the same for a group's query heads
+        each = weights.v_bias.double().unsqueeze(1).expand(g, m, d)  # shared by the query heads of a group
         o_bias = o_bias + o.double().reshape(len(o), -1) @ each.reshape(-1)
     o = o.to(dtype).permute(1, 2, 0, 3).reshape(g, m * site.output_width, d)
     return Absorbed(qk, Pair(v.mT, o), o_bias)
 
 
 def _with_bias(weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The bias as one more input."""
+    """Append the bias as one more input column: (..., d, D) -> (..., d, D + 1)."""
     return weight if bias is None else torch.cat([weight, bias.to(weight.dtype).unsqueeze(-1)], dim=-1)
 
 
@@ -83,22 +91,23 @@ def recompose(
     site: Site,
     mean: Tensor | None = None,
 ) -> HeadWeights:
-    """The block's weights with its products in factored form: the same function of its inputs, in float64.
+    """Return weights of the block that compute the same function from the factors of its products, in float64.
 
-    Biases that the algebra has moved elsewhere stay as zeros, since the model's code expects to load them. `mean`,
-    (G, d), is what the directions of V-O carry on average, for blocks with both biases: the value bias takes it off
-    and the output bias gives it back, so that a direction that is cut leaves its mean behind.
+    Biases that `absorb` removed are kept as zeros, since the model's code expects to load them. `mean`, (G, d), is the
+    mean of each V-O direction's values over the calibration data, for blocks with value and output biases: the value
+    bias subtracts it and the output bias adds its effect, so that cutting a direction replaces it by its mean.
     """
     g, m, d = len(weights.v), site.group, site.head_dim
     q, k, q_bias, k_bias = weights.q, weights.k, weights.q_bias, weights.k_bias
     if qk is not None:
         stacked = qk.left.reshape(g, m, -1, d - site.unmerged).mT  # (G, M, c, D_q or D_q + 1)
         keys = qk.right.mT  # (G, c, D_k or D_k + 1)
-        q, k = _behind(q, stacked[..., : site.query_width], 2), _behind(k, keys[..., : site.key_width], 1)
-        q_bias = None if q_bias is None else _behind(q_bias, stacked[..., site.query_width], 2)
+        q = _replace_merged(q, stacked[..., : site.query_width], 2)
+        k = _replace_merged(k, keys[..., : site.key_width], 1)
+        q_bias = None if q_bias is None else _replace_merged(q_bias, stacked[..., site.query_width], 2)
         if k_bias is not None:
             own = keys[..., site.key_width] if site.spec.key_bias_stays else torch.zeros_like(keys[..., 0])
-            k_bias = _behind(k_bias, own, 1)
+            k_bias = _replace_merged(k_bias, own, 1)
     rows = vo.left.mT  # (G, d, D_k or D_k + 1)
     v_bias, o_bias = weights.v_bias, absorbed.o_bias
     if v_bias is not None:
@@ -118,7 +127,7 @@ def recompose(
     )
 
 
-def _behind(whole: Tensor, merged: Tensor, axis: int) -> Tensor:
-    """The directions of each head that merge in their new form, behind the others as they were."""
+def _replace_merged(whole: Tensor, merged: Tensor, axis: int) -> Tensor:
+    """Replace the last directions along `axis` by `merged`, and keep the leading ones that cannot be merged."""
     others = whole.narrow(axis, 0, whole.shape[axis] - merged.shape[axis])
     return torch.cat([others.to(merged.dtype), merged], axis) if others.numel() else merged

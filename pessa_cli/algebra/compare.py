@@ -1,4 +1,4 @@
-"""Distances between products of two factors, without forming the products."""
+"""Norms and differences of products of two factors, computed without forming the products."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from pessa_cli.algebra.absorb import Pair
 
 
 def relative_difference(reference: Pair, candidate: Pair) -> Tensor:
-    """||A B^T - A' B'^T||_F / ||A B^T||_F of each head, (G,), from QR cores of width 2d, without the product.
+    """Return ||A B^T - A' B'^T||_F / ||A B^T||_F of each head, (G,), from thin QR factorisations of width 2d.
 
-    A reference product of zero gives 0 where the candidate is zero too, and infinity elsewhere.
+    If the reference product is zero, the result is 0 if the candidate product is also zero, and infinity otherwise.
     """
     left = torch.linalg.qr(torch.cat([reference.left, candidate.left], dim=-1), mode="r").R
     right = torch.linalg.qr(torch.cat([reference.right, -candidate.right], dim=-1), mode="r").R
@@ -21,7 +21,7 @@ def relative_difference(reference: Pair, candidate: Pair) -> Tensor:
 
 
 def product_norm(pair: Pair) -> Tensor:
-    """||A B^T||_F of each head, (G,)."""
+    """Return ||A B^T||_F of each head, (G,)."""
     left = torch.linalg.qr(pair.left, mode="r").R
     right = torch.linalg.qr(pair.right, mode="r").R
     norm: Tensor = torch.linalg.matrix_norm(left @ right.mT)

@@ -1,8 +1,8 @@
-"""Head weights: one canonical form for every file layout, and the way there and back, bit for bit.
+"""The canonical form of a block's weights, which is the same for every file layout.
 
-Files store heads one after the other, as rows of W_Q, W_K, W_V and columns of W_O, and a compact file only the
-directions each head has kept. The canonical form has an axis for key/value heads (G), one for the query heads
-that share each of them (M), and always `head_dim` directions (d), zero where the file stores none.
+Files store heads one after the other, as rows of W_Q, W_K and W_V and columns of W_O; a compact file stores only the
+kept directions of each head. The canonical form has an axis for key/value heads (G), an axis for the query heads that
+share a key/value head (M), and an axis for all `head_dim` directions (d), with zeros for directions that are cut.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from torch import Tensor
 
 from pessa_cli.blocks.compact_format import PairRuns, Ranks
 
-PART_BYTES = 8 * 2**20  # of float64 weights at a time: what the processor's cache and the allocator can reuse
+PART_BYTES = 8 * 2**20  # float64 weights per part: few enough for the processor's cache, and for memory to be reused
 
 
 @dataclass(frozen=True)
 class HeadWeights:
-    """The weights of one attention block; widths are D_q and D_k going in, D_o coming out."""
+    """The weights of one attention block; D_q and D_k are the input widths, D_o is the output width."""
 
     q: Tensor  # (G, M, d, D_q)
     k: Tensor  # (G, d, D_k)
@@ -33,7 +33,7 @@ class HeadWeights:
     o_bias: Tensor | None = None  # (D_o,)
 
     def to(self, device: str) -> HeadWeights:
-        """The same weights on another device."""
+        """Return the same weights on another device."""
         moved: dict[str, Any] = {name: None if t is None else t.to(device) for name, t in self._tensors().items()}
         return HeadWeights(**moved)
 
@@ -41,9 +41,9 @@ class HeadWeights:
         return vars(self)
 
     def parts(self) -> Iterator[HeadWeights]:
-        """The block a few key/value heads at a time, so that its float64 form need not fit in memory as a whole.
+        """Yield the block a few key/value heads at a time, so that its float64 form need not fit in memory at once.
 
-        How many depends on the shapes alone; each part has the whole output bias.
+        The number of heads per part depends only on the shapes. Each part has the whole output bias.
         """
         one = 8 * sum(tensor[0].numel() for tensor in (self.q, self.k, self.v)) + 8 * self.o[:, 0].numel()
         step = max(1, PART_BYTES // one)
@@ -58,7 +58,7 @@ class HeadWeights:
 
 
 def joined(parts: list[HeadWeights], like: HeadWeights) -> HeadWeights:
-    """The parts of a block in one again, each tensor in the dtype it has in `like`; the output bias is the last one."""
+    """Concatenate the parts of a block, with the dtypes of `like`; the output bias is taken from the last part."""
 
     def side(name: str, axis: int = 0) -> Any:
         tensors = [getattr(part, name) for part in parts]
@@ -72,14 +72,16 @@ def joined(parts: list[HeadWeights], like: HeadWeights) -> HeadWeights:
 
 
 def all_finite(tensor: Tensor) -> bool:
-    """Whether no entry is NaN or infinite: both would be the smallest or the largest one."""
+    """Return whether no entry is NaN or infinite."""
+    # aminmax is enough, and makes no copy: NaN propagates to both results, and an infinity is one of them.
     return not tensor.numel() or bool(torch.stack(tensor.aminmax()).isfinite().all())
 
 
 def live(ranks: Ranks, head_dim: int, repeats: int = 1, pairs: Sequence[PairRuns] | None = None) -> Tensor:
-    """Where the kept directions stand among `len(ranks) * repeats * head_dim` slots: (repeats * sum(ranks),).
+    """Return the indices of the kept directions among `len(ranks) * repeats * head_dim` slots, (repeats * sum(ranks),).
 
-    The first `rank` of each head, or those of its `pairs`.
+    Each head keeps its first `rank` directions, or with `pairs` those of its frequency pairs; each head is repeated
+    `repeats` times.
     """
     if pairs is not None:
         kept = torch.zeros(len(pairs), head_dim // 2, dtype=torch.bool, device="cpu")
@@ -88,6 +90,6 @@ def live(ranks: Ranks, head_dim: int, repeats: int = 1, pairs: Sequence[PairRuns
                 row[run.start : run.stop] = True
         return torch.cat([kept, kept], -1).repeat_interleave(repeats, 0).flatten().nonzero().squeeze(1)
     each = [rank for rank in ranks for _ in range(repeats)]
-    # On the CPU even where a loader has made another device the default: these are facts, not weights.
+    # Always on the CPU, even if a model loader has set another default device, such as meta.
     kept = torch.tensor(each, device="cpu").unsqueeze(1) > torch.arange(head_dim, device="cpu")
     return kept.flatten().nonzero().squeeze(1)

@@ -1,13 +1,14 @@
-"""Q-K under RoPE: what each frequency pair is worth, which to keep, and how those make up for the others.
+"""Pruning of Q-K under RoPE: the importance of each frequency pair, and how kept pairs compensate for dropped ones.
 
-Rotary embeddings turn directions i and i + d/2 of a head together, pair i by its own frequency (Su et al., RoFormer,
-arXiv 2104.09864; the halves as in transformers). So W_Q and W_K cannot be mixed, but whole pairs can go, and what
-commutes with every rotation may be put between the two: A_p = a_p I + b_p J, a scaling and a turn of each kept pair.
+Rotary embeddings rotate directions i and i + d/2 of a head together, as pair i with its own frequency (Su et al.,
+RoFormer, arXiv 2104.09864; the halves as in transformers). Therefore W_Q and W_K cannot be merged, but whole pairs can
+be dropped, and a matrix that commutes with every rotation may be inserted between them: A_p = a_p I + b_p J for each
+kept pair p, a scaling and a rotation by 90 degrees (J).
 
-For rotated queries q and keys k a score is the sum over pairs of a_p q_p^T k_p + b_p q_p^T J k_p, linear in the
-coefficients: (1, 0) for every pair makes the original scores, (0, 0) drops one. What softmax, values and W_O make of
-small errors of scores is linear, too. So the squared error of a head's output is a quadratic form, and its Gram matrix,
-(d, d) for each key/value head, is all that has to be known of the data.
+For rotated queries q and keys k a score is the sum over pairs of a_p q_p^T k_p + b_p q_p^T J k_p, which is linear in
+the coefficients: (1, 0) for every pair gives the original scores, and (0, 0) drops a pair. The effect of small score
+errors on the output, through softmax, values and W_O, is linear to first order. So the squared error of a head's output
+is a quadratic form in the coefficients, and calibration needs only its Gram matrix, (d, d) for each key/value head.
 """
 
 from __future__ import annotations
@@ -19,31 +20,36 @@ import torch
 from torch import Tensor
 
 from pessa_cli.algebra.heads import HeadWeights
-from pessa_cli.algebra.weighted import NOTHING, scales, shrunk
+from pessa_cli.algebra.weighted import NEGLIGIBLE, scales, shrunk
 from pessa_cli.blocks.compact_format import PairRuns
 
 
 @dataclass(frozen=True)
 class PairWeighting:
-    """What real inputs make of the pairs: `output_gram`, (G, d, d), and how much of the plain one is mixed in."""
+    """The calibration of frequency pairs: the matrix of `output_gram`, (G, d, d), and the weight of shrinkage.
+
+    `shrinkage` is the weight of the plain Gram matrix, that of the weights alone, which is added after scaling it to
+    the same trace.
+    """
 
     gram: Tensor
     shrinkage: float
 
 
 def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Queries or keys (positions, ..., d) as RoPE turns them; cos and sin: (positions, d)."""
+    """Apply RoPE to queries or keys, (positions, ..., d); cos and sin are (positions, d)."""
     first, second = x.chunk(2, -1)
     cos, sin = (angle.reshape(len(x), *[1] * (x.dim() - 2), -1).to(x.dtype) for angle in (cos, sin))
     return x * cos + torch.cat([-second, first], -1) * sin
 
 
 def contributions(weights: HeadWeights, weighting: PairWeighting | None = None) -> Tensor:
-    """What each pair is worth to a key/value head's queries, squared: (G, d/2) float64, unsorted.
+    """Return the squared error that dropping each frequency pair causes, (G, d/2) float64, unsorted.
 
-    By the weights alone ||W_Q,p||^2 ||W_K,p||^2 / 2, the mean over all rotations. With `weighting` it is the error that
-    dropping the pair adds to the block's output, once all that are worth less are gone and the others make up for it:
-    backward elimination, which measured better than what each pair adds by itself.
+    Without `weighting` it is the error of the scores, ||W_Q,p||^2 ||W_K,p||^2 / 2, the mean over all rotations. With
+    `weighting` it is the error that dropping the pair adds to the block's output, after all less important pairs were
+    dropped and the kept ones compensate for them. This backward elimination measured better than the error of dropping
+    each pair alone.
     """
     gram = _gram(weights, weighting)
     if weighting is None:
@@ -52,9 +58,9 @@ def contributions(weights: HeadWeights, weighting: PairWeighting | None = None) 
 
 
 def compensated(weights: HeadWeights, pairs: Sequence[PairRuns], weighting: PairWeighting) -> HeadWeights:
-    """The block with each kept pair of its queries scaled and turned so that the output changes least (least squares).
+    """Scale and rotate each kept pair of the queries such that the output changes least, in the least-squares sense.
 
-    What is not kept is zero.
+    `pairs` are the kept pairs of each key/value head. The query weights of dropped pairs become zero.
     """
     gram = _gram(weights, weighting)
     kept = torch.zeros(gram.shape[:2], dtype=torch.bool)
@@ -62,10 +68,10 @@ def compensated(weights: HeadWeights, pairs: Sequence[PairRuns], weighting: Pair
     for row, runs in zip(kept, pairs, strict=True):
         for run in runs:
             row[2 * run.start : 2 * run.stop] = True
-    change = _coefficients(gram, kept.to(gram.device)).reshape(-1, 1, half, 2)  # the same for all query heads
+    change = _coefficients(gram, kept.to(gram.device)).reshape(-1, 1, half, 2)  # shared by a group's query heads
     scale, turn = change[..., 0], change[..., 1]
 
-    def multiplied(q: Tensor, by: tuple[Tensor, Tensor]) -> Tensor:  # (a I + b J)^T, of columns q_p
+    def multiplied(q: Tensor, by: tuple[Tensor, Tensor]) -> Tensor:  # (a I + b J)^T times the columns q_p
         first, second = q.double().chunk(2, 2)
         a, b = (c.reshape(*c.shape, *[1] * (q.dim() - 3)) for c in by)
         return torch.cat([a * first + b * second, a * second - b * first], 2).to(q.dtype)
@@ -75,35 +81,37 @@ def compensated(weights: HeadWeights, pairs: Sequence[PairRuns], weighting: Pair
 
 
 def output_gram(queries: Tensor, keys: Tensor, attention: Tensor, values: Tensor) -> Tensor:
-    """The Gram matrix of what pairs add to a block's output through its scores, (G, d, d): a_0, b_0, a_1, b_1, ...
+    """Return the Gram matrix of the pairs' contributions to the block's output, (G, d, d), ordered a_0, b_0, a_1, ...
 
-    Rotated queries (G, M, n, d) and keys (G, N, d), attention (G, M, n, N), and values of each query head behind W_O,
-    or anything of the same inner products, (G, M, N, w). Summed over queries; to the first order: errors s of a query's
-    scores change its output by sum_j p_j (s_j - sum_i p_i s_i) v_j. For scores before the division by the root of d.
-    To weigh errors of scores by attention and leave out the values measured worse, and second moments of queries and
-    keys, each on its own, much worse.
+    queries: rotated, (G, M, n, d). keys: rotated, (G, N, d). attention: the attention weights p, (G, M, n, N).
+    values: of each query head after W_O, or vectors with the same inner products, (G, M, N, w).
+    The matrix is summed over queries and correct to first order: score errors s of a query change its output by
+    sum_j p_j (s_j - sum_i p_i s_i) v_j. Scores are those before the division by sqrt(d).
+    Alternatives measured worse: score errors weighted by attention without the values; and, much worse, the separate
+    second moments of queries and keys.
     """
     groups, width, dtype = len(keys), keys.shape[-1], attention.dtype
     total = torch.zeros(groups, width, width, dtype=torch.float64, device=keys.device)
-    # What is common to all keys or values has no effect, and would only cost digits.
+    # The mean of all keys or values has no effect on the result, and would only cost precision.
     keys, values = (x - x.mean(-2, keepdim=True) for x in (keys, values))
-    for g in range(groups):  # one query head at a time: n N d numbers
+    for g in range(groups):  # one query head at a time, to hold only n N d numbers in memory
         k1, k2 = keys[g].to(dtype).chunk(2, -1)
         for m in range(queries.shape[1]):
             q1, q2 = queries[g, m].to(dtype).unsqueeze(1).chunk(2, -1)
             scores = torch.stack([q1 * k1 + q2 * k2, q2 * k1 - q1 * k2], -1).flatten(2)  # (n, N, d)
-            falls = attention[g, m].unsqueeze(-1)
-            change = falls * (scores - (falls * scores).sum(1, keepdim=True))
+            weights = attention[g, m].unsqueeze(-1)
+            change = weights * (scores - (weights * scores).sum(1, keepdim=True))
             outputs = (change.mT @ values[g, m].to(dtype)).transpose(0, 1).flatten(1)  # (d, n w)
             total[g] += (outputs @ outputs.mT).double()
     return total
 
 
 def _gram(weights: HeadWeights, weighting: PairWeighting | None) -> Tensor:
-    """The Gram matrix of each key/value head with the plain one mixed in, (G, d, d).
+    """Return the Gram matrix of each key/value head, shrunk towards the plain one, (G, d, d).
 
-    The plain one is diagonal, since two frequencies are never in step. So it is no more than a ridge: what few data say
-    of pairs together counts for little, and no data leave the plain rule.
+    The plain Gram matrix, of the weights alone, is diagonal, because rotations of two frequencies are uncorrelated. So
+    shrinkage acts as a ridge: with little data correlations between pairs count less, and without data the plain Gram
+    matrix is used.
     """
     norms = _norms(weights.q, weights.q_bias).sum(1) * _norms(weights.k, weights.k_bias) / 2  # (G, d/2)
     plain = torch.diag_embed(norms.repeat_interleave(2, -1))
@@ -111,7 +119,7 @@ def _gram(weights: HeadWeights, weighting: PairWeighting | None) -> Tensor:
 
 
 def _norms(weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The squared norm of each pair, (..., d, D) -> (..., d/2), a bias as one more input."""
+    """Return the squared norm of each pair, (..., d, D) -> (..., d/2); a bias counts as one more input."""
     squares = torch.linalg.vector_norm(weight, dim=-1, dtype=torch.float64).square()
     if bias is not None:
         squares = squares + bias.double().square()
@@ -121,14 +129,17 @@ def _norms(weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _unit(gram: Tensor) -> tuple[Tensor, Tensor]:
-    """The Gram matrix with a diagonal of ones, (G, d, d), also where it was zero, and the roots of what it was."""
+    """Return the Gram matrix scaled to a unit diagonal, (G, d, d), and the square roots of its diagonal, (G, d).
+
+    Zeros on the diagonal also become ones, and NEGLIGIBLE is added to the diagonal so that the matrix is invertible.
+    """
     scale, inverse = scales(gram)
     unit = inverse.unsqueeze(-1) * gram * inverse.unsqueeze(-2)
-    return unit + torch.diag_embed(1 + NOTHING - unit.diagonal(dim1=-2, dim2=-1)), scale
+    return unit + torch.diag_embed(1 + NEGLIGIBLE - unit.diagonal(dim1=-2, dim2=-1)), scale
 
 
 def _coefficients(gram: Tensor, kept: Tensor) -> Tensor:
-    """a and b of the kept pairs by least squares, (G, d), zero for the others; kept: (G, d) bool."""
+    """Return least-squares coefficients a and b of the kept pairs, (G, d), with zeros elsewhere; kept: (G, d) bool."""
     unit, scale = _unit(gram)
     both = kept.unsqueeze(-1) & kept.unsqueeze(-2)
     identity = torch.zeros_like(scale)
@@ -140,10 +151,11 @@ def _coefficients(gram: Tensor, kept: Tensor) -> Tensor:
 
 
 def _eliminated(gram: Tensor) -> Tensor:
-    """What dropping each pair adds to the error, in the order of least error, (G, d/2), never falling on the way.
+    """Return the error that dropping each pair adds, in backward elimination by least error, (G, d/2).
 
-    With S the inverse of G among the pairs that are left and x their coefficients, dropping pair p adds
-    x_p^T S_pp^-1 x_p, and the others become x - S_.p S_pp^-1 x_p (optimal brain surgeon, Hassibi and Stork, 1993).
+    The values never decrease in the order of elimination, so that sorting them gives that order. With S the inverse of
+    the Gram matrix of the remaining pairs and x their coefficients, dropping pair p adds x_p^T S_pp^-1 x_p to the
+    error, and the coefficients become x - S_.p S_pp^-1 x_p (optimal brain surgeon, Hassibi and Stork, 1993).
     """
     unit, scale = _unit(gram)
     groups, half = len(gram), gram.shape[-1] // 2
@@ -158,13 +170,13 @@ def _eliminated(gram: Tensor) -> Tensor:
         pairs = x.reshape(groups, half, 2, 1)
         costs = (pairs.mT @ torch.linalg.solve(own, pairs)).reshape(groups, half)
         p = costs.masked_fill(found.isfinite(), torch.inf).argmin(-1)
-        last = torch.maximum(last * (1 + 1e-12), costs[every, p])  # so that their order says in which to drop them
+        last = torch.maximum(last * (1 + 1e-12), costs[every, p])  # increasing, so that sorting gives the order
         found[every, p] = last
         at = torch.stack([2 * p, 2 * p + 1], -1)  # (G, 2)
         columns = inverse.gather(2, at.unsqueeze(1).expand(-1, 2 * half, -1))  # (G, d, 2)
         factor = torch.linalg.solve(columns.gather(1, at.unsqueeze(-1).expand(-1, -1, 2)), columns.mT)  # (G, 2, d)
         x = x - (factor.mT @ x.gather(1, at).unsqueeze(-1)).squeeze(-1)
         inverse = inverse - columns @ factor
-        rest = torch.ones_like(x).scatter_(1, at, 0.0)  # what is gone: no more than a place
+        rest = torch.ones_like(x).scatter_(1, at, 0.0)  # dropped pairs keep their place, with an identity block
         x, inverse = x * rest, inverse * rest.unsqueeze(-1) * rest.unsqueeze(-2) + torch.diag_embed(1 - rest)
     return found

@@ -1,1 +1,1 @@
-"""Which attention blocks a checkpoint has: the table of architectures, discovery, and the compact format."""
+"""The attention blocks of a checkpoint: the architecture table, their discovery, and the compact format."""

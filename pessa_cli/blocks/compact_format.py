@@ -1,4 +1,7 @@
-"""What config.json of a compact model says: which projections are ragged, and the rank of each of their heads."""
+"""The `quantization_config` of a compact model: which projections are ragged, and the rank of each of their heads.
+
+A ragged projection stores a different number of directions for each head.
+"""
 
 from __future__ import annotations
 
@@ -12,30 +15,32 @@ from pessa_cli.common.errors import PessaError
 from pessa_cli.common.text import shortened
 
 QUANT_METHOD = "pessa"
-# Stands in config.json as `attn_implementation`. The loader takes it out again; where there is no loader, transformers
-# stops and quotes it, which it does with nothing else that a model folder says.
+# This text is written to config.json as `attn_implementation`, and pessa's loader removes it. Without pessa,
+# transformers fails with an error that quotes it; no other entry of config.json is quoted in an error.
 LOAD_HINT = "compact model: pip install pessa, and `import pessa_cli` before from_pretrained"
-Ranks = tuple[int, ...]  # one rank a head; for a whole block, one a key/value head
-# Under RoPE directions i and i + d/2 turn together as pair i, and are kept or cut together: the runs of pairs that one
-# head keeps, ascending. Runs, and not one number a pair, so that a text takes no more memory than it is long.
+Ranks = tuple[int, ...]  # one rank per head; for a whole block, one per key/value head
+# The frequency pairs that one head keeps, as ascending ranges. RoPE rotates directions i and i + d/2 of a head together
+# as pair i, so both are kept or both are cut. Ranges rather than single numbers, so that parsing a short text from a
+# file cannot take much memory.
 PairRuns = tuple[range, ...]
 
 
 @dataclass(frozen=True)
 class Ragged:
-    """How a compact file stores one projection: live rows or columns per head of `head_dim` slots.
+    """Which of the `head_dim` rows or columns of each head a compact file stores for one projection.
 
-    The first `rank` of each head, or, where `pairs` says so, the frequency pairs of q and k under RoPE: in text
-    "rows 64: 28 31 0", or "pairs 64: 0-3,7,9-31 0-31 none".
+    These are the first `rank` directions of each head, written as "rows 64: 28 31 0", or with `pairs` the frequency
+    pairs of q or k under RoPE, written as "pairs 64: 0-3,7,9-31 0-31 none".
     """
 
     side: str  # "rows" for q, k and v; "columns" for o
     head_dim: int
     ranks: tuple[int, ...]
-    pairs: tuple[PairRuns, ...] | None = None  # one a head; each takes two of its rank
+    pairs: tuple[PairRuns, ...] | None = None  # one entry per head; each pair counts as two directions of the rank
 
     @staticmethod
     def of_pairs(head_dim: int, pairs: tuple[PairRuns, ...]) -> Ragged:
+        """Return the entry of a q or k projection that stores these frequency pairs of each head."""
         return Ragged("rows", head_dim, pair_ranks(pairs), pairs)
 
     def __str__(self) -> str:
@@ -45,6 +50,7 @@ class Ragged:
 
     @staticmethod
     def parse(module: str, text: str) -> Ragged:
+        """Parse the entry of one module. Raises PessaError if it is malformed, or a rank or pair exceeds the head."""
         digits = "[0-9]{1,5}"
         pattern = rf"(rows|columns) ({digits}):((?: {digits})+)"
         match = re.fullmatch(pattern, text) if isinstance(text, str) else None
@@ -53,36 +59,36 @@ class Ragged:
             if pairs is not None and head_dim % 2 == 0:
                 if (last := last_pair(pairs)) >= head_dim // 2:
                     raise PessaError(
-                        f"config.json gives {module} pair {last} in heads of {head_dim // 2} pairs",
+                        f"config.json gives {module} frequency pair {last}, but its heads have {head_dim // 2} pairs",
                         "write the folder again with pessa",
                     )
                 return Ragged.of_pairs(head_dim, pairs)
         if match is None:
             raise PessaError(
-                f"quantization_config of config.json says {shortened(text)} for {module}",
+                f"quantization_config of config.json has an invalid entry for {module}: {shortened(text)}",
                 "write the folder again with pessa",
             )
         ragged = Ragged(match[1], int(match[2]), tuple(int(rank) for rank in match[3].split()))
         if max(ragged.ranks) > ragged.head_dim:
             raise PessaError(
-                f"config.json gives {module} rank {max(ragged.ranks)} in heads of {ragged.head_dim}",
+                f"config.json gives {module} rank {max(ragged.ranks)}, but its heads have {ragged.head_dim} directions",
                 "write the folder again with pessa",
             )
         return ragged
 
 
 def pair_ranks(pairs: Iterable[PairRuns]) -> Ranks:
-    """How many directions each head keeps: two a pair."""
+    """Return how many directions each head keeps: two per pair."""
     return tuple(2 * sum(map(len, runs)) for runs in pairs)
 
 
 def last_pair(pairs: Iterable[PairRuns]) -> int:
-    """The highest pair that any head keeps, -1 for none."""
+    """Return the highest index among the kept pairs of all heads, or -1 if none is kept."""
     return max((runs[-1][-1] for runs in pairs if runs), default=-1)
 
 
 def pairs_text(pairs: Iterable[PairRuns]) -> str:
-    """The kept pairs of each head in words: "0-3,7,9-31 0-31 none"."""
+    """Format the kept pairs of each head for config.json: "0-3,7,9-31 0-31 none"."""
 
     def run(pairs: range) -> str:
         return str(pairs[0]) if len(pairs) == 1 else f"{pairs[0]}-{pairs[-1]}"
@@ -91,7 +97,7 @@ def pairs_text(pairs: Iterable[PairRuns]) -> str:
 
 
 def parse_pairs(text: str) -> tuple[PairRuns, ...] | None:
-    """What `pairs_text` wrote; None for anything that it would not have written so."""
+    """Parse a text written by `pairs_text`; returns None for a text that `pairs_text` would not write."""
     pairs: list[PairRuns] = []
     for head in text.split(" "):
         runs: list[range] = []
@@ -108,9 +114,10 @@ def parse_pairs(text: str) -> tuple[PairRuns, ...] | None:
 
 
 def ragged_modules(config: Mapping[str, Any]) -> dict[str, Ragged]:
-    """What `quantization_config` says of a compact model's projections; empty for any other model.
+    """Return the ragged projections in `quantization_config` by module name; empty without a `quantization_config`.
 
-    Raises PessaError for weights that something else has quantised: they are no longer a product of floats.
+    Raises PessaError if an entry is malformed, or if the checkpoint was quantised by another method: its projections
+    are then no longer matrices of floats.
     """
     quantization = config.get("quantization_config")
     if quantization is None:
@@ -119,7 +126,8 @@ def ragged_modules(config: Mapping[str, Any]) -> dict[str, Ragged]:
     if method != QUANT_METHOD:
         name = method if isinstance(method, str) and method.isidentifier() else shortened(method)
         raise PessaError(
-            f"the checkpoint is quantised ({name})", "prune the float checkpoint, then quantise the dense export"
+            f"the checkpoint is quantised ({name})",
+            "prune the float checkpoint that it was made from, then quantise the dense export",
         )
     modules = quantization.get("modules")
     if not isinstance(modules, dict) or not modules:
@@ -127,16 +135,16 @@ def ragged_modules(config: Mapping[str, Any]) -> dict[str, Ragged]:
     odd = [name for name in modules if len(name) > 256 or name.count(".") > 16 or not name.isprintable()]
     if odd:
         raise PessaError(
-            f"quantization_config of config.json lists a module {shortened(odd[0])}",
+            f"quantization_config of config.json lists an invalid module name {shortened(odd[0])}",
             "write the folder again with pessa",
         )
     return {module: Ragged.parse(module, text) for module, text in modules.items()}
 
 
 class ModuleNames:
-    """Names of modules, to be found whatever prefix they or what is looked for have.
+    """A set of module names that can be looked up with or without a prefix.
 
-    A base model saved alone lacks the prefix that the same model has under a head ("bert.encoder...").
+    The same module has a prefix in a model with a task head ("bert.encoder...") and none in the base model alone.
     """
 
     def __init__(self, modules: Iterable[str]) -> None:
@@ -147,18 +155,18 @@ class ModuleNames:
                 self._ending.setdefault(end, set()).add(module)
 
     def find(self, name: str) -> str | None:
-        """The one module that names the same projection as `name`."""
+        """Return the module equal to `name` up to a prefix of either; None if there is none or more than one."""
         found = self._ending.get(name, set()) | {end for end in _ends(name) if end in self._modules}
         return next(iter(found)) if len(found) == 1 else None
 
 
 def _ends(name: str) -> Iterator[str]:
-    """The name itself, and what is left of it after each dot."""
+    """Yield the name itself, and the rest of it after each dot."""
     while name:
         yield name
         name = name.partition(".")[2]
 
 
 def match_module(name: str, modules: Iterable[str]) -> str | None:
-    """The one of `modules` that names the same projection as `name`, whatever prefix either has."""
+    """Return the one of `modules` equal to `name` up to a prefix of either; None if there is none or more than one."""
     return ModuleNames(modules).find(name)

@@ -1,7 +1,7 @@
-"""From a table row and a header to sites: the attention blocks a checkpoint really has, with their shapes.
+"""Discovery of sites: the attention blocks of a checkpoint, found by matching its header with the architecture table.
 
-The world is closed: an attention tensor that no row owns, a tensor of the wrong shape or a missing one is an
-error, and all of them are reported at once.
+Every attention tensor must belong to a row of the table. A tensor that no row owns, a missing tensor and a tensor of
+the wrong shape are errors, and all of them are reported at once.
 """
 
 from __future__ import annotations
@@ -23,17 +23,23 @@ from pessa_cli.common.text import listed, shortened
 
 MOST_HEADS = 4096
 KNOWN = (*ARCHITECTURES, *TOWERS)
-LISTED = "`pessa architectures` lists those that are supported"
-# A compact block is worked on at full size, of which its file may hold next to nothing. More than this many times
-# what the whole checkpoint holds, and more than the second number of entries, is no model but an attack on memory.
+LISTED = "`pessa architectures` lists the supported ones"
+# A compact block is processed at full size, even if its file stores almost nothing of it. A block is refused as an
+# attempt to exhaust memory if its full size exceeds both MOST_GROWTH times the entries of the whole checkpoint and
+# ALWAYS_FINE entries.
 MOST_GROWTH, ALWAYS_FINE = 64, 2**24
 
 
 def specs_of(config: Mapping[str, Any], header: Header, architecture: str | None = None) -> tuple[AttentionSpec, ...]:
-    """The table's rows for a model, by its `model_type` or by the name the user gave with --as."""
+    """Return the table's rows for a model, by its `model_type` or by `architecture`, the user's --as.
+
+    Raises PessaError if the model type is not supported, and UsageError if --as names no row of the table.
+    """
     model_type = architecture or config.get("model_type")
     if isinstance(model_type, str) and model_type in TOWERS:
-        return tuple(spec for tower in TOWERS[model_type] for spec in tower.specs(tower.rows or _inner(tower, config)))
+        return tuple(
+            spec for tower in TOWERS[model_type] for spec in tower.specs(tower.rows or _submodel_rows(tower, config))
+        )
     if isinstance(model_type, str) and model_type in ARCHITECTURES:
         return tuple(
             spec
@@ -41,32 +47,33 @@ def specs_of(config: Mapping[str, Any], header: Header, architecture: str | None
             if all(bool(config.get(key, default)) == value for key, default, value in spec.where)
         )
     if architecture is not None:
-        raise UsageError(f"--as {architecture} is no known architecture", LISTED)
+        raise UsageError(f"--as {architecture} is not a known architecture", LISTED)
     alike = [name for name, specs in ARCHITECTURES.items() if all(any(_complete(spec, header)) for spec in specs)]
     what = f"model_type {shortened(model_type)} is not supported" if model_type else "config.json names no model_type"
     known = LISTED
     if alike:
-        known += f"; its tensors are named as in {alike[0]}, so if it is built alike, try --as {alike[0]}"
+        known += f"; its tensors are named as in {alike[0]}, so if its attention is the same, try --as {alike[0]}"
     raise PessaError(what, known)
 
 
-def _inner(tower: Tower, config: Mapping[str, Any]) -> tuple[AttentionSpec, ...]:
-    """The rows of the `model_type` that the config of a tower names."""
+def _submodel_rows(tower: Tower, config: Mapping[str, Any]) -> tuple[AttentionSpec, ...]:
+    """Return the rows for the `model_type` in the submodel's config. Raises PessaError if it is not supported."""
     inner = config.get(tower.config)
     model_type = inner.get("model_type") if isinstance(inner, Mapping) else None
     if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
         raise PessaError(
-            f"config.json: {tower.config} is of model_type {shortened(model_type)}, which is not supported",
+            f"config.json: {tower.config} has model_type {shortened(model_type)}, which is not supported",
             LISTED,
         )
     return specs_of(inner or {}, {}, model_type)
 
 
 def find_sites(specs: Iterable[AttentionSpec], config: Mapping[str, Any], header: Header) -> list[Site]:
-    """Every attention block in the header, kind by kind and layer by layer.
+    """Return every attention block in the header, ordered by kind and layer.
 
-    Raises PessaError with all faults at once: projections missing, of a shape that the config contradicts or of
-    a dtype that holds no floats, and attention tensors that no row owns.
+    Raises PessaError, which lists all faults, if projections are missing, have a shape that contradicts the config or
+    are not floats, or if there are attention tensors that no row owns; also if the model has no attention block, or
+    has an operation between W_V and W_O.
     """
     faults: list[str] = []
     sites: list[Site] = []
@@ -75,26 +82,28 @@ def find_sites(specs: Iterable[AttentionSpec], config: Mapping[str, Any], header
     ragged_names = ModuleNames(ragged)
     most = max(ALWAYS_FINE, MOST_GROWTH * sum(info.count for info in header.values()))
     found = [(spec, layer, modules) for spec in specs for layer, modules in _layers(spec, header)]
-    beside = _beside({_scope(modules["q"]) for _, _, modules in found}, header)
+    beside = _tensors_within({_parent(modules["q"]) for _, _, modules in found}, header)
     for spec in specs:
         refused = [key for key in spec.refused if _value(config, spec, (key,))]
         if refused:
             raise PessaError(
-                f"config.json sets {refused[0]}: something stands between W_V and W_O, and nothing merges there",
-                "this model cannot be pruned",
+                f"config.json sets {refused[0]}, an operation between W_V and W_O that prevents merging them",
+                "pessa cannot prune this model",
             )
-        gaps = [] if spec.sparse else _gaps(spec, header)
-        faults += [f"{module}: a layer without its {spec.kind} attention" for module in gaps]
+        gaps = [] if spec.sparse else _layers_without(spec, header)
+        faults += [f"{module}: this layer has no {spec.kind} attention" for module in gaps]
     for spec, layer, modules in found:
         owned |= {f"{modules[side]}.{part}" for side in "qkvo" for part in ("weight", "bias")}
-        rests = beside[_scope(modules["q"])]
-        owned |= {f"{_scope(modules['q'])}.{rest}" for rest in rests if _fits(rest, (*spec.beside, *spec.norms))}
+        rests = beside[_parent(modules["q"])]
+        owned |= {
+            f"{_parent(modules['q'])}.{rest}" for rest in rests if _matches_any(rest, (*spec.beside, *spec.norms))
+        }
         missing = [f"{modules[side]}.weight: missing" for side in "qkvo" if f"{modules[side]}.weight" not in header]
         faults += dict.fromkeys(missing)
         if missing:
             continue
         entries = {side: ragged.get(ragged_names.find(module) or "") for side, module in modules.items()}
-        there = [norm.partition(".")[0] for norm in spec.norms if any(_fits(rest, (norm,)) for rest in rests)]
+        there = [norm.partition(".")[0] for norm in spec.norms if any(_matches_any(rest, (norm,)) for rest in rests)]
         between = there[0] if there else "norms" * spec.normed
         try:
             sites.append(_site(spec, layer, modules, config, header, entries, most, between))
@@ -103,8 +112,8 @@ def find_sites(specs: Iterable[AttentionSpec], config: Mapping[str, Any], header
     named: dict[str, list[str]] = defaultdict(list)
     for site in sites:
         named[site.name].append(site.q)
-    faults += [f"{name} is there twice: {' and '.join(qs[:8])}" for name, qs in named.items() if len(qs) > 1]
-    scopes = {_scope(site.q) for site in sites}
+    faults += [f"{name} was found twice or more: {' and '.join(qs[:8])}" for name, qs in named.items() if len(qs) > 1]
+    scopes = {_parent(site.q) for site in sites}
     elsewhere = tuple(end for spec in specs for end in spec.elsewhere)
     for name, info in header.items():
         within = any(name[: dot.start()] in scopes for dot in re.finditer(r"\.", name))
@@ -114,23 +123,23 @@ def find_sites(specs: Iterable[AttentionSpec], config: Mapping[str, Any], header
     if faults and found:
         raise PessaError(
             f"{len(faults)} attention tensors do not fit {_model_type(config)}\n{listed(faults)}",
-            "check config.json against the weights, or give the architecture with --as",
+            "check that config.json belongs to these weights, or give the architecture with --as",
         )
     if not sites:
         raise PessaError(
-            f"no attention block found that is named as in {_model_type(config)}",
+            f"found no attention block with the tensor names of {_model_type(config)}",
             "check that config.json belongs to these weights, or give the architecture with --as",
         )
     return sites
 
 
-def _scope(module: str) -> str:
-    """The module that a module is in."""
+def _parent(module: str) -> str:
+    """Return the name of the parent module."""
     return module.rpartition(".")[0]
 
 
-def _beside(scopes: set[str], header: Header) -> dict[str, list[str]]:
-    """What the header has in each of these modules, by the rest of the names."""
+def _tensors_within(scopes: set[str], header: Header) -> dict[str, list[str]]:
+    """Map each of these modules to the names, relative to it, of all tensors within it."""
     rests: dict[str, list[str]] = defaultdict(list)
     for name in header:
         for dot in re.finditer(r"\.", name):
@@ -139,34 +148,34 @@ def _beside(scopes: set[str], header: Header) -> dict[str, list[str]]:
     return rests
 
 
-def _fits(name: str, patterns: tuple[str, ...]) -> bool:
+def _matches_any(name: str, patterns: tuple[str, ...]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def _layers(spec: AttentionSpec, header: Header) -> Iterator[tuple[int, dict[str, str]]]:
-    """The layers that have any of the row's projections, with the module names of all four under the same prefix."""
-    for prefix, layer in _found(spec, header):
+    """Yield the layers that have any of the row's projections, each with the module names of all four projections."""
+    for prefix, layer in _locations(spec, header):
         names = {"q": spec.q, "k": spec.k, "v": spec.v, "o": spec.o}
         yield layer, {side: prefix + name.replace("{i}", str(layer)) for side, name in names.items()}
 
 
-def _found(spec: AttentionSpec, header: Header) -> list[tuple[str, int]]:
-    """The prefixes and layers that have any of the row's projections."""
+def _locations(spec: AttentionSpec, header: Header) -> list[tuple[str, int]]:
+    """Return (prefix, layer) wherever the header has any of the row's projections."""
     patterns = (spec.q, spec.k, spec.v, spec.o)
-    return sorted({place for pattern in patterns for place in _places(spec, f"{pattern}.weight", header)})
+    return sorted({place for pattern in patterns for place in _matches(spec, f"{pattern}.weight", header)})
 
 
-def _gaps(spec: AttentionSpec, header: Header) -> list[str]:
-    """The layers that are there, but have none of the row's projections, beside layers that do."""
-    found = _found(spec, header)
+def _layers_without(spec: AttentionSpec, header: Header) -> list[str]:
+    """Return the layer modules that have none of the row's projections, though other layers with that prefix do."""
+    found = _locations(spec, header)
     prefixes = {prefix for prefix, _ in found}
     stem = spec.q.partition("{i}")[0]
-    there = {place for place in _places(spec, f"{stem}{{i}}.", header) if place[0] in prefixes}
+    there = {place for place in _matches(spec, f"{stem}{{i}}.", header) if place[0] in prefixes}
     return [f"{prefix}{stem}{layer}" for prefix, layer in sorted(there.difference(found))]
 
 
-def _places(spec: AttentionSpec, pattern: str, header: Header) -> Iterator[tuple[str, int]]:
-    """Prefix and layer of each name that the pattern describes: to its end, or with more behind a final dot."""
+def _matches(spec: AttentionSpec, pattern: str, header: Header) -> Iterator[tuple[str, int]]:
+    """Yield (prefix, layer) for each tensor name that matches the pattern; after a final dot anything may follow."""
     before, after = (re.escape(part) for part in pattern.split("{i}"))
     regex = re.compile(rf"((?:.*\.)?){before}(0|[1-9][0-9]{{0,4}}){after}{'.*' if pattern.endswith('.') else ''}")
     for name in header:
@@ -176,13 +185,13 @@ def _places(spec: AttentionSpec, pattern: str, header: Header) -> Iterator[tuple
 
 
 def _complete(spec: AttentionSpec, header: Header) -> Iterator[bool]:
-    """For each layer of the row whether all of its projections are there."""
+    """Yield for each layer of the row whether the header has all of its projections."""
     for _, modules in _layers(spec, header):
         yield all(f"{module}.weight" in header for module in modules.values())
 
 
 def _value(config: Mapping[str, Any], spec: AttentionSpec, keys: Keys) -> Any:
-    """The first of the keys that config.json has in the row's part of it; None for none of them, and for null."""
+    """Return the value of the first key that the row's part of config.json has; None if none exists or all are null."""
     inner = config.get(spec.config) if spec.config else None
     for key in keys:
         found: Any = inner if isinstance(inner, Mapping) else config
@@ -194,17 +203,18 @@ def _value(config: Mapping[str, Any], spec: AttentionSpec, keys: Keys) -> Any:
 
 
 def _head_count(config: Mapping[str, Any], spec: AttentionSpec, keys: Keys) -> int:
+    """Return a number of heads from config.json. Raises PessaError if it is not an integer from 1 to MOST_HEADS."""
     value = _value(config, spec, keys)
     if value is None and isinstance(config.get(spec.config), Mapping):
         value = _default(config[spec.config], keys[0])
     if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= MOST_HEADS:
         key = f"{spec.config}.{keys[0]}" if spec.config else keys[0]
-        raise PessaError(f"config.json: {key} is {shortened(value)}, not a number of heads")
+        raise PessaError(f"config.json: {key} is {shortened(value)}, not a number of heads from 1 to {MOST_HEADS}")
     return value
 
 
 def _default(config: Mapping[str, Any], key: str) -> Any:
-    """What transformers takes where a config is silent: on the hub those of towers leave out what is as usual."""
+    """Return transformers' default for a key. Submodel configs on the hub leave out values equal to the default."""
     from transformers import CONFIG_MAPPING
 
     model_type = config.get("model_type")
@@ -212,8 +222,11 @@ def _default(config: Mapping[str, Any], key: str) -> Any:
     return getattr(CONFIG_MAPPING[model_type](), key, None) if known else None
 
 
-def _turned(config: Mapping[str, Any], spec: AttentionSpec, layer: int, head_dim: int) -> int:
-    """How many of the first directions of each head a rotation turns: an even number, or all of them."""
+def _rotated_directions(config: Mapping[str, Any], spec: AttentionSpec, layer: int, head_dim: int) -> int:
+    """Return how many leading directions of each head RoPE rotates in this layer: an even number, or all of them.
+
+    Raises PessaError if config.json has no valid fraction or number of rotated directions.
+    """
     rope = spec.rope
     if rope is None or (rope.unless and _value(config, spec, (rope.unless,))):
         return 0
@@ -225,7 +238,9 @@ def _turned(config: Mapping[str, Any], spec: AttentionSpec, layer: int, head_dim
     share, count = _value(config, spec, rope.share), _value(config, spec, rope.count)
     share = rope.default if share is None else share
     if not isinstance(share, (int, float)) or not 0 <= share <= 1 or not isinstance(count or 0, int):
-        raise PessaError(f"config.json: {(*rope.share, *rope.count)[0]} is {shortened(share)}, no share of a head")
+        raise PessaError(
+            f"config.json: {(*rope.share, *rope.count)[0]} is {shortened(share)}, not a fraction from 0 to 1 of a head"
+        )
     turned = int(head_dim * share) if count is None else count
     return min(head_dim, turned + turned % 2)
 
@@ -245,9 +260,11 @@ def _site(
     most: int,
     between: str,
 ) -> Site:
-    """One block; `between` names what lets nothing of Q-K merge, if there is such a thing.
+    """Build the site of one block.
 
-    Raises PessaError where config, shapes, dtypes and ranks contradict each other.
+    `entries` are its ragged projections, `most` is the largest allowed number of entries at full size, and `between`
+    names the operation that prevents merging any direction of Q-K, if there is one.
+    Raises PessaError if config, shapes, dtypes and ranks contradict each other.
     """
     heads = kv_heads = _head_count(config, spec, spec.heads)
     if isinstance(spec.kv_heads, int):
@@ -259,11 +276,11 @@ def _site(
     weights = {side: header[f"{module}.weight"] for side, module in modules.items()}
     for side, info in weights.items():
         if len(info.shape) != 2 or info.dtype not in FLOATS:
-            raise PessaError(f"{modules[side]}.weight: a matrix of floats is expected, found {info.dtype} {info.shape}")
+            raise PessaError(f"{modules[side]}.weight: expected a matrix of floats, found {info.dtype} {info.shape}")
     biases = {side: header[f"{m}.bias"] for side, m in modules.items() if f"{m}.bias" in header}
     for side, info in biases.items():
         if info.dtype not in FLOATS:
-            raise PessaError(f"{modules[side]}.bias: stored as {info.dtype}, not as floats")
+            raise PessaError(f"{modules[side]}.bias: expected floats, found {info.dtype}")
     known = [entry.head_dim for entry in entries.values() if entry is not None]
     orders = {side: head_order(spec, side, kv_heads, heads // kv_heads) for side in "qkvo"}
     shapes = {side: info.shape[::-1] if spec.transposed else info.shape for side, info in weights.items()}
@@ -275,7 +292,7 @@ def _site(
             return (head_dim,) * kv_heads
         return tuple(rank for rank, (letter, _) in zip(entry.ranks, orders[side], strict=False) if letter == side)
 
-    unmerged = head_dim if between else _turned(config, spec, layer, head_dim)
+    unmerged = head_dim if between else _rotated_directions(config, spec, layer, head_dim)
     site = Site(
         spec=spec,
         layer=layer,
@@ -298,30 +315,40 @@ def _site(
         unmerged=unmerged,
     )
     if head_dim < 1 or not len(site.qk_ranks) == len(site.vo_ranks) == kv_heads:
-        raise PessaError(f"{site.q}: config.json gives no ranks for just {kv_heads} key/value heads of {head_dim}")
+        raise PessaError(
+            f"{site.q}: config.json gives {len(site.qk_ranks)} Q-K and {len(site.vo_ranks)} V-O ranks "
+            f"for {kv_heads} key/value heads of {head_dim} directions"
+        )
     if site.query_width != site.output_width or ("self" in spec.kind and site.query_width != site.key_width):
         widths = f"W_Q {site.query_width}, W_K {site.key_width}, W_O {site.output_width}"
-        raise PessaError(f"{_scope(modules['q'])}: the widths of its inputs and output differ: {widths}")
+        raise PessaError(f"{_parent(modules['q'])}: the widths of its inputs and output differ: {widths}")
     if min(site.query_width, site.key_width) < 1:
-        raise PessaError(f"{_scope(modules['q'])}: its inputs have no width")
+        raise PessaError(f"{_parent(modules['q'])}: its inputs have width zero")
     if site.by_pairs and head_dim % 2:
-        raise PessaError(f"{site.q}: heads of {head_dim} directions have no pairs to rotate")
+        raise PessaError(f"{site.q}: RoPE rotates pairs, but heads have an odd number of directions, {head_dim}")
     if site.qk_ranks != site.full and (site.pairs is not None) != site.by_pairs:
-        known_as = "pairs, which only rotated ones have" if site.pairs else "ranks, but rotated ones are kept by pairs"
-        raise PessaError(f"{site.q}: config.json gives queries and keys {known_as}")
+        problem = (
+            "frequency pairs, which only heads with RoPE have"
+            if site.pairs
+            else "ranks, but heads with RoPE need frequency pairs"
+        )
+        raise PessaError(f"{site.q}: config.json gives queries and keys {problem}")
     if site.pairs is None and min(site.qk_ranks) < unmerged:
-        raise PessaError(f"{site.q}: config.json cuts off queries and keys that do not merge ({site.between})")
+        raise PessaError(
+            f"{site.q}: config.json gives Q-K rank {min(site.qk_ranks)}, "
+            f"but {unmerged} directions cannot be merged ({site.between})"
+        )
     size = count(site.shapes(site.full, site.full))
     if size > most:
-        raise PessaError(f"{_scope(modules['q'])}: at full size it would have {size:,} entries")
+        raise PessaError(f"{_parent(modules['q'])}: at full size it would have {size:,} entries, more than {most:,}")
     for name, shape in site.tensors.items():
         if header[name].shape != shape:
             raise PessaError(
-                f"{name}: the file has shape {header[name].shape}, {heads} heads of {head_dim} "
+                f"{name}: the file has shape {header[name].shape}, but {heads} heads of {head_dim} "
                 f"({kv_heads} for keys and values) need {shape}"
             )
     if {side: entry for side, entry in entries.items() if entry} != {
         side: entry for side in "qkvo" for entry in [ragged_site(site).get(modules[side])] if entry
     }:
-        raise PessaError(f"{site.q}: config.json gives its projections ranks that do not fit each other")
+        raise PessaError(f"{site.q}: the ranks that config.json gives q, k, v and o contradict each other")
     return site

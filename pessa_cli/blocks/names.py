@@ -1,4 +1,4 @@
-"""Names of modules in files and in models of transformers, which need not be the same."""
+"""The mapping from module names in a checkpoint to module names in a transformers model."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from pessa_cli.blocks.compact_format import ModuleNames
 
 
 def module_names(model: Any, names: Iterable[str]) -> dict[str, str]:
-    """The modules of a model that a file names so, by those names; those that it has not are left out.
+    """Map each name from a checkpoint to the name of the same module in `model`; names without a module are left out.
 
-    They are the same but for a prefix, or as transformers renames what it loads.
+    The two names are equal up to a prefix, or differ by the renaming that transformers applies when it loads weights.
     """
-    # Here, because the loader itself may be what transformers is being imported for.
+    # Imported here, because this module may itself be imported while transformers is being imported.
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 

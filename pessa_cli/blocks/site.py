@@ -1,4 +1,4 @@
-"""An attention block of a checkpoint: its module names, widths, heads, and how many directions are stored."""
+"""Sites: the attention blocks of a checkpoint with their module names, widths, heads and stored ranks."""
 
 from __future__ import annotations
 
@@ -17,11 +17,13 @@ ROPE = "RoPE"
 class Site:
     """One attention block of one checkpoint.
 
-    `q`, `k`, `v`, `o` are module names as in the file; `query_width`, `key_width` and `output_width` are the
-    widths D of what goes in and comes out. `qk_ranks` and `vo_ranks` say how many directions the file stores for
-    each key/value head: `head_dim` everywhere in a dense file, less in a compact one. `between` names what stands
-    between W_Q and W_K of the first `unmerged` directions of each head. `pairs`: under RoPE of all of them, where Q-K
-    stores less, the frequency pairs that it stores for each key/value head.
+    q, k, v, o: module names as in the file.
+    heads, kv_heads: the numbers of query heads and of key/value heads; head_dim: the original size d of each head.
+    query_width, key_width, output_width: the sizes D of the inputs of W_Q, of W_K and W_V, and of the output of W_O.
+    qk_ranks, vo_ranks: how many directions the file stores for each key/value head: `head_dim` in a dense file, fewer
+    in a compact one.
+    pairs: the stored frequency pairs of each key/value head, if RoPE rotates all directions and Q-K is pruned.
+    between: the operation between W_Q and W_K that prevents merging the first `unmerged` directions of each head.
     """
 
     spec: AttentionSpec
@@ -36,8 +38,8 @@ class Site:
     query_width: int
     key_width: int
     output_width: int
-    biases: frozenset[str]  # the letters of the projections that have one
-    dtype: str  # of its weights and biases; the coarsest, should they differ
+    biases: frozenset[str]  # the letters of the projections that have a bias
+    dtype: str  # of the weights and biases; if they differ, the coarsest
     qk_ranks: Ranks
     vo_ranks: Ranks
     pairs: tuple[PairRuns, ...] | None = None
@@ -46,31 +48,33 @@ class Site:
 
     @property
     def name(self) -> str:
-        """Short and unique within a model: "encoder.self.3"."""
+        """The site's unique name within the model, such as "encoder.self.3"."""
         return f"{self.spec.kind}.{self.layer}"
 
     @property
     def group(self) -> int:
-        """Query heads per key/value head."""
+        """The number of query heads per key/value head."""
         return self.heads // self.kv_heads
 
     @property
     def merges_qk(self) -> bool:
+        """Whether W_Q and W_K can be merged in at least some directions of each head."""
         return self.unmerged < self.head_dim
 
     @property
     def by_pairs(self) -> bool:
-        """Whether directions i and i + d/2 turn together, for all i, and can go together."""
+        """Whether RoPE rotates all directions, in pairs i and i + d/2, so that Q-K is pruned by frequency pairs."""
         rope = self.spec.rope
         return self.between == ROPE and not self.merges_qk and not self.spec.fused and not (rope and rope.interleaved)
 
     @property
-    def before(self) -> int:
-        """The directions of Q-K that are kept whatever its spectrum says, since it is of those behind them."""
+    def always_kept(self) -> int:
+        """How many leading Q-K directions of each head are always kept; the Q-K spectrum covers only the others."""
         return self.unmerged if self.merges_qk else 0
 
     @property
     def merges(self) -> str:
+        """Describe which products of this block are merged, for tables."""
         if not self.unmerged:
             return "Q-K, V-O"
         if self.merges_qk:
@@ -79,18 +83,20 @@ class Site:
 
     @property
     def moves_v_bias(self) -> bool:
-        """Whether a value bias adds the same to every output, and there is a bias to hold that."""
+        """Whether the value bias can move into the output bias: attention weights sum to one, and W_O has a bias."""
         return "o" in self.biases and self.spec.sums_to_one
 
     @property
     def full(self) -> Ranks:
+        """The ranks of an unpruned block."""
         return (self.head_dim,) * self.kv_heads
 
     def module(self, side: str) -> str:
+        """Return the module name of a projection, by its letter."""
         return {"q": self.q, "k": self.k, "v": self.v, "o": self.o}[side]
 
     def stored(self, side: str) -> Ranks:
-        """The rank of each head in the tensor of a projection, in its order."""
+        """Return the stored rank of each head in the tensor of a projection, in the tensor's order of heads."""
         return self._in_order(side, self.qk_ranks, self.vo_ranks)
 
     def _in_order(self, side: str, qk_ranks: Ranks, vo_ranks: Ranks) -> Ranks:
@@ -98,7 +104,7 @@ class Site:
         return tuple((qk_ranks if letter in "qk" else vo_ranks)[head] for letter, head in order)
 
     def shapes(self, qk_ranks: Ranks, vo_ranks: Ranks) -> dict[str, tuple[int, ...]]:
-        """The names and shapes of this site's tensors when just so many directions are stored."""
+        """Return the names and shapes of this site's tensors if these ranks per key/value head were stored."""
         widths = {"q": self.query_width, "k": self.key_width, "v": self.key_width, "o": self.output_width}
         shapes: dict[str, tuple[int, ...]] = {}
         for side, width in widths.items():
@@ -111,17 +117,20 @@ class Site:
 
     @property
     def tensors(self) -> dict[str, tuple[int, ...]]:
-        """The names and shapes of this site's tensors in its file."""
+        """The names and shapes of this site's tensors in the file."""
         return self.shapes(self.qk_ranks, self.vo_ranks)
 
 
 def count(shapes: Mapping[str, tuple[int, ...]]) -> int:
-    """How many entries tensors of these shapes have."""
+    """Return the total number of entries of tensors of these shapes."""
     return sum(math.prod(shape) for shape in shapes.values())
 
 
 def head_order(spec: AttentionSpec, side: str, kv_heads: int, group: int) -> list[tuple[str, int]]:
-    """What the tensor of a projection holds, in order: for each head whose it is and its key/value head."""
+    """Return the heads in the tensor of a projection, in order, as (projection letter, key/value head).
+
+    Without fusing all letters are that of the projection itself; a fused tensor holds heads of q, k and v.
+    """
     if not spec.fused or side == "o":
         return [(side, head) for head in range(kv_heads) for _ in range(group if side in "qo" else 1)]
     if spec.fused == "grouped":
@@ -130,11 +139,14 @@ def head_order(spec: AttentionSpec, side: str, kv_heads: int, group: int) -> lis
 
 
 def select(sites: list[Site], kinds: tuple[str, ...] = (), layers: frozenset[int] | None = None) -> list[Site]:
-    """The sites of the given kinds and layers; no kinds means all, None means every layer."""
+    """Return the sites of the given kinds and layers; no kinds means all kinds, and None means all layers.
+
+    Raises UsageError if the model has no block of a kind or no such layer, or if no site is selected.
+    """
     known = list(dict.fromkeys(site.spec.kind for site in sites))
     unknown = [kind for kind in kinds if kind not in known]
     if unknown:
-        raise UsageError(f"--sites {unknown[0]}: this model has no such block", f"it has {', '.join(known)}")
+        raise UsageError(f"--sites {unknown[0]}: this model has no such blocks", f"it has {', '.join(known)}")
     top = max(site.layer for site in sites)
     if layers is not None and max(layers) > top:
         raise UsageError(f"--layers {max(layers)}: the model's last layer is {top}", f"give layers from 0 to {top}")
@@ -142,12 +154,15 @@ def select(sites: list[Site], kinds: tuple[str, ...] = (), layers: frozenset[int
         site for site in sites if (not kinds or site.spec.kind in kinds) and (layers is None or site.layer in layers)
     ]
     if not chosen:
-        raise UsageError("--sites and --layers together choose no block", f"the model's last layer is {top}")
+        raise UsageError(
+            "--sites and --layers together select no block",
+            f"choose other kinds or layers: blocks of this model are {', '.join(known)}, and its last layer is {top}",
+        )
     return chosen
 
 
 def ragged_site(site: Site) -> dict[str, Ragged]:
-    """The entries of `modules` for one site, by module name; only for those that are not full."""
+    """Return the entries of `quantization_config` for one site by module name; projections of full rank have none."""
     entries: dict[str, Ragged] = {}
     for side in "qkvo":
         ranks = site.stored(side)
@@ -160,12 +175,12 @@ def ragged_site(site: Site) -> dict[str, Ragged]:
 
 
 def with_ranks(site: Site, qk_ranks: Ranks, vo_ranks: Ranks, pairs: tuple[PairRuns, ...] | None = None) -> Site:
-    """The same site as a compact file of those ranks, or with those pairs of Q-K, would store it."""
+    """Return the site as a compact file with these ranks, and under RoPE these frequency pairs, would store it."""
     if pairs is not None and pair_ranks(pairs) == site.full:
         pairs = None
     return replace(site, qk_ranks=qk_ranks, vo_ranks=vo_ranks, pairs=pairs)
 
 
 def in_full(site: Site) -> Site:
-    """The same site as a dense file stores it."""
+    """Return the site as a dense file stores it."""
     return with_ranks(site, site.full, site.full)

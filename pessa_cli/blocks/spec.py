@@ -5,16 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
-Keys = tuple[str, ...]  # of config.json, dotted where they are nested; the first that is there counts
+Keys = tuple[str, ...]  # alternative keys of config.json, dotted if nested; the first that exists is used
 
 
 @dataclass(frozen=True)
 class Rotation:
-    """RoPE: the first directions of each head, or all of them, are turned by the position.
+    """Rotary position embeddings (RoPE): all directions of each head, or the first of them, are rotated by position.
 
-    share: keys of the share of each head that turns, `default` where there is none of them; count: keys of their
-    number, all for null. interleaved: neighbours turn together, and not the two halves. layers: a key with a value for
-    each layer, and that of those that turn. unless: a key that says that none does.
+    share: config keys of the rotated fraction of each head; `default` is the fraction if none of the keys exists.
+    count: config keys of the number of rotated directions, used in place of the fraction if one of them exists.
+    interleaved: whether directions 2i and 2i + 1 form a pair; otherwise i and i + d/2 do.
+    layers: a config key with one value per layer, and the value that means that the layer is rotated.
+    unless: a config key that disables the rotation in all layers if its value is true.
     """
 
     share: Keys = ()
@@ -26,24 +28,34 @@ class Rotation:
 
     @property
     def partial(self) -> bool:
+        """Whether config.json may limit the rotation to a part of each head."""
         return bool(self.share or self.count)
 
 
 @dataclass(frozen=True)
 class AttentionSpec:
-    """One kind of attention block: where its four projections are, and what stands between them.
+    """One row of the architecture table: where the projections of one kind of block are, and what is between them.
 
-    `q`, `k`, `v` and `o` are module names with `{i}` for the layer; `under` are parts of names, one of which must stand
-    before them. `heads` and `kv_heads` are keys of config.json, or of what its key `config` holds; kv_heads may be a
-    constant, and none of its keys means as many as heads.
-    fused: q, k and v are one tensor: "blocks" of all q, all k and all v, or "grouped", for each key/value head its
-    query heads, k and v. transposed: the weights are (in, out), as of Conv1D.
-    rope: a rotation stands between W_Q and W_K. norms: names in the module of q of what lets nothing merge there,
-    where it is; `normed`: it always is.
-    key_bias_stays: something else than queries meets the keys. sums_to_one: do the rows of attention?
-    beside: other names in the module of q that are no attention weights; elsewhere: ends of such names in other places.
-    refused: keys of config.json for something between W_V and W_O. compact: does the stock code run ragged projections?
-    where: (key, its default, value) that config.json must have for this row to count. sparse: not every layer has one.
+    kind: the kind of block, such as "encoder.self".
+    q, k, v, o: module names of the projections, with `{i}` for the layer.
+    heads, kv_heads: config keys of the numbers of heads; `kv_heads` may also be a constant, and if none of its keys
+    exists there is one key/value head per query head.
+    fused: whether q, k and v are one tensor: "blocks" has all of q, then all of k, then all of v; "grouped" has for
+    each key/value head its query heads, its key head and its value head.
+    transposed: whether weights are stored as (in, out), as transformers' Conv1D does.
+    rope: the rotation between W_Q and W_K, if there is one.
+    norms: name patterns, within the module that holds q, of modules between W_Q and W_K that prevent merging, if
+    present; normed: whether such norms are always present.
+    key_bias_stays: whether the key bias affects the output, because keys are multiplied with more than the queries.
+    sums_to_one: whether attention weights sum to one over the keys (false with attention sinks).
+    beside: name patterns of other tensors within the module that holds q, which are copied; elsewhere: endings of the
+    names of such tensors in other modules.
+    refused: config keys that, when set, put an operation between W_V and W_O, so that the model cannot be pruned.
+    compact: whether the stock model code runs ragged projections.
+    where: conditions (config key, its default, required truth value) under which the row applies.
+    sparse: whether some layers have no block of this kind.
+    under: name parts, one of which must be part of the prefix of the projections' names.
+    config: the key of config.json whose object holds the config keys above; empty for config.json itself.
     """
 
     kind: str
@@ -71,7 +83,7 @@ class AttentionSpec:
 
     @property
     def merges(self) -> str:
-        """What of a block can be merged, in words."""
+        """Describe which products of a block can be merged, for tables and messages."""
         if self.normed:
             return "V-O (norms between W_Q and W_K)"
         if self.rope is None:
@@ -89,10 +101,11 @@ class AttentionSpec:
 
 @dataclass(frozen=True)
 class Tower:
-    """A model in a model of several: what its kinds of blocks are called, the key of its config, names that its tensors
-    are under, and its rows.
+    """One submodel of a multimodal model, such as the text model of CLIP.
 
-    Without rows of its own it has those of the `model_type` that its config names.
+    kind: the first part of the names of its kinds of blocks. config: the key of config.json that holds its config.
+    under: name parts of the prefix of its tensors. rows: its rows of the architecture table; without rows, those of the
+    `model_type` in its config are used.
     """
 
     kind: str
@@ -101,7 +114,7 @@ class Tower:
     rows: tuple[AttentionSpec, ...] = ()
 
     def specs(self, rows: tuple[AttentionSpec, ...]) -> tuple[AttentionSpec, ...]:
-        """Rows as those of this tower."""
+        """Return the rows with the kind, config key and prefix of this submodel."""
         return tuple(
             replace(row, kind=f"{self.kind}.{row.kind.rpartition('.')[2]}", config=self.config, under=self.under)
             for row in rows

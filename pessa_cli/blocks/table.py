@@ -1,7 +1,7 @@
-"""Which tensors make up attention in which kind of model: one row a kind of block, facts only.
+"""The architecture table: for each `model_type`, one row of facts per kind of attention block.
 
-A row declares what a checkpoint cannot say about itself. Biases, the number of layers, the head size and the
-prefix that some model classes put before every name are discovered from the header by `sites`.
+A row declares only what cannot be read from a checkpoint. Biases, the number of layers, the head size and the prefix
+that some model classes put before every name are discovered from the header, see `blocks.discover`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pessa_cli.blocks.spec import AttentionSpec, Keys, Rotation, Tower
 
 
 def _block(kind: str, module: str, names: str, heads: str | Keys, **more: object) -> AttentionSpec:
-    """A row whose projections are in one module, by their names: "q k v o", or "qkv o" where they are fused."""
+    """Build a row whose projections are all in `module`; `names` is "q k v o", or "qkv o" for a fused tensor."""
     *first, o = names.split()
     q, k, v = first * 3 if len(first) == 1 else first
     facts = {side: f"{module}.{name}" for side, name in zip("qkvo", (q, k, v, o), strict=True)}
@@ -27,11 +27,11 @@ QK_NORM = ("q_norm.*", "k_norm.*")
 QK_LAYERNORM = ("q_layernorm.*", "k_layernorm.*")
 BIGCODE = ("decoder.self", "h.{i}.attn", "c_attn c_proj", "n_head")
 FUSED_SELF = ("decoder.self", "h.{i}.self_attention", "query_key_value dense", HEADS)
-# Of SigLIP's pooling, one block of torch's MultiheadAttention without a layer: copied.
+# SigLIP's pooling head is one torch MultiheadAttention outside the layers; its tensors are copied.
 POOLING = tuple(
     f"head.attention.{name}" for name in ("in_proj_weight", "in_proj_bias", "out_proj.weight", "out_proj.bias")
 )
-BUFFERS = ("bias", "masked_bias")  # causal masks, in old files
+BUFFERS = ("bias", "masked_bias")  # causal masks that old checkpoints store
 SEQ2SEQ = (
     _block("encoder.self", "encoder.layers.{i}.self_attn", BIASED_O, "encoder_attention_heads"),
     _block("decoder.self", "decoder.layers.{i}.self_attn", BIASED_O, "decoder_attention_heads"),
@@ -67,7 +67,7 @@ T5 = tuple(
 
 
 def _decoder(names: str = PROJ, **more: object) -> tuple[AttentionSpec, ...]:
-    """LLaMA's rows, and those of all that are built like it."""
+    """Build the row of LLaMA, or of an architecture that differs from it only in `names` and `more`."""
     facts: dict[str, object] = {"kv_heads": KV_HEADS, "rope": Rotation(), "beside": ("rotary_emb.inv_freq",)}
     return (_block("decoder.self", "layers.{i}.self_attn", names, HEADS, **facts | more),)
 
@@ -80,7 +80,7 @@ ARCHITECTURES: dict[str, tuple[AttentionSpec, ...]] = {
     "mbart": SEQ2SEQ,
     "marian": SEQ2SEQ,
     "pegasus": SEQ2SEQ,
-    "m2m_100": SEQ2SEQ,  # NLLB, too
+    "m2m_100": SEQ2SEQ,  # also NLLB
     "blenderbot": SEQ2SEQ,
     "speech_to_text": SEQ2SEQ,
     "roberta": BERT,
@@ -106,7 +106,7 @@ ARCHITECTURES: dict[str, tuple[AttentionSpec, ...]] = {
     "gpt_oss": _decoder(beside=("sinks",), sums_to_one=False),
     "cohere": _decoder(rope=Rotation(interleaved=True), norms=QK_NORM),
     "cohere2": _decoder(rope=Rotation(interleaved=True, layers=("layer_types", "sliding_attention"))),
-    "smollm3": _decoder(rope=Rotation(layers=("no_rope_layers", 1))),  # where 1 means with RoPE
+    "smollm3": _decoder(rope=Rotation(layers=("no_rope_layers", 1))),  # despite the key's name, 1 means with RoPE
     "stablelm": _decoder(rope=Rotation(PARTIAL, 0.25), norms=QK_LAYERNORM),
     "olmo": _decoder(refused=("clip_qkv",)),
     "olmo2": _decoder(norms=QK_NORM, normed=True),
@@ -141,7 +141,8 @@ ARCHITECTURES: dict[str, tuple[AttentionSpec, ...]] = {
         _block(*BIGCODE, fused="grouped", beside=BUFFERS, where=(("multi_query", True, False),)),
     ),
     "bloom": (
-        _block(*FUSED_SELF[:3], ("n_head", HEADS), fused="grouped"),  # ALiBi is added to the scores
+        # ALiBi is added to the scores, so it does not prevent merging Q-K.
+        _block(*FUSED_SELF[:3], ("n_head", HEADS), fused="grouped"),
     ),
     "falcon": (
         _block(
@@ -185,7 +186,7 @@ ARCHITECTURES: dict[str, tuple[AttentionSpec, ...]] = {
     "t5": T5,
     "mt5": T5,
     "umt5": T5,
-    "albert": (  # a set of weights that layers share; {i} is its number
+    "albert": (  # layers share sets of weights; {i} is the number of the set
         _block(
             *("encoder.self", "encoder.albert_layer_groups.{i}.albert_layers.0.attention", "query key value dense"),
             HEADS,
@@ -201,7 +202,7 @@ ARCHITECTURES: dict[str, tuple[AttentionSpec, ...]] = {
             o="encoder.layer.{i}.attention.output.dense",
             heads=(HEADS,),
             norms=("pos_key_proj.*", "pos_query_proj.*"),
-            key_bias_stays=True,  # it meets W_Q of relative positions, which depend on the key's place
+            key_bias_stays=True,  # keys are also multiplied with projected relative positions, which differ by key
         ),
     ),
     "vit": VIT,
@@ -238,7 +239,7 @@ TOWERS: dict[str, tuple[Tower, ...]] = {
     "llava": (TEXT, VISION),
     "gemma3": (TEXT, VISION),
     "paligemma": (TEXT, VISION),
-    "qwen2_vl": (replace(TEXT, under=(), rows=ARCHITECTURES["qwen2"]), QWEN_VISION),  # on the hub without text_config
+    "qwen2_vl": (replace(TEXT, under=(), rows=ARCHITECTURES["qwen2"]), QWEN_VISION),  # hub configs have no text_config
     "qwen2_5_vl": (replace(TEXT, under=(), rows=ARCHITECTURES["qwen2"]), QWEN_VISION),
     "qwen3_vl": (replace(TEXT, rows=ARCHITECTURES["qwen3"]), QWEN_VISION),
     "qwen2_audio": (
@@ -272,6 +273,6 @@ TOWERS: dict[str, tuple[Tower, ...]] = {
     ),
 }
 FIRST_RELEASE = "0.1.0"
-SINCE: dict[str, str] = {}  # the release of rows that came later
-# Models as they were published that the tests run, beside the tiny ones that each row has.
+SINCE: dict[str, str] = {}  # the first release of rows that were added after FIRST_RELEASE
+# Published models that the tests run, in addition to the tiny random model of each row.
 PUBLISHED = {"whisper": "openai/whisper-tiny.en", "bert": "all-MiniLM-L6-v2", "llama": "SmolLM2-135M"}

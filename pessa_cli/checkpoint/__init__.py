@@ -1,1 +1,1 @@
-"""Checkpoint folders as files: safetensors, JSON, hashes, and folders that are complete or absent."""
+"""Reading and writing of checkpoint folders: safetensors, JSON, hashes, and outputs that appear only when complete."""

@@ -1,4 +1,4 @@
-"""The dtypes of safetensors files: their names in torch, their sizes and their rounding."""
+"""The dtypes of safetensors files: their torch names, their item sizes in bytes and their rounding errors."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ TORCH_DTYPES = {
     "BOOL": "bool",
 }
 ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
-FLOATS = ("F64", "F32", "F16", "BF16")  # from the finest rounding to the coarsest
-# Half the distance from 1 to the next number: the relative error of storing one weight.
+FLOATS = ("F64", "F32", "F16", "BF16")  # ordered from the finest rounding to the coarsest
+# Half the distance from 1 to the next larger number: the largest relative error of storing one weight.
 UNIT_ROUNDOFF = {"F64": 2.0**-53, "F32": 2.0**-24, "F16": 2.0**-11, "BF16": 2.0**-8}
-# Half the distance between a dtype's smallest numbers: the error of storing one weight, however small it is.
+# Half the smallest positive (subnormal) number: the largest absolute error of storing a weight close to zero.
 UNDERFLOW = {"F64": 0.0, "F32": 2.0**-150, "F16": 2.0**-25, "BF16": 2.0**-134}

@@ -1,4 +1,4 @@
-"""Files of a model folder: names, JSON, hashes, and which of them count."""
+"""The files of a model folder: their names, JSON content and hashes, and which of them are copied."""
 
 from __future__ import annotations
 
@@ -14,14 +14,17 @@ from pessa_cli.common.files import file_size
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 CONFIG_FILE = "config.json"
-# Bounds on what is parsed before anything is known to be right; real files stay below half of each.
-MOST_JSON = 32 * 2**20  # bytes of a JSON file or a header: parsed, they take up to 25 times as much memory
-MOST_DEPTH = 64  # levels of JSON inside each other
+# Limits on files that are parsed before their content is validated; real files stay below half of each limit.
+MOST_JSON = 32 * 2**20  # bytes of a JSON file or a safetensors header; parsed, it takes up to 25 times as much memory
+MOST_DEPTH = 64  # nesting levels of JSON
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file. Raises PessaError when it is missing, unreadable, too large or no object."""
+    """Return the JSON object in a file.
+
+    Raises PessaError if the file is missing, unreadable, too large or too deeply nested, or holds no object.
+    """
     try:
         size = file_size(path)
         if size > MOST_JSON:
@@ -53,18 +56,20 @@ def _within_depth(value: Any) -> bool:
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write an object as indented UTF-8 JSON."""
     text = json.dumps(value, indent=2, ensure_ascii=False)
     try:
         encoded = text.encode()
-    except UnicodeEncodeError:  # half a surrogate pair, which JSON can say and UTF-8 cannot
+    except UnicodeEncodeError:  # a lone surrogate, which JSON can express with an escape and UTF-8 cannot
         encoded = json.dumps(value, indent=2).encode()
     path.write_bytes(encoded + b"\n")
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Build a dict for `json.loads(object_pairs_hook=...)`. Raises ValueError if a key is repeated."""
     found = dict(pairs)
     if len(found) != len(pairs):
-        raise ValueError("a name is there twice")
+        raise ValueError("a name occurs twice")
     return found
 
 
@@ -72,7 +77,7 @@ ADAPTER_FILE = "adapter_config.json"
 
 
 def sha256_of(path: Path) -> str:
-    """SHA-256 of a file, read in chunks, or of a folder: of its files' names and digests."""
+    """Return the SHA-256 of a file in hexadecimal, or of a folder, over the names and digests of its files."""
     if path.is_dir():
         files = [file for file in sorted(path.rglob("*")) if file.is_file()]
         listing = [(file.relative_to(path).as_posix(), sha256_of(file)) for file in files]
@@ -82,7 +87,7 @@ def sha256_of(path: Path) -> str:
 
 
 def source_name(folder: Path) -> str:
-    """What to call a model that lies in a folder: the folder's name, or the repository that it is a snapshot of."""
+    """Return a name for the model in a folder: `owner/name` for a snapshot of the hub, else the folder name."""
     folder = folder.resolve()
     place = folder.parent.parent.name.split("--")
     if folder.parent.name == "snapshots" and place[0] == "models" and len(place) > 1:
@@ -91,9 +96,9 @@ def source_name(folder: Path) -> str:
 
 
 def visible_files(folder: Path) -> dict[str, Path]:
-    """The files below a folder by their relative names, but for hidden ones and links to somewhere else.
+    """Map the relative names of the files below a folder to their paths, without hidden files and links that lead out.
 
-    In the hub's cache every file is a link into the blobs of its own repository: that is no other place.
+    In the hub's cache every file is a link to a blob of the same repository; these links are accepted.
     """
     inside = folder.resolve()
     if inside.parent.name == "snapshots":

@@ -1,7 +1,7 @@
-"""Checkpoints on disk: safetensors files read and written tensor by tensor, never whole.
+"""Reading of safetensors checkpoints, one tensor at a time.
 
-The reader knows every tensor's dtype, shape and place from the headers alone; the writer is told all of that
-before the first byte, so that tensors can be put in any order. torch is imported only where a tensor is made.
+Opening a checkpoint reads only the headers, which give the dtype, shape and offset of every tensor. torch is imported
+only in the functions that create a tensor, because importing it takes seconds.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ if TYPE_CHECKING:
     import torch
 
 
-CHUNK = 2**20  # bytes copied at a time: what stays in the processor's cache
-MOST_NAME = 512  # characters of a tensor's name
+CHUNK = 2**20  # bytes copied at a time: few enough to stay in the processor's cache
+MOST_NAME = 512  # the most characters that a tensor's name may have
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """A tensor as a safetensors header describes it: the format's dtype name ("F16") and the shape."""
+    """The dtype and shape of a tensor from a safetensors header; `dtype` is the format's name, such as "F16"."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -59,7 +59,7 @@ Header = Mapping[str, TensorInfo]
 
 @dataclass(frozen=True)
 class Place:
-    """Where a tensor's bytes are."""
+    """The location of a tensor's data: the file name, the offset from the start of the file, and the size in bytes."""
 
     file: str
     offset: int
@@ -67,7 +67,11 @@ class Place:
 
 
 def _read_header(path: Path) -> tuple[dict[str, tuple[TensorInfo, int]], dict[str, str]]:
-    """The tensors of one file with their absolute offsets, and its metadata."""
+    """Read the header of one file: each tensor with its absolute offset in bytes, and the file's metadata.
+
+    Raises PessaError if the file is missing or is not a complete safetensors file, and if a tensor has an impossible
+    name or a dtype that pessa cannot copy.
+    """
     from safetensors import SafetensorError, safe_open
 
     size = 0
@@ -76,12 +80,13 @@ def _read_header(path: Path) -> tuple[dict[str, tuple[TensorInfo, int]], dict[st
         with path.open("rb") as raw:
             length = int.from_bytes(raw.read(8), "little")
             if length > MOST_JSON:
-                raise ValueError(f"its header would have {length:,} bytes")
+                raise ValueError(f"its header would have {length:,} bytes, more than {MOST_JSON:,}")
             encoded = raw.read(length)
-        # The format's own library is the judge of validity: lengths, offsets, overlaps.
+        # The safetensors library checks the file: lengths, offsets and overlaps.
         with safe_open(path, framework="np") as file:
             metadata = file.metadata() or {}
-        header = json.loads(encoded, object_pairs_hook=unique_keys)  # of duplicate names the library takes the last
+        # The library accepts duplicate names and takes the last of them, so they are checked here.
+        header = json.loads(encoded, object_pairs_hook=unique_keys)
     except FileNotFoundError:
         raise PessaError(f"{path} does not exist", "download the missing shard") from None
     except (SafetensorError, OSError, ValueError) as error:
@@ -89,17 +94,20 @@ def _read_header(path: Path) -> tuple[dict[str, tuple[TensorInfo, int]], dict[st
             f"{path} ({size:,} bytes) is not a complete safetensors file: {error}", "download the file again"
         ) from None
     header.pop("__metadata__", None)
-    if not all(isinstance(entry, dict) for entry in header.values()):  # which the library takes for one, too
-        raise PessaError(f"{path} has a header of lists", "do not use this checkpoint")
-    # No model has such names; in a terminal they could pass for something else.
+    if not all(isinstance(entry, dict) for entry in header.values()):  # the library accepts lists as well
+        raise PessaError(f"{path}: its header has lists in place of objects", "do not use this checkpoint")
+    # No real model has such names, and unprintable characters could falsify what a terminal shows.
     odd = [f"{name[:MOST_NAME]!r}" for name in header if len(name) > MOST_NAME or not name.isprintable()]
     if odd:
-        raise PessaError(f"{path} holds tensors of impossible names\n{listed(odd)}", "do not use this checkpoint")
+        raise PessaError(
+            f"{path}: these tensor names are not printable, or longer than {MOST_NAME} characters\n{listed(odd)}",
+            "do not use this checkpoint",
+        )
     unknown = [f"{name}: {entry['dtype']}" for name, entry in header.items() if entry["dtype"] not in ITEM_BYTES]
     if unknown:
         raise PessaError(
-            f"{path} holds tensors of a dtype that pessa does not copy\n{listed(unknown)}",
-            "quantise after pruning: give the float checkpoint that this one was made from",
+            f"{path} holds tensors of a dtype that pessa cannot copy\n{listed(unknown)}",
+            "give the float checkpoint that this one was made from, and quantise after pruning",
         )
     return {
         name: (TensorInfo(entry["dtype"], tuple(entry["shape"])), 8 + length + entry["data_offsets"][0])
@@ -108,11 +116,11 @@ def _read_header(path: Path) -> tuple[dict[str, tuple[TensorInfo, int]], dict[st
 
 
 class CheckpointReader:
-    """A folder with `config.json` and safetensors weights, single file or sharded with an index.
+    """A model folder with `config.json` and safetensors weights, either one file or shards with an index.
 
-    `header` maps each tensor's name to its dtype and shape; `config` is the parsed config.json. Only headers are
-    read until `get` or `chunks` is called. Raises PessaError for a folder that is no model, a missing or
-    truncated shard, an index that disagrees with its shards, or weights that are only there as pickles.
+    `header` maps each tensor's name to its dtype and shape; `config` is the parsed config.json. Tensor data is read
+    only by `get`, `chunks` and `checked_chunks`. Raises PessaError if the folder does not hold a model, a shard is
+    missing or truncated, the index disagrees with the shards, or the weights exist only as pickles.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -140,7 +148,7 @@ class CheckpointReader:
 
     @staticmethod
     def _weight_files(folder: Path) -> tuple[list[str], dict[str, str] | None]:
-        """The weight files' names, and the map of an index if there is one."""
+        """Return the names of the weight files, and the index's map from tensor to file, or None without an index."""
         if (folder / SINGLE_FILE).exists():
             return [SINGLE_FILE], None
         if (folder / INDEX_FILE).exists():
@@ -148,21 +156,21 @@ class CheckpointReader:
             if not isinstance(weight_map, dict) or not {type(file) for file in weight_map.values()} == {str}:
                 raise PessaError(f"{folder / INDEX_FILE} has no weight_map", "download the file again")
             files = sorted(set(weight_map.values()))
-            # A shard may be a link, as all are in the hub's cache: whoever made the folder made that, not the index.
+            # A shard may be a symbolic link, as in the hub's cache: the index cannot create links, so they are safe.
             outside = [file for file in files if Path(file).name != file or "\\" in file or file in ("", "..")]
             if outside:
                 raise PessaError(
-                    f"{folder / INDEX_FILE} points outside its folder: {_shown(outside[0])}",
+                    f"{folder / INDEX_FILE} points outside its folder: {_printable(outside[0])}",
                     "do not use this checkpoint; its index was tampered with",
                 )
             others = [
-                _shown(file)
+                _printable(file)
                 for file in files
                 if not file.endswith(".safetensors") or not file.isprintable() or len(file.encode()) > 255
             ]
             if others:
                 raise PessaError(
-                    f"{folder / INDEX_FILE} names weight files that are no .safetensors files\n{listed(others)}",
+                    f"{folder / INDEX_FILE} names weight files that are not .safetensors files\n{listed(others)}",
                     "do not use this checkpoint; its index was tampered with",
                 )
             missing = [file for file in files if not (folder / file).exists()]
@@ -176,17 +184,18 @@ class CheckpointReader:
         if pickles:
             raise PessaError(
                 f"{folder} holds pickled weights only ({pickles[0]}), which can run code when they are loaded",
-                "if you trust whoever made them, give --allow-pickle: pessa then converts the tensors of a "
+                "if you trust their author, give --allow-pickle: pessa then converts the tensors of a "
                 "pytorch_model.bin and refuses code",
             )
         raise PessaError(
-            f"{folder} is no model: it has neither {SINGLE_FILE} nor {INDEX_FILE}",
+            f"{folder} is not a model: it has neither {SINGLE_FILE} nor {INDEX_FILE}",
             "give the folder that from_pretrained loads",
         )
 
     def _check_index(self, weight_map: Mapping[str, str]) -> None:
         wrong = [
-            f"{_shown(name)}: the index says {weight_map.get(name)}, the shards say {place.file if place else None}"
+            f"{_printable(name)}: in the index {weight_map.get(name, 'missing')}, "
+            f"in the shards {place.file if place else 'missing'}"
             for name in sorted(weight_map.keys() | self._places.keys())
             for place in [self._places.get(name)]
             if place is None or weight_map.get(name) != place.file
@@ -197,59 +206,68 @@ class CheckpointReader:
             )
 
     def stats(self) -> dict[str, os.stat_result]:
-        """Size and time of every weight file as they are now."""
+        """Return the current `os.stat` result of every weight file. Raises PessaError if one cannot be accessed."""
         try:
             return {file: (self.folder / file).stat() for file in self.files}
         except OSError as error:
-            raise PessaError(f"{self.folder} changed while it was read: {error}", "run again") from None
+            raise PessaError(f"{self.folder} changed while it was read: {error}", "run the command again") from None
 
     def check_unchanged(self) -> None:
-        """Raise PessaError when a weight file is not what it was when it was opened."""
+        """Raise PessaError if the size, time or inode of a weight file has changed since the folder was opened."""
         for file, now in self.stats().items():
             then = self._opened[file]
             if (now.st_size, now.st_mtime_ns, now.st_ino) != (then.st_size, then.st_mtime_ns, then.st_ino):
                 raise PessaError(
-                    f"{self.folder / file} changed while it was read", "leave it alone for the time, and run again"
+                    f"{self.folder / file} changed while it was read", "run again, and do not change it meanwhile"
                 )
 
     def file_of(self, name: str) -> str:
+        """Return the name of the file that holds a tensor."""
         return self._places[name].file
 
     def chunks(self, name: str, size: int = CHUNK) -> Iterator[bytearray]:
-        """The tensor's raw little-endian bytes, at most `size` at a time."""
+        """Yield the tensor's raw little-endian bytes, at most `size` at a time.
+
+        Raises PessaError if the file has become shorter.
+        """
         with self._at(name) as (file, left):
             while left:
                 chunk = bytearray(min(size, left))
                 if file.readinto(chunk) != len(chunk):
-                    raise self._shorter(name)
+                    raise self._truncated(name)
                 left -= len(chunk)
                 yield chunk
 
     @contextmanager
     def _at(self, name: str) -> Iterator[tuple[BufferedReader, int]]:
-        """The file open at the tensor's first byte, and its number of bytes."""
+        """Open the tensor's file at the tensor's first byte; yields the file and the tensor's size in bytes."""
         place = self._places[name]
         with (self.folder / place.file).open("rb") as file:
             file.seek(place.offset)
             yield file, place.nbytes
 
-    def _shorter(self, name: str) -> PessaError:
-        return PessaError(f"{self.folder / self.file_of(name)} became shorter while it was read", "run again")
+    def _truncated(self, name: str) -> PessaError:
+        return PessaError(
+            f"{self.folder / self.file_of(name)} became shorter while it was read", "run the command again"
+        )
 
     def checked_chunks(self, name: str) -> Iterator[bytearray]:
-        """As `chunks`. Raises PessaError at a NaN, which no good checkpoint holds; infinities may be masks."""
+        """Yield the same bytes as `chunks`. Raises PessaError if a chunk holds NaN.
+
+        A valid checkpoint has no NaN; infinities are allowed, since mask buffers hold them.
+        """
         import torch
 
         info = self.header[name]
         dtype: torch.dtype = getattr(torch, TORCH_DTYPES[info.dtype])
         for chunk in self.chunks(name):
-            # amin is NaN when any entry is, and makes no copy.
+            # amin returns NaN if any entry is NaN, and needs no copy of the chunk.
             if dtype.is_floating_point and torch.frombuffer(chunk, dtype=dtype).amin().isnan():
                 raise PessaError(f"{name} of {self.folder} holds NaN", "the checkpoint is damaged; download it again")
             yield chunk
 
     def get(self, name: str) -> torch.Tensor:
-        """The tensor in the file's dtype and shape."""
+        """Read a tensor in the file's dtype and shape. Raises PessaError if the file has become shorter."""
         import torch
 
         info = self.header[name]
@@ -257,13 +275,13 @@ class CheckpointReader:
         with self._at(name) as (file, nbytes):
             if not nbytes:
                 return torch.empty(info.shape, dtype=dtype)
-            data = bytearray(nbytes)  # the header was checked against the file's size
+            data = bytearray(nbytes)  # safe to allocate: the header was checked against the file's size
             if file.readinto(data) != nbytes:
-                raise self._shorter(name)
+                raise self._truncated(name)
         return torch.frombuffer(data, dtype=dtype).reshape(info.shape)
 
 
-def _shown(name: str) -> str:
-    """A name from a file for a message: never long, and without anything that a terminal would obey."""
+def _printable(name: str) -> str:
+    """Format a name from a file for a message: shortened, and without terminal control characters."""
     short = name if len(name) <= MOST_NAME else name[:MOST_NAME] + "..."
     return short if short.isprintable() else repr(short)

@@ -1,4 +1,4 @@
-"""Writing safetensors files as streams: the header first, then the tensors in its order."""
+"""Streaming writers for safetensors files: the header is written first, then the tensors in the header's order."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ if TYPE_CHECKING:
     import torch
 
 
-CHUNKS_BEHIND = 8  # that the hash may be behind the writing
+CHUNKS_BEHIND = 8  # how many chunks hashing may lag behind writing, which bounds the memory
 
 
 class _Digest:
-    """SHA-256 of what is written, in a thread of its own, never more than a few chunks behind."""
+    """The SHA-256 of the written chunks, computed in a separate thread that lags at most CHUNKS_BEHIND chunks."""
 
     def __init__(self) -> None:
         self._hash = hashlib.sha256()
@@ -35,22 +35,23 @@ class _Digest:
         self._waiting: deque[Future[None]] = deque()
 
     def update(self, chunk: bytes | bytearray | memoryview) -> None:
-        """Add a chunk, which must not change from now on."""
+        """Add a chunk; the caller must not change it afterwards, since it is hashed later."""
         self._waiting.append(self._pool.submit(self._hash.update, chunk))
         if len(self._waiting) > CHUNKS_BEHIND:
             self._waiting.popleft().result()
 
     def close(self) -> str:
-        """The digest of everything."""
+        """Wait for the thread, and return the digest of all chunks in hexadecimal."""
         self._pool.shutdown()
         return self._hash.hexdigest()
 
 
 class ShardWriter:
-    """One safetensors file: the header is written first, the tensors then arrive in its order.
+    """A writer for one safetensors file, used as a context manager.
 
-    As a context manager it is complete and on the disk when left; `sha256` is then that of the whole file. Raises
-    PessaError for a tensor out of turn, of another dtype or shape than planned, and for one that never came.
+    The header is written at once, from `plan`; the tensors must then be put in the plan's order. When the context ends,
+    the file is complete and flushed to disk, and `sha256` is its digest. Raises PessaError if a tensor is put out of
+    order or with another dtype, shape or size than planned, or if a planned tensor was never put.
     """
 
     def __init__(self, path: Path, plan: Header, metadata: Mapping[str, str]) -> None:
@@ -60,34 +61,36 @@ class ShardWriter:
             offsets = [end, end := end + info.nbytes]
             header[name] = {"dtype": info.dtype, "shape": list(info.shape), "data_offsets": offsets}
         encoded = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        encoded += b" " * (-len(encoded) % 8)  # the format asks for data that starts 8-aligned
+        encoded += b" " * (-len(encoded) % 8)  # the format requires that the data start at a multiple of 8 bytes
         self._plan = plan
         self._order = iter(plan)
         self._digest = _Digest()
         self.sha256 = ""
         self._file: BinaryIO = path.open("wb")
         with self._closed_on_error():
-            self._file.truncate(8 + len(encoded) + end)  # a disk too small for it says so now
+            self._file.truncate(8 + len(encoded) + end)  # a disk that is too small for the file fails here, early
             self._write([len(encoded).to_bytes(8, "little"), encoded])
 
     def put(self, name: str, tensor: torch.Tensor) -> None:
-        """Write the next planned tensor; its dtype and shape must be the planned ones."""
+        """Write the next planned tensor. Raises PessaError if its name, dtype or shape is not the planned one."""
         import torch
 
         info = self._plan[name]
         if tuple(tensor.shape) != info.shape or tensor.dtype != getattr(torch, TORCH_DTYPES[info.dtype]):
-            raise PessaError(f"{name} came as {tensor.dtype} {tuple(tensor.shape)}, planned was {info}")
+            raise PessaError(
+                f"{name} was put as {tensor.dtype} {tuple(tensor.shape)}, but {info.dtype} {info.shape} was planned"
+            )
         flat = tensor.detach().cpu().contiguous().reshape(-1)
         self.write(name, [flat.view(torch.uint8).numpy().data] if flat.numel() else [])
 
     def write(self, name: str, chunks: Iterable[bytes | bytearray | memoryview]) -> None:
-        """Write the next planned tensor from its raw bytes."""
+        """Write the next planned tensor from its raw bytes. Raises PessaError if its name or size is not planned."""
         expected = next(self._order, None)
         if name != expected:
-            raise PessaError(f"{name} came when it was the turn of {expected}")
+            raise PessaError(f"{name} was put out of order: {expected} is the next planned tensor")
         written = self._write(chunks)
         if written != self._plan[name].nbytes:
-            raise PessaError(f"{name} came with {written:,} bytes, planned were {self._plan[name].nbytes:,}")
+            raise PessaError(f"{name} was put with {written:,} bytes, but {self._plan[name].nbytes:,} were planned")
 
     def _write(self, chunks: Iterable[bytes | bytearray | memoryview]) -> int:
         total = 0
@@ -126,9 +129,10 @@ class ShardWriter:
 
 
 class CheckpointWriter:
-    """Weights of a whole model: `plan` maps each file to its tensors, which arrive in the order of the plan.
+    """A writer for all weight files of a model, used as a context manager.
 
-    More than one file gets an index. Used as a context manager; see `ShardWriter` for what raises.
+    `plan` maps each file name to its tensors, which must be put in the plan's order. With more than one file an index
+    is written at the end. Raises PessaError in the same cases as `ShardWriter`.
     """
 
     def __init__(self, folder: Path, plan: Mapping[str, Header], metadata: Mapping[str, str]) -> None:
@@ -140,16 +144,17 @@ class CheckpointWriter:
 
     def put(self, name: str, tensor: torch.Tensor) -> None:
         """Write the next planned tensor."""
-        self._turn(name).put(name, tensor)
+        self._shard_of(name).put(name, tensor)
 
     def copy(self, name: str, reader: CheckpointReader) -> None:
         """Copy the next planned tensor byte for byte, in chunks."""
-        self._turn(name).write(name, reader.chunks(name))
+        self._shard_of(name).write(name, reader.chunks(name))
 
-    def _turn(self, name: str) -> ShardWriter:
+    def _shard_of(self, name: str) -> ShardWriter:
+        """Return the writer for the next planned tensor, which must be `name`; finishes the shard before it."""
         file, expected = self._left.pop() if self._left else ("", None)
         if name != expected:
-            raise PessaError(f"{name} came when it was the turn of {expected}")
+            raise PessaError(f"{name} was put out of order: {expected} is the next planned tensor")
         if self._shard is None or file != self._file:
             if self._shard is not None:
                 self._shard.__exit__(None, None, None)
@@ -171,7 +176,7 @@ class CheckpointWriter:
 
 
 def write_index(folder: Path, plan: Mapping[str, Header]) -> None:
-    """Write the index of a sharded checkpoint."""
+    """Write model.safetensors.index.json for a sharded checkpoint."""
     weight_map = {name: file for file, tensors in plan.items() for name in tensors}
     total = sum(info.nbytes for tensors in plan.values() for info in tensors.values())
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}

@@ -1,7 +1,8 @@
-"""The folder that an output is written in until it is complete, and how it gets its final name.
+"""Output folders that are either complete or absent.
 
-An output is written into `.NAME.partial` beside its place, flushed to the disk and renamed at the end. The folder
-is locked while a run writes into it; what a killed run leaves there is what `--resume` goes on from.
+An output is written into the folder `.NAME.partial` beside its final place, flushed to disk and renamed at the end.
+The folder is locked while a run writes into it. A killed run leaves its finished shards there, and `--resume`
+continues from them.
 """
 
 from __future__ import annotations
@@ -35,17 +36,20 @@ FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def run_identity(reader: CheckpointReader, *known: Any) -> str:
-    """Identifies what is made from this source, for a run that goes on with another's parts."""
+    """Return a hash of the source's weight files and of `known`, the options that determine the output.
+
+    A run may reuse the finished parts of an earlier run only if both have the same identity.
+    """
     files = [(file, stat.st_size, stat.st_mtime_ns) for file, stat in reader.stats().items()]
     return hashlib.sha256(json.dumps([*known, files], sort_keys=True).encode()).hexdigest()
 
 
 @dataclass
 class Staging:
-    """The folder an output is written in, with a journal of the parts that are complete: name -> SHA-256.
+    """The temporary folder of an output, with a journal of its complete parts.
 
-    `run` identifies what is being written; a journal of another run is of no use to this one. A part is a file or a
-    folder; `parts` is what messages call them.
+    A part is a file or a folder; `finished` maps its name to its SHA-256, and `parts` is the noun for parts in
+    messages. The journal also holds the identity of the run that wrote it, see `run_identity`.
     """
 
     folder: Path
@@ -56,9 +60,9 @@ class Staging:
     _run: str = ""
 
     def begin(self, run: str) -> None:
-        """Take over the shards that an earlier run finished, or start anew when there are none.
+        """Reuse the parts that an earlier run with the identity `run` finished, and delete everything else.
 
-        Raises PessaError when there are some, and they are of another run or the user did not ask to resume.
+        Raises PessaError if there are finished parts, and they belong to another run or the user did not give --resume.
         """
         self._run = run
         journal = self.folder / JOURNAL_FILE
@@ -67,11 +71,11 @@ class Staging:
         if isinstance(shards, dict) and shards:
             left = f"{self.folder} holds {len(shards)} {self.parts} of an earlier run"
             if not self.resume:
-                raise PessaError(left, f"--resume goes on with it; rm -r {self.folder} gives it up")
+                raise PessaError(left, f"give --resume to continue it, or delete it with: rm -r {self.folder}")
             if found.get("run") != run:
                 raise PessaError(
                     f"{left} with another source, options or version of pessa",
-                    f"repeat its options, or rm -r {self.folder} and start anew",
+                    f"give the same options as that run, or delete it with: rm -r {self.folder}",
                 )
             self.finished = {file: digest for file, digest in shards.items() if self._intact(file, digest)}
         for path in self.folder.iterdir():
@@ -84,7 +88,7 @@ class Staging:
         return Path(file).name == file and path.exists() and sha256_of(path) == digest
 
     def done(self, file: str, digest: str) -> None:
-        """Note a part that is complete and on the disk; parts that are gone by now are forgotten."""
+        """Record in the journal that a part is complete and on disk; removes parts that no longer exist."""
         self.finished = {name: known for name, known in self.finished.items() if (self.folder / name).exists()}
         self.finished[file] = digest
         self._write_journal()
@@ -95,7 +99,7 @@ class Staging:
         new.replace(self.folder / JOURNAL_FILE)
 
     def put_in_place(self) -> None:
-        """Rename the folder to its final name; a model that has the name gives way at the last moment."""
+        """Rename the folder to its final name, and delete the model that had this name before, if there is one."""
         with suppress(FileNotFoundError):
             (self.folder / JOURNAL_FILE).unlink()
         for path in self.folder.rglob("*"):
@@ -110,7 +114,7 @@ class Staging:
         try:
             self.out.rename(old)
             self.folder.rename(self.out)
-        except BaseException:  # Ctrl-C, too
+        except BaseException:  # also KeyboardInterrupt: the old model must get its name back
             if old.exists():
                 old.rename(self.out)
             place.rmdir()
@@ -122,10 +126,11 @@ class Staging:
 def new_folder(
     out: Path, source: Path, force: bool = False, resume: bool = False, parts: str = "finished shards"
 ) -> Iterator[Staging]:
-    """A folder beside `out` that becomes `out` at the end; when anything is raised, only finished parts stay in it.
+    """Create a temporary folder beside `out`, and rename it to `out` when the context ends without an exception.
 
-    `force` lets another model give way, but never `source`, which is still being read, nor a folder that is no
-    model. Raises PessaError in these cases, where nothing can be written, and where another run writes just now.
+    After an exception only the finished parts stay in it. With `force` an existing model at `out` is replaced, but
+    never `source`, which is still being read, nor a folder that does not hold a model. Raises PessaError if `out`
+    exists and must not be replaced, if it cannot be written, or if another run is writing it.
     """
     folder = partial_folder(out)
     made: list[Path] = []
@@ -136,16 +141,17 @@ def new_folder(
         lock = _lock(folder)
     except OSError as error:
         _remove_empty(made)
-        raise PessaError(f"cannot write {out}: {error}", "give an -o in a folder you may write to") from None
+        raise PessaError(f"cannot write {out}: {error}", "give an -o in a folder that you can write to") from None
     staging = Staging(folder, out, resume, parts)
     try:
         yield staging
         staging.put_in_place()
     except OSError as error:
-        hint = "free some space and run again" if error.errno in FULL_DISK else "see what is wrong there, and run again"
-        raise PessaError(f"could not write {out}: {error}", hint + _what_stays(staging)) from error
+        full = error.errno in FULL_DISK
+        hint = "free some space on the disk and run again" if full else "check that folder and its disk, and run again"
+        raise PessaError(f"could not write {out}: {error}", hint + _kept_parts(staging)) from error
     except PessaError as error:
-        error.hint = (error.hint or "run again") + _what_stays(staging)
+        error.hint = (error.hint or "run again") + _kept_parts(staging)
         raise
     finally:
         if not _holds_shards(folder):
@@ -155,43 +161,50 @@ def new_folder(
 
 
 def partial_folder(out: Path) -> Path:
-    """Where an output is written until it is complete."""
+    """Return the temporary folder in which the output `out` is written until it is complete."""
     return out.parent / f".{out.name}.partial"
 
 
 def _holds_shards(folder: Path) -> bool:
-    """Whether a run, this one or an earlier one, has left shards that --resume can use."""
+    """Return whether the folder holds finished shards of this or an earlier run, which --resume can use."""
     try:
         return bool(read_json(folder / JOURNAL_FILE).get("finished"))
     except PessaError:
         return False
 
 
-def _what_stays(staging: Staging) -> str:
+def _kept_parts(staging: Staging) -> str:
+    """The end of an error's hint: which finished parts were kept and how to go on; empty if there are none."""
     if not staging.finished:
         return ""
     return (
-        f"; {len(staging.finished)} {staging.parts} stay in {staging.folder}: "
-        f"--resume goes on with them, rm -r {staging.folder} gives them up"
+        f"; {len(staging.finished)} {staging.parts} were kept in {staging.folder}: "
+        f"give --resume to continue, or delete them with: rm -r {staging.folder}"
     )
 
 
 def _lock(folder: Path) -> int:
-    """Lock a folder against other runs, for as long as the returned descriptor is open."""
+    """Lock a folder against other runs; the lock holds until the returned file descriptor is closed.
+
+    Raises PessaError if another run holds the lock.
+    """
     import fcntl
 
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if not folder.exists() or not os.path.samestat(os.fstat(descriptor), folder.stat()):
-            raise BlockingIOError  # the other run ended between our two looks
+            raise BlockingIOError  # another run renamed or deleted the folder after it was opened here
     except BlockingIOError:
         os.close(descriptor)
-        raise PessaError(f"another run is writing into {folder} just now", "wait for it, or give another -o") from None
+        raise PessaError(
+            f"another run is writing into {folder}", "wait until it has finished, or give another -o"
+        ) from None
     return descriptor
 
 
 def _check_free(out: Path, source: Path, force: bool) -> None:
+    """Raise PessaError if `out` is inside `source`, or exists and must not be replaced."""
     place, read = out.resolve(), source.resolve()
     if read in place.parents:
         raise PessaError(f"{out} is inside {source}, which is only read", "give an -o outside of it")
@@ -200,7 +213,7 @@ def _check_free(out: Path, source: Path, force: bool) -> None:
     if not force:
         raise PessaError(f"{out} exists", "give another -o, or --force to replace it")
     if place == read or place in read.parents:
-        raise PessaError(f"{out} is where the model is read from, so --force does not replace it", "give another -o")
+        raise PessaError(f"the model is read from {out}, so --force does not replace it", "give another -o")
     weights = (out / SINGLE_FILE).exists() or (out / INDEX_FILE).exists() or any(out.glob("*.onnx"))
     model = ((out / CONFIG_FILE).exists() and weights) or (out / ADAPTER_FILE).exists()
     if not model and not (out.is_dir() and not any(out.iterdir())):
@@ -208,7 +221,7 @@ def _check_free(out: Path, source: Path, force: bool) -> None:
 
 
 def _make_parents(out: Path) -> list[Path]:
-    """Make the folders above `out`; returns those that are new, the deepest first."""
+    """Create the missing parent folders of `out`; returns those that were created, the deepest first."""
     missing = [folder for folder in out.parents if not folder.exists()]
     out.parent.mkdir(parents=True, exist_ok=True)
     return missing
@@ -216,5 +229,5 @@ def _make_parents(out: Path) -> list[Path]:
 
 def _remove_empty(folders: list[Path]) -> None:
     for folder in folders:
-        with suppress(OSError):  # not empty: it now holds the output
+        with suppress(OSError):  # the folder is not empty: it holds the output
             folder.rmdir()

@@ -1,1 +1,1 @@
-"""What every package uses: errors, progress, text in messages, jobs, and packages that not every user has."""
+"""Helpers that every other package may import: errors, progress, message text, threads and optional packages."""

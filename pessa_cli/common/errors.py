@@ -1,10 +1,13 @@
-"""What can go wrong for a user: every error names the culprit and, where there is one, the next step."""
+"""The exceptions that pessa raises for users: each names the culprit and, where there is one, the next step."""
 
 from __future__ import annotations
 
 
 class PessaError(Exception):
-    """A failure the user can act on: what happened and where, and a hint that says what to do next."""
+    """A failure that the user can act on.
+
+    `message` says what happened and where; `hint` says what to do next.
+    """
 
     def __init__(self, message: str, hint: str | None = None) -> None:
         super().__init__(message)
@@ -13,4 +16,4 @@ class PessaError(Exception):
 
 
 class UsageError(PessaError):
-    """Options that make no sense, alone or together; the command line exits with 2."""
+    """An option with an invalid value, or options that contradict each other; the command line exits with status 2."""

@@ -7,9 +7,9 @@ from pathlib import Path
 
 
 def file_size(path: Path) -> int:
-    """The bytes of a file, links followed. Raises OSError for what is none: a folder, a pipe, a device.
+    """Return the size of a regular file in bytes, following symbolic links.
 
-    Those may answer a read with nothing, for ever, or without end.
+    Raises OSError if the path is a folder, pipe or device: reading one of those may block or never end.
     """
     status = path.stat()
     if not stat.S_ISREG(status.st_mode):

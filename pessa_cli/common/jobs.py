@@ -1,4 +1,4 @@
-"""Blocks on several cores: each on one thread of its own, so that the bytes do not depend on how many there are."""
+"""Work on several blocks in parallel. Each block runs on a single thread, so the output does not depend on `--jobs`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ Result = TypeVar("Result")
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """One thread for each of torch's operations: more would split sums differently, and round differently."""
+    """Limit torch to one thread per operation inside the context.
+
+    More threads would split sums differently, so that the rounding would depend on the number of cores.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -26,7 +29,7 @@ def one_thread() -> Iterator[None]:
 
 
 def in_order(function: Callable[[Item], Result], items: Iterable[Item], jobs: int) -> Generator[Result, None, None]:
-    """The function's results in the order of the items, computed in `jobs` threads, no more than `jobs` ahead."""
+    """Yield `function(item)` for each item in order, computed by `jobs` threads at most `jobs` items ahead."""
     if jobs == 1:
         yield from map(function, items)
         return

@@ -1,4 +1,4 @@
-"""Packages that not every user has."""
+"""Checks for optional packages."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pessa_cli.common.errors import PessaError
 
 
 def need(*packages: str, extra: str = "tune") -> None:
-    """Raise PessaError for the first that is not installed, with the extra of pessa that brings it."""
+    """Raise PessaError if one of these packages is not installed; the hint names the pessa extra that installs it."""
     for package in packages:
         if find_spec(package) is None:
             raise PessaError(f"this needs {package}", f"pip install 'pessa[{extra}]'")

@@ -1,4 +1,4 @@
-"""Text in messages: lists, short forms of what a file says, and text files."""
+"""Text for messages, such as lists and shortened values, and reading of text files."""
 
 from __future__ import annotations
 
@@ -8,28 +8,31 @@ from pessa_cli.common.errors import PessaError
 
 
 def listed(items: list[str], most: int = 8) -> str:
-    """The items one a line and indented, cut after `most` with a count of the rest."""
+    """Format items as indented lines; after the first `most` items, a last line gives the number of the others."""
     rest = [f"  ... and {len(items) - most} more"] if len(items) > most else []
     return "\n".join([f"  {item}" for item in items[:most]] + rest)
 
 
 def badness(error: float) -> float:
-    """An error as a measure to order by: NaN is the worst of all."""
+    """Return a sort key for an error measure, in which NaN counts as infinitely large."""
     return float("inf") if error != error else error
 
 
 def shortened(value: object) -> str:
-    """A value from a file for a message: never long, and without anything that a terminal would obey."""
+    """Format a value from a file for a message, in at most 80 characters and without terminal control characters."""
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def read_text(path: Path, hint: str = "give a UTF-8 text file") -> str:
-    """What is in a text file. Raises PessaError, with the hint, for one that cannot be read, and for an empty one."""
+    """Return the content of a UTF-8 text file.
+
+    Raises PessaError, with `hint`, if the file cannot be read, and PessaError if it is empty.
+    """
     try:
         content = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise PessaError(f"cannot read {path}: {error}", hint) from None
     if not content.strip():
-        raise PessaError(f"{path} is empty", "give a file with some text")
+        raise PessaError(f"{path} is empty", "give a file that contains text")
     return content

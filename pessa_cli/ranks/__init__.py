@@ -1,1 +1,1 @@
-"""From spectra and a rule to ranks. Numbers only: no files and no torch."""
+"""The choice of ranks from spectra by a rule or a budget. It works on numbers only, without files and torch."""

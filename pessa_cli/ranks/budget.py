@@ -1,8 +1,9 @@
-"""Ranks within a budget, shared out over all heads and blocks by what each direction costs in quality. Pure numbers.
+"""Ranks that meet a budget over all heads and blocks at the lowest predicted loss of quality.
 
-A direction is priced by the error that its loss adds for each parameter that it frees. Within one side of one block
-(Q-K or V-O) the spectrum says which direction is worth less; what so much of it costs the block's output has been
-tried (`Trials`), and what that costs the model's. Without trials the errors are those of the products themselves.
+The price of a direction is the predicted error that dropping it adds, per parameter that it frees. Within one side of
+one block (Q-K or V-O), directions are ordered by the spectrum. Trials on calibration data measure how dropping a share
+of them changes the block's output, and how an error of the block changes the model's output (`Trials`). Without trials
+the error is the relative squared error of the product.
 """
 
 from __future__ import annotations
@@ -28,39 +29,40 @@ SIDES = ("qk", "vo")
 
 
 class PruneStep(NamedTuple):
-    """Some directions of one head that go together: from which rank to which, what that frees, adds and costs."""
+    """Directions of one head that are dropped together, with their predicted cost."""
 
     site: Site
     side: str  # "qk" or "vo"
-    head: int
-    rank: int  # that is left
-    parameters: int
-    error: float  # relative squared error of the block's output, added to that of the steps before
-    harm: float  # what that error does to the whole model; the error itself where nothing tells
-    price: float  # per parameter
+    head: int  # the key/value head
+    rank: int  # the rank that remains
+    parameters: int  # the number of parameters freed
+    error: float  # the relative squared error of the block's output that this step adds to the steps before it
+    harm: float  # the predicted change of the model's output, see `Trials.harm`; without trials the same as `error`
+    price: float  # the harm per parameter, made non-decreasing within one side of a block
 
 
 @dataclass(frozen=True)
 class Point:
-    """A point of the trade-off: what is left of the attention that may be pruned, and at what errors."""
+    """A point of the trade-off between size and predicted errors."""
 
-    attention: int
-    parameters: int
-    error: float  # the largest of a block, relative
-    harm: float  # to the whole model
+    attention: int  # the remaining parameters of the chosen attention blocks
+    parameters: int  # the remaining parameters of the whole model
+    error: float  # the largest relative error of a block's output
+    harm: float  # the predicted change of the model's output, as in PruneStep
 
 
 def ranks_for(sites: list[Site], spectra: Mapping[str, Spectra], rule: Rule, whole: Size) -> RankPlan:
-    """The ranks that a rule gives to the chosen blocks of a model of this size.
+    """Return the ranks that a rule gives to the chosen blocks of a model whose total size is `whole`.
 
-    Those that meet a budget do so at the lowest price. Raises PessaError for a budget that cannot be met, and for a
-    rule that would prune all of Q-K or all of V-O.
+    For a rule with a budget, directions are dropped in the order of their price until the budget is met. Raises
+    PessaError if the budget cannot be met, and if a rule without a budget would prune all of Q-K or all of V-O;
+    UsageError if --max-error is used without calibration.
     """
     if not rule.budgeted:
         return plan_ranks(sites, spectra, rule)
     steps = ordered_steps(sites, spectra, rule)
     if rule.max_error is not None:
-        return _plan(sites, spectra, _within(steps, spectra, rule.max_error))
+        return _plan(sites, spectra, _within_error(steps, spectra, rule.max_error))
     attention = sum(count(site.tensors) for site in sites)
     hint = "give {share:.2f} or more, or choose more --sites"
     if rule.target_attention is not None:
@@ -78,8 +80,8 @@ def ranks_for(sites: list[Site], spectra: Mapping[str, Spectra], rule: Rule, who
         left -= step.parameters * (1 if rule.target_size is None else ITEM_BYTES[step.site.dtype])
     if left > most:
         raise PessaError(
-            f"{rule}: {most:,.0f} of {now:,} {what} are wanted, and {left:,.0f} are left without any attention "
-            "that may go",
+            f"{rule}: the budget is {most:,.0f} of {now:,} {what}, but {left:,.0f} remain after dropping all attention "
+            "that may be pruned",
             hint.format(share=left / now),
         )
     return _plan(sites, spectra, taken)
@@ -88,7 +90,7 @@ def ranks_for(sites: list[Site], spectra: Mapping[str, Spectra], rule: Rule, who
 def trade_off(
     sites: Sequence[Site], spectra: Mapping[str, Spectra], rule: Rule, whole: Size, points: int = 20
 ) -> list[Point]:
-    """What is kept against what it costs, from everything to next to nothing; errors are predictions."""
+    """Return the predicted trade-off between size and errors at about `points` sizes, from the whole model down."""
     attention = now = sum(count(site.tensors) for site in sites)
     errors: dict[str, float] = defaultdict(float)
     harm, curve = 0.0, [Point(attention, whole.parameters, 0.0, 0.0)]
@@ -103,16 +105,17 @@ def trade_off(
 
 
 def ordered_steps(sites: Sequence[Site], spectra: Mapping[str, Spectra], rule: Rule) -> list[PruneStep]:
-    """All steps that a rule's `round_to` and `min_rank` allow, the cheapest first."""
+    """Return all steps that the rule's `round_to` and `min_rank` allow, ordered by price, the cheapest first."""
     steps = [step for site in sites for side in SIDES for step in _steps(site, side, spectra[site.name], rule)]
-    return sorted(steps, key=lambda step: step.price)  # stable, and within one side prices only rise
+    # The sort is stable and prices within one side never decrease, so the steps of a side stay in their order.
+    return sorted(steps, key=lambda step: step.price)
 
 
 def _steps(site: Site, side: str, spectra: Spectra, rule: Rule) -> Iterator[PruneStep]:
-    """The steps of one side of a block in the order of their prices."""
-    worth, unit = _worth(spectra, side)
-    before = site.before if side == "qk" else 0  # kept always, and no part of the spectrum
-    stored = [rank - before for rank in (site.qk_ranks if side == "qk" else site.vo_ranks)]
+    """Yield the steps of one side of a block, ordered by price."""
+    worth, unit = _importance(spectra, side)
+    always_kept = site.always_kept if side == "qk" else 0  # the spectrum does not cover these directions
+    stored = [rank - always_kept for rank in (site.qk_ranks if side == "qk" else site.vo_ranks)]
     grid, least = -(-rule.round_to // unit), -(-rule.min_rank // unit)
     chunks = [
         (float(worth[head, low:high].mean()), -high, head, low, high)
@@ -130,13 +133,14 @@ def _steps(site: Site, side: str, spectra: Spectra, rule: Rule) -> Iterator[Prun
     for (_, _, head, low, high), error in zip(chunks, np.diff(errors, prepend=0.0).tolist(), strict=True):
         parameters, harm = each * (high - low), error * harmful
         price = max(price, harm / parameters)
-        yield PruneStep(site, side, head, before + unit * low, parameters, error, harm, price)
+        yield PruneStep(site, side, head, always_kept + unit * low, parameters, error, harm, price)
 
 
-def _worth(spectra: Spectra, side: str) -> tuple[Spectrum, int]:
-    """What of one side is worth how much, descending in each head, and how many directions each of these is.
+def _importance(spectra: Spectra, side: str) -> tuple[Spectrum, int]:
+    """Return the importance of the units of one side, descending in each head, and the number of directions per unit.
 
-    Under RoPE those of Q-K are frequency pairs, each as a share of its head.
+    The importance of a direction is its squared spectrum. For Q-K under RoPE the units are frequency pairs of two
+    directions, and their importance is a share of the head's total.
     """
     if side == "vo":
         return spectra.vo**2, 1
@@ -148,7 +152,7 @@ def _worth(spectra: Spectra, side: str) -> tuple[Spectrum, int]:
 
 
 def _chunks(rank: int, step: int, least: int) -> Iterator[tuple[int, int]]:
-    """The directions of a head that go together, from the last: (rank after, rank before)."""
+    """Yield ranges of directions of a head that are dropped together, from the last, as (rank after, rank before)."""
     while rank > least:
         lower = max(least, (rank - 1) // step * step)
         yield lower, rank
@@ -156,9 +160,10 @@ def _chunks(rank: int, step: int, least: int) -> Iterator[tuple[int, int]]:
 
 
 def _errors(worth: Spectrum, masses: NDArray[np.float64], trials: Trials | None, side: str) -> NDArray[np.float64]:
-    """The relative squared error of the block's output once so much of a spectrum's squares is gone.
+    """Predict the relative squared error of the block's output for each sum of dropped importance in `masses`.
 
-    Between what was tried, straight lines in the logarithms; in proportion below and above.
+    Errors measured by trials are interpolated linearly in log-log coordinates, and extrapolated proportionally. Without
+    trials the error is the dropped share of the total importance.
     """
     if trials is None:
         return masses / (total if (total := float(worth.sum())) > 0 else 1.0)
@@ -172,10 +177,13 @@ def _errors(worth: Spectrum, masses: NDArray[np.float64], trials: Trials | None,
     return np.maximum.accumulate(np.where(masses > 0, inside, 0.0))
 
 
-def _within(steps: Sequence[PruneStep], spectra: Mapping[str, Spectra], most: float) -> list[PruneStep]:
-    """The steps that leave the relative error of every block's output at `most`."""
+def _within_error(steps: Sequence[PruneStep], spectra: Mapping[str, Spectra], most: float) -> list[PruneStep]:
+    """Return the cheapest steps that keep the relative error of every block's output at or below `most`.
+
+    Raises UsageError if a block has no trials.
+    """
     if any(spectra[step.site.name].trials is None for step in steps):
-        raise UsageError("--max-error is about real inputs", "give it some: --calibrate DATA")
+        raise UsageError("--max-error needs errors measured on calibration data", "give it: --calibrate DATA")
     errors: dict[str, float] = defaultdict(float)
     full: set[str] = set()
     taken = []
@@ -190,6 +198,7 @@ def _within(steps: Sequence[PruneStep], spectra: Mapping[str, Spectra], most: fl
 
 
 def _plan(sites: Sequence[Site], spectra: Mapping[str, Spectra], taken: Sequence[PruneStep]) -> RankPlan:
+    """Return the rank plan after the taken steps; of frequency pairs the most important are kept."""
     plan = {"qk": {s.name: list(s.qk_ranks) for s in sites}, "vo": {s.name: list(s.vo_ranks) for s in sites}}
     for step in taken:
         plan[step.side][step.site.name][step.head] = step.rank
@@ -203,7 +212,7 @@ def _plan(sites: Sequence[Site], spectra: Mapping[str, Spectra], taken: Sequence
 
 
 def _parameters(site: Site, side: str) -> int:
-    """How many parameters one direction of one head takes."""
+    """Return how many parameters one direction of one key/value head has, in weights and biases."""
 
     none: Ranks = (0,) * site.kv_heads
     one: Ranks = (1, *none[1:])

@@ -1,4 +1,4 @@
-"""The rule that says how many directions of each head to keep."""
+"""The rule that determines how many directions of each head are kept, and parsers for sizes and layers."""
 
 from __future__ import annotations
 
@@ -12,18 +12,23 @@ from pessa_cli.common.text import shortened
 
 @dataclass(frozen=True)
 class Rule:
-    """How many directions of each head to keep. At most one way may be given; none means lossless.
+    """The rule that determines how many directions of each head are kept. At most one criterion may be given.
 
-    qk_thr, vo_thr: keep singular values above (Q-K and V-O apart; one alone leaves the other side whole).
-    ratio: drop that share of all directions, the smallest first, Q-K and V-O apart.
-    rank: keep so many in every head. energy: keep that share of each head's squared spectrum.
-    target_params, target_attention: keep that share of all parameters, and of those of the chosen blocks' attention;
-    target_size: keep the weights' bytes at that; max_error: keep the relative error of every block's output on the
-    calibration data at that. What goes is what costs least for each parameter, over all blocks and both sides.
-    lossless: drop the tail whose norm is no more than what storing the head in its dtype rounds off anyway.
-    rope_ratio, beside any of these: under RoPE, drop that share of all frequency pairs of Q-K, the smallest first, each
-    taken as a share of its head.
-    Then ranks above zero are rounded up to a multiple of `round_to`, and none is under `min_rank`.
+    qk_thr, vo_thr: keep the singular values of Q-K and V-O above these thresholds; with only one of them the other side
+    is not pruned. These two count as one criterion.
+    ratio: drop this share of all directions, the smallest first, separately for Q-K and V-O.
+    rank: keep this many directions of every head.
+    energy: keep this share of each head's squared spectrum.
+    target_params, target_attention: keep this share of all parameters, or of the parameters of the chosen attention
+    blocks. target_size: reduce the weights to this many bytes. max_error: keep the relative error of every block's
+    output on the calibration data at or below this. These four are budgets over all blocks and both sides: the
+    directions with the lowest predicted cost per parameter are dropped first.
+    Without a criterion the rule is lossless: it drops the tail whose norm is at most the rounding error of storing the
+    head in its dtype.
+    rope_ratio: for Q-K under RoPE, drop this share of all frequency pairs, the smallest first, each measured as a share
+    of its head. It can be combined with a criterion that is not a budget.
+    Ranks above zero are then rounded up to a multiple of `round_to`, and every rank is at least `min_rank`.
+    Raises UsageError if a value is out of range or the options contradict each other.
     """
 
     qk_thr: float | None = None
@@ -44,21 +49,30 @@ class Rule:
         ways |= {_flag(name): getattr(self, name) is not None for name in WAYS if not name.endswith("_thr")}
         given = [way for way, on in ways.items() if on]
         if len(given) > 1:
-            raise UsageError(f"{' and '.join(given)} are different rules", "give one of them")
+            raise UsageError(f"{' and '.join(given)} cannot be combined", "give one of them")
         for flag, value in (("--qk-thr", self.qk_thr), ("--vo-thr", self.vo_thr)):
             if value is not None and not (0 <= value < math.inf):
-                raise UsageError(f"{flag} {value} is no threshold", "give a number from 0 up, as 5e-3")
+                raise UsageError(f"{flag} {value} is not a threshold", "give a number of at least 0, such as 5e-3")
         for flag, share in (("--ratio", self.ratio), ("--rope-ratio", self.rope_ratio)):
             if share is not None and not 0 <= share < 1:
-                raise UsageError(f"{flag} {share} would not leave a model", "give the share to drop, from 0 to below 1")
+                raise UsageError(
+                    f"{flag} {share} is not a share to drop", "give a number from 0 to below 1, such as 0.3"
+                )
         for name in ("energy", "target_params", "target_attention"):
             share = getattr(self, name)
             if share is not None and not 0 < share <= 1:
-                raise UsageError(f"{_flag(name)} {share} is no share", "give the share to keep, above 0 to 1, as 0.99")
+                raise UsageError(
+                    f"{_flag(name)} {share} is not a share to keep", "give a number above 0 and at most 1, such as 0.99"
+                )
         if self.max_error is not None and not 0 <= self.max_error < math.inf:
-            raise UsageError(f"--max-error {self.max_error} is no error to allow", "give a number from 0 up, as 0.01")
+            raise UsageError(
+                f"--max-error {self.max_error} is not a relative error", "give a number of at least 0, such as 0.01"
+            )
         if self.budgeted and self.rope_ratio is not None:
-            raise UsageError(f"{self}: a budget shares out the frequency pairs, too", "leave out --rope-ratio")
+            raise UsageError(
+                f"{self}: a budget also chooses the frequency pairs, so it excludes --rope-ratio",
+                "leave out --rope-ratio",
+            )
         for flag, count, least in (
             ("--target-size", self.target_size, 1),
             ("--rank", self.rank, 1),
@@ -80,12 +94,12 @@ class Rule:
 
     @property
     def given(self) -> list[str]:
-        """The ways that it names."""
+        """The names of the criteria that are given."""
         return [name for name in WAYS if getattr(self, name) is not None]
 
     @property
     def budgeted(self) -> bool:
-        """Whether ranks are shared out over all heads and blocks at once."""
+        """Whether the criterion is a budget over all heads and blocks at once."""
         budgets = (self.target_params, self.target_attention, self.target_size, self.max_error)
         return any(budget is not None for budget in budgets)
 
@@ -100,21 +114,21 @@ def _flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-MOST_PARTS = 200  # of a list of layers, between its commas
+MOST_PARTS = 200  # the most commas in a list of layers
 
 
 def size_of(text: str, flag: str) -> int:
-    """Bytes of a size as people write it: 5GB, 1.5 MB. Raises UsageError for anything else."""
+    """Parse a size such as 5GB or "1.5 MB" into bytes, with decimal units. Raises UsageError for any other text."""
     match = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,9})?) ?(kB|KB|MB|GB|TB)", text)
     if match is None:
-        raise UsageError(f"{flag} {shortened(text)} is no size", "write it as 5GB or 500MB")
+        raise UsageError(f"{flag} {shortened(text)} is not a size", "write it as 5GB or 500MB")
     return int(float(match[1]) * {"K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}[match[2][0].upper()])
 
 
 def parse_layers(text: str) -> frozenset[int]:
-    """Layers as people write them: "0-15", "3", "0-3,12,20-23"."""
+    """Parse a list of layers such as "3", "0-15" or "0-3,12,20-23". Raises UsageError for any other text."""
     layers: set[int] = set()
-    wrong = UsageError(f"--layers {shortened(text)} is no list of layers", "write them as 0-15 or 0-3,12")
+    wrong = UsageError(f"--layers {shortened(text)} is not a list of layers", "write it as 0-15 or 0-3,12")
     if text.count(",") > MOST_PARTS:
         raise wrong
     for part in text.split(","):

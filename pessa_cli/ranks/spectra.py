@@ -1,4 +1,4 @@
-"""Spectra of attention blocks, and the order in which directions are dropped."""
+"""The spectra of attention blocks, and the choice of the smallest or largest entries across heads."""
 
 from __future__ import annotations
 
@@ -12,15 +12,17 @@ from numpy.typing import NDArray
 from pessa_cli.blocks.compact_format import PairRuns
 
 Spectrum = NDArray[np.float64]
-LEVELS = (0.125, 0.25, 0.5, 0.75)  # shares of a block's directions that trials cut
+LEVELS = (0.125, 0.25, 0.5, 0.75)  # the shares of a block's directions that trials drop
 
 
 @dataclass(frozen=True)
 class Trials:
-    """What cutting a block does on real inputs, measured.
+    """Errors measured on calibration data with a part of one block dropped.
 
-    qk, vo: the relative squared errors of its output with LEVELS of the directions of one side cut, the smallest first.
-    harm: what a relative squared error of 1 would do to the output of the whole model, small errors extrapolated.
+    qk, vo: the relative squared errors of the block's output with each share in LEVELS of the directions of one side
+    dropped, the smallest first.
+    harm: the change of the model's output per relative squared error of the block's output, extrapolated from small
+    errors: the KL divergence in nats for a model with logits, else the relative squared error of the hidden states.
     """
 
     qk: tuple[float, ...]
@@ -29,7 +31,7 @@ class Trials:
 
 
 class Size(NamedTuple):
-    """Of a whole model."""
+    """The number of parameters and of bytes of a whole model."""
 
     parameters: int
     nbytes: int
@@ -37,11 +39,15 @@ class Size(NamedTuple):
 
 @dataclass(frozen=True)
 class Spectra:
-    """The spectra of one block, (G, d) each and descending; of Q-K what merges, and none where nothing does.
+    """The spectra of one block.
 
-    Singular values of the products, or where `calibrated` what real inputs make of them: in units of the attention
-    scores for Q-K, and of what is added to the residual stream for V-O. `pairs`, (G, d/2), only where a rotation keeps
-    Q-K from being merged: what each frequency pair adds to the output, squared, in the order of the file; see `rope`.
+    qk: (G, c), descending, for the c directions of each head that can be merged; None if Q-K cannot be merged.
+    vo: (G, d), descending.
+    calibrated: whether the spectra are weighted by calibration data, in units of attention scores for Q-K and of the
+    block's output for V-O; otherwise they are the singular values of the products.
+    trials: the measured errors, if there are any.
+    pairs: (G, d/2), the squared contribution of each frequency pair in the order of the file (see
+    `algebra.rope.contributions`), if Q-K is pruned by pairs; otherwise None.
     """
 
     qk: Spectrum | None
@@ -52,28 +58,35 @@ class Spectra:
 
 
 def largest_pairs(contributions: Spectrum, counts: NDArray[np.int64]) -> tuple[PairRuns, ...]:
-    """The `counts`, (G,), pairs of each head that contribute most; contributions: (G, d/2). Of equal ones the first."""
+    """Return the `counts`, (G,), frequency pairs of each head with the largest contributions, (G, d/2).
+
+    Of equal contributions the first is preferred.
+    """
     order = np.argsort(-contributions, axis=-1, kind="stable")
     return tuple(_runs(np.sort(row[:count])) for row, count in zip(order, counts, strict=True))
 
 
 def pair_shares(contributions: Spectrum) -> Spectrum:
-    """What pairs are worth as shares of their heads, (G, d/2).
+    """Return the contributions of frequency pairs as shares of their head's total, (G, d/2).
 
-    They measured better than the contributions: later blocks add more to a larger residual stream.
+    Comparing shares measured better than comparing contributions: later blocks contribute more, but to a larger
+    residual stream.
     """
     whole = contributions.sum(-1, keepdims=True)
     return contributions / np.where(whole > 0, whole, 1.0)
 
 
 def _runs(places: NDArray[np.int64]) -> PairRuns:
-    """Ascending numbers as runs."""
+    """Convert ascending numbers to ranges of consecutive numbers."""
     parts = np.split(places, np.flatnonzero(np.diff(places) > 1) + 1)
     return tuple(range(int(part[0]), int(part[-1]) + 1) for part in parts if len(part))
 
 
 def smallest_dropped(spectra: Mapping[str, Spectrum], ratio: float) -> dict[str, NDArray[np.int64]]:
-    """The smallest `ratio` of all directions dropped wherever they are; of equal ones the later in a head."""
+    """Return how many directions each head keeps, (G,) per block, if the smallest share `ratio` of all is dropped.
+
+    Directions are compared across all heads and blocks; of equal ones the later in a head is dropped first.
+    """
     values = np.concatenate([spectrum.ravel() for spectrum in spectra.values()])
     places = np.concatenate([np.tile(np.arange(s.shape[1]), s.shape[0]) for s in spectra.values()])
     kept = np.ones(values.size, dtype=bool)

@@ -1,1 +1,1 @@
-"""Compact models at run time: linear layers, attention kernels, and the loaders of transformers and openai-whisper."""
+"""Running compact models: linear layers, bucketed attention, and loaders for transformers and openai-whisper."""

@@ -1,9 +1,9 @@
-"""Bucketed attention: pruned heads in the kernel and in the cache no wider than their bucket.
+"""Bucketed attention: in the kernel and in the cache, pruned heads are only as wide as their bucket.
 
-Queries, keys and values of all heads stand one after the other in one row a position, (batch, positions, row): so do
-the stock caches hold them, as one head of that width. A bucket is a view of it. The kernel wants q, k and v
-equally wide, and the narrower ones of keys and values are simply read beyond their end: what is read there meets
-zeros in the queries, or comes out in columns that nobody reads.
+The queries, keys or values of all heads form one row per position, (batch, positions, row), and the stock caches hold
+them in this form, as one head of that width. A bucket is a view of the row. The kernel needs q, k and v of equal width,
+so a view of narrower keys or values reads beyond the end of each head: what it reads of keys is multiplied with zeros
+in the queries, and what it reads of values ends up in output columns that are not used.
 """
 
 from __future__ import annotations
@@ -19,22 +19,26 @@ from pessa_cli.blocks.compact_format import Ranks
 from pessa_cli.runtime.buckets import Bucket, Cost, Plan, plan
 from pessa_cli.runtime.compact_linear import Slots
 
-# Measured by `scripts/bench_attention.py --calibrate`, in microseconds. Constants rather than a race at loading:
-# the same folder computes the same numbers on every machine of a kind. What is not here runs scattered.
+# Costs in microseconds, measured by `scripts/bench_attention.py --calibrate`. They are constants and not measured at
+# loading, so that the same folder computes the same numbers on every machine with the same kind of device. Kinds of
+# devices that are not listed use the "scatter" backend.
 ENCODING = {  # 1500 queries against 1500 keys
     "cpu": Cost(call=30, head=430, width=40.6, stored=0, least=16),
 }
-DECODING = {  # one query against 1500 keys in the cache, which come from memory: other layers' were read in between
+DECODING = {  # one query against 1500 cached keys, read from memory because other layers use the processor's cache
     "cpu": Cost(call=15, head=2, width=0, stored=0.2),
 }
-CONTINUING = {  # one query against the tenth of that which a decoder itself has written: calls are what costs
+CONTINUING = {  # one query against 150 keys of a decoder's own tokens: the calls dominate the cost
     "cpu": Cost(call=15, head=2, width=0.005, stored=0.02),
 }
 
 
 @dataclass(frozen=True)
 class HeadRun:
-    """Where a bucket's heads stand in a row: the first at `start`, the next each `step` on, read `width` wide."""
+    """The location of a bucket's heads in a row: the first starts at `start`, each next one `step` later.
+
+    Views of each head are `width` wide, which may exceed `step`.
+    """
 
     start: int
     heads: int
@@ -42,19 +46,19 @@ class HeadRun:
     width: int
 
     def of_rows(self, rows: Tensor) -> Tensor:
-        """(batch, positions, row) -> (batch, heads, positions, width), nothing copied."""
+        """View rows by head, without a copy: (batch, positions, row) -> (batch, heads, positions, width)."""
         length = (self.heads - 1) * self.step + self.width
         return rows.narrow(-1, self.start, length).unfold(-1, self.width, self.step).transpose(1, 2)
 
     def of_packed(self, packed: Tensor) -> Tensor:
-        """The same of what `Side.pack` made, (batch, 1, positions, row)."""
+        """View a packed tensor of `RowLayout.pack`, (batch, 1, positions, row), as (batch, heads, positions, width)."""
         positions = packed.shape[-2]
         length = (self.heads * positions - 1) * self.step + self.width
         windows = packed.flatten(1).narrow(-1, self.start * positions, length).unfold(-1, self.width, self.step)
         return windows.view(-1, self.heads, positions, self.width)
 
-    def of_one(self, packed: Tensor) -> Tensor:
-        """(1, 1, positions, row) -> (heads, positions, step): the first of a batch, as wide as it is stored."""
+    def of_first(self, packed: Tensor) -> Tensor:
+        """View the first batch item by head at its stored width: (1, 1, positions, row) -> (heads, positions, step)."""
         positions = packed.shape[-2]
         first = packed.flatten().narrow(0, self.start * positions, self.heads * positions * self.step)
         return first.view(self.heads, positions, self.step)
@@ -62,22 +66,24 @@ class HeadRun:
 
 @dataclass(frozen=True)
 class RowLayout:
-    """How one of q, k and v is laid out: a run a bucket, and what the projection puts in the slots of a row."""
+    """The layout of the rows of q, k or v: one run per bucket, and which output of the projection fills each slot."""
 
     runs: tuple[HeadRun, ...]
     slots: Slots
 
     def of_rows(self, rows: Tensor) -> list[Tensor]:
+        """Return the views of all buckets on rows, (batch, positions, row)."""
         return [run.of_rows(rows) for run in self.runs]
 
     def of_packed(self, packed: Tensor) -> list[Tensor]:
+        """Return the views of all buckets on the result of `pack`."""
         return [run.of_packed(packed) for run in self.runs]
 
     def pack(self, rows: Tensor) -> Tensor:
-        """Rows (batch, positions, row) with the positions of each head together, for a cache: (batch, 1, positions, W).
+        """Rearrange rows, (batch, positions, row), for a cache with contiguous heads, (batch, 1, positions, W).
 
-        Reading what is in memory in one piece is what a decoding step across to an encoder does most. Heads end
-        nowhere near the borders of the last two dimensions, so this suits only what is cached once and for all.
+        A decoding step with cross-attention mostly reads the cache, which is faster if each head is contiguous. The
+        boundaries of heads do not match those of the last two dimensions, so a cache in this form cannot be extended.
         """
         batch, positions, _ = rows.shape
         runs = sorted(self.runs, key=lambda run: run.start)
@@ -85,25 +91,31 @@ class RowLayout:
             rows.narrow(-1, run.start, run.heads * run.step).view(batch, positions, run.heads, run.step).transpose(1, 2)
             for run in runs
         ]
-        beyond = any(run.step < run.width for run in runs) or not runs  # as in rows, never nothing
+        # Space for views that read beyond the last head; also ensures that the result is never empty, as in rows.
+        beyond = any(run.step < run.width for run in runs) or not runs
         tail = [rows.new_zeros(batch, positions)] * beyond
         return torch.cat([part.flatten(1) for part in [*heads, *tail]], -1).view(batch, 1, positions, -1)
 
 
 @dataclass(frozen=True)
 class BlockLayout:
-    """A block's plan as views and indices. Results stand like queries; `live` names their live slots in file order,
-    and `spread` puts those in slots of head_dim, zeros in the others."""
+    """A bucket plan of a block as views and indices.
+
+    The results of the buckets are concatenated in the order of the buckets. `live` selects the kept directions from
+    them, in the order of the file, and `spread` puts these into slots of head_dim, with zeros in the others.
+    """
 
     plan: Plan
     q: RowLayout
     k: RowLayout
     v: RowLayout
-    live: Slots  # (sum of V-O ranks,)
-    stored: Slots  # the same among results no wider than values are stored
+    live: Slots  # (sum of V-O ranks,), from results with the computed width of each bucket
+    stored: Slots  # (sum of V-O ranks,), from results with the stored width of each bucket's values
     spread: Slots  # (heads * head_dim,)
 
     def to(self, device: torch.device) -> BlockLayout:
+        """Return the layout with its indices on a device."""
+
         def moved(side: RowLayout) -> RowLayout:
             return replace(side, slots=side.slots.to(device))
 
@@ -120,41 +132,41 @@ class BlockLayout:
     def attend(
         self, call: Callable[..., Tensor], q: Tensor, k: list[Tensor], v: list[Tensor], mask: Tensor | None
     ) -> Tensor:
-        """The live results (batch, queries, sum of V-O ranks) of `call(q, k, v, mask)`, once a bucket.
+        """Run `call(q, k, v, mask)` once per bucket; returns the kept directions, (batch, queries, sum of V-O ranks).
 
-        q is rows (batch, queries, row), k and v are views of theirs. `call` is given (batch, heads, positions, width)
-        and gives (batch, positions, heads, width).
+        q holds rows, (batch, queries, row); k and v hold one view per bucket. `call` takes tensors of shape
+        (batch, heads, positions, width) and returns (batch, positions, heads, width).
         """
         results = []
         for bucket, *qkv in zip(self.plan.buckets, self.q.of_rows(q), k, v, strict=True):
-            own = mask if mask is None or mask.ndim < 4 or mask.shape[1] == 1 else mask[:, list(bucket.heads)]
-            results.append(call(*qkv, own).flatten(2))
+            heads_mask = mask if mask is None or mask.ndim < 4 or mask.shape[1] == 1 else mask[:, list(bucket.heads)]
+            results.append(call(*qkv, heads_mask).flatten(2))
         return self.live.fill(torch.cat(results, -1) if results else q[..., :0])
 
     def attend_once(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """The live results (1, 1, sum of V-O ranks) of one scaled query, (1, 1, row), with packed keys and values.
+        """Attend with one scaled query, (1, 1, row), to packed keys and values; returns (1, 1, sum of V-O ranks).
 
-        Reading those is all the work there is: matrix products do it a quarter faster than the fused kernel, and there
-        is no width that both have to have.
+        The time goes into reading keys and values: plain matrix products are a quarter faster than the fused kernel
+        here, and allow keys and values of different widths.
         """
         results = []
         for bucket, of_q, of_k, of_v in zip(self.plan.buckets, self.q.runs, self.k.runs, self.v.runs, strict=True):
-            asked = of_q.of_one(q)[..., : bucket.qk]
-            scores = torch.bmm(asked, of_k.of_one(k).mT)  # (heads, 1, positions)
-            results.append(torch.bmm(scores.softmax(-1), of_v.of_one(v)).flatten())
+            query = of_q.of_first(q)[..., : bucket.qk]
+            scores = torch.bmm(query, of_k.of_first(k).mT)  # (heads, 1, positions)
+            results.append(torch.bmm(scores.softmax(-1), of_v.of_first(v)).flatten())
         return self.stored.fill(torch.cat(results).view(1, 1, -1) if results else q[..., :0])
 
     def in_slots(self, results: Tensor) -> Tensor:
-        """The live results in slots of head_dim, as the stock attention gives them."""
+        """Put the kept directions into slots of head_dim, which is the form of the stock attention's result."""
         return self.spread.fill(results)
 
 
 def lay_out(qk_ranks: Ranks, vo_ranks: Ranks, head_dim: int, cost: Cost) -> BlockLayout:
-    """The layout of a block by its cheapest plan, on the CPU."""
+    """Return the layout of a block for its cheapest bucket plan, with its indices on the CPU."""
     found = plan(qk_ranks, vo_ranks, head_dim, cost)
-    q = _side(found.buckets, [bucket.width for bucket in found.buckets], qk_ranks)
-    k = _side(found.buckets, [bucket.qk for bucket in found.buckets], qk_ranks)
-    v = _side(found.buckets, [bucket.vo for bucket in found.buckets], vo_ranks)
+    q = _row_layout(found.buckets, [bucket.width for bucket in found.buckets], qk_ranks)
+    k = _row_layout(found.buckets, [bucket.qk for bucket in found.buckets], qk_ranks)
+    v = _row_layout(found.buckets, [bucket.vo for bucket in found.buckets], vo_ranks)
     spread = torch.full((len(vo_ranks) * head_dim,), sum(vo_ranks), device="cpu")
     spread[live(vo_ranks, head_dim)] = torch.arange(sum(vo_ranks), device="cpu")
     return BlockLayout(
@@ -162,14 +174,14 @@ def lay_out(qk_ranks: Ranks, vo_ranks: Ranks, head_dim: int, cost: Cost) -> Bloc
         q,
         k,
         v,
-        live=_live(found.buckets, [bucket.width for bucket in found.buckets], vo_ranks),
-        stored=_live(found.buckets, [bucket.vo for bucket in found.buckets], vo_ranks),
+        live=_kept_slots(found.buckets, [bucket.width for bucket in found.buckets], vo_ranks),
+        stored=_kept_slots(found.buckets, [bucket.vo for bucket in found.buckets], vo_ranks),
         spread=Slots.of(spread, sum(vo_ranks)),
     )
 
 
-def _live(buckets: Sequence[Bucket], widths: Sequence[int], ranks: Ranks) -> Slots:
-    """Where each head's live slots are, head by head, among results that come bucket by bucket."""
+def _kept_slots(buckets: Sequence[Bucket], widths: Sequence[int], ranks: Ranks) -> Slots:
+    """Return the indices of the kept directions, head by head, among results that are concatenated bucket by bucket."""
     starts: dict[int, int] = {}
     total = 0
     for bucket, width in zip(buckets, widths, strict=True):
@@ -180,25 +192,28 @@ def _live(buckets: Sequence[Bucket], widths: Sequence[int], ranks: Ranks) -> Slo
     return Slots.of(torch.tensor(order, dtype=torch.long, device="cpu"), total)
 
 
-def _side(buckets: Sequence[Bucket], steps: Sequence[int], ranks: Ranks) -> RowLayout:
-    """Buckets side by side, those last that are read the least beyond their end: so that rows end there too."""
+def _row_layout(buckets: Sequence[Bucket], steps: Sequence[int], ranks: Ranks) -> RowLayout:
+    """Place the buckets of q, k or v in a row; buckets whose views read least beyond their heads come last.
+
+    This order keeps the padding at the end of the row small.
+    """
     runs: dict[int, HeadRun] = {}
     start = 0
     for i in sorted(range(len(buckets)), key=lambda i: steps[i] - buckets[i].width):
         runs[i] = HeadRun(start, len(buckets[i].heads), steps[i], buckets[i].width)
         start += runs[i].heads * steps[i]
     ordered = tuple(runs[i] for i in range(len(buckets)))
-    # Never without a slot: a cache takes keys without a number in them for no keys.
+    # A row has at least one slot, because a cache treats empty keys as if there were none.
     row = max([1, start, *(run.start + (run.heads - 1) * run.step + run.width for run in ordered)])
     slots = torch.full((row,), sum(ranks), device="cpu")
-    for head, first in _starts(buckets, ordered).items():
+    for head, first in _first_slots(buckets, ordered).items():
         column = sum(ranks[:head])
         slots[first : first + ranks[head]] = torch.arange(column, column + ranks[head], device="cpu")
     return RowLayout(ordered, Slots.of(slots, sum(ranks)))
 
 
-def _starts(buckets: Sequence[Bucket], runs: Sequence[HeadRun]) -> dict[int, int]:
-    """Where in a row each head begins."""
+def _first_slots(buckets: Sequence[Bucket], runs: Sequence[HeadRun]) -> dict[int, int]:
+    """Return the first slot of each head in a row."""
     return {
         head: run.start + i * run.step
         for bucket, run in zip(buckets, runs, strict=True)

@@ -1,8 +1,8 @@
-"""Which heads share a call of the attention kernel: buckets of equal width, cheapest by what the kernel really costs.
+"""The partition of pruned heads into buckets of equal width, at the lowest measured cost of the attention kernel.
 
-A kernel wants the same width in all heads of a call, and pruned heads have many. So the heads are cut into a few
-buckets, each as wide as its widest head, rounded up to a multiple of 8. Plain arithmetic: torch comes in with
-`attention`. Also here: which of the two ways of running compact models is in use.
+The kernel needs the same width in all heads of a call, but pruned heads have different widths. So the heads are
+partitioned into a few buckets, each as wide as its widest head, rounded up to a multiple of 8. This module is plain
+arithmetic without torch. It also holds the setting of the backend that runs compact models.
 """
 
 from __future__ import annotations
@@ -14,36 +14,37 @@ from typing import Literal, get_args
 from pessa_cli.blocks.compact_format import Ranks
 from pessa_cli.common.errors import UsageError
 
-MULTIPLE = 8  # of every width: what kernels on every device are aligned to
+MULTIPLE = 8  # widths are multiples of this, the alignment that kernels need on every device
 Backend = Literal["auto", "scatter", "bucketed"]
 _backend: Backend = "auto"
 
 
 def set_backend(backend: Backend) -> None:
-    """How compact models run from now on, in this process.
+    """Set how this process runs compact models from now on.
 
-    "scatter": every head in slots of the original head_dim, zeros where directions were cut; the attention of
-    transformers as it is. "bucketed": no slot wider than its bucket, in the kernel and in the cache. "auto": bucketed
-    where it pays, by costs that were measured for the kind of device. A cache in use belongs to the backend that
-    began it. Raises UsageError for another name.
+    "scatter": every head has slots of the original head_dim, with zeros in the cut directions, and the attention of
+    transformers runs unchanged. "bucketed": in the kernel and in the cache, heads are only as wide as their bucket.
+    "auto": bucketed where it is faster, by costs that were measured for the kind of device. A cache must be used with
+    the backend that created it. Raises UsageError if the name is unknown.
     """
     global _backend
     if backend not in get_args(Backend):
-        raise UsageError(f"there is no backend {backend!r}", f"one of {', '.join(get_args(Backend))}")
+        raise UsageError(f"there is no backend {backend!r}", f"give one of {', '.join(get_args(Backend))}")
     _backend = backend
 
 
 def get_backend() -> Backend:
-    """What `set_backend` was last told; "auto" at first."""
+    """Return the backend of the last call of `set_backend`, or "auto" before the first."""
     return _backend
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What a call of the attention kernel costs, in any unit: a + heads * (b + c * width + d * stored width).
+    """The cost model of one call of the attention kernel, in any unit of time.
 
-    `call` is a, the call itself; `head`, `width` and `stored` are b, c and d, the last for each column of keys or
-    values. The kernel is only asked for multiples of `step`, from `least` on: others take it as long, or longer.
+    The cost is call + heads * (head + width * w + stored * (qk + vo)), where w is the computed width and qk and vo are
+    the stored widths of keys and values. The computed width is a multiple of `step` and at least `least`, because the
+    kernel is not faster with other widths.
     """
 
     call: float
@@ -54,17 +55,18 @@ class Cost:
     least: int = MULTIPLE
 
     def kernel_width(self, width: int) -> int:
+        """Return the width with which the kernel computes heads of this width."""
         return rounded_up(max(self.least, width), self.step)
 
     def of(self, heads: int, qk: int, vo: int) -> float:
-        """Of one call for `heads` heads whose keys and values are `qk` and `vo` wide."""
+        """Return the cost of one call for `heads` heads whose keys and values have the widths `qk` and `vo`."""
         each = self.head + self.width * self.kernel_width(max(qk, vo)) + self.stored * (qk + vo)
         return self.call + heads * each
 
 
 @dataclass(frozen=True)
 class Bucket:
-    """Heads that go into one call: their keys are stored `qk` wide, their values `vo`, and computed `width` wide."""
+    """Heads that share one call: the stored widths `qk` of keys and `vo` of values, and the computed width."""
 
     heads: tuple[int, ...]
     qk: int
@@ -74,7 +76,7 @@ class Bucket:
 
 @dataclass(frozen=True)
 class Plan:
-    """The buckets of a block, and what they cost against one call with the original width."""
+    """The buckets of a block, their total cost, and the cost of one call for all heads with the original width."""
 
     buckets: tuple[Bucket, ...]
     cost: float
@@ -82,20 +84,22 @@ class Plan:
 
     @property
     def pays(self) -> bool:
+        """Whether the buckets cost no more than the single call."""
         return self.cost <= self.original
 
 
 def rounded_up(number: int, multiple: int = MULTIPLE) -> int:
+    """Round up to a multiple."""
     return -(-number // multiple) * multiple
 
 
 @lru_cache
 def plan(qk_ranks: Ranks, vo_ranks: Ranks, head_dim: int, cost: Cost) -> Plan:
-    """The cheapest buckets for a block of attention.
+    """Return the cheapest bucket plan for a block.
 
-    Heads whose V-O rank is 0 add nothing to the output and are in no bucket. The others are points in a plane of two
-    widths; dynamic programming finds the cheapest way to cut it, again and again, across at a Q-K or a V-O width.
-    There are as many buckets as pay for their calls, two to six for twenty heads of 64.
+    Heads with V-O rank 0 add nothing to the output and are in no bucket. The others are points in the plane of Q-K and
+    V-O widths, and dynamic programming finds the cheapest recursive split of the plane at a Q-K or a V-O width. Typical
+    results are two to six buckets for twenty heads of 64.
     """
     widths = {
         head: (rounded_up(max(1, qk)), rounded_up(vo))

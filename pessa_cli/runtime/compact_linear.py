@@ -1,8 +1,9 @@
-"""Ragged projections: linear layers that store only the kept directions of each head and still look full-width.
+"""Ragged projections: linear layers that store only the kept directions of each head but have full-width inputs or
+outputs.
 
-Between them the stock attention code sees slots of the original head_dim, zero where a direction was cut, so its
-caches, masks and kernels run unchanged and the softmax scale stays that of the original head_dim. `attention` asks
-them for other slots.
+The stock attention code between them sees heads of the original head_dim, with zeros in the cut directions, so its
+caches, masks and kernels run unchanged and the softmax scale stays that of the original head_dim. Bucketed attention
+requests other, narrower slots from them.
 """
 
 from __future__ import annotations
@@ -17,15 +18,15 @@ from torch import Tensor, nn
 from pessa_cli.algebra.heads import live
 from pessa_cli.blocks.compact_format import Ragged
 
-FEW_ROWS = 64
+FEW_ROWS = 64  # with fewer rows one index_select is faster than copying runs
 
 
 @dataclass(frozen=True)
 class Slots:
-    """Columns to be set side by side: `index` names for each slot the column it takes, or their number for zeros.
+    """A selection of columns: for each slot `index` holds the column that fills it, or the number of columns for zero.
 
-    `pieces` are the same as runs of columns, (first column, how many), the first None for zeros: copying those is four
-    times as fast as picking columns one by one, but for few rows not worth so many steps.
+    `pieces` is the same selection as runs of consecutive columns, (first column, length), with None as the first column
+    of a run of zeros. Copying runs is four times as fast as selecting single columns, except for few rows.
     """
 
     index: Tensor
@@ -33,6 +34,7 @@ class Slots:
 
     @staticmethod
     def of(index: Tensor, columns: int) -> Slots:
+        """Return the selection with this index, (slots,), from an input with this number of columns."""
         pieces: list[tuple[int | None, int]] = []
         for column in index.tolist():
             first, length = pieces[-1] if pieces else (-1, 0)
@@ -44,10 +46,11 @@ class Slots:
         return Slots(index, tuple(pieces))
 
     def to(self, device: torch.device) -> Slots:
+        """Return the selection with its index on a device."""
         return Slots(self.index.to(device), self.pieces)
 
     def fill(self, x: Tensor) -> Tensor:
-        """(..., columns) -> (..., slots)."""
+        """Apply the selection: (..., columns) -> (..., slots)."""
         if self.pieces == ((0, x.shape[-1]),):
             return x
         if x.shape[:-1].numel() < FEW_ROWS or not x.is_cpu:
@@ -61,12 +64,15 @@ class Slots:
 
 
 class _RaggedLinear(nn.Linear):
-    """A linear layer with some of its rows or columns left out; reports the full in_features and out_features."""
+    """A linear layer without the rows or columns of cut directions.
 
-    slots: Slots  # a plain attribute: transformers overwrites buffers that no checkpoint holds
+    It reports the full in_features and out_features, which PEFT and the stock attention code expect.
+    """
+
+    slots: Slots  # not a buffer, because transformers overwrites buffers that are not in the checkpoint
     ragged: Ragged
 
-    def _adopt(self, ragged: Ragged, slots: Slots) -> None:
+    def _set_slots(self, ragged: Ragged, slots: Slots) -> None:
         self.ragged = ragged
         self.slots = slots
 
@@ -76,13 +82,13 @@ class _RaggedLinear(nn.Linear):
         return self
 
     def to_device(self, device: torch.device) -> None:
-        """Keep the slots beside the weight; what is on meta has no place yet."""
+        """Move the slots to the weight's device, except to meta, which holds no data."""
         if device.type != "meta":
             self.slots = self.slots.to(device)
 
 
 def ragged_module(module: Any, ragged: Ragged) -> _RaggedLinear:
-    """What takes the place of a linear layer, or of a Conv1D, which has its weight the other way round."""
+    """Return the ragged replacement for a linear layer, or for a Conv1D, whose weight is transposed."""
     kind = RaggedOut if ragged.side == "rows" else RaggedIn
     if isinstance(module, nn.Linear):
         return kind(module, ragged)
@@ -94,7 +100,7 @@ def ragged_module(module: Any, ragged: Ragged) -> _RaggedLinear:
 
 
 class RaggedOut(_RaggedLinear):
-    """W_Q, W_K or W_V with rows for the kept directions only; the output has all slots, zeros in the cut ones.
+    """W_Q, W_K or W_V with rows for the kept directions only; the output has zeros in the cut directions.
 
     weight: (sum of ranks, in_features); output: (..., len(ranks) * head_dim).
     """
@@ -113,21 +119,21 @@ class RaggedOut(_RaggedLinear):
         if self.bias is not None:
             self.bias = nn.Parameter(self.bias[: len(index)], linear.bias.requires_grad)
         self.out_features = len(ragged.ranks) * ragged.head_dim
-        # For each slot the column of the narrow output that fills it; the last column is the added zero.
+        # For each slot, the column of the narrow output that fills it; len(index) stands for zero.
         gather = torch.full((self.out_features,), len(index), device="cpu")
         gather[index] = torch.arange(len(index), device="cpu")
-        self._adopt(ragged, Slots.of(gather, len(index)))
+        self._set_slots(ragged, Slots.of(gather, len(index)))
 
     def forward(self, x: Tensor, slots: Slots | None = None) -> Tensor:
-        """`slots`: others than head_dim a head."""
+        """Apply the projection; `slots` replaces the default layout of `head_dim` slots per head."""
         narrow = nn.functional.linear(x, self.weight, self.bias)
         return (slots or self.slots).fill(narrow)
 
 
 class RaggedIn(_RaggedLinear):
-    """W_O with columns for the kept directions only; takes the full slots and reads the live ones.
+    """W_O with columns for the kept directions only; it selects these directions from its full-width input.
 
-    weight: (out_features, sum of ranks); input: (..., len(ranks) * head_dim), or just the live slots.
+    weight: (out_features, sum of ranks); input: (..., len(ranks) * head_dim), or (..., sum of ranks).
     """
 
     def __init__(self, linear: nn.Linear, ragged: Ragged) -> None:
@@ -142,7 +148,7 @@ class RaggedIn(_RaggedLinear):
         )
         self.weight = nn.Parameter(self.weight[:, : len(index)], linear.weight.requires_grad)
         self.in_features = len(ragged.ranks) * ragged.head_dim
-        self._adopt(ragged, Slots.of(index, self.in_features))
+        self._set_slots(ragged, Slots.of(index, self.in_features))
 
     def forward(self, x: Tensor) -> Tensor:
         live = x if x.shape[-1] == self.weight.shape[1] else self.slots.fill(x)
@@ -150,7 +156,7 @@ class RaggedIn(_RaggedLinear):
 
 
 class RaggedConvOut(RaggedOut):
-    """The same for a Conv1D: weight (in_features, sum of ranks)."""
+    """The RaggedOut of a Conv1D; weight: (in_features, sum of ranks)."""
 
     def __init__(self, linear: nn.Linear, ragged: Ragged) -> None:
         super().__init__(linear, ragged)
@@ -161,7 +167,7 @@ class RaggedConvOut(RaggedOut):
 
 
 class RaggedConvIn(RaggedIn):
-    """The same for a Conv1D: weight (sum of ranks, out_features)."""
+    """The RaggedIn of a Conv1D; weight: (sum of ranks, out_features)."""
 
     def __init__(self, linear: nn.Linear, ragged: Ragged) -> None:
         super().__init__(linear, ragged)

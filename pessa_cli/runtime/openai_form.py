@@ -1,4 +1,4 @@
-"""A Hugging Face Whisper checkpoint as openai-whisper sees it: its dims and the names of its tensors."""
+"""The mapping from a Hugging Face Whisper checkpoint to openai-whisper: its dims and tensor names."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pessa_cli.common.text import listed, shortened
 from pessa_cli.sources.openai import tensor_names
 from pessa_cli.surgery.model import Model
 
-# openai-whisper's dims under the names of a Hugging Face config.
+# The key of a Hugging Face config for each of openai-whisper's dims.
 CONFIG_KEYS = {
     "n_mels": "num_mel_bins",
     "n_audio_ctx": "max_source_positions",
@@ -30,19 +30,19 @@ CONFIG_KEYS = {
     "n_text_head": "decoder_attention_heads",
     "n_text_layer": "decoder_layers",
 }
-FIXED = {"activation_function": "gelu", "scale_embedding": False}  # what openai-whisper's code does to every model
-# By its number of tokens openai-whisper chooses a tokenizer; with any other number it would read wrong words.
+FIXED = {"activation_function": "gelu", "scale_embedding": False}  # fixed in openai-whisper's code
+# openai-whisper chooses the tokenizer by the number of tokens; with another number it would decode wrong words.
 VOCABULARIES = (51864, 51865, 51866)
 EMBEDDING, PROJECTION = "decoder.embed_tokens.weight", "proj_out.weight"
-FEW = "give a checkpoint of the size of one of OpenAI's, or load it with transformers"
+FEW = "give a checkpoint with the architecture and vocabulary of OpenAI's Whisper, or load this one with transformers"
 
 
 @dataclass(frozen=True)
 class OpenAIForm:
-    """A Whisper checkpoint as openai-whisper sees it.
+    """A Whisper checkpoint with openai-whisper's dims and tensor names.
 
-    `names` maps each of openai-whisper's tensors to the file's. `alignment_heads` are (layer, head) of the
-    cross-attention heads that follow time; empty where the generation config lists none.
+    `names` maps each tensor name of openai-whisper to the name in the file. `alignment_heads` are the (layer, head)
+    indices of the cross-attention heads that follow time; empty if the generation config lists none.
     """
 
     model: Model
@@ -51,7 +51,7 @@ class OpenAIForm:
     alignment_heads: list[tuple[int, int]]
 
     def tensor(self, ours: str) -> torch.Tensor:
-        """A tensor that is not attention, by its name in the file. Raises PessaError when it holds NaN."""
+        """Read a tensor outside attention, by its name in the file. Raises PessaError if it holds NaN."""
         reader = self.model.reader
         info = reader.header[ours]
         dtype: torch.dtype = getattr(torch, TORCH_DTYPES[info.dtype])
@@ -59,28 +59,37 @@ class OpenAIForm:
 
     @cached_property
     def attention(self) -> frozenset[str]:
-        """The file's names of all attention tensors."""
+        """The names of all attention tensors in the file."""
         return frozenset(name for site in self.model.sites for name in site.tensors)
 
 
 def openai_form(model: Model) -> OpenAIForm:
-    """The checkpoint's dims and names in openai-whisper. Raises PessaError for what openai-whisper would not compute:
+    """Return the checkpoint's dims and tensor names in openai-whisper.
 
-    another architecture or activation, an untied output, tensors missing, too many or of an unusual shape.
+    Raises PessaError if openai-whisper cannot run the model: it has another architecture, activation or vocabulary, its
+    output projection is not tied to the embedding, or tensors are missing, unexpected or of another shape.
     """
     config, header, folder = model.reader.config, model.reader.header, model.reader.folder
     if config.get("model_type") != "whisper":
-        raise PessaError(f"{folder} is a {shortened(config.get('model_type'))}, no Whisper", "give a Whisper")
+        raise PessaError(
+            f"{folder} has model_type {shortened(config.get('model_type'))}, not 'whisper'", "give a Whisper model"
+        )
     dims: dict[str, Any] = {theirs: config.get(ours) for theirs, ours in CONFIG_KEYS.items()}
     wrong = [f"{CONFIG_KEYS[name]}: {shortened(value)}" for name, value in dims.items() if type(value) is not int]
     wrong += [f"{key}: {shortened(config.get(key))}" for key, value in FIXED.items() if config.get(key, value) != value]
     if dims["n_vocab"] not in VOCABULARIES:
-        wrong.append(f"vocab_size: {shortened(dims['n_vocab'])}, known are {', '.join(map(str, VOCABULARIES))}")
+        wrong.append(f"vocab_size: {shortened(dims['n_vocab'])}, supported: {', '.join(map(str, VOCABULARIES))}")
     if not wrong and max(dims["n_audio_layer"], dims["n_text_layer"]) > len(header):
-        wrong.append("more layers than tensors")  # seen before any list of that length is made
+        # Checked before lists of that length are created.
+        wrong.append(
+            f"encoder_layers: {shortened(dims['n_audio_layer'])}, decoder_layers: {shortened(dims['n_text_layer'])}, "
+            f"but the file has only {len(header)} tensors"
+        )
     if wrong:
-        raise PessaError(f"{folder / 'config.json'} is of no model that openai-whisper runs\n{listed(wrong)}", FEW)
-    # A base model saved alone has no prefix.
+        raise PessaError(
+            f"{folder / 'config.json'} does not describe a model that openai-whisper runs\n{listed(wrong)}", FEW
+        )
+    # A base model that was saved alone has no prefix.
     prefix = "model." if any(name.startswith("model.") for name in header) else ""
     plan = {theirs: (prefix + ours.removeprefix("model."), shape) for theirs, ours, shape in tensor_names(dims)}
     _check_tensors(model, dict(plan.values()), prefix + EMBEDDING)
@@ -88,7 +97,11 @@ def openai_form(model: Model) -> OpenAIForm:
 
 
 def _check_tensors(model: Model, plan: dict[str, tuple[int, ...]], embedding: str) -> None:
-    """Every planned tensor is there in its dense shape, and nothing else but a copy of the tied embedding."""
+    """Check the tensors of the file, in their dense shapes, against the plan.
+
+    Raises PessaError if a planned tensor is missing or has another shape, or if there is another tensor, except for a
+    copy of the embedding as output projection.
+    """
     reader = model.reader
     shapes = {name: info.shape for name, info in reader.header.items() if name != PROJECTION}
     for site in model.sites:
@@ -100,25 +113,31 @@ def _check_tensors(model: Model, plan: dict[str, tuple[int, ...]], embedding: st
         elif shapes[name] != shape:
             problems.append(f"{name}: shape {shapes[name]}, expected {shape}")
     if not problems and PROJECTION in reader.header and not torch.equal(reader.get(PROJECTION), reader.get(embedding)):
-        problems.append(f"{PROJECTION}: not the embedding, as it always is in OpenAI's Whisper")
+        problems.append(f"{PROJECTION}: differs from the embedding, to which OpenAI's Whisper ties it")
     if problems:
-        raise PessaError(f"{reader.folder} is no model that openai-whisper runs\n{listed(sorted(problems))}", FEW)
+        raise PessaError(f"{reader.folder} is not a model that openai-whisper runs\n{listed(sorted(problems))}", FEW)
 
 
 def _alignment_heads(folder: Path, dims: dict[str, int]) -> list[tuple[int, int]]:
-    """What generation_config.json says of the heads that follow time."""
+    """Return the alignment heads in generation_config.json; empty if there are none. Raises PessaError if malformed."""
     path = folder / "generation_config.json"
     pairs = (read_json(path) if path.is_file() else {}).get("alignment_heads") or []
     layers, heads = range(dims["n_text_layer"]), range(dims["n_text_head"])
     listing = pairs if isinstance(pairs, list) else []
     known = [(layer, head) for layer in layers for head in heads if [layer, head] in listing]
     if len(known) != len(listing) or (pairs and not known):
-        raise PessaError(f"{path}: alignment_heads are not pairs of a layer and a head", "download the file again")
+        raise PessaError(
+            f"{path}: alignment_heads are not pairs of a layer below {len(layers)} and a head below {len(heads)}",
+            "download the file again",
+        )
     return known
 
 
 def alignment_mask(form: OpenAIForm) -> torch.Tensor:
-    """Which cross-attention heads follow time, (layers, heads); openai-whisper's guess, the last half, if unknown."""
+    """Return which cross-attention heads follow time, (layers, heads) bool.
+
+    If they are unknown, these are all heads of the last half of the layers, which is openai-whisper's default.
+    """
     layers, heads = form.dims["n_text_layer"], form.dims["n_text_head"]
     mask = torch.zeros(layers, heads, dtype=torch.bool)
     for layer, head in form.alignment_heads:

@@ -1,7 +1,7 @@
-"""openai-whisper's own Whisper on compact weights: decoding, timestamps and caches are its code, unchanged.
+"""Running compact Whisper models in openai-whisper, whose code for decoding, timestamps and caches is unchanged.
 
-Heads are sorted into a few buckets at loading, each as wide as its widest head, with zero rows in the others. So
-queries, keys and values fall into heads by reshaping alone, and a cache holds what the ranks need.
+At loading the heads are sorted into a few buckets, each as wide as its widest head, with zero rows in narrower heads.
+So queries, keys and values are split into heads by reshaping alone, and caches have the reduced width.
 """
 
 from __future__ import annotations
@@ -29,31 +29,31 @@ except ImportError as error:
     raise PessaError(f"openai-whisper cannot be imported: {error}", "pip install 'pessa[whisper]'") from None
 
 
-JOINING = 15  # microseconds a bucket, from timing a layer of Whisper tiny at decoding
+JOINING = 15  # microseconds per bucket to split rows and join results, measured in a layer of Whisper tiny at decoding
 
 
 def buckets_of(site: Site) -> Sequence[Bucket]:
-    """The block's heads in buckets, all of them; none where openai-whisper's own attention would be as fast.
+    """Return buckets with all heads of the block, or none if openai-whisper's own attention is as fast.
 
-    Costs are those of transformers' attention, on a CPU for want of others: the kernels are the same. Cutting the
-    rows and joining the results is more work a bucket here.
+    The costs are those measured for transformers' attention on a CPU, since both use the same kernels; splitting rows
+    and joining results costs more per bucket here.
     """
     measured = (ENCODING if site.spec.kind.startswith("encoder") else DECODING)["cpu"]
     cost = replace(measured, call=measured.call + JOINING)
-    # A head that gives nothing keeps its scores: it may be one of those that follow time.
+    # A head with V-O rank 0 must keep its scores, because it may be an alignment head.
     planned = plan(site.qk_ranks, tuple(max(1, rank) for rank in site.vo_ranks), site.head_dim, cost)
     return planned.buckets if planned.cost < planned.original - JOINING else ()
 
 
 class RaggedAttention(MultiHeadAttention):  # type: ignore[misc]
-    """openai-whisper's attention over heads of different widths, those of one bucket after the other."""
+    """openai-whisper's attention for heads of different widths, ordered bucket by bucket."""
 
     def __init__(self, n_state: int, n_head: int, buckets: Sequence[Bucket]) -> None:
         nn.Module.__init__(self)
         self.n_head = n_head
         self.buckets = buckets
-        head_dim = n_state // n_head  # which need not be a multiple of what buckets are rounded up to
-        self.scale = head_dim**-0.5  # of the original heads, whatever is left of them
+        head_dim = n_state // n_head  # may not be a multiple of 8, to which widths of buckets are rounded up
+        self.scale = head_dim**-0.5  # the scale of the original heads, whatever their ranks are
         self.qk_widths = [len(bucket.heads) * min(bucket.qk, head_dim) for bucket in buckets]
         self.vo_widths = [len(bucket.heads) * min(bucket.vo, head_dim) for bucket in buckets]
         order = [head for bucket in buckets for head in bucket.heads]
@@ -66,9 +66,10 @@ class RaggedAttention(MultiHeadAttention):  # type: ignore[misc]
     def qkv_attention(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """What the heads read, (B, T, width of values), and their scores, (B, heads, T, F), unless they are fused.
+        """Return the outputs of all heads, (B, T, sum of value widths), and the scores, (B, heads, T, F), or None.
 
-        q: (B, T, width of keys); k, v: (B or 1, F, their width), 1 where the beams of a search share them.
+        q: (B, T, sum of key widths). k, v: (B or 1, F, sum of key or value widths); the size 1 if the beams of a beam
+        search share them. The scores are None with the fused kernel.
         """
         outputs: list[Tensor] = []
         scores: list[Tensor] = []
@@ -84,7 +85,7 @@ class RaggedAttention(MultiHeadAttention):  # type: ignore[misc]
         return torch.cat(outputs, -1), torch.cat(scores, 1)[:, self.places] if scores else None
 
     def _heads(self, x: Tensor, widths: list[int]) -> list[Tensor]:
-        """(B, T, all of them) -> (B, heads of a bucket, T, width) for each bucket."""
+        """Split (B, T, sum of widths) into (B, heads of the bucket, T, width) for each bucket."""
         parts = torch.split(x, widths, dim=-1)
         return [
             part.view(*part.shape[:2], len(bucket.heads), -1).transpose(1, 2)
@@ -93,13 +94,13 @@ class RaggedAttention(MultiHeadAttention):  # type: ignore[misc]
 
     def _fused(self, q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
         width, read = q.shape[-1], v.shape[-1]
-        if q.shape[2] > 1 and width != read:  # the fast kernel for many queries wants one width
+        if q.shape[2] > 1 and width != read:  # the fast kernel for many queries needs q, k and v of equal width
             most = max(width, read)
             q, k, v = (nn.functional.pad(part, (0, most - part.shape[-1])) for part in (q, k, v))
         return nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=self.scale)[..., :read]
 
     def _plain(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        """As openai-whisper computes it where the scores are wanted, for the timestamps of words."""
+        """Compute attention with explicit scores, which word timestamps need, as openai-whisper does."""
         root = self.scale**0.5
         scores = (q * root) @ (k * root).transpose(-1, -2)
         if mask is not None:
@@ -109,17 +110,17 @@ class RaggedAttention(MultiHeadAttention):  # type: ignore[misc]
 
 
 def load_whisper(model: str | Path, device: str | torch.device | None = None) -> Whisper:
-    """The model as a `whisper.Whisper`, float32 like those of whisper.load_model; `transcribe()` and all else work.
+    """Load a model as a `whisper.Whisper` in float32, like whisper.load_model; all methods work.
 
-    `model` is a folder, compact or dense, or whatever else the command line takes. A compact block computes with
-    its kept directions only; a dense one is openai-whisper's own. The heads that follow time come from
-    generation_config.json. Without a `device` it is CUDA where there is one, as in openai-whisper.
+    `model` is a folder, compact or dense, or any other source that the command line accepts. Compact blocks compute
+    with their kept directions only; dense blocks use openai-whisper's own attention. The alignment heads come from
+    generation_config.json. The default `device` is CUDA if available, as in openai-whisper.
 
-    Raises PessaError for a model that openai-whisper would not compute (see `openai_form`).
+    Raises PessaError if openai-whisper cannot run the model (see `openai_form`).
     """
     with open_source(str(model)) as folder:
         form = openai_form(open_model(folder))
-        loaded = _hollow(form)
+        loaded = _model_on_meta(form)
         others = {theirs: ours for theirs, ours in form.names.items() if ours not in form.attention}
         state = {theirs: form.tensor(ours).float() for theirs, ours in others.items()}
         theirs_of = {ours: theirs for theirs, ours in form.names.items()}
@@ -131,15 +132,18 @@ def load_whisper(model: str | Path, device: str | torch.device | None = None) ->
                 with torch.device("meta"):
                     attention = RaggedAttention(site.query_width, site.heads, buckets)
                 loaded.set_submodule(name, attention)
-            tensors = _in_buckets(weights, buckets or [_whole(site)])
+            tensors = _in_buckets(weights, buckets or [_single_bucket(site)])
             state |= {f"{name}.{key}": tensor.float() for key, tensor in tensors.items()}
         loaded.load_state_dict(state, assign=True)
     chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
     return loaded.eval().to(chosen)
 
 
-def _hollow(form: OpenAIForm) -> Whisper:
-    """The model with what is large taking no memory yet; some of the rest cannot be made on meta."""
+def _model_on_meta(form: OpenAIForm) -> Whisper:
+    """Return the model with its layers and embedding on the meta device, so that they take no memory yet.
+
+    The other parts are small, and some of them cannot be created on the meta device.
+    """
     dims = ModelDimensions(**form.dims)
     model = Whisper(replace(dims, n_vocab=1, n_audio_layer=0, n_text_layer=0))
     model.dims = dims
@@ -153,22 +157,23 @@ def _hollow(form: OpenAIForm) -> Whisper:
     return model
 
 
-def _whole(site: Site) -> Bucket:
+def _single_bucket(site: Site) -> Bucket:
+    """Return a bucket with all heads at their original width."""
     return Bucket(tuple(range(site.heads)), site.head_dim, site.head_dim, site.head_dim)
 
 
 def _in_buckets(weights: HeadWeights, buckets: Sequence[Bucket]) -> dict[str, Tensor]:
-    """The block's tensors under openai-whisper's names, head after head in the order of the buckets.
+    """Return the block's tensors under openai-whisper's names, with the heads in the order of the buckets.
 
-    The canonical form has zeros in cut directions, so a bucket's heads can all be cut at the same width.
+    The canonical form has zeros in cut directions, so all heads of a bucket can be cut to the same width.
     """
 
     def rows(tensor: Tensor, side: str) -> Tensor:
-        """(heads, d, ...) -> (sum of widths, ...)"""
+        """Cut each head to the width of its bucket: (heads, d, ...) -> (sum of widths, ...)."""
         cuts = [tensor[list(bucket.heads), : getattr(bucket, side)] for bucket in buckets]
         return torch.cat([cut.flatten(0, 1) for cut in cuts])
 
-    assert weights.q_bias is not None  # openai_form has seen that these are there, and k_bias is not
+    assert weights.q_bias is not None  # openai_form has checked that these biases exist, and k_bias does not
     assert weights.v_bias is not None
     assert weights.o_bias is not None
     return {

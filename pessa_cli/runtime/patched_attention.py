@@ -1,8 +1,8 @@
-"""The attention modules of transformers with bucketed attention: stock classes with a second forward.
+"""Subclasses of transformers' attention modules whose forward can use bucketed attention.
 
-Each falls back to the stock forward, on full slots, wherever bucketing does not apply: with kernels other than sdpa
-(eager is asked for by those who want the weights of attention), with adapters around the projections, on devices
-whose costs nobody has measured, and when `set_backend("scatter")` says so.
+They use the stock forward, with full-width heads, where bucketed attention does not apply: with an attention
+implementation other than sdpa (eager returns attention weights), with adapters around the projections, on kinds of
+devices without measured costs, and after `set_backend("scatter")`.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from pessa_cli.runtime.buckets import Cost, get_backend
 from pessa_cli.runtime.compact_linear import RaggedIn, RaggedOut
 
 
-class _Narrow(nn.Module):
-    """What both kinds of module share: the layout for the device they are on."""
+class _PatchedAttention(nn.Module):
+    """The parts that the patched attention modules share, with the bucket layout for their device."""
 
-    layout: BlockLayout  # a plain attribute, made before anything is traced, as the indices of the projections are
+    layout: BlockLayout  # not a buffer, and created before any tracing, as the slots of the projections are
     decodes: bool
     is_causal: bool
     config: Any
@@ -34,18 +34,18 @@ class _Narrow(nn.Module):
     layer_idx: int
 
     def projections(self) -> tuple[Any, Any, Any]:
-        """Q, K and V, whatever stands there now."""
+        """Return the current Q, K and V modules, which may be adapters around the projections."""
         raise NotImplementedError
 
     @property
     def costs(self) -> dict[str, Cost]:
-        """By kind of device, for what this block does most."""
+        """The costs by kind of device for the most frequent use of this block."""
         if not self.decodes:
             return ENCODING
         return CONTINUING if self.is_causal else DECODING
 
-    def adopt(self) -> None:
-        """Lay the heads out for the device that the weights are on, if it is a new one."""
+    def update_layout(self) -> None:
+        """Compute the layout for the device of the weights, if they have moved to another one."""
         q, _, v = self.projections()
         device = q.weight.device
         layout = getattr(self, "layout", None)
@@ -58,11 +58,11 @@ class _Narrow(nn.Module):
     def _apply(self, fn: Callable[..., Tensor], recurse: bool = True) -> nn.Module:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if all(isinstance(projection, RaggedOut) for projection in self.projections()):
-            self.adopt()
+            self.update_layout()
         return self
 
-    def bucketed(self, x: Tensor) -> bool:
-        """Whether this call is to be bucketed; nothing in here changes while a cache is in use."""
+    def uses_buckets(self, x: Tensor) -> bool:
+        """Return whether a call uses bucketed attention; the answer must not change while a cache is in use."""
         costs = self.costs
         backend = get_backend()
         return (
@@ -73,20 +73,20 @@ class _Narrow(nn.Module):
         )
 
     def keys_and_values(self, x: Tensor, cache: Any) -> tuple[list[Tensor], list[Tensor]]:
-        """Views of the keys and values of x, and of all that a cache has before."""
+        """Return the views by bucket of the keys and values of x, after those in the cache."""
         _, k_proj, v_proj = self.projections()
         k, v = k_proj(x, self.layout.k.slots), v_proj(x, self.layout.v.slots)
         if cache is not None:
-            k, v = cache.update(k.unsqueeze(1), v.unsqueeze(1), self.layer_idx)  # to a cache this is one head
+            k, v = cache.update(k.unsqueeze(1), v.unsqueeze(1), self.layer_idx)  # the cache sees a single head
             k, v = k.squeeze(1), v.squeeze(1)
         return self.layout.k.of_rows(k), self.layout.v.of_rows(v)
 
     def attend(
         self, x: Tensor, k: list[Tensor], v: list[Tensor], mask: Tensor | None, dropout: float, **kwargs: Any
     ) -> Tensor:
-        """The live results of the stock kernel, once a bucket; x is what asks."""
+        """Run the stock kernel once per bucket with the queries of x; returns the kept directions of all heads."""
         q = self.projections()[0](x, self.layout.q.slots)
-        if x.shape[1] == 1:  # what the stock kernel does with a single query, without its preparations
+        if x.shape[1] == 1:  # for a single query skip the stock wrapper, whose preparations have no effect
 
             def call(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
                 return scaled_dot_product_attention(q, k, v, mask, dropout, scale=self.scaling).transpose(1, 2)
@@ -101,8 +101,8 @@ class _Narrow(nn.Module):
         return self.layout.attend(call, q, k, v, mask)
 
 
-class NarrowWhisperAttention(_Narrow, WhisperAttention):  # type: ignore[misc]
-    """WhisperAttention: of the encoder, of the decoder, and across."""
+class NarrowWhisperAttention(_PatchedAttention, WhisperAttention):  # type: ignore[misc]
+    """WhisperAttention with bucketed attention: encoder and decoder self-attention, and cross-attention."""
 
     q_proj: Any
     k_proj: Any
@@ -120,24 +120,26 @@ class NarrowWhisperAttention(_Narrow, WhisperAttention):  # type: ignore[misc]
         attention_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        if not self.bucketed(hidden_states) or not isinstance(self.out_proj, RaggedIn):
+        if not self.uses_buckets(hidden_states) or not isinstance(self.out_proj, RaggedIn):
             stock: tuple[Tensor, Tensor | None] = WhisperAttention.forward(
                 self, hidden_states, key_value_states, past_key_values, attention_mask, **kwargs
             )
             return stock
         dropout = self.dropout if self.training else 0.0
         if isinstance(past_key_values, EncoderDecoderCache) and key_value_states is not None:
-            result = self._across(hidden_states, key_value_states, past_key_values, attention_mask, dropout, **kwargs)
+            result = self._cross_attention(
+                hidden_states, key_value_states, past_key_values, attention_mask, dropout, **kwargs
+            )
         else:
             source = hidden_states if key_value_states is None else key_value_states
-            k, v = self.keys_and_values(source, _own(past_key_values))
+            k, v = self.keys_and_values(source, _self_attention_cache(past_key_values))
             result = self.attend(hidden_states, k, v, attention_mask, dropout, **kwargs)
         return self.out_proj(result), None
 
-    def _across(
+    def _cross_attention(
         self, x: Tensor, encoded: Tensor, caches: Any, mask: Tensor | None, dropout: float, **kwargs: Any
     ) -> Tensor:
-        """Live results over the encoder's frames, whose keys and values are made once and then from the cache."""
+        """Attend to the encoder's output, whose keys and values are computed once and then read from the cache."""
         layout, cache = self.layout, caches.cross_attention_cache
         if caches.is_updated.get(self.layer_idx):
             k, v = cache.layers[self.layer_idx].keys, cache.layers[self.layer_idx].values
@@ -151,8 +153,8 @@ class NarrowWhisperAttention(_Narrow, WhisperAttention):  # type: ignore[misc]
         return self.attend(x, layout.k.of_packed(k), layout.v.of_packed(v), mask, dropout, **kwargs)
 
 
-class NarrowBertSelfAttention(_Narrow, BertSelfAttention):  # type: ignore[misc]
-    """BertSelfAttention; W_O is in another module, so the results go there in full slots."""
+class NarrowBertSelfAttention(_PatchedAttention, BertSelfAttention):  # type: ignore[misc]
+    """BertSelfAttention with bucketed attention; W_O is in another module, so the result has full-width heads."""
 
     query: Any
     key: Any
@@ -169,46 +171,46 @@ class NarrowBertSelfAttention(_Narrow, BertSelfAttention):  # type: ignore[misc]
         past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        if not self.bucketed(hidden_states):
+        if not self.uses_buckets(hidden_states):
             stock: tuple[Tensor, Tensor | None] = BertSelfAttention.forward(
                 self, hidden_states, attention_mask, past_key_values, **kwargs
             )
             return stock
-        k, v = self.keys_and_values(hidden_states, _own(past_key_values))
+        k, v = self.keys_and_values(hidden_states, _self_attention_cache(past_key_values))
         dropout = self.dropout.p if self.training else 0.0
         result = self.attend(hidden_states, k, v, attention_mask, dropout, **kwargs)
         return self.layout.in_slots(result), None
 
 
-def _own(cache: Any) -> Any:
-    """The part of a cache that is for what a decoder itself has written."""
+def _self_attention_cache(cache: Any) -> Any:
+    """Return the self-attention part of an encoder-decoder cache; any other cache as it is."""
     return cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
 
 
-NARROW: dict[type[nn.Module], type[_Narrow]] = {
+PATCHED: dict[type[nn.Module], type[_PatchedAttention]] = {
     WhisperAttention: NarrowWhisperAttention,
     BertSelfAttention: NarrowBertSelfAttention,
 }
 
 
-def narrow(model: nn.Module) -> None:
-    """Give each attention module of a loaded compact model, where all its projections are ragged, its second forward.
+def patch_attention(model: nn.Module) -> None:
+    """Enable bucketed attention in each attention module of a compact model whose projections are all ragged.
 
-    The class is changed in place: weights, names, hooks and what `isinstance` says stay.
+    The module's class is replaced in place by a subclass, so weights, names, hooks and `isinstance` checks are kept.
     """
     for module in model.modules():
-        kind = NARROW.get(type(module))
+        kind = PATCHED.get(type(module))
         if kind is None:
             continue
         q, k, v = projections = kind.projections(module)  # type: ignore[arg-type]
         if not all(isinstance(projection, RaggedOut) for projection in projections) or q.ragged != k.ragged:
             continue
-        if q.ragged.pairs is not None:  # which are not the first of their slots
+        if q.ragged.pairs is not None:  # kept frequency pairs are not the first directions of a head
             continue
         o = getattr(module, "out_proj", None)
         if o is not None and not (isinstance(o, RaggedIn) and o.ragged.ranks == v.ragged.ranks):
             continue
         module.__class__ = kind
-        assert isinstance(module, _Narrow)
+        assert isinstance(module, _PatchedAttention)
         module.decodes = bool(getattr(module, "is_decoder", False))
-        module.adopt()
+        module.update_layout()

@@ -1,7 +1,7 @@
-"""How transformers loads a compact model: pessa as a "quantizer", its extension point for other weight formats.
+"""Loading of compact models by transformers: pessa registers as a "quantizer", the extension point for weight formats.
 
-model_type, architectures and tensor names stay stock; `quantization_config` in config.json says which projections
-are ragged. They are swapped while the model is on the meta device, and the weights then load by name.
+model_type, architectures and tensor names are unchanged; `quantization_config` in config.json lists the ragged
+projections. They are swapped while the model is on the meta device, and then the weights are loaded by name.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from pessa_cli.runtime.compact_linear import RaggedIn, RaggedOut, ragged_module
 
 
 class PessaConfig(QuantizationConfigMixin):  # type: ignore[misc]
-    """`quantization_config` of a compact model: `modules` maps a projection to its ranks, "rows 64: 28 31 ..."."""
+    """The `quantization_config` of a compact model; `modules` maps projections to ranks, "rows 64: 28 31 ..."."""
 
     def __init__(self, modules: dict[str, str], **_: Any) -> None:
         self.quant_method = QUANT_METHOD
@@ -36,17 +36,17 @@ class PessaConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
 
 class PessaQuantizer(HfQuantizer):  # type: ignore[misc]
-    """Swaps the projections named in the config for ragged ones; nothing is quantised."""
+    """The loader hook that replaces the projections named in the config by ragged ones; nothing is quantised."""
 
     requires_calibration = False
 
     def update_attn_implementation(self, config: Any) -> Any:
-        """Take out what config.json says to those who load it without us; what the user asked for stays."""
+        """Remove the hint that config.json holds for loading without pessa; the user's own choice is kept."""
         if config._attn_implementation == LOAD_HINT:
             config._attn_implementation = None
         return config
 
-    update_tp_plan = update_attn_implementation  # the hook of transformers before 5.20, called at the same place
+    update_tp_plan = update_attn_implementation  # transformers before 5.20 calls this hook in its place
 
     def _process_model_before_weight_loading(self, model: Any, **_: Any) -> Any:
         modules = ragged_modules({"quantization_config": self.quantization_config.to_dict()})
@@ -59,12 +59,12 @@ class PessaQuantizer(HfQuantizer):  # type: ignore[misc]
             given = module.weight.shape[::-1] if isinstance(module, nn.Linear) else module.weight.shape
             if (swapped.in_features, swapped.out_features) != tuple(given):
                 raise PessaError(
-                    f"{name} is {given[1]} x {given[0]} in the model, but its ranks are for "
+                    f"{name} is {given[1]} x {given[0]} in the model, but its ranks in config.json are for "
                     f"{swapped.out_features} x {swapped.in_features}",
                     "config.json was changed after pruning; restore it",
                 )
             model.set_submodule(name, swapped)
-            # Under this class's own prefix, so that saving it is right; names that only files have stay as they are.
+            # Use the name in this model's class, so that saving it is right, unless transformers renames the module.
             found[name if match_module(entry, [name]) else entry] = str(ragged)
         if not found:
             raise PessaError(
@@ -80,12 +80,12 @@ class PessaQuantizer(HfQuantizer):  # type: ignore[misc]
                 module.to_device(module.weight.device)
             if hasattr(module, "config"):
                 module.config._is_quantized = False
-        # Here, because it imports the code of the models that it knows.
-        from pessa_cli.runtime.patched_attention import narrow
+        # Imported here, because it imports transformers' modeling files.
+        from pessa_cli.runtime.patched_attention import patch_attention
 
-        narrow(model)
-        model.config.attn_implementation = LOAD_HINT  # read by nobody here, written by save_pretrained
-        model.is_quantized = False  # plain floats: half(), to(dtype) and training work as for any model
+        patch_attention(model)
+        model.config.attn_implementation = LOAD_HINT  # has no effect here, but save_pretrained writes it
+        model.is_quantized = False  # the weights are floats, so half(), to(dtype) and training must be allowed
         return model
 
     def is_serializable(self) -> bool:
@@ -101,7 +101,7 @@ class PessaQuantizer(HfQuantizer):  # type: ignore[misc]
 
 
 def register() -> None:
-    """Make `quant_method: pessa` known to transformers; a second call does nothing."""
+    """Register `quant_method: pessa` with transformers; a second call does nothing."""
     if QUANT_METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
         register_quantization_config(QUANT_METHOD)(PessaConfig)
         register_quantizer(QUANT_METHOD)(PessaQuantizer)

@@ -1,1 +1,1 @@
-"""Where models come from: every supported format becomes a Hugging Face folder."""
+"""Model sources: every supported format, local or on the hub, becomes a Hugging Face folder."""

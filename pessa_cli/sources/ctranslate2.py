@@ -1,8 +1,8 @@
-"""CTranslate2's Whisper folders (the format faster-whisper runs), turned into Hugging Face folders at the door.
+"""Conversion of CTranslate2 Whisper folders, which faster-whisper runs, to Hugging Face folders.
 
-`model.bin` is a list of named variables. They are located first and read one at a time, so that a model of any
-size passes in the memory of its largest tensor. Sizes, vocabulary and languages are taken from the files; nothing
-is looked up by a model's name.
+`model.bin` is a list of named variables. They are located first and then read one at a time, so that the conversion
+needs only the memory of the largest tensor. Sizes, vocabulary and languages are read from the files; the name of the
+model is not used.
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ if TYPE_CHECKING:
 
 MODEL_FILE = "model.bin"
 BINARY_VERSION, SPEC, REVISION = 6, "WhisperSpec", 3
-DTYPES = ("F32", "I8", "I16", "I32", "F16", "BF16")  # by the format's dtype number
+DTYPES = ("F32", "I8", "I16", "I32", "F16", "BF16")  # the index is the format's dtype number
 FLOATS = ("F32", "F16", "BF16")
-# Switches that Whisper leaves at these values; any other value is a model that Whisper's layers do not describe.
+# Options with the values that they have in every Whisper; with another value the model is not a Whisper.
 SWITCHES = {"activation": 3, "alibi": 0, "pre_norm": 1, "scale_embeddings": 0, "start_from_zero_embedding": 0}
-# Scalars that say nothing about the weights: how CTranslate2 computes, and switches of a switch that is off.
+# Scalars that do not affect the weights: how CTranslate2 computes, and details of ALiBi, which is off.
 IGNORED = ("alignment_heads", "alignment_layer", "alibi_use_positive_positions", "scale_alibi", "keep_in_float32")
 DAMAGED = "the file is damaged or incomplete: copy or download it again"
 CONVERT_AGAIN = (
-    "give the model that this was converted from, or convert that one again: "
+    "give the model that this one was converted from, or convert that one again: "
     "ct2-transformers-converter --quantization float16 --copy_files tokenizer.json"
 )
 
 
 @dataclass(frozen=True)
 class Variable:
-    """A variable of model.bin: dtype, shape, and where its bytes start."""
+    """A variable of model.bin: its dtype and shape, and the offset of its first byte in the file."""
 
     info: TensorInfo
     offset: int
@@ -50,38 +50,42 @@ class Variable:
 
 @dataclass(frozen=True)
 class CTranslate2Model:
-    """The directory of a model.bin; an alias stands as the variable that it names."""
+    """The variables of a model.bin by name; an alias maps to the same variable as the name it stands for."""
 
     path: Path
     variables: Mapping[str, Variable]
 
     def shape(self, name: str, rank: int) -> tuple[int, ...]:
-        """The shape of a variable that must be there. Raises PessaError when it is not, or of another rank."""
+        """Return the shape of a variable with `rank` dimensions.
+
+        Raises PessaError if the variable is missing, is empty or has another number of dimensions.
+        """
         found = self.variables.get(name)
         if found is None or len(found.info.shape) != rank or 0 in found.info.shape:
             what = f"has no {name}" if found is None else f"holds {name} in shape {found.info.shape}"
-            raise PessaError(f"{self.path} {what}, so it is no Whisper", CONVERT_AGAIN)
+            raise PessaError(f"{self.path} {what}, so it is not a Whisper model", CONVERT_AGAIN)
         return found.info.shape
 
     def scalar(self, name: str) -> int:
+        """Return the first byte of a scalar variable as a signed integer."""
         self.shape(name, 0)
         return int.from_bytes(self.read(name, 0, 1), "little", signed=True)
 
     def read(self, name: str, part: int, parts: int) -> bytearray:
-        """The bytes of one of `parts` equal blocks of the variable's rows."""
+        """Read the bytes of block `part` of `parts` equal blocks of the variable's rows."""
         variable = self.variables[name]
         size = variable.info.nbytes // parts
         data = bytearray(size)
         with self.path.open("rb") as file:
             file.seek(variable.offset + part * size)
             if file.readinto(data) != size:
-                raise PessaError(f"{self.path} became shorter while it was read", "run again")
+                raise PessaError(f"{self.path} became shorter while it was read", "run the command again")
         return data
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Where a tensor of the model stands: block `part` of `parts` equal blocks of a variable's rows."""
+    """The location of a Hugging Face tensor in model.bin: block `part` of `parts` equal blocks of a variable's rows."""
 
     variable: str
     shape: tuple[int, ...]
@@ -90,16 +94,16 @@ class Piece:
 
 
 def is_ctranslate2(folder: Path) -> bool:
-    """Whether a folder holds a CTranslate2 model, of whatever kind, and no safetensors."""
+    """Return whether a folder holds a CTranslate2 model of any kind, and no safetensors files."""
     found = (folder / MODEL_FILE).is_file() and any(folder.glob("*vocabulary*.*"))
     return found and not any(folder.glob("*.safetensors"))
 
 
 def read_model(path: Path) -> CTranslate2Model:
-    """The variables of a model.bin, located but not read.
+    """Return the variables of a model.bin with their locations, without reading their data.
 
-    Raises PessaError for another version, specification or dtype, and for a file that is truncated or garbage:
-    every length is checked against the file's size before anything of that length is read.
+    Raises PessaError if the file has another version, specification or dtype, or is truncated or damaged. Every length
+    in the file is checked against the file's size before that many bytes are read.
     """
     if not path.is_file():
         raise PessaError(f"{path} does not exist", "give the folder of a complete CTranslate2 model")
@@ -123,20 +127,23 @@ def read_model(path: Path) -> CTranslate2Model:
                     return text[:-1].decode()
             except UnicodeDecodeError:
                 pass
-            raise PessaError(f"{path} holds no name at byte {file.tell() - len(text):,}", DAMAGED)
+            raise PessaError(f"{path}: expected a name at byte {file.tell() - len(text):,}", DAMAGED)
 
         if (version := number(4)) != BINARY_VERSION:
-            raise PessaError(f"{path} is of binary version {version}, not {BINARY_VERSION}", CONVERT_AGAIN)
+            raise PessaError(f"{path} has binary version {version}, but pessa reads {BINARY_VERSION}", CONVERT_AGAIN)
         if (spec := (string(), number(4))) != (SPEC, REVISION):
-            raise PessaError(f"{path} holds a {spec[0]} {spec[1]}, not a {SPEC} {REVISION}", CONVERT_AGAIN)
+            raise PessaError(
+                f"{path} holds a {spec[0]}, revision {spec[1]}, but pessa reads {SPEC}, revision {REVISION}",
+                CONVERT_AGAIN,
+            )
         for _ in range(number(4)):
             name = string()
             shape = tuple(number(4) for _ in range(number(1)))
             dtype, nbytes, offset = number(1), number(4), file.tell()
             if dtype >= len(DTYPES) or math.prod(shape) * ITEM_BYTES[DTYPES[dtype]] != nbytes or name in variables:
                 raise PessaError(
-                    f"{path} describes {name} as dtype {dtype}, shape {shape}, {nbytes:,} bytes"
-                    + (", a second time" if name in variables else ""),
+                    f"{path} has an invalid entry for {name}: dtype {dtype}, shape {shape}, {nbytes:,} bytes"
+                    + (", and the name occurs twice" if name in variables else ""),
                     DAMAGED,
                 )
             if offset + nbytes > size:
@@ -146,15 +153,15 @@ def read_model(path: Path) -> CTranslate2Model:
         for _ in range(number(4)):
             alias, name = string(), string()
             if name not in variables or alias in variables:
-                raise PessaError(f"{path} says that {alias} is {name}, which cannot be", DAMAGED)
+                raise PessaError(f"{path} has an invalid alias: {alias} for {name}", DAMAGED)
             variables[alias] = variables[name]
         if file.tell() != size:
-            raise PessaError(f"{path} goes on for {size - file.tell():,} bytes after its end", DAMAGED)
+            raise PessaError(f"{path} has {size - file.tell():,} bytes after its last entry", DAMAGED)
     return CTranslate2Model(path, variables)
 
 
 def _linear(theirs: str, ours: list[str], rows: int, columns: int) -> Iterator[tuple[str, Piece]]:
-    """One or more linears stacked in one, each (rows, columns)."""
+    """Yield the tensors of the linear layers `ours`, each (rows, columns), which `theirs` stacks into one layer."""
     for part, name in enumerate(ours):
         yield f"{name}.weight", Piece(f"{theirs}/weight", (rows, columns), part, len(ours))
         yield f"{name}.bias", Piece(f"{theirs}/bias", (rows,), part, len(ours))
@@ -166,7 +173,7 @@ def _norm(theirs: str, ours: str, width: int) -> Iterator[tuple[str, Piece]]:
 
 
 def _plan(config: Mapping[str, Any]) -> Iterator[tuple[str, Piece]]:
-    """Every tensor of the Hugging Face model, the key biases that it does not have included."""
+    """Yield the location of every tensor of the Hugging Face model, and of the key biases that only CTranslate2 has."""
     width: int = config["d_model"]
     for name, before in (("conv1", config["num_mel_bins"]), ("conv2", width)):
         yield f"model.encoder.{name}.weight", Piece(f"encoder/{name}/weight", (width, before, 3))
@@ -196,7 +203,7 @@ def _plan(config: Mapping[str, Any]) -> Iterator[tuple[str, Piece]]:
 
 
 def _sizes(model: CTranslate2Model) -> dict[str, Any]:
-    """The file's sizes under the names of a Hugging Face config."""
+    """Return the model's sizes under the keys of a Hugging Face config. Raises PessaError if they contradict."""
     width, mels, _ = model.shape("encoder/conv1/weight", 3)
     sizes: dict[str, Any] = {
         "d_model": width,
@@ -213,7 +220,9 @@ def _sizes(model: CTranslate2Model) -> dict[str, Any]:
         while any(name.startswith(f"{side}/layer_{layers}/") for name in model.variables):
             layers += 1
         if heads < 1 or width % heads:
-            raise PessaError(f"{model.path} has {heads} heads for a width of {width}", CONVERT_AGAIN)
+            raise PessaError(
+                f"{model.path} has {heads} heads, which do not divide its width of {width} evenly", CONVERT_AGAIN
+            )
         sizes[f"{side}_layers"] = layers
         sizes[f"{side}_attention_heads"] = heads
         sizes[f"{side}_ffn_dim"] = model.shape(f"{side}/layer_0/ffn/linear_0/weight", 2)[0]
@@ -221,8 +230,12 @@ def _sizes(model: CTranslate2Model) -> dict[str, Any]:
 
 
 def _check(model: CTranslate2Model, plan: Mapping[str, Piece]) -> None:
-    """Every planned variable is there in its shape, and every variable there is planned or a known scalar."""
-    problems: dict[str, None] = {}  # in order and without repetition: stacked tensors share a variable
+    """Check the variables against the plan.
+
+    Raises PessaError if a planned variable is missing or has another shape, or if there is a variable that is neither
+    planned nor a known scalar.
+    """
+    problems: dict[str, None] = {}  # an ordered set, because stacked tensors share a variable
     for piece in plan.values():
         found, wanted = model.variables.get(piece.variable), (piece.parts * piece.shape[0], *piece.shape[1:])
         if found is None:
@@ -235,9 +248,9 @@ def _check(model: CTranslate2Model, plan: Mapping[str, Piece]) -> None:
         if leaf in SWITCHES and model.scalar(name) != SWITCHES[leaf]:
             problems[f"{name}: {model.scalar(name)}, expected {SWITCHES[leaf]}"] = None
         elif leaf not in (*SWITCHES, *IGNORED, "num_heads"):
-            problems[f"{name}: not part of a Whisper"] = None
+            problems[f"{name}: not part of a Whisper model"] = None
     if problems:
-        raise PessaError(f"{model.path} is not a plain Whisper\n{listed(sorted(problems))}", CONVERT_AGAIN)
+        raise PessaError(f"{model.path} is not a plain Whisper model\n{listed(sorted(problems))}", CONVERT_AGAIN)
 
 
 def _tensor(model: CTranslate2Model, piece: Piece) -> torch.Tensor:
@@ -248,11 +261,11 @@ def _tensor(model: CTranslate2Model, piece: Piece) -> torch.Tensor:
 
 
 def convert(folder: Path, into: Path) -> None:
-    """Write the CTranslate2 Whisper in `folder` as a complete Hugging Face folder, in the same dtype.
+    """Write the CTranslate2 Whisper model in `folder` as a complete Hugging Face folder, in the same dtype.
 
-    `into` is made when it does not exist; when this raises, what is in it is no model. Raises PessaError for
-    anything but a float Whisper of binary version 6: other specifications, quantised or damaged files, a key bias
-    (Whisper has none), a vocabulary or tokenizer of another model.
+    `into` is created if it does not exist; after an error its content is incomplete. Raises PessaError if the folder
+    does not hold a Whisper model of binary version 6 in floats, for example if it has another specification, is
+    quantised or damaged, has a key bias (Whisper has none), or has the vocabulary or tokenizer of another model.
     """
     model = read_model(folder / MODEL_FILE)
     integers = [name for name, found in model.variables.items() if found.info.shape and found.info.dtype not in FLOATS]
@@ -268,7 +281,8 @@ def convert(folder: Path, into: Path) -> None:
     wrong = [name for name in key_biases if _tensor(model, plan[name]).count_nonzero()]
     if wrong:
         raise PessaError(
-            f"{model.path} has key biases, which no Whisper has\n{listed(wrong)}", "check where this model is from"
+            f"{model.path} has key biases, which no Whisper model has\n{listed(wrong)}",
+            "check where this model is from",
         )
     into.mkdir(parents=True, exist_ok=True)
     write_side_files(folder, into, config, vocabulary)

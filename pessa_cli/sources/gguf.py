@@ -1,4 +1,4 @@
-"""GGUF files, as llama.cpp runs them: dequantised by transformers into a float32 Hugging Face folder."""
+"""Conversion of GGUF files, which llama.cpp runs: transformers dequantises them into a float32 Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from typing import Any
 from pessa_cli.common.errors import PessaError
 
 MAGIC = b"GGUF"
-ARCHITECTURES = ("llama",)  # under GGUF's names; each is run by a test
+ARCHITECTURES = ("llama",)  # GGUF's names; a test runs each of them
 DAMAGED = "the file is damaged or incomplete: download it again"
 
 
 def is_gguf(path: Path) -> bool:
+    """Return whether a path is a file that begins with GGUF's magic bytes."""
     if not path.is_file():
         return False
     with path.open("rb") as file:
@@ -20,28 +21,29 @@ def is_gguf(path: Path) -> bool:
 
 
 def _architecture(path: Path) -> str:
+    """Return the architecture named in the file. Raises PessaError if it is unreadable or a package is missing."""
     try:
-        import accelerate  # noqa: F401  # transformers loads GGUF files with it
+        import accelerate  # noqa: F401  # transformers needs it to load GGUF files
         from gguf import GGUFReader
     except ImportError as error:
-        what = f"{path} is a GGUF file, and {error.name} is not installed"
+        what = f"{path} is a GGUF file, and reading it needs {error.name}, which is not installed"
         raise PessaError(what, "pip install 'pessa[gguf]'") from None
     try:
         return str(GGUFReader(path).fields["general.architecture"].contents())
-    except Exception as error:  # the package checks little, so a damaged file ends in whatever comes first
-        raise PessaError(f"{path} is no readable GGUF file: {error}", DAMAGED) from None
+    except Exception as error:  # the gguf package validates little, so a damaged file can raise any exception
+        raise PessaError(f"{path} is not a readable GGUF file: {error}", DAMAGED) from None
 
 
 def convert(path: Path, into: Path) -> None:
-    """Write the model in a GGUF file as a complete Hugging Face folder, in float32 so that nothing is rounded.
+    """Write the model in a GGUF file as a complete Hugging Face folder, in float32 so that no weight is rounded.
 
-    The whole model is in memory meanwhile. Raises PessaError for another architecture, a damaged file, and where
-    the gguf package is missing.
+    The whole model is held in memory. Raises PessaError if the file has an unsupported architecture or is damaged, or
+    if the gguf or accelerate package is missing.
     """
     found = _architecture(path)
     if found not in ARCHITECTURES:
         raise PessaError(
-            f"{path} is of the GGUF architecture {found!r}; supported: {', '.join(ARCHITECTURES)}",
+            f"{path} has the GGUF architecture {found!r}; supported: {', '.join(ARCHITECTURES)}",
             "give the Hugging Face folder that it was made from",
         )
     import torch
@@ -53,7 +55,7 @@ def convert(path: Path, into: Path) -> None:
         model = AutoModelForCausalLM.from_pretrained(
             path.parent, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32, **options
         )
-    except Exception as error:  # as above: what is wrong with a file shows anywhere
+    except Exception as error:  # as above: a damaged file can raise any exception
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise PessaError(f"{path} does not load: {type(error).__name__}: {reason}", DAMAGED) from error
     into.mkdir(parents=True, exist_ok=True)

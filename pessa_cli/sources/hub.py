@@ -1,6 +1,6 @@
-"""Models from a hub by name: which files a repository must give, and what can go wrong on the way.
+"""Download of models from the Hugging Face hub: which files of a repository are needed, and errors for the user.
 
-huggingface_hub does the transfer, and reads HF_TOKEN, HF_HOME, HF_ENDPOINT and HF_HUB_OFFLINE itself.
+huggingface_hub does the transfer, and itself reads HF_TOKEN, HF_HOME, HF_ENDPOINT and HF_HUB_OFFLINE.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pessa_cli.checkpoint.files import INDEX_FILE, SINGLE_FILE, read_json
 from pessa_cli.common.errors import PessaError, UsageError
 from pessa_cli.sources.pickled import PICKLE, PICKLE_INDEX
 
-# openai-whisper's names, and the repository of each.
+# The hub repository for each model name of openai-whisper.
 SIZES = ("tiny", "tiny.en", "base", "base.en", "small", "small.en", "medium", "medium.en")
 WHISPER = {
     **{size: f"openai/whisper-{size}" for size in (*SIZES, "large-v2", "large-v3", "large-v3-turbo")},
@@ -24,8 +24,8 @@ WHISPER = {
 }
 REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 CTRANSLATE2 = ("model.bin", "vocabulary.json", "vocabulary.txt")
-# Beside the weights: configs, tokenizers and processors, licences, what pessa leaves in its own outputs, and the
-# modules of sentence-transformers. Code and pictures are not among them.
+# Files to download in addition to the weights: configs, tokenizers, processors, licences and what pessa writes into its
+# outputs. Code and images are left out.
 SIDE_FILES = (
     "*.json",
     "*.txt",
@@ -37,25 +37,28 @@ SIDE_FILES = (
     "spectra.safetensors",
     "README.md",
 )
-MODULES = "[0-9]_*/config.json"
-Index = Callable[[str], Iterable[str]]
+MODULES = "[0-9]_*/config.json"  # the modules of sentence-transformers
+Index = Callable[[str], Iterable[str]]  # maps an index file to the shards that it lists
 ATTEMPTS = 3
-TIMEOUT = 30  # seconds, for the first answer
+TIMEOUT = 30  # seconds to wait for the first response
 
 
 def repository_of(name: str) -> str | None:
-    """The repository that a name means: `owner/name` itself, or openai's for openai-whisper's names; else None."""
+    """Return the hub repository for a name: `owner/name` as it is, OpenAI's for a name of openai-whisper, else None.
+
+    Raises UsageError for the ambiguous name whisper-large.
+    """
     if name == "whisper-large":
         raise UsageError(
-            "whisper-large is two models: the first large one, and openai-whisper's present large",
-            "give openai/whisper-large for the first, large-v3 for the other",
+            "whisper-large can mean two models: the first large model, and the one that openai-whisper now calls large",
+            "give openai/whisper-large for the first, or large-v3 for the other",
         )
     known = WHISPER.get(name.removeprefix("whisper-"))
     return known or (name if REPOSITORY.fullmatch(name) else None)
 
 
 def _side_files(files: Iterable[str]) -> list[str]:
-    """What stands beside the weights; not the indexes of weights in whatever format."""
+    """Return the files to download in addition to the weights, without the index files of weights in any format."""
     return [
         file
         for file in files
@@ -65,7 +68,10 @@ def _side_files(files: Iterable[str]) -> list[str]:
 
 
 def _weight_files(files: list[str], index: Index) -> list[str]:
-    """One complete set of weights out of all that a repository has; `index` lists the shards of an index file."""
+    """Return one complete set of weight files out of those in a repository, in pessa's order of preference.
+
+    `index` lists the shards of an index file. Returns an empty list if no format is one that pessa reads.
+    """
     if SINGLE_FILE in files:
         return [SINGLE_FILE]
     if INDEX_FILE in files:
@@ -80,28 +86,32 @@ def _weight_files(files: list[str], index: Index) -> list[str]:
 
 
 def _check_weights(repository: str, files: list[str], weights: list[str], allow_pickle: bool) -> None:
+    """Raise PessaError if there are no weights that pessa reads, or only pickles and they are not allowed."""
     if weights and weights[0] in (PICKLE, PICKLE_INDEX) and not allow_pickle:
         raise PessaError(
             f"{repository} holds pickled weights only ({weights[0]}), which can run code when they are loaded",
-            "look for a --revision with safetensors, or give --allow-pickle, which takes tensors and refuses code",
+            "look for a --revision with safetensors, or give --allow-pickle, which reads tensors and refuses code",
         )
     gguf = [file for file in files if file.endswith(".gguf")]
     if not weights and gguf:
-        raise PessaError(f"{repository} holds GGUF files only", f"download one, as {gguf[0]}, and give that file")
+        raise PessaError(
+            f"{repository} holds GGUF files only", f"download one of them, such as {gguf[0]}, and give that file"
+        )
     if not weights:
         raise PessaError(
-            f"{repository} is no model: it has neither {SINGLE_FILE} nor {INDEX_FILE}",
+            f"{repository} is not a model: it has neither {SINGLE_FILE} nor {INDEX_FILE}",
             "give the repository that from_pretrained loads",
         )
 
 
 def _shards(index: Path) -> list[str]:
     weight_map = read_json(index).get("weight_map")
-    # An index of anything else gives no shards here, and its error when the folder is read.
+    # For an invalid index return no shards: the error is raised when the folder is read.
     return sorted({str(file) for file in weight_map.values()}) if isinstance(weight_map, dict) else []
 
 
 def _online(repository: str, revision: str | None, allow_pickle: bool) -> Path:
+    """Download what is missing in the cache, and return the snapshot's folder."""
     from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 
     siblings = HfApi().model_info(repository, revision=revision, timeout=TIMEOUT).siblings or []
@@ -112,7 +122,7 @@ def _online(repository: str, revision: str | None, allow_pickle: bool) -> Path:
 
 
 def _cached(repository: str, revision: str | None, allow_pickle: bool) -> Path | None:
-    """The snapshot in the cache, if everything needed is there."""
+    """Return the folder of the cached snapshot, or None if the cache does not hold all needed files."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -126,7 +136,7 @@ def _cached(repository: str, revision: str | None, allow_pickle: bool) -> Path |
                 local_files_only=True,
             )
         )
-    except LocalEntryNotFoundError:  # not there, or some of these files are not
+    except LocalEntryNotFoundError:  # the snapshot, or one of these files, is not in the cache
         return None
     files = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
     weights = _weight_files(files, lambda index: _shards(folder / index))
@@ -137,39 +147,41 @@ def _cached(repository: str, revision: str | None, allow_pickle: bool) -> Path |
 
 
 def download(repository: str, revision: str | None = None, allow_pickle: bool = False) -> Path:
-    """The folder of the cache with what is needed of a repository, downloaded as far as it is not there.
+    """Download the needed files of a repository into the hub's cache, and return the snapshot's folder.
 
-    Where the hub is out of reach or HF_HUB_OFFLINE=1, what is in the cache is taken, if it is complete. Raises
-    PessaError for a name or revision that is not there, a model that one may not read, and failing downloads.
+    Files in the cache are not downloaded again. If the hub cannot be reached, or with HF_HUB_OFFLINE=1, the cached
+    snapshot is used if it is complete. Raises PessaError if the repository or revision does not exist, the user has no
+    access to it, it holds no weights that pessa reads, or the download fails.
     """
     for attempt in range(1, ATTEMPTS + 1):
         try:
             return _online(repository, revision, allow_pickle)
         except PessaError:
             raise
-        except Exception as error:  # of huggingface_hub, httpx or the system: all are told to the user in one way
-            if _kind(error) == "ReadError" and attempt < ATTEMPTS:
-                continue  # a reset connection, the one fault that huggingface_hub does not try again after
-            found = _cached(repository, revision, allow_pickle) if _out_of_reach(error) else None
+        except Exception as error:  # raised by huggingface_hub, httpx or the operating system
+            if _transport_error(error) == "ReadError" and attempt < ATTEMPTS:
+                continue  # a reset connection, the one failure that huggingface_hub does not retry itself
+            found = _cached(repository, revision, allow_pickle) if _unreachable(error) else None
             if found is not None:
                 return found
             raise _explained(error, repository, revision) from error
     raise AssertionError("the last attempt returns or raises")
 
 
-def _kind(error: BaseException) -> str:
-    """The name of a transport error: httpx's, or those of what huggingface_hub has in its place."""
+def _transport_error(error: BaseException) -> str:
+    """Return the class name of an error of httpx or of a package in its place; empty for any other error."""
     return type(error).__name__ if type(error).__module__.startswith("httpx") else ""
 
 
-def _out_of_reach(error: Exception) -> bool:
+def _unreachable(error: Exception) -> bool:
+    """Return whether an error means that the hub could not be reached, or that offline mode is on."""
     from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 
-    return isinstance(error, (OfflineModeIsEnabled, LocalEntryNotFoundError)) or bool(_kind(error))
+    return isinstance(error, (OfflineModeIsEnabled, LocalEntryNotFoundError)) or bool(_transport_error(error))
 
 
 def _explained(error: Exception, repository: str, revision: str | None) -> PessaError:
-    """What went wrong in a download, and what to do."""
+    """Return the PessaError for a failed download: what went wrong, and what the user can do."""
     from huggingface_hub import constants, errors
 
     place = constants.ENDPOINT
@@ -177,38 +189,38 @@ def _explained(error: Exception, repository: str, revision: str | None) -> Pessa
     last = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     if isinstance(error, errors.GatedRepoError):
         return PessaError(
-            f"{repository} is gated: {place} gives it only to those who asked",
-            f"ask for access on {place}/{repository}, then set HF_TOKEN or run: hf auth login",
+            f"{repository} is gated: {place} gives it only to users with granted access",
+            f"request access on {place}/{repository}, then set HF_TOKEN or run: hf auth login",
         )
     if isinstance(error, errors.RevisionNotFoundError):
         return PessaError(f"{repository} has no revision {revision or 'main'}", "give a branch, a tag or a commit")
     if isinstance(error, errors.RepositoryNotFoundError) and status != 401:
         return PessaError(
-            f"{repository} is neither a folder here nor a model on {place}",
+            f"{repository} is neither a local folder nor a model on {place}",
             "check the name; a private model needs HF_TOKEN",
         )
     if status in (401, 403):
         return PessaError(
-            f"{place} does not give {repository} to you ({status}): it is private, or there is no such model",
+            f"{place} denied access to {repository} (status {status}): it is private, or does not exist",
             "check the name; for a private model set HF_TOKEN or run: hf auth login",
         )
     if status is not None:
-        return PessaError(f"{place} answered {status} for {repository}: {last}", "try again later")
+        return PessaError(f"{place} answered with status {status} for {repository}: {last}", "try again later")
     if isinstance(error, errors.OfflineModeIsEnabled) or constants.HF_HUB_OFFLINE:
         return PessaError(
-            f"{repository} is not, or not whole, in the cache {constants.HF_HUB_CACHE}, and HF_HUB_OFFLINE is set",
+            f"the cache {constants.HF_HUB_CACHE} does not hold all files of {repository}, and HF_HUB_OFFLINE is set",
             "run once without HF_HUB_OFFLINE, or give a folder",
         )
-    if _kind(error) == "ConnectError" or isinstance(error, errors.LocalEntryNotFoundError):
+    if _transport_error(error) == "ConnectError" or isinstance(error, errors.LocalEntryNotFoundError):
         return PessaError(
-            f"cannot reach {place} for {repository}, and it is not, or not whole, in the cache: {last}",
+            f"cannot reach {place} for {repository}, and the cache does not hold all of its files: {last}",
             "check the connection and HF_ENDPOINT, or give a folder",
         )
-    if _kind(error):
+    if _transport_error(error):
         return PessaError(
-            f"the download of {repository} broke off again and again: {last}",
-            "run again when the connection is better: files that are complete are kept",
+            f"the download of {repository} was interrupted repeatedly: {last}",
+            "run again when the connection is better; completed files are kept",
         )
     return PessaError(
-        f"could not download {repository}: {last}", f"look at the space and the rights in {constants.HF_HUB_CACHE}"
+        f"could not download {repository}: {last}", f"check the free space and permissions of {constants.HF_HUB_CACHE}"
     )

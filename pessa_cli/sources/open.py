@@ -1,4 +1,4 @@
-"""Where a model comes from: anything a user may name becomes a folder that CheckpointReader reads."""
+"""Resolution of the model argument: a folder, a file or a hub name becomes a folder that CheckpointReader reads."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ Convert = Callable[[Path, Path], None]
 
 
 def _converter(path: Path, allow_pickle: bool) -> Convert | None:
-    """What turns this file or folder into a Hugging Face folder; None for what is one, or claims to be.
+    """Return the function that converts this file or folder to a Hugging Face folder, or None if none is needed.
 
-    What is missing in a folder that holds no model, CheckpointReader says best.
+    For a folder in no known format it also returns None: CheckpointReader then reports what is missing. Raises
+    PessaError for a file in no known format.
     """
     if path.is_dir():
         if ctranslate2.is_ctranslate2(path):
@@ -32,49 +33,50 @@ def _converter(path: Path, allow_pickle: bool) -> Convert | None:
         return openai_whisper.convert
     raise PessaError(
         f"{path} is a file, not a folder",
-        f"give the folder that holds it: {path.parent}; or an openai-whisper .pt or a GGUF file",
+        f"give the folder that holds it, {path.parent}, or an openai-whisper .pt file or a GGUF file",
     )
 
 
 @contextmanager
 def _converted(source: Path, convert: Convert) -> Iterator[Path]:
-    """A temporary folder with the converted source, gone at the end."""
+    """Convert the source into a temporary folder, which is deleted when the context ends."""
     with tempfile.TemporaryDirectory(prefix="pessa-") as temporary:
-        # Called as the source is, so that messages show the name that the user gave.
+        # The folder has the source's name, so that messages show the name that the user gave.
         into = Path(temporary) / source_name(source).rpartition("/")[2]
         try:
             convert(source, into)
-            # As old as the source: by its time `--resume` knows that a converted model is the one it began with.
+            # `--resume` compares modification times to tell whether the source is the same, so copy the source's time.
             read = source.iterdir() if source.is_dir() else [source]
             stamp = max(path.stat().st_mtime_ns for path in read)
             for path in into.iterdir():
                 os.utime(path, ns=(stamp, stamp))
         except OSError as error:
             raise PessaError(
-                f"could not convert {source}: {error}", "free some space, or set TMPDIR to where there is some"
+                f"could not convert {source}: {error}", "free some space, or set TMPDIR to a folder with more space"
             ) from error
         yield into
 
 
 @contextmanager
 def open_source(name: str, revision: str | None = None, allow_pickle: bool = False) -> Iterator[Path]:
-    """A folder with the named model, as `with open_source(name) as folder`.
+    """Open the named model as a Hugging Face folder: `with open_source(name) as folder`.
 
-    A Hugging Face folder is given as it is. What has no such folder here, but a name that a hub or openai-whisper
-    could have, is downloaded into the hub's cache. Other formats (CTranslate2 Whisper folders, openai-whisper's
-    .pt, GGUF, and pickled weights if `allow_pickle`) are converted into a temporary folder that lives as long as
-    the block. Raises PessaError for a name that is nothing pessa reads, a failing download, or a damaged model.
+    An existing Hugging Face folder is used in place. If the path does not exist and the name is a hub repository or a
+    model of openai-whisper, it is downloaded into the hub's cache. Other formats (CTranslate2 Whisper folders,
+    openai-whisper's .pt files, GGUF files, and with `allow_pickle` pickled weights) are converted into a temporary
+    folder, which is deleted when the context ends. Raises PessaError if the name is neither a model that pessa reads
+    nor the name of one, the download fails or the model is damaged, and UsageError for a revision of a local model.
     """
     path = Path(name)
     if path.exists():
         if revision is not None:
-            raise UsageError(f"--revision is for models from a hub, and {name} is here", "leave it out")
+            raise UsageError(f"--revision is for models on the hub, but {name} is a local path", "leave it out")
     else:
         repository = hub.repository_of(name)
         if repository is None:
             raise PessaError(
                 f"{name} does not exist",
-                "give a folder, a file, a name on the hub as owner/name, or one of openai-whisper's as tiny.en",
+                "give a folder, a file, a hub name such as owner/name, or an openai-whisper name such as tiny.en",
             )
         path = hub.download(repository, revision, allow_pickle)
     convert = _converter(path, allow_pickle)

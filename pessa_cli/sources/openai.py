@@ -1,5 +1,7 @@
-"""openai-whisper's own checkpoints (`tiny.en.pt` and what is fine-tuned in that format), turned into Hugging Face
-folders at the door: tensors renamed and copied bit for bit, tokenizer and tables from the installed openai-whisper.
+"""Conversion of openai-whisper checkpoints, such as `tiny.en.pt` and models fine-tuned in that format, to Hugging Face
+folders.
+
+Tensors are renamed and copied bit for bit; the tokenizer and its tables come from the installed openai-whisper.
 """
 
 from __future__ import annotations
@@ -29,8 +31,8 @@ DIMENSIONS = (
 )
 SUFFIXES = (".pt", ".pth")
 NOT_WHISPER = "give a file that openai-whisper loads, or a folder of another format"
-# openai-whisper's models by vocabulary, with their decoder layers, width and encoder layers. large-v1 and large-v2
-# differ in nothing but the weights, so a file of that size gets the alignment heads of neither.
+# openai-whisper's models: (name, vocabulary size) -> (decoder layers, width, encoder layers). large-v1 and large-v2
+# differ only in the weights, so they cannot be told apart and their alignment heads are left unknown.
 KNOWN = {
     ("tiny", 51865): (4, 384, 4),
     ("tiny.en", 51864): (4, 384, 4),
@@ -47,14 +49,14 @@ ATTENTION = {"query": "q_proj", "key": "k_proj", "value": "v_proj", "out": "out_
 
 
 def is_openai_file(path: Path) -> bool:
-    """Whether a file is named as one of torch.save; what is in it, `convert` will see."""
+    """Return whether a file has a suffix of torch.save; `convert` checks its content."""
     return path.is_file() and path.suffix in SUFFIXES
 
 
 def tensor_names(dims: Mapping[str, int]) -> Iterator[tuple[str, str, tuple[int, ...]]]:
-    """Every tensor of a Whisper of these dimensions: openai-whisper's name, Hugging Face's, and the shape."""
+    """Yield every tensor of a Whisper model of these dims as (openai-whisper's name, Hugging Face's name, shape)."""
 
-    def both(theirs: str, ours: str, *shape: int) -> Iterator[tuple[str, str, tuple[int, ...]]]:
+    def with_bias(theirs: str, ours: str, *shape: int) -> Iterator[tuple[str, str, tuple[int, ...]]]:
         yield f"{theirs}.weight", f"{ours}.weight", shape
         if not theirs.endswith(".key"):
             yield f"{theirs}.bias", f"{ours}.bias", shape[:1]
@@ -64,42 +66,51 @@ def tensor_names(dims: Mapping[str, int]) -> Iterator[tuple[str, str, tuple[int,
         ours = f"model.{side}"
         yield f"{side}.positional_embedding", f"{ours}.embed_positions.weight", (context, width)
         if side == "encoder":
-            yield from both(f"{side}.conv1", f"{ours}.conv1", width, dims["n_mels"], 3)
-            yield from both(f"{side}.conv2", f"{ours}.conv2", width, width, 3)
-            yield from both(f"{side}.ln_post", f"{ours}.layer_norm", width)
+            yield from with_bias(f"{side}.conv1", f"{ours}.conv1", width, dims["n_mels"], 3)
+            yield from with_bias(f"{side}.conv2", f"{ours}.conv2", width, width, 3)
+            yield from with_bias(f"{side}.ln_post", f"{ours}.layer_norm", width)
         else:
             yield f"{side}.token_embedding.weight", f"{ours}.embed_tokens.weight", (dims["n_vocab"], width)
-            yield from both(f"{side}.ln", f"{ours}.layer_norm", width)
+            yield from with_bias(f"{side}.ln", f"{ours}.layer_norm", width)
         for i in range(dims[f"n_{kind}_layer"]):
             block, layer = f"{side}.blocks.{i}", f"{ours}.layers.{i}"
             attentions = [("attn", "self_attn")] + [("cross_attn", "encoder_attn")] * (side == "decoder")
             for short, long in attentions:
                 for theirs, projection in ATTENTION.items():
-                    yield from both(f"{block}.{short}.{theirs}", f"{layer}.{long}.{projection}", width, width)
-                yield from both(f"{block}.{short}_ln", f"{layer}.{long}_layer_norm", width)
-            yield from both(f"{block}.mlp.0", f"{layer}.fc1", 4 * width, width)
-            yield from both(f"{block}.mlp.2", f"{layer}.fc2", width, 4 * width)
-            yield from both(f"{block}.mlp_ln", f"{layer}.final_layer_norm", width)
+                    yield from with_bias(f"{block}.{short}.{theirs}", f"{layer}.{long}.{projection}", width, width)
+                yield from with_bias(f"{block}.{short}_ln", f"{layer}.{long}_layer_norm", width)
+            yield from with_bias(f"{block}.mlp.0", f"{layer}.fc1", 4 * width, width)
+            yield from with_bias(f"{block}.mlp.2", f"{layer}.fc2", width, 4 * width)
+            yield from with_bias(f"{block}.mlp_ln", f"{layer}.final_layer_norm", width)
 
 
 def _dimensions(path: Path, checkpoint: Mapping[Any, Any]) -> dict[str, int]:
+    """Return the checkpoint's dims. Raises PessaError if they are missing, invalid or contradictory."""
     dims, state = checkpoint.get("dims"), checkpoint.get("model_state_dict")
     if not isinstance(dims, dict) or not isinstance(state, dict):
-        raise PessaError(f"{path} is no openai-whisper checkpoint: it has no dims and model_state_dict", NOT_WHISPER)
+        raise PessaError(
+            f"{path} is not an openai-whisper checkpoint: it has no dims and model_state_dict", NOT_WHISPER
+        )
     wrong = [f"{name}: {dims.get(name)!r}" for name in DIMENSIONS if type(dims.get(name)) is not int or dims[name] < 1]
     if not wrong and dims["n_audio_state"] != dims["n_text_state"]:
         wrong = ["n_audio_state and n_text_state: encoder and decoder differ in width"]
     for kind in () if wrong else ("audio", "text"):
-        # Layers are counted against what is there before any list of that length is made.
+        # Compare the number of layers with the number of tensors before creating lists of that length.
         if dims[f"n_{kind}_layer"] > len(state) or dims[f"n_{kind}_state"] % dims[f"n_{kind}_head"]:
-            wrong.append(f"{dims[f'n_{kind}_layer']} layers of {dims[f'n_{kind}_head']} heads in {kind}")
+            wrong.append(
+                f"{dims[f'n_{kind}_layer']} {kind} layers of {dims[f'n_{kind}_head']} heads: more layers than the "
+                f"{len(state)} tensors, or heads that do not divide n_{kind}_state evenly"
+            )
     if wrong:
-        raise PessaError(f"{path} describes no Whisper\n{listed(wrong)}", NOT_WHISPER)
+        raise PessaError(f"{path} has invalid dims for a Whisper model\n{listed(wrong)}", NOT_WHISPER)
     return {name: dims[name] for name in DIMENSIONS}
 
 
 def _alignment_heads(dims: Mapping[str, int]) -> list[list[int]]:
-    """The cross-attention heads that follow time, from openai-whisper's table; none for a model of its own size."""
+    """Return the alignment heads as [layer, head], from openai-whisper's table; empty for a model of another size.
+
+    Alignment heads are the cross-attention heads whose weights follow time, which give word timestamps.
+    """
     import base64
     import gzip
 
@@ -117,7 +128,7 @@ def _alignment_heads(dims: Mapping[str, int]) -> list[list[int]]:
 
 
 def _write_side_files(path: Path, into: Path, dims: Mapping[str, int], dtype: str) -> None:
-    """Config, generation config, tokenizer and preprocessor, through the same door as CTranslate2's."""
+    """Write config, generation config, tokenizer and preprocessor with the code for CTranslate2 folders."""
     encoding = get_encoding(path, dims["n_vocab"])
     tokens, tokenizer = tokens_and_tokenizer(encoding)
     vocabulary = Vocabulary(path, tokens, {token: index for index, token in enumerate(tokens)})
@@ -144,24 +155,26 @@ def _write_side_files(path: Path, into: Path, dims: Mapping[str, int], dtype: st
 
 
 def convert(path: Path, into: Path) -> None:
-    """Write the openai-whisper checkpoint `path` as a complete Hugging Face folder: every value and dtype as it is.
+    """Write the openai-whisper checkpoint `path` as a complete Hugging Face folder, with values and dtypes unchanged.
 
-    Raises PessaError for a file that wants to run code or is no such checkpoint, for tensors that are missing, too
-    many or of another shape than the file's dims say, and where openai-whisper is not installed.
+    Raises PessaError if the file would run code or is not such a checkpoint, if tensors are missing, unexpected or of
+    another shape than the file's dims require, or if openai-whisper is not installed.
     """
     checkpoint = load_pickle(path)
     dims = _dimensions(path, checkpoint)
     state: dict[str, torch.Tensor] = checkpoint["model_state_dict"]
     header = header_of(path, state)
     plan = {theirs: (ours, shape) for theirs, ours, shape in tensor_names(dims)}
-    problems = [f"{name}: not part of a Whisper" for name in header if name not in plan]
+    problems = [f"{name}: not part of a Whisper model" for name in header if name not in plan]
     for name, (_, shape) in plan.items():
         if name not in header:
             problems.append(f"{name}: missing")
         elif header[name].shape != shape:
             problems.append(f"{name}: shape {header[name].shape}, expected {shape}")
     if problems:
-        raise PessaError(f"{path} is not the Whisper that its dims describe\n{listed(sorted(problems))}", NOT_WHISPER)
+        raise PessaError(
+            f"{path} is not the Whisper model that its dims describe\n{listed(sorted(problems))}", NOT_WHISPER
+        )
     into.mkdir(parents=True, exist_ok=True)
     _write_side_files(path, into, dims, TORCH_DTYPES[header["decoder.token_embedding.weight"].dtype])
     ours: dict[str, TensorInfo] = {name: header[theirs] for theirs, (name, _) in plan.items()}

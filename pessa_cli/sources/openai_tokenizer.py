@@ -1,4 +1,4 @@
-"""openai-whisper's tokenizer, from the vocabularies that the package ships, as Hugging Face's tokenizer.json."""
+"""Conversion of openai-whisper's tokenizer, with the vocabularies of that package, to a Hugging Face tokenizer.json."""
 
 from __future__ import annotations
 
@@ -14,29 +14,33 @@ if TYPE_CHECKING:
 
 
 def get_encoding(path: Path, size: int) -> Encoding:
-    """openai-whisper's tokenizer with this many ids."""
+    """Return openai-whisper's tokenizer with `size` token ids.
+
+    Raises PessaError if openai-whisper is not installed or has no such vocabulary.
+    """
     try:
         from whisper.tokenizer import get_encoding as theirs
     except ImportError:
         raise PessaError(
-            f"{path} is an openai-whisper checkpoint; its tokenizer comes with openai-whisper, which is not installed",
+            f"{path} is an openai-whisper checkpoint; converting it needs the tokenizer in openai-whisper, which is "
+            "not installed",
             "pip install 'pessa[whisper]'",
         ) from None
     multilingual = size >= MULTILINGUAL_SIZE
-    languages = size - 51765 - multilingual  # openai-whisper's own rule
+    languages = size - 51765 - multilingual  # the rule in openai-whisper
     encoding: Encoding | None = None
     if languages in (99, 100):
         encoding = theirs("multilingual" if multilingual else "gpt2", num_languages=languages)
     if encoding is None or encoding.n_vocab != size:
         raise PessaError(
-            f"{path} has {size:,} tokens, which is no vocabulary of openai-whisper",
+            f"{path} has {size:,} tokens, but openai-whisper has no vocabulary of that size",
             "give a file that openai-whisper loads",
         )
     return encoding
 
 
 def _merges(ranks: Mapping[bytes, int]) -> list[tuple[bytes, bytes]]:
-    """The merges behind a tiktoken vocabulary, in order: each token falls into the two parts that it was made of."""
+    """Reconstruct the ordered BPE merges of a tiktoken vocabulary, by splitting each token into its two parts."""
 
     def parts(token: bytes, limit: int) -> list[bytes]:
         pieces = [token[i : i + 1] for i in range(len(token))]
@@ -53,14 +57,14 @@ def _merges(ranks: Mapping[bytes, int]) -> list[tuple[bytes, bytes]]:
 
 
 def _letters() -> dict[int, str]:
-    """GPT-2's visible letter for every byte: itself where it is printable, else one from U+0100 on."""
+    """Return GPT-2's printable character for every byte: the byte's own if printable, else one from U+0100 on."""
     visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = iter(range(0x100, 0x200))
     return {byte: chr(byte if byte in visible else next(others)) for byte in range(256)}
 
 
 def tokens_and_tokenizer(encoding: Encoding) -> tuple[list[str], dict[str, Any]]:
-    """All tokens by id as byte-level text, and the tokenizer.json with all of them but the timestamps."""
+    """Return all tokens by id as byte-level text, and a tokenizer.json with all of them except the timestamps."""
     letters = _letters()
 
     def text(token: bytes) -> str:
@@ -88,7 +92,7 @@ def tokens_and_tokenizer(encoding: Encoding) -> tuple[list[str], dict[str, Any]]
 
 
 def suppressed(encoding: Encoding, vocabulary: Vocabulary) -> dict[str, list[int]]:
-    """The ids that openai-whisper does not decode, and those it does not begin with, under CTranslate2's keys."""
+    """Return the token ids that openai-whisper never decodes, or not as the first token, under CTranslate2's keys."""
     from whisper.tokenizer import Tokenizer
 
     never = (TRANSCRIBE, TRANSLATE, START, PREVIOUS, "<|startoflm|>", "<|nospeech|>")

@@ -1,7 +1,7 @@
-"""Pickled weights: read as tensors and nothing else, and rewritten as safetensors.
+"""Conversion of pickled weights to safetensors, reading tensors only.
 
-`weights_only=True` is torch's own reader of such files: a pickle that names anything beyond tensors is refused
-before it is acted upon.
+They are read by torch.load with `weights_only=True`, which refuses a pickle that refers to anything but tensors and
+plain containers, before any of its code is run.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ DAMAGED = "the file is damaged or incomplete: copy or download it again"
 
 
 def is_pickled(folder: Path) -> bool:
-    """Whether a folder holds a model's weights as pickles and not as safetensors."""
+    """Return whether a folder holds a model's weights as pickles and not as safetensors."""
     found = any((folder / name).is_file() for name in (PICKLE, PICKLE_INDEX))
     return found and not any((folder / name).exists() for name in (SINGLE_FILE, INDEX_FILE))
 
 
 def load_pickle(path: Path) -> dict[Any, Any]:
-    """The dictionary in a file that torch.save wrote, its tensors mapped from the file rather than read.
+    """Return the dictionary in a file of torch.save, with its tensors memory-mapped where the file allows it.
 
-    Raises PessaError for a file that wants to run code, that is damaged, or that holds something else.
+    Raises PessaError if the file would run code, is missing or damaged, or does not hold a dictionary.
     """
     import torch
 
@@ -49,20 +49,25 @@ def load_pickle(path: Path) -> dict[Any, Any]:
         named = re.search(r"GLOBAL ([\w.]+)", str(error))
         if named:
             raise PessaError(
-                f"{path} wants to run code when it is loaded ({named[1]}); nothing of it was run",
+                f"{path} wants to run code when it is loaded ({named[1]}); none of it was run",
                 "do not use this file; ask its author for safetensors",
             ) from None
-        # torch's first line advises to load the file with its code, which nobody should read here.
+        # The first line of torch's message advises to run the file's code, so it must not be shown.
         told = re.search(r"(?:WeightsUnpickler error: |\A(?!Weights only))(.+)", str(error))
         reason = told[1] if told else type(error).__name__
-        raise PessaError(f"{path} is no readable file of torch.save: {reason}", DAMAGED) from None
+        raise PessaError(f"{path} is not a readable file of torch.save: {reason}", DAMAGED) from None
     if not isinstance(value, dict):
-        raise PessaError(f"{path} holds a {type(value).__name__}, not tensors by name", "give a model's weights")
+        raise PessaError(
+            f"{path} holds a {type(value).__name__}, not a dictionary of tensors", "give the weights of a model"
+        )
     return value
 
 
 def header_of(path: Path, tensors: Mapping[Any, Any]) -> dict[str, TensorInfo]:
-    """Names, dtypes and shapes of what must be plain tensors by name. Raises PessaError with all that are not."""
+    """Return the dtypes and shapes of a dictionary of tensors.
+
+    Raises PessaError, which lists all faults, if a value is not a plain dense tensor or if there are none.
+    """
     import torch
 
     dtypes = {getattr(torch, name): dtype for dtype, name in TORCH_DTYPES.items()}
@@ -73,19 +78,20 @@ def header_of(path: Path, tensors: Mapping[Any, Any]) -> dict[str, TensorInfo]:
             problems.append(f"{name}: a {type(value).__name__}")
         elif value.layout != torch.strided or value.is_quantized or value.is_meta or value.dtype not in dtypes:
             problems.append(f"{name}: {value.dtype}, {value.layout}")
-        elif value.untyped_storage().nbytes() < value.nbytes:  # strides of zero: a few bytes that claim to be many
-            problems.append(f"{name}: {tuple(value.shape)} out of {value.untyped_storage().nbytes():,} bytes")
+        elif value.untyped_storage().nbytes() < value.nbytes:  # strides of zero let a small file claim a large tensor
+            problems.append(f"{name}: shape {tuple(value.shape)} but only {value.untyped_storage().nbytes():,} bytes")
         else:
             header[name] = TensorInfo(dtypes[value.dtype], tuple(value.shape))
     if problems or not header:
         raise PessaError(
             f"{path} holds no tensors" if not problems else f"{path} holds more than plain tensors\n{listed(problems)}",
-            "give the weights alone, as save_pretrained writes them",
+            "give a file of weights only, as save_pretrained writes it",
         )
     return header
 
 
 def _files(folder: Path) -> list[str]:
+    """Return the names of the folder's pickle files. Raises PessaError if the index is invalid."""
     if (folder / PICKLE).is_file():
         return [PICKLE]
     weight_map = read_json(folder / PICKLE_INDEX).get("weight_map")
@@ -102,12 +108,12 @@ def _files(folder: Path) -> list[str]:
 
 
 def convert(folder: Path, into: Path) -> None:
-    """Write the model in `folder` with its pickled weights as safetensors, shard by shard, and its side files.
+    """Write the pickled weights in `folder` as safetensors, shard by shard, and copy the other files.
 
-    Tied tensors are written once under each of their names. Raises PessaError as `load_pickle` and `header_of` do,
-    and for a name in two shards.
+    Tied tensors are written once under each of their names. Raises PessaError in the same cases as `load_pickle` and
+    `header_of`, and if a tensor is in two shards.
     """
-    read_json(folder / CONFIG_FILE)  # the cheaper of the two to be wrong
+    read_json(folder / CONFIG_FILE)  # checked first, because reading the weights takes longer
     files = _files(folder)
     plan: dict[str, dict[str, TensorInfo]] = {}
     seen: dict[str, str] = {}

@@ -1,7 +1,7 @@
-"""The files beside a Whisper's weights in a Hugging Face folder, from sizes, a vocabulary and a tokenizer.json.
+"""The JSON files of a Hugging Face Whisper folder, built from sizes, a vocabulary and a tokenizer.json.
 
-Everything is plain JSON. The field values are those of the published Whisper folders; the ids come from the
-vocabulary, so that English-only, multilingual and later vocabularies need no cases of their own.
+The values are those of the published Whisper folders. Token ids are looked up in the vocabulary, so that the same code
+handles English-only, multilingual and later vocabularies.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from pessa_cli.common.errors import PessaError
 from pessa_cli.common.text import listed
 
 TOKENIZER_FILE = "tokenizer.json"
-SAMPLING_RATE, HOP_LENGTH, WINDOW = 16000, 160, 400  # of every Whisper
-MULTILINGUAL_SIZE = 51865  # openai-whisper's own rule: English-only vocabularies have one token less
+SAMPLING_RATE, HOP_LENGTH, WINDOW = 16000, 160, 400  # the same in every Whisper model; lengths in samples
+MULTILINGUAL_SIZE = 51865  # the rule in openai-whisper: English-only vocabularies have one token less
 END, START, TRANSLATE, TRANSCRIBE = "<|endoftext|>", "<|startoftranscript|>", "<|translate|>", "<|transcribe|>"
 PREVIOUS, NO_TIMESTAMPS, FIRST_TIMESTAMP = "<|startofprev|>", "<|notimestamps|>", "<|0.00|>"
 CONTROL = re.compile(r"<\|.+\|>")
@@ -28,7 +28,7 @@ TIMESTAMP = re.compile(r"<\|\d+\.\d\d\|>")
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The tokens in order of their ids; timestamps follow <|notimestamps|>."""
+    """The tokens of a Whisper model ordered by id, and their ids; timestamp tokens follow <|notimestamps|>."""
 
     path: Path
     tokens: list[str]
@@ -36,40 +36,46 @@ class Vocabulary:
 
     @property
     def multilingual(self) -> bool:
+        """Whether the vocabulary is that of a multilingual model."""
         return len(self.tokens) >= MULTILINGUAL_SIZE
 
     @property
     def specials(self) -> list[str]:
-        """<|endoftext|> to <|notimestamps|>: transformers takes the token after the last one as 0.00 seconds."""
+        """The special tokens from <|endoftext|> to <|notimestamps|>.
+
+        The list must end there, because transformers takes the token after the last one as 0.00 seconds.
+        """
         return self.tokens[self.ids[END] : self.ids[NO_TIMESTAMPS] + 1]
 
 
 def read_vocabulary(folder: Path, size: int) -> Vocabulary:
-    """The vocabulary.json or vocabulary.txt of a CTranslate2 folder, one token an embedding row.
+    """Read vocabulary.json or vocabulary.txt of a CTranslate2 folder, with one token per embedding row.
 
-    Raises PessaError when it is missing, not of this size, or not a Whisper's.
+    Raises PessaError if the file is missing, has another number of tokens than `size`, or is not of a Whisper model.
     """
     path = next(iter(sorted(folder.glob("vocabulary.*"))), folder / "vocabulary.json")
     try:
         text = path.read_text(encoding="utf-8")
-        # Not splitlines: it would also break lines at characters that are tokens. One token may be empty.
+        # splitlines would also split at characters that are tokens themselves. One token may be empty.
         tokens = json.loads(text) if path.suffix == ".json" else text.removesuffix("\n").split("\n")
     except (OSError, UnicodeDecodeError, ValueError, RecursionError) as error:
-        raise PessaError(f"{path} is no readable vocabulary: {error}", "copy the folder again") from None
+        raise PessaError(f"{path} is not a readable vocabulary: {error}", "copy the folder again") from None
     if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens) or len(tokens) != size:
-        count = f"{len(tokens):,} tokens" if isinstance(tokens, list) else "no list"
-        raise PessaError(f"{path} holds {count}, the embedding has {size:,} rows", "copy the folder again")
+        count = f"{len(tokens):,} tokens" if isinstance(tokens, list) else "no list of tokens"
+        raise PessaError(f"{path} holds {count}, but the embedding has {size:,} rows", "copy the folder again")
     ids = {token: index for index, token in enumerate(tokens)}
     needed = [END, START, TRANSLATE, TRANSCRIBE, PREVIOUS, NO_TIMESTAMPS, FIRST_TIMESTAMP]
     missing = [token for token in needed if token not in ids]
     if missing or ids[FIRST_TIMESTAMP] != ids[NO_TIMESTAMPS] + 1:
-        what = f"lacks {', '.join(missing)}" if missing else f"has {FIRST_TIMESTAMP} not right after {NO_TIMESTAMPS}"
-        raise PessaError(f"{path} is not a Whisper's vocabulary: it {what}", "copy the folder again")
+        what = (
+            f"lacks {', '.join(missing)}" if missing else f"does not have {FIRST_TIMESTAMP} right after {NO_TIMESTAMPS}"
+        )
+        raise PessaError(f"{path} is not the vocabulary of a Whisper model: it {what}", "copy the folder again")
     return Vocabulary(path, tokens, ids)
 
 
 def whisper_config(sizes: Mapping[str, Any], vocabulary: Vocabulary) -> dict[str, Any]:
-    """config.json: `sizes` with what is the same in every Whisper, and the ids of the vocabulary."""
+    """Build config.json from `sizes`, the values that every Whisper model shares, and the ids of special tokens."""
     end = vocabulary.ids[END]
     return {
         "architectures": ["WhisperForConditionalGeneration"],
@@ -86,13 +92,16 @@ def whisper_config(sizes: Mapping[str, Any], vocabulary: Vocabulary) -> dict[str
 
 
 def _generation_config(source: Path, config: Mapping[str, Any], vocabulary: Vocabulary) -> dict[str, Any]:
-    """generation_config.json; suppressed tokens and alignment heads come from CTranslate2's config.json."""
+    """Build generation_config.json; suppressed tokens and alignment heads come from CTranslate2's config.json.
+
+    Raises PessaError if those are malformed or out of range.
+    """
     theirs, ids = read_json(source), vocabulary.ids
     layers, heads, size = config["decoder_layers"], config["decoder_attention_heads"], config["vocab_size"]
     result: dict[str, Any] = {
         **{key: config[key] for key in config if key.endswith("_token_id")},
         "is_multilingual": vocabulary.multilingual,
-        "max_initial_timestamp_index": 50,  # one second, as openai-whisper
+        "max_initial_timestamp_index": 50,  # one second, as in openai-whisper
         "max_length": config["max_target_positions"],
         "no_timestamps_token_id": ids[NO_TIMESTAMPS],
         "prev_sot_token_id": ids[PREVIOUS],
@@ -108,28 +117,34 @@ def _generation_config(source: Path, config: Mapping[str, Any], vocabulary: Voca
     if not isinstance(pairs, list) or not all(
         isinstance(pair, list)
         and [type(index) for index in pair] == [int, int]
-        # Compared as ranges: 0 <= layer < layers and 0 <= head < heads.
+        # The same as 0 <= layer < layers and 0 <= head < heads.
         and pair[0] in range(layers)
         and pair[1] in range(heads)
         for pair in pairs
     ):
-        raise PessaError(f"{source}: alignment_heads are not pairs of a layer and a head", "copy the folder again")
+        raise PessaError(
+            f"{source}: alignment_heads are not pairs of a layer below {layers} and a head below {heads}",
+            "copy the folder again",
+        )
     if pairs:
         result["alignment_heads"] = pairs
     if vocabulary.multilingual:
         languages = vocabulary.tokens[ids[START] + 1 : ids[TRANSLATE]]
-        # The first tokenizers called Hebrew iw; transformers looks for he.
+        # The first tokenizers used the code iw for Hebrew; transformers uses he.
         result["lang_to_id"] = {"<|he|>" if token == "<|iw|>" else token: ids[token] for token in languages}
         result["task_to_id"] = {"transcribe": ids[TRANSCRIBE], "translate": ids[TRANSLATE]}
-        # Without a task transformers 5 leaves the task token out of the prompt, and the model guesses.
+        # Without a task transformers 5 leaves the task token out of the prompt, and the model chooses one itself.
         result["task"] = "transcribe"
     return result
 
 
 def _tokenizer(source: Path, vocabulary: Vocabulary) -> dict[str, Any]:
-    """tokenizer.json with every id of the vocabulary: what it lacks, mostly timestamps, becomes an added token."""
+    """Return tokenizer.json completed with the vocabulary's missing tokens, mostly timestamps, as added tokens.
+
+    Raises PessaError if the file is missing or malformed, or disagrees with the vocabulary.
+    """
     if not source.is_file():
-        raise PessaError(f"{source} does not exist", f"copy it there from the model that {source.parent} was made of")
+        raise PessaError(f"{source} does not exist", f"copy it from the model that {source.parent} was converted from")
     tokenizer = read_json(source)
     model: Any = tokenizer.get("model")
     added: Any = tokenizer.get("added_tokens")
@@ -138,33 +153,36 @@ def _tokenizer(source: Path, vocabulary: Vocabulary) -> dict[str, Any]:
         known |= {token["id"]: token["content"] for token in added}
         problems = [f"{index}: only in the tokenizer" for index in known if index not in range(len(vocabulary.tokens))]
     except (AttributeError, KeyError, TypeError):
-        raise PessaError(f"{source} is no tokenizer with a vocabulary", "copy the file again") from None
+        raise PessaError(f"{source} is not a tokenizer with a vocabulary", "copy the file again") from None
     for index, token in enumerate(vocabulary.tokens):
-        # Control tokens were renamed between tokenizer versions (nocaptions, nospeech); text never was.
+        # Control tokens have other names in other tokenizer versions (nocaptions, nospeech); text tokens never do.
         control = CONTROL.fullmatch(token) is not None
         if index not in known and control:
             timestamp = TIMESTAMP.fullmatch(token) is not None
             plain = {"single_word": False, "lstrip": False, "rstrip": False}
             added.append({"id": index, "content": token, **plain, "normalized": timestamp, "special": not timestamp})
         elif known.get(index) != token and not (control and CONTROL.fullmatch(str(known[index]))):
-            problems.append(f"{index}: {known.get(index)!r}, the vocabulary says {token!r}")
+            problems.append(f"{index}: {known.get(index)!r}, but {token!r} in the vocabulary")
     if problems:
         raise PessaError(
             f"{source} belongs to another model than {vocabulary.path.name}\n{listed(problems)}",
-            "copy the tokenizer.json of the model that this was converted from",
+            "copy the tokenizer.json of the model that this one was converted from",
         )
     return tokenizer
 
 
 def write_side_files(source: Path, into: Path, config: Mapping[str, Any], vocabulary: Vocabulary) -> None:
-    """Write what stands beside the weights: config, generation config, tokenizer and preprocessor.
+    """Write the files other than the weights: config, generation config, tokenizer and preprocessor.
 
-    `source` is the CTranslate2 folder. Raises PessaError when its config.json or tokenizer.json is missing, not
-    JSON, or another model's.
+    `source` is the CTranslate2 folder. Raises PessaError if its config.json or tokenizer.json is missing, not JSON, or
+    belongs to another model, and if the encoder's input is not a whole number of seconds.
     """
     seconds, rest = divmod(config["max_source_positions"] * 2 * HOP_LENGTH, SAMPLING_RATE)
     if rest or not seconds:
-        raise PessaError(f"{source} hears {config['max_source_positions']} positions, not whole seconds")
+        raise PessaError(
+            f"{source}: the encoder has {config['max_source_positions']} positions, which are not whole seconds",
+            "copy the folder again",
+        )
     preprocessor = {
         "feature_extractor_type": "WhisperFeatureExtractor",
         "processor_class": "WhisperProcessor",

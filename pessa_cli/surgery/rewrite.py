@@ -108,7 +108,7 @@ class Rewrite:
     @property
     def merged_ranks(self) -> dict[str, Ranks]:
         """How many directions of the spectra of Q-K are kept."""
-        before = {site.name: site.before for site in self.sites}
+        before = {site.name: site.always_kept for site in self.sites}
         return {name: tuple(rank - before[name] for rank in ranks) for name, ranks in self.ranks.qk.items()}
 
     @property

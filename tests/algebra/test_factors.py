@@ -1,4 +1,4 @@
-"""The algebra on random heads: exact at full rank, Eckart-Young when cut, and safe where heads are degenerate."""
+"""The decomposition of random heads: exact at full rank, optimal when truncated, and safe for degenerate heads."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pessa_cli.algebra.decompose import decompose, norm_products, norm_transform
 
 
 @pytest.mark.parametrize("kind", ["well-conditioned", *KINDS])
-def test_full_rank_gives_the_product_and_the_spectrum_of_the_dense_route(kind: str) -> None:
+def test_full_rank_gives_the_product_and_the_spectrum_of_the_dense_svd(kind: str) -> None:
     pair = degenerate(kind)
     factors = decompose(pair)
     dense = torch.linalg.svdvals(product(pair))[:, :8]
@@ -24,13 +24,14 @@ def test_full_rank_gives_the_product_and_the_spectrum_of_the_dense_route(kind: s
     assert relative_difference(pair, factors).max() < 1e-12
 
 
-def test_small_singular_values_keep_their_digits_where_the_gram_matrix_would_lose_them() -> None:
+def test_small_singular_values_are_accurate_where_the_gram_matrix_loses_them() -> None:
     pair = degenerate("nearly parallel columns")
     small = decompose(pair).spectrum[1, -1]
     exact = torch.linalg.svdvals(product(pair))[1, 7]
     assert abs(small - exact) < 1e-6 * exact
-    squared = torch.linalg.svdvals(torch.linalg.cholesky(pair.left[0].mT @ pair.left[0]).mT)  # the shortcut does work,
-    assert (squared / torch.linalg.svdvals(pair.left[0]) - 1).abs().max() < 1e-12  # but only for the other heads
+    # Cholesky of the Gram matrix is accurate for the well-conditioned head, but not for the other.
+    squared = torch.linalg.svdvals(torch.linalg.cholesky(pair.left[0].mT @ pair.left[0]).mT)
+    assert (squared / torch.linalg.svdvals(pair.left[0]) - 1).abs().max() < 1e-12
     gram = pair.left[1].mT @ pair.left[1]
     assert abs(torch.linalg.eigvalsh(gram)[0].clamp(min=0).sqrt() / torch.linalg.svdvals(pair.left[1])[-1] - 1) > 1e-6
 
@@ -44,7 +45,7 @@ def test_truncation_error_is_the_norm_of_the_dropped_singular_values(rank: int) 
     assert torch.allclose(error, dropped, rtol=1e-6, atol=1e-12)
 
 
-def test_no_other_choice_of_directions_is_better() -> None:
+def test_the_leading_directions_are_the_best_choice() -> None:
     pair = random_pair()
     best = torch.linalg.matrix_norm(product(pair) - product(truncated(decompose(pair), 4)))
     vanilla = torch.linalg.matrix_norm(product(pair) - product(truncated(transformed(pair, norm_transforms(pair)), 4)))
@@ -70,7 +71,7 @@ def test_vanilla_reorders_the_original_dimensions_and_loses_nothing_at_full_rank
         assert torch.allclose(product(kept)[head], expected)
 
 
-def test_vanilla_takes_a_zero_dimension_for_what_it_is() -> None:
+def test_vanilla_handles_a_zero_dimension() -> None:
     pair = random_pair()
     pair.left[0, :, 2] = 0
     factors = transformed(pair, norm_transforms(pair))
@@ -78,7 +79,7 @@ def test_vanilla_takes_a_zero_dimension_for_what_it_is() -> None:
     assert factors.left.isfinite().all()
 
 
-def test_relative_difference_sees_any_change_and_not_the_basis() -> None:
+def test_relative_difference_detects_changes_but_ignores_the_basis() -> None:
     pair = random_pair()
     rotation = torch.linalg.qr(torch.randn(8, 8, dtype=torch.float64)).Q
     assert relative_difference(pair, Pair(pair.left @ rotation, pair.right @ rotation)).max() < 1e-14

@@ -1,4 +1,4 @@
-"""Frequency pairs of Q-K under RoPE: what is cut, what makes up for it, and that each kept one turns as before."""
+"""Pruning of Q-K by frequency pairs under RoPE: the choice of pairs, their compensation, and the written models."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ CUT = Rule(rope_ratio=0.5, ratio=0.3)
 
 
 def weights(seed: int = 0, groups: int = 2, members: int = 2) -> HeadWeights:
-    """Queries and keys of a block with heads of eight directions, and values nobody asks for."""
+    """Return the weights of a block with heads of eight directions; only queries and keys matter here."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
@@ -56,8 +56,8 @@ def weights(seed: int = 0, groups: int = 2, members: int = 2) -> HeadWeights:
 
 
 def sample(seed: int = 1) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Rotated queries (2, 2, 30, 8) and keys (2, 50, 8) far from white, the attention between them, and values
-    behind W_O, (2, 2, 50, 5)."""
+    """Return strongly correlated rotated queries (2, 2, 30, 8) and keys (2, 50, 8), their attention weights, and values
+    after W_O, (2, 2, 50, 5)."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
@@ -69,8 +69,8 @@ def sample(seed: int = 1) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def features(queries: Tensor, keys: Tensor, attention: Tensor, values: Tensor) -> Tensor:
-    """What each pair's coefficients are multiplied with in every output of one group, to the first order, by autograd
-    through softmax: (M n w, pairs, 2)."""
+    """Return the derivatives of every output of one group by the coefficients of each pair, (M n w, pairs, 2), computed
+    with autograd through softmax."""
     (q1, q2), (k1, k2) = queries.chunk(2, -1), keys.chunk(2, -1)
     scaled = torch.einsum("mip,jp->pmij", q1, k1) + torch.einsum("mip,jp->pmij", q2, k2)
     turned = torch.einsum("mip,jp->pmij", q2, k1) - torch.einsum("mip,jp->pmij", q1, k2)
@@ -83,7 +83,7 @@ def features(queries: Tensor, keys: Tensor, attention: Tensor, values: Tensor) -
 
 
 def weighting(shrinkage: float = 1e-10) -> tuple[rope.PairWeighting, list[Tensor]]:
-    """A weighting, and the features of each group that it is of."""
+    """Return a weighting, and the features of each group from which it is computed."""
     inputs = sample()
     return rope.PairWeighting(rope.output_gram(*inputs), shrinkage), [
         features(*one) for one in zip(*inputs, strict=True)
@@ -91,7 +91,7 @@ def weighting(shrinkage: float = 1e-10) -> tuple[rope.PairWeighting, list[Tensor
 
 
 def residual(features: Tensor, kept: list[int]) -> float:
-    """The squared error of least squares for all pairs together from some of them."""
+    """Return the squared error of the least-squares fit of all pairs' output by the kept pairs."""
     scores = features[..., 0].sum(-1)
     if not kept:
         return float(scores.square().sum())
@@ -99,7 +99,7 @@ def residual(features: Tensor, kept: list[int]) -> float:
     return float((scores - fit @ torch.linalg.lstsq(fit, scores).solution).square().sum())
 
 
-def test_rotated_as_transformers_does() -> None:
+def test_rotated_agrees_with_transformers() -> None:
     x = torch.randn(5, 3, DIRECTIONS, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     angle = torch.rand(5, HALF, generator=torch.Generator().manual_seed(1), dtype=torch.float64).repeat(1, 2)
     heads = x.transpose(0, 1).unsqueeze(0)
@@ -108,7 +108,7 @@ def test_rotated_as_transformers_does() -> None:
 
 
 def test_compensation_is_least_squares() -> None:
-    """The coefficients are those of torch.linalg.lstsq on every output of every query, written out."""
+    """The coefficients equal those of torch.linalg.lstsq on the explicit outputs of every query."""
     block, (weighed, by_group) = weights(), weighting()
     pairs: tuple[PairRuns, ...] = ((range(0, 2), range(3, 4)), (range(1, 3),))
     found = rope.compensated(block, pairs, weighed)
@@ -130,9 +130,9 @@ def test_compensation_is_never_worse_than_none_on_its_data(shrinkage: float) -> 
     for g, kept in enumerate(([0, 1], [1, 2, 3])):
         each = by_group[g]
         scores = each[..., 0].sum(-1)
-        # What each kept pair was multiplied with, read off the complex numbers that its two rows are.
+        # The factor of each kept pair, from its two rows as complex numbers.
         old, new = (torch.complex(q[g, 0, kept], q[g, 0, [HALF + p for p in kept]]) for q in (block.q, found.q))
-        factor = (new / old).mean(-1)  # a - i b: the transpose of what stands between
+        factor = (new / old).mean(-1)  # a - i b, for the transpose of the matrix between W_Q and W_K
         x = torch.stack([factor.real, -factor.imag], -1)
         compensated = scores - torch.einsum("npc,pc->n", each[:, kept], x)
         plain = scores - each[:, kept, 0].sum(-1)
@@ -142,8 +142,8 @@ def test_compensation_is_never_worse_than_none_on_its_data(shrinkage: float) -> 
             assert float(compensated.square().sum()) == pytest.approx(residual(each, kept))
 
 
-def test_contributions_are_the_error_of_dropping_the_smallest_one_by_one() -> None:
-    """Backward elimination: no other pair would leave less, and what was dropped adds up to what is lost."""
+def test_contributions_are_the_errors_of_backward_elimination() -> None:
+    """In each step no other pair adds a smaller error, and the contributions of dropped pairs add up to the error."""
     weighed, by_group = weighting()
     worth = rope.contributions(weights(), weighed)
     for each, row in zip(by_group, worth, strict=True):
@@ -153,11 +153,11 @@ def test_contributions_are_the_error_of_dropping_the_smallest_one_by_one() -> No
             kept.remove(p)
             assert residual(each, kept) == pytest.approx(least, rel=1e-5)
             lost += float(row[p])
-            assert lost >= residual(each, kept) * (1 - 1e-6)  # what one adds is never less than what the last did
+            assert lost >= residual(each, kept) * (1 - 1e-6)  # contributions never decrease in the order of elimination
 
 
-def test_without_data_a_pair_is_worth_its_norms() -> None:
-    """The mean over rotations of the squared norm of what the pair adds to W_Q W_K^T, and not this one rotation's."""
+def test_without_data_contributions_are_products_of_norms() -> None:
+    """The contribution is the mean over rotations of the squared norm of the pair's part of W_Q R W_K^T."""
     block = weights()
     worth = rope.contributions(block)
     g, p = 1, 2
@@ -170,11 +170,11 @@ def test_without_data_a_pair_is_worth_its_norms() -> None:
         total += sum(float((q[both].mT @ rotation @ block.k[g][both]).square().sum()) for q in block.q[g]) / len(turns)
     assert float(worth[g, p]) == pytest.approx(total)
     biased = replace(block, k_bias=torch.ones(2, DIRECTIONS, dtype=torch.float64))
-    assert (rope.contributions(biased) > worth).all()  # under RoPE a key bias is no constant
+    assert (rope.contributions(biased) > worth).all()  # under RoPE the key bias affects the scores
 
 
 @pytest.mark.parametrize("kind", ["zero queries", "zero keys", "one pair", "no data", "one query", "one key"])
-def test_degenerate_heads_and_data_give_numbers(kind: str) -> None:
+def test_degenerate_heads_and_data_give_finite_results(kind: str) -> None:
     block, (queries, keys, attention, values) = weights(), sample()
     q, k = block.q.clone(), block.k.clone()
     if kind == "zero queries":
@@ -202,7 +202,7 @@ def test_degenerate_heads_and_data_give_numbers(kind: str) -> None:
         assert torch.allclose(found.q[0][:, [0, 1, 4, 5]], block.q[0][:, [0, 1, 4, 5]])
 
 
-def test_pairs_in_words_and_back() -> None:
+def test_pairs_text_round_trips() -> None:
     pairs = largest_pairs(np.array([[9.0, 1, 8, 7], [1, 1, 1, 1], [0, 0, 0, 5]]), np.array([3, 2, 0]))
     assert pairs == ((range(0, 1), range(2, 4)), (range(0, 2),), ())
     assert pairs_text(pairs) == "0,2-3 0-1 none"
@@ -217,20 +217,22 @@ def test_pairs_in_words_and_back() -> None:
     "text",
     ["", "0-3,", ",0", "3-1", "0-1,1", "0-1,2", "2,0", "0-0", "00", "0 ", " 0", "0  1", "none,0", "-1", "0-99999", "a"],
 )
-def test_hostile_pairs(text: str) -> None:
+def test_malformed_pairs_are_refused(text: str) -> None:
     with pytest.raises(PessaError, match=r"config\.json"):
         Ragged.parse("q", f"pairs 8: {text}")
 
 
-def test_hostile_entries() -> None:
+def test_malformed_entries_are_refused() -> None:
     for text in ("pairs 7: 0", "pairs 0: 0", "pairs 8:0", "pairs 8: 4", "pairs 99999999: 0", "pairs 8"):
         with pytest.raises(PessaError, match=r"config\.json"):
             Ragged.parse("q", text)
-    huge = Ragged.parse("q", "pairs 99998: " + " ".join(["0-49998"] * 1000))  # as long as its text, and no longer
+    huge = Ragged.parse(
+        "q", "pairs 99998: " + " ".join(["0-49998"] * 1000)
+    )  # the parsed value is no larger than its text
     assert huge.ranks[0] == 99998
 
 
-def test_the_smallest_pairs_go_wherever_they_are(tiny_folder: TinyFolder) -> None:
+def test_the_smallest_pairs_of_all_blocks_are_dropped(tiny_folder: TinyFolder) -> None:
     model = open_model(tiny_folder("llama"))
     spectra = measure(model, model.sites)
 
@@ -260,7 +262,7 @@ def test_without_rope_there_are_no_pairs(tiny_folder: TinyFolder) -> None:
 
 
 def zeroed(tensors: dict[str, Tensor]) -> None:
-    """Pairs 1 and 2 of every head made zero, in queries and keys."""
+    """Set pairs 1 and 2 of every head to zero, in queries and keys."""
     for name, tensor in tensors.items():
         if "q_proj" in name or "k_proj" in name:
             rows = tensor.view(-1, 2, len(tensor) // (4 if "q_proj" in name else 2) // 2, *tensor.shape[1:])
@@ -268,7 +270,7 @@ def zeroed(tensors: dict[str, Tensor]) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_pairs_that_are_zero_go_without_a_trace(name: str, tiny_folder: TinyFolder, tmp_path: Path) -> None:
+def test_zero_pairs_are_dropped_exactly(name: str, tiny_folder: TinyFolder, tmp_path: Path) -> None:
     folder = copy_of(tiny_folder(name), tmp_path / "zero")
     edit_weights(zeroed)(folder)
     written = prune_model(open_model(folder), tmp_path / "out", Rule(rope_ratio=0.0))
@@ -279,7 +281,7 @@ def test_pairs_that_are_zero_go_without_a_trace(name: str, tiny_folder: TinyFold
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_compact_is_dense_and_another_pair_is_not(name: str, tiny_folder: TinyFolder, tmp_path: Path) -> None:
+def test_compact_equals_dense_and_other_pairs_do_not(name: str, tiny_folder: TinyFolder, tmp_path: Path) -> None:
     model = open_model(tiny_folder(name))
     written = prune_model(model, tmp_path / "compact", CUT)
     prune_model(model, tmp_path / "dense", CUT, layout="dense")
@@ -288,7 +290,7 @@ def test_compact_is_dense_and_another_pair_is_not(name: str, tiny_folder: TinyFo
     assert not tiny.close(compact, tiny.load(tiny_folder(name)))
     report = verify_models(open_model(tmp_path / "dense"), open_model(tmp_path / "compact"))
     assert report.failures == []
-    # The same numbers at other frequencies: no file is damaged, and it is another model.
+    # The negative control: the same weights at other frequencies are a valid file but another model.
     half = written.sites[0].head_dim // 2
 
     def mirrored(content: dict[str, Any]) -> None:
@@ -306,7 +308,7 @@ def test_compact_is_dense_and_another_pair_is_not(name: str, tiny_folder: TinyFo
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_both_layouts_turn_into_each_other(name: str, tiny_folder: TinyFolder, tmp_path: Path) -> None:
+def test_both_layouts_convert_into_each_other(name: str, tiny_folder: TinyFolder, tmp_path: Path) -> None:
     model = open_model(tiny_folder(name))
     prune_model(model, tmp_path / "compact", CUT)
     prune_model(model, tmp_path / "dense", CUT, layout="dense")
@@ -318,7 +320,7 @@ def test_both_layouts_turn_into_each_other(name: str, tiny_folder: TinyFolder, t
             (tmp_path / original / "config.json").read_text()
         )
     compact = open_model(tmp_path / "compact")
-    for site in compact.sites:  # bit for bit what was read
+    for site in compact.sites:  # bit for bit the weights that were read
         read = read_site(compact.reader, site)
         for tensor, stored in write_site(read, site, compact.reader.header, "compact").items():
             assert torch.equal(stored, compact.reader.get(tensor))
@@ -326,7 +328,7 @@ def test_both_layouts_turn_into_each_other(name: str, tiny_folder: TinyFolder, t
 
 @pytest.mark.parametrize("layout", ["compact", "dense"])
 def test_pruned_again(layout: str, tiny_folder: TinyFolder, tmp_path: Path) -> None:
-    """What is gone stays away, more can go, and where no pairs are asked for all that are there stay."""
+    """Dropped pairs stay dropped, more can be dropped, and without --rope-ratio all stored pairs are kept."""
     first = prune_model(open_model(tiny_folder("llama")), tmp_path / "first", CUT, layout=layout)  # type: ignore[arg-type]
     model = open_model(tmp_path / "first")
     same = prune_model(model, tmp_path / "same", Rule(rope_ratio=0.25))
@@ -364,7 +366,7 @@ def test_saved_loaded_and_generating(tiny_folder: TinyFolder, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("module", "text"),
     [
-        ("q_proj", "pairs 8: 0-1 0-1 0-1 0-1"),  # not those of the keys
+        ("q_proj", "pairs 8: 0-1 0-1 0-1 0-1"),  # differs from the entry of the keys
         ("q_proj", "rows 8: 4 4 4 4"),
         ("k_proj", "pairs 8: 0-1"),
         ("k_proj", "pairs 8: 0-7 0-1"),
@@ -372,7 +374,9 @@ def test_saved_loaded_and_generating(tiny_folder: TinyFolder, tmp_path: Path) ->
         ("v_proj", "pairs 8: 0-1 0-1"),
     ],
 )
-def test_hostile_config(module: str, text: str, tiny_folder: TinyFolder, tmp_path: Path, pessa: Pessa) -> None:
+def test_contradictory_pairs_in_config_are_refused(
+    module: str, text: str, tiny_folder: TinyFolder, tmp_path: Path, pessa: Pessa
+) -> None:
     prune_model(open_model(tiny_folder("llama")), tmp_path / "out", Rule(rope_ratio=0.5, rank=4))
     name = f"model.layers.1.self_attn.{module}"
 
@@ -390,10 +394,10 @@ def test_ranks_of_rotated_heads_and_pairs_of_others_are_refused(
 ) -> None:
     prune_model(open_model(tiny_folder("llama")), tmp_path / "llama", Rule(rope_ratio=0.5))
     edit_json(lambda c: _replace(c, "rows 8:", " 4"))(tmp_path / "llama")
-    is_refusal(pessa("inspect", tmp_path / "llama"), "rotated ones are kept by pairs")
+    is_refusal(pessa("inspect", tmp_path / "llama"), "heads with RoPE need frequency pairs")
     prune_model(open_model(tiny_folder("bert")), tmp_path / "bert", Rule(rank=4))
     edit_json(lambda c: _replace(c, "pairs 8:", " 0-1"))(tmp_path / "bert")
-    is_refusal(pessa("inspect", tmp_path / "bert"), "only rotated ones have")
+    is_refusal(pessa("inspect", tmp_path / "bert"), "only heads with RoPE have")
 
 
 def _replace(content: dict[str, Any], start: str, head: str) -> None:
@@ -414,7 +418,7 @@ def test_a_manifest_with_other_pairs_is_refused(
 
 @pytest.fixture
 def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """Eight inputs for a tiny model, which has no tokenizer."""
+    """Return files that stand for eight inputs, since the tiny model has no tokenizer."""
 
     def inputs_of(_folder: Path, _model: Any, item: DataItem, _said: bool) -> Iterator[dict[str, Tensor]]:
         ids = torch.randint(5, 90, (1, 40), generator=torch.Generator().manual_seed(int(item.text or "")))
@@ -428,7 +432,7 @@ def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
 
 
 def first_block(folder: Path) -> Tensor:
-    """What the first attention block makes of the calibration data."""
+    """Return the outputs of the first attention block for the calibration data."""
     model, found = tiny.load(folder), []
     model.model.layers[0].self_attn.register_forward_hook(lambda _module, _args, output: found.append(output[0]))
     with torch.no_grad():
@@ -438,7 +442,9 @@ def first_block(folder: Path) -> Tensor:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_calibrated_pairs_are_nearer(name: str, tiny_folder: TinyFolder, data: list[Path], tmp_path: Path) -> None:
+def test_calibrated_pairs_reduce_the_error(
+    name: str, tiny_folder: TinyFolder, data: list[Path], tmp_path: Path
+) -> None:
     folder = tiny_folder(name)
     model = open_model(folder)
     collect(model, model.sites, data, tmp_path / "s")
@@ -453,7 +459,7 @@ def test_calibrated_pairs_are_nearer(name: str, tiny_folder: TinyFolder, data: l
     assert tiny.close(tiny.load(tmp_path / "calibrated"), tiny.load(tmp_path / "dense"))
     export_model(open_model(tmp_path / "calibrated"), tmp_path / "back", "dense")
     assert raw_tensors(tmp_path / "back") == raw_tensors(tmp_path / "dense")
-    collect(model, model.sites, data, tmp_path / "s2", Rule(rope_ratio=0.5, rank=4))  # in sequence
+    collect(model, model.sites, data, tmp_path / "s2", Rule(rope_ratio=0.5, rank=4))  # calibrated with --sequential
     assert Statistics(tmp_path / "s2").of(model.sites[1]).pairs.isfinite().all()
 
 
@@ -486,7 +492,7 @@ def test_on_the_command_line(tiny_folder: TinyFolder, tmp_path: Path, pessa: Pes
 def test_tuned_and_merged(
     method: str, targets: list[str] | None, tiny_folder: TinyFolder, tmp_path: Path, pessa: Pessa
 ) -> None:
-    """An adapter turns kept pairs only, and a merged compact model stays compact."""
+    """An adapter rotates only kept pairs, and merging it into a compact model gives a compact model."""
     prune_model(open_model(tiny_folder("llama")), tmp_path / "out", CUT)
     torch.manual_seed(0)
     model = get_peft_model(tiny.load(tmp_path / "out"), build_config(method, None if method == "pessa" else 4, targets))
@@ -500,20 +506,20 @@ def test_tuned_and_merged(
     assert tiny.close(tiny.load(tmp_path / "dense"), merged)
 
 
-def test_pessa_does_not_tune_what_is_left_of_queries_and_keys(tiny_folder: TinyFolder, tmp_path: Path) -> None:
+def test_pessa_does_not_tune_queries_and_keys_pruned_by_pairs(tiny_folder: TinyFolder, tmp_path: Path) -> None:
     prune_model(open_model(tiny_folder("llama")), tmp_path / "out", CUT)
     with pytest.raises(ValueError, match="target v_proj alone"):
         get_peft_model(tiny.load(tmp_path / "out"), build_config("pessa", None, None))
 
 
-def test_other_programs_formats_are_refused(tiny_folder: TinyFolder, tmp_path: Path, pessa: Pessa) -> None:
+def test_export_formats_of_other_programs_are_refused(tiny_folder: TinyFolder, tmp_path: Path, pessa: Pessa) -> None:
     prune_model(open_model(tiny_folder("llama")), tmp_path / "out", CUT)
     for to, name in (("onnx", "x"), ("openai-whisper", "x.pt")):
         is_refusal(pessa("export", tmp_path / "out", "-o", tmp_path / name, "--to", to), "llama")
 
 
 @pytest.mark.skipif(not os.environ.get("PESSA_DATA"), reason="PESSA_DATA names no folder with text/wikitext2-valid.txt")
-def test_smollm2_reads_nearly_as_well_without_a_tenth_of_its_pairs(tmp_path: Path) -> None:
+def test_smollm2_loses_little_without_a_tenth_of_its_pairs(tmp_path: Path) -> None:
     source = fetch("smollm2-135m")
     text = (Path(os.environ["PESSA_DATA"]) / "text" / "wikitext2-valid.txt").read_text()
     (tmp_path / "last.txt").write_text(text[-6_000:])

@@ -1,4 +1,4 @@
-"""Every row of the table, proved on a tiny model of transformers' own: no row is believed until it has run."""
+"""Every row of the architecture table, tested on a tiny model of transformers' own class."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def said(name: str, source: Path) -> torch.Tensor:
 
 
 def off(name: str, said: torch.Tensor, model: Any) -> float:
-    """How far a model's outputs are from those of the source."""
+    """Return the largest difference between the outputs of a model and of the source."""
     return float((tiny_models.outputs(name, model) - said).norm() / said.norm())
 
 
@@ -54,7 +54,7 @@ def test_the_table_and_the_tiny_models_are_of_the_same_types() -> None:
     assert {name.partition(" ")[0] for name in tiny_models.TINIES} == set(KNOWN)
 
 
-def test_every_name_is_there_and_every_tensor_is_read_and_written_to_the_bit(source: Path) -> None:
+def test_every_name_exists_and_every_tensor_round_trips_bit_for_bit(source: Path) -> None:
     model = open_model(source)
     specs = specs_of(model.reader.config, model.reader.header)
     assert {site.spec.kind for site in model.sites} == {spec.kind for spec in specs}
@@ -81,20 +81,20 @@ def test_full_rank_changes_nothing(name: str, source: Path, said: torch.Tensor, 
 
 
 def changes(model: Model, other: Model) -> bool:
-    """Whether the weights of every block have changed, so that equal outputs say something."""
+    """Return whether the weights of every block have changed, without which equal outputs would prove nothing."""
     return all(
         any(not torch.equal(model.reader.get(tensor), other.reader.get(tensor)) for tensor in site.tensors)
         for site in model.sites
     )
 
 
-def test_half_of_it_is_the_same_function_compact_and_dense(
+def test_half_pruned_compact_and_dense_compute_the_same(
     name: str, source: Path, said: torch.Tensor, tmp_path: Path
 ) -> None:
     model = open_model(source)
     prune_model(model, tmp_path / "dense", Rule(ratio=0.5), layout="dense")
     dense = tiny_models.outputs(name, tiny.load(tmp_path / "dense"))
-    assert float((dense - said).norm() / said.norm()) > EXACT  # something is gone
+    assert float((dense - said).norm() / said.norm()) > EXACT  # directions were dropped
     if not all(site.spec.compact for site in model.sites):
         with pytest.raises(UsageError, match="reads its weights directly"):
             prune_model(model, tmp_path / "compact", Rule(ratio=0.5))
@@ -118,7 +118,7 @@ def test_half_of_it_is_the_same_function_compact_and_dense(
         assert torch.equal(cached, anew)
 
 
-def test_calibration_understands_what_it_hears_or_says_no(name: str, source: Path) -> None:
+def test_calibration_works_or_is_refused(name: str, source: Path) -> None:
     model = open_model(source)
     try:
         loaded = load_for_calibration(model)
@@ -139,7 +139,7 @@ def test_calibration_understands_what_it_hears_or_says_no(name: str, source: Pat
 
 
 def test_negative_control_half_as_many_heads(name: str, source: Path, said: torch.Tensor, tmp_path: Path) -> None:
-    """Heads twice as wide mix what attention keeps apart: a wrong fact must show."""
+    """With half as many heads, twice as wide, directions of two heads are mixed: the outputs must differ."""
     model = open_model(source)
     specs = specs_of(model.reader.config, model.reader.header)
     places = {(spec.config, key) for spec in specs for key in spec.heads}
@@ -158,7 +158,7 @@ def test_negative_control_half_as_many_heads(name: str, source: Path, said: torc
     edit_json(halve)(damaged)
     try:
         wrong = open_model(damaged)
-    except PessaError:  # the shapes show it
+    except PessaError:  # the shapes reveal the error
         return
     decompose_model(wrong, tmp_path / "out")
     (tmp_path / "out" / "config.json").write_bytes(whole)
@@ -168,7 +168,7 @@ def test_negative_control_half_as_many_heads(name: str, source: Path, said: torc
 def test_negative_control_a_wrong_flag(
     name: str, source: Path, said: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each flag that a row has, and that the model needs, must matter."""
+    """Changing any flag of a row that matters for the model must change the outputs."""
     model = open_model(source)
     right = specs_of(model.reader.config, model.reader.header)
 
@@ -231,8 +231,8 @@ def test_files_with_other_prefixes_are_the_same_model(name: str, tmp_path: Path)
     assert off(name, said, tiny.load(tmp_path / "out")) < EXACT
 
 
-def test_what_a_published_sub_config_leaves_out_is_as_usual(tmp_path: Path) -> None:
-    """LLaVA's text_config does not say how many heads there are: LLaMA's class does."""
+def test_missing_keys_of_a_submodel_config_have_the_default_of_their_class(tmp_path: Path) -> None:
+    """LLaVA's text_config does not give the number of heads; the default of LLaMA's config class applies."""
     tiny_models.build("llava").save_pretrained(tmp_path / "model")
     usual = {"hidden_size": 128, "num_key_value_heads": 32, "intermediate_size": 48, "num_attention_heads": 32}
     shape = tiny_models.TINIES["llava"][1]["text_config"] | usual
@@ -268,7 +268,7 @@ def test_sites_choose_a_tower(tmp_path: Path, pessa: Pessa) -> None:
         ("gpt2", "Q-K, V-O"),
     ],
 )
-def test_inspect_says_what_merges(name: str, said: str, tmp_path: Path, pessa: Pessa) -> None:
+def test_inspect_shows_what_merges(name: str, said: str, tmp_path: Path, pessa: Pessa) -> None:
     tiny_models.build(name).save_pretrained(tmp_path)
     shown = pessa("inspect", tmp_path)
     assert shown.code == 0, shown.err
@@ -276,7 +276,7 @@ def test_inspect_says_what_merges(name: str, said: str, tmp_path: Path, pessa: P
 
 
 @pytest.mark.parametrize("name", ["phi", "gptj", "phi3 partial"])
-def test_rotated_directions_stay_and_ranks_are_of_the_others(name: str, tmp_path: Path) -> None:
+def test_rotated_directions_are_kept_and_rules_apply_to_the_others(name: str, tmp_path: Path) -> None:
     tiny_models.build(name).save_pretrained(tmp_path / "model")
     model = open_model(tmp_path / "model")
     decompose_model(model, tmp_path / "whole")
@@ -315,10 +315,10 @@ def eager(folder: Path, train: bool = False) -> Any:
     ],
     ids=lambda value: str(value),
 )
-def test_what_happens_to_scores_does_not_matter(
+def test_operations_on_scores_do_not_prevent_merging(
     name: str, with_it: dict[str, Any], without: dict[str, Any], tmp_path: Path
 ) -> None:
-    """Caps, scales, windows, relative biases and dropout: they change what a model says, and not what merges."""
+    """Caps, scales, windows, relative biases and dropout change the outputs, but the merged products stay exact."""
     train = "attention_dropout" in with_it
 
     def said(folder: str) -> torch.Tensor:

@@ -174,8 +174,8 @@ FAULTS = {
     # What is no model at all.
     "gone": Fault(gone, ("model does not exist",)),
     "a file": Fault(a_file, ("model is a file",)),
-    "empty folder": Fault(only(), ("model is no model", WEIGHTS)),
-    "a readme only": Fault(only(README__md="hello"), ("model is no model", WEIGHTS)),
+    "empty folder": Fault(only(), ("model is not a model", WEIGHTS)),
+    "a readme only": Fault(only(README__md="hello"), ("model is not a model", WEIGHTS)),
     "pickle": Fault(only(config__json="{}", pytorch_model__bin="x"), ("pytorch_model.bin", "pickle", "convert")),
     "pickle shards": Fault(only(config__json="{}", a__pt="x", b__pt="y"), ("a.pt", "pickle")),
     # config.json
@@ -264,7 +264,7 @@ FAULTS = {
                             ("model.layers.0.self_attn.o_proj",), "llama"),
     "a block missing": Fault(
         edit_weights(lambda t: [t.pop(name) for name in list(t) if "decoder.layers.1.encoder_attn." in name]),
-        ("model.decoder.layers.1: a layer without its decoder.cross attention",),
+        ("model.decoder.layers.1: this layer has no decoder.cross attention",),
     ),
     "no attention": Fault(
         edit_weights(lambda t: [t.pop(name) for name in list(t) if "attn." in name]), ("no attention block", "whisper")

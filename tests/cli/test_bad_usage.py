@@ -192,8 +192,8 @@ RECIPES = {
     "unknown verify key": ("[verify]\naudio = 'x.wav'", "'audio'", 2),
     "key of the other table": ("[verify]\nrank = 3", "'rank'", 2),
     "key without table": ("rank = 3", "'rank'", 2),
-    "no table": ("prune = 3", "prune is no table", 2),
-    "verify no table": ("verify = true", "verify is no table", 2),
+    "no table": ("prune = 3", "prune is not a table", 2),
+    "verify no table": ("verify = true", "verify is not a table", 2),
     "text for number": ("[prune]\nqk_thr = '5e-3'", "qk_thr", 2),
     "fraction for count": ("[prune]\nrank = 3.5", "rank", 2),
     "true for count": ("[prune]\nrank = true", "rank", 2),
@@ -229,7 +229,7 @@ def test_recipes_that_do_not_fit_the_model(refuse: Refuse, place: Path) -> None:
     (place / "recipe.toml").write_text("[prune]\nlayers = '0-31'")
     refuse("run recipe.toml llama -o out", "31", code=2)
     (place / "recipe.toml").write_text("[prune]\nqk_thr = 1e9")
-    refuse("run recipe.toml whisper -o out", "prunes all of Q-K")
+    refuse("run recipe.toml whisper -o out", "prune all of Q-K")
 
 
 @pytest.mark.parametrize("command", ["prune whisper", "decompose whisper", "export pruned", "run recipe.toml whisper"])

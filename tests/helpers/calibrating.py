@@ -1,4 +1,4 @@
-"""Calibration of tiny models, which have no tokenizers: files that stand for one input each."""
+"""Calibration of tiny models, which have no tokenizers: each calibration file stands for one prepared input."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from pessa_cli.surgery.model import Model
 
 
 def batches(model: Any, count: int = 6) -> list[dict[str, Tensor]]:
-    """Inputs of batch 1 for a tiny model, each other."""
+    """Return different inputs of batch size 1 for a tiny model."""
     generator = torch.Generator().manual_seed(7)
     found = []
     for _ in range(count):
@@ -35,7 +35,7 @@ def batches(model: Any, count: int = 6) -> list[dict[str, Tensor]]:
 
 @pytest.fixture
 def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """Files that stand for one input each: tiny models have no tokenizers."""
+    """Return files that stand for one input each, since tiny models have no tokenizers."""
 
     def inputs_of(_folder: Path, model: Any, item: DataItem, _said: bool) -> Iterator[dict[str, Tensor]]:
         yield batches(model)[int(item.text or "")]
@@ -53,7 +53,7 @@ def collected(model: Model, data: list[Path], out: Path, rule: Rule | None = Non
 
 
 def block_errors(folder: Path, reference: Path) -> float:
-    """The relative error of the logits over the calibration inputs, of one model against another."""
+    """Return the relative error of one model's logits on the calibration inputs, against those of another."""
     a, b = tiny.load(folder), tiny.load(reference)
     with torch.no_grad():
         pairs = [(a(**given).logits, b(**given).logits) for given in batches(a)]

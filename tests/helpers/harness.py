@@ -1,4 +1,4 @@
-"""Running the command line in tests, damaging checkpoints for it, and looking at what it leaves on disk."""
+"""Helpers to run the command line in tests, to damage checkpoints, and to compare the files on disk."""
 
 from __future__ import annotations
 
@@ -18,14 +18,16 @@ Tensors = dict[str, torch.Tensor]
 Pessa = Callable[..., "Result"]
 TinyFolder = Callable[..., Path]
 
-PESSA = Path(sys.executable).with_name("pessa")  # the command as pip installed it, for the tests that want a process
+PESSA = Path(sys.executable).with_name(
+    "pessa"
+)  # the command that pip installed, for tests that need a separate process
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
 
 @dataclass(frozen=True)
 class Result:
-    """What one command did: its exit code, and what it printed on stdout and stderr."""
+    """The result of one command: its exit code, stdout and stderr."""
 
     code: int
     out: str
@@ -33,7 +35,7 @@ class Result:
 
 
 def snapshot(folder: Path) -> dict[str, str]:
-    """Every path under a folder, hidden ones too, with a digest of its bytes."""
+    """Return every path under a folder, including hidden ones, with a digest of its content."""
     return {
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "folder"
         for path in sorted(folder.rglob("*"))
@@ -45,7 +47,7 @@ def copy_of(folder: Path, to: Path) -> Path:
 
 
 def is_refusal(result: Result, *culprits: str, code: int = 1) -> None:
-    """One `error:` that names each culprit, indented lines for details, one `hint:` at the end, and nothing else."""
+    """Assert that stderr is one `error:` that names each culprit, indented details and one `hint:`, nothing else."""
     assert result.code == code, result
     lines = result.err.strip().splitlines()
     assert lines[0].startswith("error: "), result.err
@@ -56,7 +58,7 @@ def is_refusal(result: Result, *culprits: str, code: int = 1) -> None:
 
 
 def edit_weights(change: Callable[[Tensors], object], file: str = WEIGHTS) -> Callable[[Path], None]:
-    """A damage: the tensors of one file after `change` had its way with them."""
+    """Return a function that applies `change` to the tensors of one file of a folder."""
 
     def damage(folder: Path) -> None:
         tensors = load_file(folder / file)
@@ -67,7 +69,7 @@ def edit_weights(change: Callable[[Tensors], object], file: str = WEIGHTS) -> Ca
 
 
 def edit_json(change: Callable[[dict[str, Any]], object], file: str = "config.json") -> Callable[[Path], None]:
-    """A damage: a JSON file after `change` had its way with it."""
+    """Return a function that applies `change` to a JSON file of a folder."""
 
     def damage(folder: Path) -> None:
         value = json.loads((folder / file).read_text())
@@ -78,7 +80,7 @@ def edit_json(change: Callable[[dict[str, Any]], object], file: str = "config.js
 
 
 def edit_header(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
-    """A damage: the header of the weights after `change`, the data as it was."""
+    """Return a function that applies `change` to the header of the weights and keeps the data."""
 
     def damage(folder: Path) -> None:
         header, data = header_and_data(folder / WEIGHTS)
@@ -90,14 +92,14 @@ def edit_header(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], 
 
 
 def header_and_data(file: Path) -> tuple[dict[str, Any], bytes]:
-    """A safetensors file taken apart by the format's own rules, without pessa's reader."""
+    """Split a safetensors file into its header and data, without pessa's reader."""
     content = file.read_bytes()
     start = 8 + int.from_bytes(content[:8], "little")
     return json.loads(content[8:start]), content[start:]
 
 
 def raw_tensors(folder: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
-    """Each tensor's dtype, shape and bytes, of a single-file model."""
+    """Return the dtype, shape and bytes of each tensor in a single-file model."""
     header, data = header_and_data(folder / WEIGHTS)
     header.pop("__metadata__", None)
     return {

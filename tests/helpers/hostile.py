@@ -1,7 +1,7 @@
 """Hostile checkpoints, configs and recipes, as hypothesis strategies; for test_hostile.py and scripts/fuzz.py.
 
-A case is a small model of which some files were replaced. `outcome` opens it as the commands do, and rewrites it:
-whatever a file says, that either works or raises PessaError, soon, in little memory, and nothing else is written.
+A case is a small model in which some files were replaced. `outcome` opens it as the commands do, and rewrites it. That
+must either work or raise PessaError, quickly and in little memory, and must write no other file.
 """
 
 from __future__ import annotations
@@ -32,27 +32,27 @@ from pessa_cli.surgery.run import Run
 
 WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
 SPECTRA, MANIFEST, RECIPE = "spectra.safetensors", "pessa.json", "recipe.toml"
-SECONDS = 5  # that a case may take; most take a hundredth of one
-MEMORY = 2**29  # bytes of address space that a case may add
+SECONDS = 5  # the most seconds that a case may take; most take a hundredth of a second
+MEMORY = 2**29  # the most bytes of address space that a case may add
 WIDTH = 8  # of the small models
 
-Damage = bytes | str | None  # a file's content, what a link points to, or no file
+Damage = bytes | str | None  # the content of a file, the target of a link, or no file
 
 
 @dataclass(frozen=True)
 class Case:
-    """A model by its name in `bases`, and what became of some of its files."""
+    """A model by its name in `bases`, and the replacements of some of its files."""
 
     base: str
     files: dict[str, Damage]
 
 
 class Raw(str):
-    """JSON as text, for what json.dumps would not say."""
+    """JSON as text, for JSON that json.dumps cannot write."""
 
 
 class Pairs(list[tuple[str, Any]]):
-    """A JSON object that may have a key twice."""
+    """A JSON object that may have duplicate keys."""
 
 
 def emit(value: Any) -> str:
@@ -71,7 +71,7 @@ def emit(value: Any) -> str:
 
 
 def make_bases(folder: Path) -> dict[str, Path]:
-    """Two models of one block, a sharded one, one decomposed and one pruned by pessa."""
+    """Make the small models: two of one block, a sharded one, and one decomposed and one pruned by pessa."""
     torch.manual_seed(0)
     block = "encoder.layer.0.attention."
     bert = {f"{block}{name}.weight": torch.randn(WIDTH, WIDTH) for name in ("self.query", "self.key", "self.value")}
@@ -104,7 +104,7 @@ def make_bases(folder: Path) -> dict[str, Path]:
     return {name: folder / name for name in ("bert", "llama", "sharded", "decomposed", "compact")}
 
 
-# What hostile files say.
+# The content of hostile files.
 
 EDGES = [-1, 0, 1, 2, 3, 4, 5, 7, 8, 16, 63, 64, 2**15, 2**31, 2**32, 2**40, 2**53, 2**62, 2**63, 2**64 - 1, 2**64]
 EDGES += [10**30, -(2**31), -(2**63)]
@@ -156,7 +156,7 @@ def safetensors(header: str, data: bytes, length: int | None = None) -> bytes:
 
 @st.composite
 def damaged_safetensors(draw: DrawFn, content: bytes) -> bytes:
-    """A safetensors file whose header was changed in a few places, or whose bytes were."""
+    """A safetensors file with changes in a few places of its header, or in its bytes."""
     header, data = header_of(content)
     pairs = Pairs(header.items())
     spans = [entry.get("data_offsets", (0, 0)) for entry in header.values()]
@@ -192,7 +192,7 @@ def damaged_safetensors(draw: DrawFn, content: bytes) -> bytes:
             entry["shape"] = [n for n in header.get(name, {}).get("shape", []) for n in (n, 1)] + [
                 draw(st.sampled_from([0, 1, 2]))
             ]
-        elif what >= 11 and name in header:  # what the format allows, and models do not have
+        elif what >= 11 and name in header:  # allowed by the format, but not found in models
             count = (end - begin) // 4
             shapes = [[count], [1, count], [count // 4, 4], [count // 8, 8], [2, count // 2], [count, 1, 1], [8, 0, 8]]
             entry["shape"] = draw(st.sampled_from(shapes))
@@ -213,7 +213,7 @@ def damaged_safetensors(draw: DrawFn, content: bytes) -> bytes:
 
 @st.composite
 def damaged_bytes(draw: DrawFn, content: bytes) -> bytes:
-    """A file with a few bytes flipped, cut out or put in."""
+    """A file with a few bytes flipped, removed or inserted."""
     changed = bytearray(content)
     for _ in range(draw(st.integers(1, 4))):
         at, what = draw(st.integers(0, len(changed))), draw(st.integers(0, 3))
@@ -230,7 +230,7 @@ def damaged_bytes(draw: DrawFn, content: bytes) -> bytes:
 
 @st.composite
 def damaged_json(draw: DrawFn, content: str, keys: list[str], values: SearchStrategy[Any]) -> bytes:
-    """A JSON object with other values under the given keys, and keys that were not there; or no JSON at all."""
+    """A JSON object with other values for the given keys and with additional keys, or text that is not JSON."""
     pairs = Pairs(json.loads(content).items())
     for _ in range(draw(st.integers(1, 3))):
         key = draw(rarely(st.sampled_from(keys), texts))
@@ -308,7 +308,7 @@ LINKS = ["model-00001-of-00002.safetensors", "/dev/zero", "/dev/null", "/etc/pas
 
 
 def linked(name: str) -> SearchStrategy[Mapping[str, Damage]]:
-    """Now and then a link of that name, to good and bad things."""
+    """Sometimes a symbolic link of that name, with a valid or invalid target."""
     link: SearchStrategy[Mapping[str, Damage]] = st.sampled_from(LINKS).map(lambda target: {name: target})
     none: SearchStrategy[Mapping[str, Damage]] = st.just({})
     return rarely(none, link)
@@ -343,7 +343,7 @@ def recipes(draw: DrawFn) -> bytes:
 
 
 def targets(bases: Mapping[str, Path]) -> dict[str, SearchStrategy[Case]]:
-    """The cases by what they attack."""
+    """Return the strategies for cases by the kind of file that they attack."""
 
     def one(base: str, file: str, contents: Callable[[bytes], SearchStrategy[bytes]]) -> SearchStrategy[Case]:
         return contents((bases[base] / file).read_bytes()).map(lambda content: Case(base, {file: content}))
@@ -385,7 +385,7 @@ def targets(bases: Mapping[str, Path]) -> dict[str, SearchStrategy[Case]]:
 
 @st.composite
 def damaged_spectra(draw: DrawFn, content: bytes) -> bytes:
-    """Well-formed, with numbers that no spectrum has."""
+    """A well-formed spectra file with numbers that no spectrum has."""
     header, data = header_of(content)
     values = bytearray(data)
     numbers_ = st.sampled_from([0.0, -0.0, -1.0, 1e-320, 1e300, 1e9, float("nan"), float("inf"), -float("inf"), 3.0])
@@ -394,12 +394,12 @@ def damaged_spectra(draw: DrawFn, content: bytes) -> bytes:
     return safetensors(json.dumps(header), bytes(values))
 
 
-# What becomes of them.
+# Running the cases.
 
 
 @contextmanager
 def bounded() -> Iterator[None]:
-    """Seconds and address space for what is inside; more of either is an error that is no PessaError."""
+    """Limit the time and address space inside the context; exceeding either raises an error other than PessaError."""
 
     def late(*_: object) -> None:
         raise TimeoutError(f"more than {SECONDS} s")
@@ -418,7 +418,7 @@ def bounded() -> Iterator[None]:
 
 
 def outcome(case: Case, bases: Mapping[str, Path], place: Path) -> str:
-    """ "fine" or "PessaError"; anything else is raised, and so is a write to anywhere but the output."""
+    """Return "fine" or "PessaError"; any other exception, and a write to anywhere but the output, is raised."""
     model, out = place / "above" / "model", place / "above" / "out"
     shutil.rmtree(place, ignore_errors=True)
     shutil.copytree(bases[case.base], model)
@@ -458,7 +458,7 @@ def _work(case: Case, folder: Path, out: Path) -> None:
         sites = select(model.sites)
         measure(model, sites, run=run)
         prune_model(model, out, Rule(), sites, run=run)
-    open_model(out)  # what pessa writes, pessa reads
+    open_model(out)  # pessa must be able to read its own output
 
 
 def _by_recipe(recipe: Recipe, model: Model, out: Path, run: Run) -> None:

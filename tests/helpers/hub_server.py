@@ -1,4 +1,4 @@
-"""A model hub on this machine: as much of its protocol as huggingface_hub speaks, over folders, with faults to order.
+"""A local model hub that serves folders: the part of the protocol that huggingface_hub uses, with optional faults.
 
 with hub({"openai/whisper-tiny.en": {"main": folder}}, slow=0.01) as server:
     subprocess.run([...], env=server.env(home))
@@ -26,10 +26,11 @@ CHUNK = 2**12
 
 @dataclass
 class Hub:
-    """What is served, how badly, and what was asked for.
+    """The folders that are served, the faults to simulate, and the requests that were received.
 
-    slow: seconds before each chunk of 4 KiB of a file. breaks: how often a file of more than `after` bytes breaks
-    off after that many. token: what has to be sent. gated: every file is refused as of a gated model.
+    slow: seconds of delay before each chunk of 4 KiB of a file.
+    breaks: how often the transfer of a file of more than `after` bytes breaks off after that many bytes.
+    token: the token that requests must send. gated: whether every file is refused as that of a gated model.
     """
 
     repositories: Repositories
@@ -43,13 +44,13 @@ class Hub:
     tokens: set[str | None] = field(default_factory=set)
 
     def env(self, home: Path, **more: str) -> dict[str, str]:
-        """The environment of a command that uses this hub, with its own cache and nothing of the user's."""
+        """Return the environment of a command that uses this hub, with its own cache and no settings of the user."""
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING", "TRANSF"))}
         return kept | {"HF_ENDPOINT": self.endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"} | more
 
     @property
     def fetched(self) -> list[str]:
-        """The names of the files whose content was asked for, each once."""
+        """Return the names of the files whose content was requested, without repetition."""
         gets = [path for method, path, _ in self.requests if method == "GET" and "/resolve/" in path]
         return sorted({re.sub(r".*/resolve/[^/]+/", "", path) for path in gets})
 
@@ -74,7 +75,7 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
         def answer(self) -> None:
             path = unquote(urlsplit(self.path).path)
             hub.requests.append((self.command, path, self.headers.get("Range")))
-            if "/models/" in path or "/resolve/" in path:  # huggingface_hub asks for things of its own, too
+            if "/models/" in path or "/resolve/" in path:  # huggingface_hub also makes other requests
                 hub.tokens.add(self.headers.get("Authorization"))
             if hub.token is not None and self.headers.get("Authorization") != f"Bearer {hub.token}":
                 self.refuse(401, "", "Invalid username or password.")
@@ -94,7 +95,7 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             self.end_headers()
 
         def folder(self, repository: str, revision: str) -> tuple[Path, str] | None:
-            """The folder of a revision or a commit, and the commit; None after having said that there is none."""
+            """Return the folder and commit of a revision or commit; None after sending an error if there is none."""
             revisions = hub.repositories.get(repository)
             if revisions is None:
                 self.refuse(404, "RepoNotFound", "Repository not found")
@@ -170,12 +171,12 @@ class Server(ThreadingHTTPServer):
     daemon_threads = True
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that hangs up is no news here."""
+        """Ignore clients that close the connection."""
 
 
 @contextmanager
 def hub(repositories: Repositories, **options: Any) -> Iterator[Hub]:
-    """Serve the folders on a free port of this machine for as long as the block lasts."""
+    """Serve the folders on a free local port until the context ends."""
     served = Hub(repositories, **options)
     server = Server(("127.0.0.1", 0), _handler(served))
     served.endpoint = f"http://127.0.0.1:{server.server_port}"

@@ -1,7 +1,7 @@
-"""The order of the packages of pessa, lowest first: each imports only from those before it, and from itself.
+"""The order of pessa's packages, lowest first: each may import only from itself and the packages before it.
 
-The test of the imports and the documentation both read it here. What belongs into a package its own `__init__.py` says
-in its first sentence.
+The import test and the documentation both read it from here. The purpose of a package is the first sentence of its
+`__init__.py`.
 """
 
 from __future__ import annotations
@@ -31,6 +31,6 @@ PACKAGES = (
 
 
 def purpose(package: str) -> str:
-    """What belongs into a package, in a sentence."""
+    """Return the purpose of a package in one sentence."""
     docstring = ast.get_docstring(ast.parse((SOURCE / package / "__init__.py").read_text(encoding="utf-8"))) or ""
     return " ".join(docstring.partition("\n\n")[0].split())

@@ -1,4 +1,4 @@
-"""Pairs of factors for tests of the algebra, some of them degenerate."""
+"""Pairs of factors for tests of the algebra, including degenerate ones."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def truncated(factors: Factors, rank: int) -> Pair:
 
 
 def degenerate(kind: str) -> Pair:
-    """Heads of which the Gram matrix alone would lose the small directions, or all of them."""
+    """Return heads for which the Gram matrix alone would lose the small directions, or all of them."""
     pair = random_pair()
     left, right = pair.left.clone(), pair.right.clone()
     if kind == "rank-deficient":

@@ -1,6 +1,6 @@
-"""Tiny models of every supported architecture, made on the fly with weights that let no error hide.
+"""Tiny models with attention weights large enough that every error changes the outputs.
 
-Default initialisation is so small that attention is nearly uniform whatever its weights; drawn from N(0, 0.4)
+With default initialisation the weights are so small that attention is nearly uniform. With weights drawn from N(0, 0.4)
 every projection and bias matters.
 """
 
@@ -26,7 +26,7 @@ ATTENTION = ("self_attn", "encoder_attn", "attention")
 
 
 def build(name: str) -> PreTrainedModel:
-    """A tiny model by name, float32, in eval mode."""
+    """Build a tiny model by name, in float32 and eval mode."""
     torch.manual_seed(0)
     model = {"whisper": _whisper, "bert": _bert, "llama": _llama, "llama-biased": _llama_biased}[name]()
     with torch.no_grad():
@@ -40,13 +40,13 @@ NAMES = ("whisper", "bert", "llama", "llama-biased")
 
 
 def save(name: str, folder: Path, **kwargs: Any) -> Path:
-    """The tiny model as a folder; keyword arguments as for save_pretrained."""
+    """Save a tiny model to a folder; keyword arguments are those of save_pretrained."""
     build(name).save_pretrained(folder, **kwargs)
     return folder
 
 
 def inputs(model: PreTrainedModel, batch: int = 2) -> dict[str, torch.Tensor]:
-    """Sample inputs for a tiny model, the same on every call."""
+    """Return sample inputs for a tiny model, the same on every call."""
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(5, 90, (batch, 9), generator=generator)
     if model.config.model_type == "whisper":
@@ -115,24 +115,24 @@ def _llama() -> PreTrainedModel:
 
 
 def _llama_biased() -> PreTrainedModel:
-    """Biases on all four projections, and heads wider than hidden_size / heads."""
+    """A LLaMA with biases on all four projections, and heads wider than hidden_size / heads."""
     return LlamaForCausalLM(_llama_config(attention_bias=True, head_dim=12))
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """A folder's config.json as it is, without the classes that would interpret it."""
+    """Return a folder's config.json unchanged, not interpreted by a config class."""
     config: dict[str, Any] = json.loads((folder / "config.json").read_text())
     return config
 
 
 def load(folder: Path, **options: Any) -> Any:
-    """The model in the class that its config names; options as for from_pretrained."""
+    """Load the model in the class that its config names; options are those of from_pretrained."""
     kind = getattr(transformers, read_config(folder)["architectures"][0])
     return kind.from_pretrained(folder, **options).eval()
 
 
 def close(a: Any, b: Any, tolerance: float = 1e-5) -> bool:
-    """Whether two models say the same on the sample inputs."""
+    """Return whether two models give the same outputs for the sample inputs."""
     with torch.no_grad():
         x, y = a(**inputs(a)).logits, b(**inputs(b)).logits
     return float((x.float() - y.float()).norm() / x.float().norm()) < tolerance

@@ -1,7 +1,7 @@
-"""Tiny models of every row of the table, from transformers' own configs, and inputs that each of them reads.
+"""Tiny models of every row of the architecture table, from transformers' own configs, and inputs for each of them.
 
-As data: for each `model_type`, and its variants behind a space, the class, its config and what it reads. Attention
-weights are drawn from N(0, 0.4), as in `tiny`.
+They are described as data: for each `model_type`, with the name of a variant after a space, the class, its config and
+the kind of inputs. Attention weights are drawn from N(0, 0.4), as in `tiny`.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ FALCON = {key: value for key, value in LLM.items() if key != "intermediate_size"
     "alibi": False,
 }
 MOONSHINE = {"hidden_layers": 2, "attention_heads": 4, "key_value_heads": 4}
-UNSCALED = 12  # T5 does not divide by the root of this, and has it in W_Q
+UNSCALED = 12  # T5 does not divide scores by its square root, which is absorbed in W_Q
 T5: dict[str, Any] = {
     "vocab_size": 100,
     "d_model": 32,
@@ -357,7 +357,7 @@ TINIES: dict[str, tuple[str, dict[str, Any], str]] = {
 
 
 def build(name: str, **more: Any) -> PreTrainedModel:
-    """A tiny model by name, float32, in eval mode; `more` for its config."""
+    """Build a tiny model by name, in float32 and eval mode; `more` are further values of its config."""
     kind, config, _ = TINIES[name]
     config = config | more
     torch.manual_seed(0)
@@ -367,14 +367,14 @@ def build(name: str, **more: Any) -> PreTrainedModel:
             if "norm" not in key.lower() and any(part in key.lower() for part in ("attn", "attention")):
                 parameter.normal_(0, 0.4 * UNSCALED**-0.5 if key.endswith("Attention.q.weight") else 0.4)
             if key.endswith("_attn_gate") or "gate_attn" in key or "gate_ffn" in key:
-                parameter.fill_(0.5)  # zero at first, which closes what is behind it
+                parameter.fill_(0.5)  # initialised as zero, which would hide the attention behind it
             if key.endswith("mm_input_projection_weight"):
                 parameter.normal_(0, 0.4)
     return made.eval()
 
 
 def inputs(name: str) -> dict[str, torch.Tensor]:
-    """What a tiny model reads, the same on every call."""
+    """Return the inputs of a tiny model, the same on every call."""
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(5, 80, (2, 9), generator=generator)
     said = torch.randint(5, 80, (2, 7), generator=generator)
@@ -448,7 +448,7 @@ def inputs(name: str) -> dict[str, torch.Tensor]:
 
 
 def outputs(name: str, model: Any) -> torch.Tensor:
-    """What it says to them."""
+    """Return its outputs for these inputs."""
     with torch.no_grad():
         found = model(**inputs(name))
     what = ("logits", "last_hidden_state", "text_embeds", "image_embeds")

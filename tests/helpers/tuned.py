@@ -1,4 +1,4 @@
-"""What the tests about fine-tuning share: a tokenizer of single characters, and examples in every form."""
+"""Helpers of the fine-tuning tests: a tokenizer of single characters, and training examples in every form."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from harness import copy_of
 from tokenizers import Tokenizer, decoders, models, processors
 from transformers import PreTrainedTokenizerFast
 
-SPECIAL = ("<pad>", "<s>", "</s>", "<unk>")  # the ids that tests/tiny.py gives them
+SPECIAL = ("<pad>", "<s>", "</s>", "<unk>")  # the ids in tests/helpers/tiny.py
 CHAT = (
     "{% for m in messages %}<s>{{ m['role'][0] }}:{{ m['content'] }}</s>{% endfor %}"
     "{% if add_generation_prompt %}<s>a:{% endif %}"
@@ -19,7 +19,7 @@ CHAT = (
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """One token a printable character, at most 100 in all; <s> before a text."""
+    """Return a tokenizer with one token per printable character, at most 100; it puts <s> before a text."""
     characters = [*SPECIAL, "\n", *map(chr, range(32, 127))]
     backend = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(characters)}, merges=[], unk_token="<unk>"))
     backend.decoder = decoders.Fuse()
@@ -29,7 +29,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def with_tokenizer(folder: Path, to: Path) -> Path:
-    """A copy of a model that can read."""
+    """Copy a model and add the tokenizer."""
     copy_of(folder, to)
     tokenizer().save_pretrained(to)
     return to
@@ -41,7 +41,7 @@ def write_lines(path: Path, rows: list[dict[str, Any]]) -> Path:
 
 
 def sums(path: Path, count: int = 16) -> Path:
-    """Lines such as {"prompt": "3+4=", "completion": "7"}."""
+    """Return training examples such as {"prompt": "3+4=", "completion": "7"}."""
     return write_lines(path, [{"prompt": f"{i}+{i % 3}=", "completion": str(i + i % 3)} for i in range(count)])
 
 
@@ -54,7 +54,7 @@ def losses(adapter: Path) -> list[float]:
 
 
 def disturb(model: torch.nn.Module, scale: float = 0.05) -> None:
-    """Give a fresh adapter, which changes nothing yet, something to say."""
+    """Add noise to the weights of a fresh adapter, which has no effect yet, so that it changes the outputs."""
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -1,4 +1,4 @@
-"""Budgets: what is dropped is what costs least, exactly as much as is asked for, and never more than the data bear."""
+"""Budgets: the directions with the lowest price are dropped, as many as needed, within the allowed errors."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from pessa_cli.surgery.passes import measure, prune_model
 
 SITES = [SITE, replace(SITE, layer=1)]
 WHOLE = Size(1000, 4000)
-EACH = 16  # parameters of one direction of SITE, on either side
+EACH = 16  # the parameters of one direction of SITE, the same for Q-K and V-O
 
 
 def spectra_of(
     first: float, second: float, trials: tuple[Trials | None, Trials | None] = (None, None)
 ) -> dict[str, Spectra]:
-    """Two blocks with geometric spectra, of those ratios."""
+    """Return the spectra of two blocks, geometric with these ratios."""
     made = {}
     for site, ratio, known in zip(SITES, (first, second), trials, strict=True):
         values = np.stack([ratio ** np.arange(4.0), 0.9 * ratio ** np.arange(4.0)])
@@ -55,15 +55,17 @@ def test_a_share_of_attention_is_kept_and_no_more(share: float) -> None:
 def test_params_and_sizes_count_the_whole_model() -> None:
     spectra = spectra_of(0.5, 0.7)
     for rule in (Rule(target_params=0.8), Rule(target_size=3200)):
-        assert left(ranks_for(SITES, spectra, rule, WHOLE), SITES) == EACH * 32 - 13 * EACH  # 200 of 1000 are 12.5
-    with pytest.raises(PessaError, match="488 are left"):
+        assert (
+            left(ranks_for(SITES, spectra, rule, WHOLE), SITES) == EACH * 32 - 13 * EACH
+        )  # the 200 parameters to drop are 12.5 directions
+    with pytest.raises(PessaError, match="488 remain"):
         ranks_for(SITES, spectra, Rule(target_params=0.4), WHOLE)
-    with pytest.raises(PessaError, match="1,952 are left"):
+    with pytest.raises(PessaError, match="1,952 remain"):
         ranks_for(SITES, spectra, Rule(target_size=100), WHOLE)
 
 
-def test_the_cheapest_goes_first_wherever_it_is() -> None:
-    """By hand: no plan of the same size has a smaller sum of squares than that of one price for all."""
+def test_the_cheapest_directions_of_all_blocks_are_dropped_first() -> None:
+    """No dropped direction has a larger share than a kept one, so no plan of the same size drops a smaller sum."""
     spectra = spectra_of(0.3, 0.9)
     plan = ranks_for(SITES, spectra, Rule(target_attention=0.5), WHOLE)
     shares = {name: found.vo**2 / (found.vo**2).sum() for name, found in spectra.items()}
@@ -73,7 +75,7 @@ def test_the_cheapest_goes_first_wherever_it_is() -> None:
     assert sum(plan.vo[SITES[0].name]) < sum(plan.vo[SITES[1].name])
 
 
-def test_what_was_tried_counts_for_more_than_the_spectrum() -> None:
+def test_trials_take_precedence_over_the_spectrum() -> None:
     tried = tuple(0.01 * level for level in LEVELS)
     cheap, dear = Trials(tried, tried, 1.0), Trials(tuple(100 * e for e in tried), tried, 1.0)
     plan = ranks_for(SITES, spectra_of(0.7, 0.7, (cheap, dear)), Rule(target_attention=0.6), WHOLE)
@@ -84,7 +86,7 @@ def test_what_was_tried_counts_for_more_than_the_spectrum() -> None:
     assert sum(plan.vo[SITES[1].name]) < 8
 
 
-def test_the_errors_pass_through_what_was_tried() -> None:
+def test_predicted_errors_interpolate_the_trials() -> None:
     tried = (0.001, 0.004, 0.02, 0.3)
     spectra = spectra_of(0.6, 0.8, (Trials(tried, tried, 2.0), Trials(tried, tried, 2.0)))
     steps = [s for s in ordered_steps(SITES, spectra, Rule()) if (s.site, s.side) == (SITES[1], "vo")]
@@ -97,13 +99,13 @@ def test_the_errors_pass_through_what_was_tried() -> None:
 
 @pytest.mark.parametrize("step", [1, 2, 3, 8])
 @pytest.mark.parametrize("least", [0, 1, 3])
-def test_ranks_stay_on_the_grid(step: int, least: int) -> None:
+def test_ranks_respect_round_to_and_min_rank(step: int, least: int) -> None:
     rule = Rule(target_attention=0.7, round_to=step, min_rank=least)
     allowed = {max(least, min(4, multiple)) for multiple in range(0, 9, step)} | {4}
     try:
         plan = ranks_for(SITES, spectra_of(0.5, 0.7), rule, WHOLE)
     except PessaError:
-        assert least == 3  # three of four in every head are more than 70 %
+        assert least == 3  # the minimum of three of four directions per head is more than 70 %
         return
     assert {rank for side in (plan.qk, plan.vo) for ranks in side.values() for rank in ranks} <= allowed
 
@@ -118,11 +120,11 @@ def test_max_error_bounds_every_block() -> None:
         lost = sum(s.error for s in errors if s.rank >= getattr(plan, s.side)[site.name][s.head])
         assert lost <= 0.1**2 * (1 + 1e-9)
     assert left(plan, SITES[:1]) < left(plan, SITES[1:]) < EACH * 16
-    with pytest.raises(UsageError, match="real inputs"):
+    with pytest.raises(UsageError, match="measured on calibration data"):
         ranks_for(SITES, spectra_of(0.5, 0.7), Rule(max_error=0.1), WHOLE)
 
 
-def test_the_curve_only_rises() -> None:
+def test_the_trade_off_curve_is_monotonic() -> None:
     points = trade_off(SITES, spectra_of(0.5, 0.7), Rule(), WHOLE, points=8)
     assert points[0].attention == EACH * 32
     assert points[0].parameters == 1000
@@ -133,7 +135,7 @@ def test_the_curve_only_rises() -> None:
 def test_trials_are_the_errors_of_pruned_blocks(
     name: str, tiny_folder: TinyFolder, data: list[Path], tmp_path: Path
 ) -> None:
-    """The first block's error with half of V-O cut, and the KL divergence that cutting one block makes."""
+    """Trials measure the first block's error with half of V-O dropped, and the KL divergence from pruning one block."""
     folder = tiny_folder(name)
     model = open_model(folder)
     found = collected(model, data, tmp_path / "s")
@@ -156,12 +158,12 @@ def test_trials_are_the_errors_of_pruned_blocks(
         outputs.append(torch.cat(seen))
     both = float((outputs[0] - outputs[1]).norm() / outputs[0].norm())
     pruned_too = trials.vo[2] + (0 if spectra[site.name].qk is None else trials.qk[2])
-    # Trials are on inputs that were held out, of what the others make.
+    # Trials use held-out inputs, and the statistics of the others.
     assert 0.2 * pruned_too < both**2 < 1.2 * pruned_too
 
 
 @pytest.mark.parametrize("name", ["whisper", "llama"])
-def test_budgets_do_better_than_one_share_for_all(
+def test_budgets_are_better_than_equal_shares(
     name: str, tiny_folder: TinyFolder, data: list[Path], tmp_path: Path
 ) -> None:
     folder = tiny_folder(name)

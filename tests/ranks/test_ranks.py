@@ -1,4 +1,4 @@
-"""Rules on spectra written by hand, where the right ranks can be counted on the fingers."""
+"""Rules applied to small hand-written spectra, whose correct ranks are easy to count."""
 
 from __future__ import annotations
 
@@ -30,20 +30,20 @@ def planned(rule: Rule, site: Site = SITE, qk: Any = QK, vo: Any = VO) -> tuple[
 @pytest.mark.parametrize(
     ("rule", "qk", "vo"),
     [
-        (Rule(qk_thr=0.3, vo_thr=5.0), (4, 1), (2, 0)),  # kept is what is above, not what is equal
-        (Rule(qk_thr=0.25), (4, 2), (4, 4)),  # the other side stays whole
+        (Rule(qk_thr=0.3, vo_thr=5.0), (4, 1), (2, 0)),  # values above the threshold are kept, equal ones are not
+        (Rule(qk_thr=0.25), (4, 2), (4, 4)),  # the other side is not pruned
         (Rule(vo_thr=0.0), (4, 4), (3, 4)),
         (Rule(ratio=0.0), (4, 4), (4, 4)),
         (Rule(ratio=0.25), (4, 2), (2, 4)),
-        (Rule(ratio=0.5), (4, 0), (2, 2)),  # of equal values the later in a head goes first
+        (Rule(ratio=0.5), (4, 0), (2, 2)),  # of equal values the later in a head is dropped first
         (Rule(ratio=0.99), (1, 0), (1, 0)),
         (Rule(rank=3), (3, 3), (3, 3)),
         (Rule(rank=9), (4, 4), (4, 4)),
         (Rule(energy=0.5), (1, 1), (1, 2)),
         (Rule(energy=0.9), (3, 3), (2, 4)),
         (Rule(energy=1.0), (4, 3), (3, 4)),
-        (Rule(), (4, 3), (2, 4)),  # 1e-9 of 10 is below what float32 can hold beside it
-        (Rule(qk_thr=0.3, vo_thr=5.0, round_to=2), (4, 2), (2, 0)),  # what is gone stays gone
+        (Rule(), (4, 3), (2, 4)),  # 1e-9 is below the float32 rounding error of 10
+        (Rule(qk_thr=0.3, vo_thr=5.0, round_to=2), (4, 2), (2, 0)),  # dropped directions stay dropped
         (Rule(qk_thr=0.3, vo_thr=5.0, round_to=3), (4, 3), (3, 0)),
         (Rule(qk_thr=0.3, vo_thr=5.0, min_rank=2), (4, 2), (2, 2)),
         (Rule(rank=1, min_rank=9), (4, 4), (4, 4)),
@@ -73,7 +73,7 @@ def test_ratio_compares_directions_over_all_blocks_but_never_qk_with_vo() -> Non
     )
 
 
-def test_without_a_qk_spectrum_qk_stays_whole() -> None:
+def test_without_a_qk_spectrum_qk_is_not_pruned() -> None:
     assert planned(Rule(ratio=0.5), qk=None) == ((4, 4), (2, 2))
 
 
@@ -94,7 +94,7 @@ def test_without_a_qk_spectrum_qk_stays_whole() -> None:
         {"qk_thr": 0.1, "energy": 0.5},
     ],
 )
-def test_rules_that_make_no_sense(options: dict[str, Any]) -> None:
+def test_invalid_rules_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(UsageError):
         Rule(**options)
 

@@ -1,4 +1,4 @@
-"""Scatter and bucketed: the same results on every way through a model, and a cache that is really smaller."""
+"""The scatter and bucketed backends give the same results in every mode, and bucketed shrinks the cache."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from pessa_cli.ranks.rule import Rule
 from pessa_cli.runtime.bucketed_attention import DECODING, ENCODING
 from pessa_cli.runtime.buckets import Cost, plan
 from pessa_cli.runtime.compact_linear import RaggedIn, RaggedOut, Slots
-from pessa_cli.runtime.patched_attention import NarrowBertSelfAttention, NarrowWhisperAttention, narrow
+from pessa_cli.runtime.patched_attention import NarrowBertSelfAttention, NarrowWhisperAttention, patch_attention
 from pessa_cli.surgery.model import open_model
 from pessa_cli.surgery.passes import prune_model
 
@@ -42,7 +42,7 @@ RANKS: dict[str, tuple[Ranks, Ranks]] = {
 
 
 @pytest.fixture(autouse=True)
-def _auto_again() -> Iterator[None]:
+def _restore_auto_backend() -> Iterator[None]:
     yield
     pessa_cli.set_backend("auto")
 
@@ -62,7 +62,7 @@ def load(folder: Path, **options: Any) -> Any:
 
 
 def block(ranks: tuple[Ranks, Ranks], decoder: bool) -> WhisperAttention:
-    """One attention block of Whisper with random weights of these ranks."""
+    """Return one Whisper attention block with random weights of these ranks."""
     torch.manual_seed(0)
     holder = nn.Module()
     config = transformers.WhisperConfig(attn_implementation="sdpa")
@@ -78,7 +78,7 @@ def block(ranks: tuple[Ranks, Ranks], decoder: bool) -> WhisperAttention:
     with torch.no_grad():
         for parameter in holder.parameters():
             parameter.normal_(0, 0.4)
-    narrow(holder)
+    patch_attention(holder)
     assert isinstance(attention, NarrowWhisperAttention)
     return attention.eval()
 
@@ -132,8 +132,8 @@ def test_steps_with_a_cache_compute_the_same(ranks: tuple[Ranks, Ranks], across:
         assert error(*both(run)) < 1e-5
 
 
-def test_a_wrong_layout_would_show() -> None:
-    """The negative control: columns of one head in another's slots."""
+def test_negative_control_a_wrong_layout() -> None:
+    """The results must differ if the columns of one head are put into the slots of another."""
     attention = block(RANKS["even"], decoder=False)
     x = torch.randn(1, 80, WIDTH)
     slots = attention.layout.k.slots
@@ -197,7 +197,7 @@ def test_generation_is_the_same(folders: dict[str, Path], options: dict[str, Any
     assert len(set(scatter[0].tolist())) > 3
 
 
-def test_the_cache_is_smaller_and_only_there(folders: dict[str, Path]) -> None:
+def test_the_cache_is_smaller_with_buckets_only(folders: dict[str, Path]) -> None:
     model = load(folders["whisper"])
 
     def cached() -> Tensor:
@@ -215,12 +215,17 @@ def test_the_cache_is_smaller_and_only_there(folders: dict[str, Path]) -> None:
     pessa_cli.set_backend("bucketed")
     attention(torch.randn(1, 1, WIDTH), key_value_states=torch.randn(1, 70, WIDTH), past_key_values=caches)
     layer = caches.cross_attention_cache.layers[0]
-    assert layer.keys.shape == (1, 1, 70, 6 * 8 + 1)  # and one column more, read by the last head beyond its end
+    assert layer.keys.shape == (
+        1,
+        1,
+        70,
+        6 * 8 + 1,
+    )  # and one more column, which the view of the last head reads beyond its end
     assert layer.values.shape == (1, 1, 70, 6 * 16)
 
 
-def test_the_real_tiny_en_by_half(tmp_path: Path) -> None:
-    """Encoder, a prompt and steps after it; the control: with half of the original's attention it is another model."""
+def test_the_real_tiny_en_pruned_by_half(tmp_path: Path) -> None:
+    """The backends agree in the encoder, a prompt and decoding steps; the control is the original, which differs."""
     source = fetch("whisper-tiny.en")
     prune_model(open_model(source), tmp_path / "half", Rule(ratio=0.5))
     features = torch.randn(1, 80, 3000, generator=torch.Generator().manual_seed(0)).clamp(-1, 1.5)
@@ -256,21 +261,22 @@ def test_loaded_models_can_be_copied_pickled_compiled_and_cast(folders: dict[str
         assert error(expected, copy.deepcopy(model).to(torch.bfloat16)(**inputs).logits.float()) < 5e-2
 
 
-def test_an_adapter_sends_a_block_back_to_full_slots(folders: dict[str, Path]) -> None:
+def test_an_adapter_disables_bucketing(folders: dict[str, Path]) -> None:
     model = load(folders["whisper"])
     module = model.model.encoder.layers[0].self_attn
     pessa_cli.set_backend("bucketed")
     x = torch.randn(1, 9, 32)
     with torch.no_grad():
         expected = module(x)[0]
-        assert module.bucketed(x)
-        module.v_proj = nn.Sequential(module.v_proj)  # as peft would wrap it
-        assert not module.bucketed(x)
+        assert module.uses_buckets(x)
+        module.v_proj = nn.Sequential(module.v_proj)  # as peft wraps it
+        assert not module.uses_buckets(x)
         assert error(expected, module(x)[0]) < 1e-5
 
 
 def test_plans() -> None:
-    """Every head with an effect once, wide enough, in widths of 8; never dearer than the original."""
+    """Each head with an effect is in one bucket, wide enough and a multiple of 8; the plan never costs more than one
+    call."""
     for cost in (ENCODING["cpu"], DECODING["cpu"], Cost(call=0, head=0, width=1, stored=0)):
         for qk, vo in RANKS.values():
             found = plan(qk, vo, HEAD_DIM, cost)

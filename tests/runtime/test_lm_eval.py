@@ -1,4 +1,4 @@
-"""EleutherAI's lm-evaluation-harness on compact models: its `hf` model, offline, with a task of our own."""
+"""EleutherAI's lm-evaluation-harness on compact models: its `hf` model, offline, with a local task."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from pessa_cli.surgery.passes import prune_model
 
 pytest.importorskip("lm_eval")
 
-# The two lines of the README.
+# The two lines in the README.
 WRAPPER = "import pessa_cli; from lm_eval.__main__ import cli_evaluate; cli_evaluate()"
 QUESTIONS = (
     ("The capital of France is", " Paris", " Rome"),
@@ -36,7 +36,7 @@ QUESTIONS = (
 
 @pytest.fixture
 def task(tmp_path: Path) -> Path:
-    """A folder with a task, its right answers in turns first and second."""
+    """Write a task whose correct answers alternate between the first and the second."""
     folder = tmp_path / "tasks"
     folder.mkdir()
     rows = [
@@ -58,12 +58,12 @@ def task(tmp_path: Path) -> Path:
         "target_delimiter": "",
         "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
     }
-    (folder / "facts.yaml").write_text(json.dumps(config))  # JSON is YAML
+    (folder / "facts.yaml").write_text(json.dumps(config))  # valid, because JSON is a subset of YAML
     return folder
 
 
 def run(model: Any, reader: Any, task: Path) -> tuple[float, list[float]]:
-    """The accuracy, and the log-likelihood of every answer."""
+    """Return the accuracy, and the log-likelihood of every answer."""
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
@@ -86,7 +86,7 @@ def pruned_twice(source: Path, rule: Rule, folder: Path) -> tuple[Path, Path]:
 
 
 def test_tiny(tiny_folder: TinyFolder, task: Path, tmp_path: Path) -> None:
-    """Compact as dense, whether the model is handed over or its folder, by the harness's own command."""
+    """Compact and dense agree, whether the model object is passed or its folder by the harness's command line."""
     compact, dense = pruned_twice(with_tokenizer(tiny_folder("llama"), tmp_path / "llama"), Rule(ratio=0.4), tmp_path)
     reader = AutoTokenizer.from_pretrained(compact)
     score, likelihoods = run(tiny.load(compact), reader, task)

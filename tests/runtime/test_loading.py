@@ -25,7 +25,7 @@ from pessa_cli.surgery.passes import prune_model
 
 @pytest.mark.parametrize("name", tiny.NAMES)
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_a_compact_model_is_the_dense_one(pruned: Callable[[str, str], Path], name: str, attention: str) -> None:
+def test_a_compact_model_equals_the_dense_one(pruned: Callable[[str, str], Path], name: str, attention: str) -> None:
     compact = load(pruned(name, "compact"), attn_implementation=attention)
     assert close(load(pruned(name, "dense"), attn_implementation=attention), compact)
     assert any(isinstance(module, RaggedOut) for module in compact.modules())
@@ -45,7 +45,7 @@ def test_a_compact_model_is_the_dense_one(pruned: Callable[[str, str], Path], na
     ],
     ids=["greedy", "beams", "no cache", "static cache", "sampling"],
 )
-def test_generation_is_that_of_the_dense_model(
+def test_generation_equals_that_of_the_dense_model(
     pruned: Callable[[str, str], Path], name: str, options: dict[str, Any]
 ) -> None:
     options = dict(options)
@@ -57,11 +57,11 @@ def test_generation_is_that_of_the_dense_model(
         torch.manual_seed(seed)
         written.append(model.generate(**inputs, max_new_tokens=12, **options).tolist())
     assert written[0] == written[1]
-    assert len(set(written[0][0])) > 3  # not one token over and over, which any model would repeat
+    assert len(set(written[0][0])) > 3  # not a single repeated token, which would prove little
 
 
 @pytest.mark.parametrize("name", tiny.NAMES)
-def test_what_save_pretrained_writes_loads_again(pruned: Callable[[str, str], Path], name: str, tmp_path: Path) -> None:
+def test_save_pretrained_round_trips(pruned: Callable[[str, str], Path], name: str, tmp_path: Path) -> None:
     model = load(pruned(name, "compact"))
     model.save_pretrained(tmp_path / "single")
     model.save_pretrained(tmp_path / "shards", max_shard_size="20KB")
@@ -123,7 +123,7 @@ def test_deepcopy_and_pickle(pruned: Callable[[str, str], Path]) -> None:
 
 
 def test_ragged_layers_report_the_full_width(pruned: Callable[[str, str], Path]) -> None:
-    """PEFT sizes its adapters by in_features and out_features."""
+    """PEFT takes the sizes of its adapters from in_features and out_features."""
     compact, dense = load(pruned("whisper", "compact")), load(pruned("whisper", "dense"))
     seen = 0
     for name, module in compact.named_modules():
@@ -139,7 +139,7 @@ def test_ragged_layers_report_the_full_width(pruned: Callable[[str, str], Path])
 def test_heads_of_rank_zero_and_whole_blocks_of_rank_zero(name: str, tiny_folder: TinyFolder, tmp_path: Path) -> None:
     model = load(tiny_folder(name))
     site = open_model(tiny_folder(name)).sites[0]
-    with torch.no_grad():  # nothing leaves the first block, and nothing enters its scores
+    with torch.no_grad():  # the first block has no output, and its scores no input
         for side in "vq":
             for parameter in model.get_submodule(site.module(side)).parameters():
                 parameter.zero_()
@@ -168,7 +168,7 @@ def test_a_config_that_no_longer_fits_is_refused(pruned: Callable[[str, str], Pa
     name = next(iter(modules))
     modules[name] = modules[name].replace("rows 8:", "rows 16:")
     (tmp_path / "out" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(pessa_error(), match="ranks are for"):
+    with pytest.raises(pessa_error(), match=r"ranks in config\.json are for"):
         load(tmp_path / "out")
 
 

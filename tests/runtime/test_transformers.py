@@ -1,6 +1,6 @@
-"""Compact models in everything that transformers offers, with the dense layout as the reference.
+"""Compact models with the features of transformers, compared with the dense layout.
 
-Each claim has its control: the same measure tells the pruned model from the original it was made from.
+Each test has a control: the same measure tells the pruned model from the original.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from pessa_cli.surgery.model import open_model
 from pessa_cli.surgery.passes import export_model, prune_model
 
 Pruned = Callable[..., Path]
-Three = tuple[Any, Any, Any]  # of the dense layout, of the compact one, and of the original
+Three = tuple[Any, Any, Any]  # dense, compact, original
 DECODERS = ("whisper", "llama", "llama-biased")
 AUTO = {"whisper": "AutoModelForSpeechSeq2Seq", "bert": "AutoModelForMaskedLM", "llama": "AutoModelForCausalLM"}
 
@@ -42,7 +42,7 @@ def _forget_compiled_code() -> Iterator[None]:
 
 @pytest.fixture
 def three(pruned: Pruned, tiny_folder: TinyFolder) -> Callable[..., Three]:
-    """`three("whisper", dtype=...)`: the models of the dense and the compact layout and the original."""
+    """`three("whisper", dtype=...)` returns the dense model, the compact model and the original."""
 
     def get(name: str, **options: Any) -> Three:
         folders = pruned(name, "dense"), pruned(name, "compact"), tiny_folder(name)
@@ -53,7 +53,7 @@ def three(pruned: Pruned, tiny_folder: TinyFolder) -> Callable[..., Three]:
 
 
 def prompt(model: Any) -> dict[str, torch.Tensor]:
-    """What `generate` takes; the second text is shorter, padded on the left."""
+    """Return inputs for `generate`; the second text is shorter and padded on the left."""
     inputs = {name: value for name, value in tiny.inputs(model).items() if name != "decoder_input_ids"}
     if "attention_mask" in inputs:
         inputs["attention_mask"] = inputs["attention_mask"].flip(1)
@@ -61,7 +61,7 @@ def prompt(model: Any) -> dict[str, torch.Tensor]:
 
 
 def told_apart(results: Any) -> None:
-    """Dense and compact gave the same, the original something else."""
+    """Assert that dense and compact give the same result, and the original another one."""
     dense, compact, original = results
     assert dense == compact
     assert dense != original
@@ -94,7 +94,9 @@ def test_the_auto_class_loads_it(name: str, options: dict[str, Any], pruned: Pru
     assert not close(original, compact, 0.3)
 
 
-def test_parts_of_the_model_wait_on_the_disk(pruned: Pruned, three: Callable[..., Three], tmp_path: Path) -> None:
+def test_parts_of_the_model_can_be_offloaded_to_disk(
+    pruned: Pruned, three: Callable[..., Three], tmp_path: Path
+) -> None:
     where = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk"}
     where |= {"model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
     waiting = load(pruned("llama"), device_map=where, offload_folder=tmp_path)
@@ -104,8 +106,8 @@ def test_parts_of_the_model_wait_on_the_disk(pruned: Pruned, three: Callable[...
     assert not close(original, waiting)
 
 
-def test_no_projection_is_ever_full_while_loading(pruned: Pruned, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The model is on the meta device until it has its ragged layers, which then take the file's tensors."""
+def test_loading_never_allocates_a_full_projection(pruned: Pruned, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model is on the meta device until its ragged layers are in place, which then receive the file's tensors."""
     from transformers.quantizers.base import HfQuantizer
 
     seen: set[str] = set()
@@ -124,13 +126,13 @@ def test_no_projection_is_ever_full_while_loading(pruned: Pruned, monkeypatch: p
 
 
 def without_pessa(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    """Python code in a process where nothing imports pessa_cli."""
+    """Run Python code in a process that does not import pessa_cli."""
     command = [sys.executable, "-c", f"import sys, transformers\n{code}", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True)
 
 
-def test_without_the_import_the_error_says_what_to_do(pruned: Pruned, tiny_folder: TinyFolder, tmp_path: Path) -> None:
-    """Every way in, all architectures, in one process; and what save_pretrained has written, too."""
+def test_without_the_import_the_error_tells_what_to_do(pruned: Pruned, tiny_folder: TinyFolder, tmp_path: Path) -> None:
+    """All loading functions and architectures are tried in one process, also for folders that save_pretrained wrote."""
     code = """
 folders = sys.argv[1:]
 auto = transformers.AutoModel, transformers.AutoModelForCausalLM
@@ -161,8 +163,8 @@ assert "pessa_cli" not in sys.modules
     assert control.stdout.split("\n")[:3] == ["loaded"] * 3
 
 
-def test_without_the_import_a_chosen_attention_is_an_error_too(pruned: Pruned) -> None:
-    """Then transformers does not look at ours, but still stops at the shapes, and names pessa in a warning."""
+def test_without_the_import_a_chosen_attention_is_also_an_error(pruned: Pruned) -> None:
+    """Then transformers ignores pessa's hint, but still fails because of the shapes, and names pessa in a warning."""
     code = "transformers.AutoModel.from_pretrained(sys.argv[1], attn_implementation='eager')"
     done = without_pessa(code, pruned("bert"))
     assert done.returncode != 0
@@ -195,7 +197,7 @@ def test_attention_implementations(name: str, attention: str, three: Callable[..
         assert not close(original, compact)
 
 
-def test_the_implementation_may_change_later(three: Callable[..., Three]) -> None:
+def test_the_implementation_can_change_after_loading(three: Callable[..., Three]) -> None:
     dense, compact, _ = three("whisper")
     for attention in ("eager", "sdpa"):
         compact.set_attn_implementation(attention)
@@ -203,14 +205,14 @@ def test_the_implementation_may_change_later(three: Callable[..., Three]) -> Non
 
 
 @pytest.mark.parametrize("name", ["whisper", "bert", "llama"])
-def test_the_weights_of_attention(name: str, three: Callable[..., Three]) -> None:
+def test_attention_weights(name: str, three: Callable[..., Three]) -> None:
     with torch.no_grad():
         found = [m(**tiny.inputs(m), output_attentions=True) for m in three(name, attn_implementation="eager")]
     names = ("encoder_attentions", "decoder_attentions", "cross_attentions") if name == "whisper" else ("attentions",)
     for key in names:
         dense, compact, original = (torch.stack(getattr(output, key)) for output in found)
         assert torch.allclose(dense, compact, atol=1e-5)
-        if name != "llama":  # whose scores are not pruned, under RoPE
+        if name != "llama":  # under RoPE its scores are not pruned
             assert not torch.allclose(original[0], compact[0], atol=1e-2)
 
 
@@ -246,7 +248,7 @@ def test_generation(name: str, options: dict[str, Any], three: Callable[..., Thr
 
 
 @pytest.mark.parametrize("static", [False, True])
-def test_caches_given_by_hand(static: bool, three: Callable[..., Three]) -> None:
+def test_explicit_caches(static: bool, three: Callable[..., Three]) -> None:
     from transformers import DynamicCache, EncoderDecoderCache, StaticCache
 
     def cache(model: Any) -> Any:
@@ -258,7 +260,7 @@ def test_caches_given_by_hand(static: bool, three: Callable[..., Three]) -> None
     for model in three("llama"):
         inputs, given = prompt(model), cache(model)
         first = model.generate(**inputs, max_new_tokens=6, past_key_values=given)
-        # The next turn of the conversation goes on with the same cache.
+        # The next turn of the conversation continues with the same cache.
         mask = torch.nn.functional.pad(inputs["attention_mask"], (0, first.shape[1] - 9), value=1)
         again = model.generate(first, attention_mask=mask, max_new_tokens=6, past_key_values=given)
         written.append((first.tolist(), again.tolist()))
@@ -270,8 +272,8 @@ def test_caches_given_by_hand(static: bool, three: Callable[..., Three]) -> None
     told_apart(written)
 
 
-def test_step_by_step_is_all_at_once(three: Callable[..., Three]) -> None:
-    """Whisper's decoder with its cache of keys and values, encoder's included, against the same without."""
+def test_decoding_step_by_step_equals_one_pass(three: Callable[..., Three]) -> None:
+    """Whisper's decoder gives the same with a cache, including the encoder's keys and values, as without."""
     _, compact, _ = three("whisper")
     inputs = tiny.inputs(compact)
     ids = inputs.pop("decoder_input_ids")
@@ -292,7 +294,7 @@ def test_step_by_step_is_all_at_once(three: Callable[..., Three]) -> None:
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
-    """Words w0 to w99 for the tiny text models."""
+    """Return a tokenizer with the words w0 to w99 for the tiny text models."""
     words = Tokenizer(WordLevel({f"w{i}": i for i in range(100)}, unk_token="w4"))
     words.pre_tokenizer = Whitespace()
     return transformers.PreTrainedTokenizerFast(
@@ -319,7 +321,7 @@ def test_the_fill_mask_pipeline(pruned: Pruned, tiny_folder: TinyFolder, tokeniz
 
 @pytest.fixture(scope="module")
 def speech(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Whisper tiny.en pruned by a tenth, dense and compact."""
+    """Return Whisper tiny.en pruned by a tenth, dense and compact."""
     place = tmp_path_factory.mktemp("speech")
     for layout in ("dense", "compact"):
         prune_model(open_model(fetch("whisper-tiny.en")), place / layout, Rule(ratio=0.1), layout=layout)
@@ -352,7 +354,7 @@ def test_the_speech_pipeline(speech: tuple[Path, Path], options: dict[str, Any])
 @pytest.mark.parametrize("name", ["whisper", "bert", "llama"])
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradient_checkpointing(name: str, reentrant: bool, three: Callable[..., Three]) -> None:
-    """The same loss and gradients with it and without, and the dense model's loss."""
+    """Loss and gradients are the same with and without checkpointing, and the loss is the dense model's."""
     dense, compact, original = (model.train() for model in three(name))
     inputs = tiny.inputs(compact)
     inputs["labels"] = inputs["decoder_input_ids" if name == "whisper" else "input_ids"]
@@ -377,7 +379,7 @@ def test_gradient_checkpointing(name: str, reentrant: bool, three: Callable[...,
 
 @pytest.mark.parametrize("name", ["whisper", "bert", "llama"])
 def test_torch_compile(name: str, three: Callable[..., Three]) -> None:
-    """As one graph, without a break: what the layers do is all tensors."""
+    """The model compiles to one graph without breaks."""
     dense, compact, original = three(name)
     compiled = torch.compile(compact, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
@@ -416,7 +418,7 @@ def test_the_trainer(name: str, pruned: Pruned, three: Callable[..., Three], tmp
         trainer.train()
         losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
     assert losses[1][-1] < losses[1][0]
-    if name == "llama":  # the others have dropout
+    if name == "llama":  # the other models have dropout
         assert losses[0][0] == pytest.approx(losses[1][0], rel=1e-4)
     again = load(tmp_path / "compact" / "checkpoint-6")
     assert close(compact.eval(), again, 1e-6)

@@ -1,6 +1,6 @@
-"""CTranslate2's Whisper folders: written here from tiny transformers models, read back by pessa, equal to the source.
+"""Conversion of CTranslate2 Whisper folders, which are written here from tiny transformers models.
 
-The writer below follows the format's description on its own; it shares no code with the reader.
+The writer below was written from the format's description and shares no code with pessa's reader.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def specials() -> list[str]:
 
 
 def vocabulary(multilingual: bool) -> list[str]:
-    """As many tokens as the real ones; the multilingual one has an empty token, as OpenAI's has."""
+    """Return a vocabulary of the real size; the multilingual one has an empty token, as OpenAI's has."""
     text = [*sorted(ByteLevel.alphabet()), *(f"w{i}" for i in range(50_000))]
     return [*text, *[""] * multilingual, *specials(), *(f"<|{0.02 * i:.2f}|>" for i in range(1501))]
 
@@ -63,7 +63,7 @@ def tokenizer(tokens: list[str]) -> dict[str, object]:
 
 
 def source_model(multilingual: bool) -> WhisperForConditionalGeneration:
-    """A tiny Whisper with float16 values, in which encoder and decoder differ in every size that may differ."""
+    """Return a tiny Whisper with float16 values; its encoder and decoder differ in every size that can differ."""
     torch.manual_seed(0)
     config = WhisperConfig(
         vocab_size=51865 if multilingual else 51864,
@@ -81,13 +81,13 @@ def source_model(multilingual: bool) -> WhisperForConditionalGeneration:
     model = WhisperForConditionalGeneration(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "layer_norm" not in name:  # left at one and zero: equal variables are aliases in the file
+            if "layer_norm" not in name:  # keep ones and zeros, since equal variables become aliases in the file
                 parameter.normal_(0, 0.4)
     return model.half().float().eval()
 
 
 def variables(model: WhisperForConditionalGeneration) -> dict[str, Array]:
-    """The model's tensors under CTranslate2's names, q, k and v stacked, and its scalars."""
+    """Return the model's tensors under CTranslate2's names, with q, k and v stacked, and its scalars."""
     state: dict[str, Array] = {name: tensor.half().numpy() for name, tensor in model.state_dict().items()}
     found: dict[str, Array] = {"decoder/projection/weight": state["proj_out.weight"]}
 
@@ -129,7 +129,7 @@ def variables(model: WhisperForConditionalGeneration) -> dict[str, Array]:
 def write(
     path: Path, found: dict[str, Array], version: int = 6, spec: str = "WhisperSpec", revision: int = 3
 ) -> list[int]:
-    """A model.bin with equal arrays as aliases; returns where each variable's data starts."""
+    """Write a model.bin with equal arrays as aliases; returns the offset of each variable's data."""
 
     def string(text: str) -> bytes:
         return struct.pack("<H", len(text) + 1) + text.encode() + b"\0"
@@ -209,7 +209,7 @@ def test_logits_equal_the_source(case: Case) -> None:
     )
     assert not any(report.values())
     assert torch.equal(logits(loaded.eval()), logits(case.model))
-    with torch.no_grad():  # negative control: the comparison sees one changed weight
+    with torch.no_grad():  # negative control: the comparison detects one changed weight
         loaded.model.decoder.layers[1].encoder_attn.v_proj.weight[3, 5] += 0.1
     assert not torch.equal(logits(loaded), logits(case.model))
 
@@ -233,7 +233,7 @@ def test_processor_and_generation(case: Case) -> None:
     end = 50257 if case.multilingual else 50256
     assert (text.eos_token_id, text.pad_token_id, len(text)) == (end, end, model.config.vocab_size)
     assert text.convert_tokens_to_ids(["<|0.00|>", "<|30.00|>"]) == [end + 107, end + 1607]
-    assert text.all_special_ids[-1] == end + 106  # <|notimestamps|>: transformers counts timestamps from there
+    assert text.all_special_ids[-1] == end + 106  # <|notimestamps|>: transformers counts timestamps from the next id
     assert text("hé<|1.00|>", add_special_tokens=False).input_ids[-1] == end + 157
     spoken = [end + 107, *text("hé", add_special_tokens=False).input_ids, end + 157]
     assert text.decode(spoken, skip_special_tokens=True) == "hé"
@@ -290,7 +290,7 @@ def test_truncated_anywhere(english: Case, tmp_path: Path) -> None:
             read_model(path)
 
 
-def test_garbage_is_an_error_and_nothing_else(english: Case, tmp_path: Path) -> None:
+def test_garbage_is_refused(english: Case, tmp_path: Path) -> None:
     path, rng = english.copy(tmp_path) / "model.bin", random.Random(0)
     good = path.read_bytes()
     near = [start + offset for start in english.starts for offset in range(-30, 0)]
@@ -313,7 +313,7 @@ def test_garbage_is_an_error_and_nothing_else(english: Case, tmp_path: Path) -> 
     with pytest.raises(PessaError, match="binary version"):
         read_model(path)
     path.write_bytes(good + b"\0")
-    with pytest.raises(PessaError, match="after its end"):
+    with pytest.raises(PessaError, match="after its last entry"):
         read_model(path)
 
 
@@ -342,7 +342,10 @@ SELF, CROSS = "decoder/layer_1/self_attention/linear_0", "decoder/layer_1/attent
             edit(f"{SELF}/weight", lambda a: a[:-1]),
             rf"\n  {SELF}/weight: shape \(47, 16\), expected \(48, 16\)",
         ),
-        (edit("decoder/num_heads", lambda _: np.array(3, np.int16)), "3 heads for a width of 16"),
+        (
+            edit("decoder/num_heads", lambda _: np.array(3, np.int16)),
+            "3 heads, which do not divide its width of 16 evenly",
+        ),
         (edit("decoder/alibi", lambda _: np.array(1, np.int8)), "decoder/alibi: 1, expected 0"),
         (lambda found: found.pop(f"{SELF}/bias"), f"{SELF}/bias: missing"),
         (lambda found: found.pop("encoder/conv1/weight"), "has no encoder/conv1/weight"),
@@ -364,9 +367,9 @@ def test_other_models_are_refused(
 @pytest.mark.parametrize(
     ("header", "message"),
     [
-        ({"spec": "TransformerSpec"}, "holds a TransformerSpec 3, not a WhisperSpec 3"),
-        ({"revision": 2}, "holds a WhisperSpec 2"),
-        ({"version": 5}, "binary version 5, not 6"),
+        ({"spec": "TransformerSpec"}, "holds a TransformerSpec, revision 3, but pessa reads WhisperSpec, revision 3"),
+        ({"revision": 2}, "holds a WhisperSpec, revision 2"),
+        ({"version": 5}, "binary version 5, but pessa reads 6"),
     ],
 )
 def test_other_formats_are_refused(tmp_path: Path, header: dict[str, int], message: str) -> None:
@@ -379,11 +382,11 @@ def test_other_formats_are_refused(tmp_path: Path, header: dict[str, int], messa
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [
-        ("vocabulary.txt", "a\nb\n", "holds 2 tokens, the embedding has 51,864 rows"),
-        ("vocabulary.txt", "a\n" * 51_864, "not a Whisper's vocabulary: it lacks <|endoftext|>"),
-        ("vocabulary.txt", None, "vocabulary.json is no readable vocabulary"),
+        ("vocabulary.txt", "a\nb\n", "holds 2 tokens, but the embedding has 51,864 rows"),
+        ("vocabulary.txt", "a\n" * 51_864, "not the vocabulary of a Whisper model: it lacks <|endoftext|>"),
+        ("vocabulary.txt", None, "vocabulary.json is not a readable vocabulary"),
         ("tokenizer.json", None, "tokenizer.json does not exist"),
-        ("tokenizer.json", "{}", "no tokenizer with a vocabulary"),
+        ("tokenizer.json", "{}", "not a tokenizer with a vocabulary"),
         ("tokenizer.json", json.dumps(tokenizer(vocabulary(True))), "belongs to another model"),
         ("config.json", None, "config.json does not exist"),
         ("config.json", '{"suppress_ids": [51864]}', "suppress_ids is not a list of token ids below 51864"),
@@ -446,5 +449,5 @@ def test_real_whisper_transcribes(fetch: Callable[[str], Path]) -> None:
     assert segments[-1]["timestamp"][1] == pytest.approx(9.5, abs=1)
     inputs = processor(samples, sampling_rate=rate, return_tensors="pt", return_attention_mask=True)
     spoken_at = model.generate(**inputs, return_token_timestamps=True)["token_timestamps"][0]
-    assert 0 < spoken_at[3] < 4 < 8 < spoken_at[-2] < 10  # by the alignment heads, token by token
+    assert 0 < spoken_at[3] < 4 < 8 < spoken_at[-2] < 10  # token timestamps come from the alignment heads
     assert (spoken_at.diff() >= 0).all()

@@ -1,6 +1,6 @@
-"""Files made to do harm: a typed error each, soon, in little memory, with nothing run and nothing written elsewhere.
+"""Hostile files raise PessaError quickly and in little memory; no code is run and no other file is written.
 
-scripts/fuzz.py runs the same strategies for as long as one likes; here are a few of each, and the known attacks.
+scripts/fuzz.py runs the same strategies with any number of cases; here are a few of each, and the known attacks.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> Bases:
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_whatever_a_file_says_it_works_or_is_refused(target: str, bases: Bases, tmp_path: Path) -> None:
+def test_any_file_works_or_is_refused(target: str, bases: Bases, tmp_path: Path) -> None:
     found: set[str] = set()
 
     @settings(
@@ -74,8 +74,8 @@ def test_whatever_a_file_says_it_works_or_is_refused(target: str, bases: Bases, 
     assert "PessaError" in found
 
 
-def test_the_small_models_undamaged_pass(bases: Bases, tmp_path: Path) -> None:
-    """The control: what is refused above is refused for its damage."""
+def test_the_undamaged_models_pass(bases: Bases, tmp_path: Path) -> None:
+    """The control: the cases above are refused because of their damage."""
     for name, folder in bases.items():
         unchanged = Case(name, {path.name: path.read_bytes() for path in folder.iterdir() if path.name != MANIFEST})
         assert outcome(unchanged, bases, tmp_path / "place") == "fine"
@@ -86,7 +86,7 @@ def test_the_small_models_undamaged_pass(bases: Bases, tmp_path: Path) -> None:
 
 
 def refused(case: Case, bases: Bases, place: Path) -> str:
-    """The message of the refusal."""
+    """Return the message of the PessaError."""
     with pytest.MonkeyPatch.context() as patch:
         seen: list[str] = []
         made = PessaError.__init__
@@ -107,21 +107,21 @@ def with_header(folder: Path, change: Callable[[str], str]) -> dict[str, Any]:
 
 
 def twice(header: str) -> str:
-    """The first entry once more, further on."""
+    """Repeat the header's first entry at the end."""
     name, entry = next(iter(json.loads(header).items()))
     return f"{header[:-1]}, {json.dumps(name)}: {json.dumps(entry)}}}"
 
 
 def as_lists(header: str) -> str:
-    """What the format's library takes for entries, too."""
+    """Write entries as lists, which the safetensors library also accepts."""
     return json.dumps({name: list(entry.values()) for name, entry in json.loads(header).items()})
 
 
 HEADERS: dict[str, tuple[Callable[[str], str], str]] = {
     "duplicate names": (twice, "twice"),
     "entries as lists": (as_lists, "lists"),
-    "names that steer a terminal": (lambda h: h.replace("embeddings", r"\u001b[2Jembeddings"), "impossible names"),
-    "endless names": (lambda h: h.replace("embeddings", "x" * 600), "impossible names"),
+    "names that steer a terminal": (lambda h: h.replace("embeddings", r"\u001b[2Jembeddings"), "not printable"),
+    "endless names": (lambda h: h.replace("embeddings", "x" * 600), "not printable"),
     "offsets past the file": (lambda h: h.replace("[0, 96]", "[0, 10000000000000]"), "not a complete"),
     "overlap": (lambda h: h.replace("[0, 96]", "[32, 128]"), "not a complete"),
     "reversed offsets": (lambda h: h.replace("[0, 96]", "[96, 0]"), "not a complete"),
@@ -148,7 +148,7 @@ def config(base: Path, **values: Any) -> dict[str, Any]:
 
 
 def claims(head_dim: int) -> dict[str, Any]:
-    """No direction kept in heads as large as said."""
+    """Return a quantization_config whose heads have the given size and keep no direction of V-O."""
     modules = {f"model.layers.0.self_attn.{side}_proj": f"rows {head_dim}: 0 0" for side in "v"}
     modules |= {"model.layers.0.self_attn.o_proj": f"columns {head_dim}: 0 0 0 0"}
     return {"quant_method": "pessa", "modules": modules}
@@ -174,8 +174,8 @@ def test_configs(attack: str, bases: Bases, tmp_path: Path) -> None:
     assert says in refused(Case("llama", config(bases["llama"], **values)), bases, tmp_path / "place")
 
 
-def test_zero_ranks_do_not_make_room_for_more_than_the_file_can_mean(bases: Bases, tmp_path: Path) -> None:
-    """Tensors without a byte whose full size would be 2**50 entries."""
+def test_zero_ranks_do_not_allow_huge_heads(bases: Bases, tmp_path: Path) -> None:
+    """The tensors have no bytes, but their full size would be 2**50 entries."""
     wide = 2**40
     header = {
         f"model.layers.0.self_attn.{side}_proj.weight": {"dtype": "F32", "shape": shape, "data_offsets": [0, 0]}
@@ -190,7 +190,7 @@ def test_zero_ranks_do_not_make_room_for_more_than_the_file_can_mean(bases: Base
     assert "at full size" in refused(Case("llama", files), bases, tmp_path / "place")
 
 
-def test_json_beyond_the_limits_is_refused_unread(bases: Bases, tmp_path: Path) -> None:
+def test_json_beyond_the_limits_is_refused_before_parsing(bases: Bases, tmp_path: Path) -> None:
     model = copy_of(bases["bert"], tmp_path / "model")
     with (model / CONFIG).open("r+b") as file:
         file.truncate(MOST_JSON + 1)  # sparse
@@ -205,7 +205,7 @@ def test_json_beyond_the_limits_is_refused_unread(bases: Bases, tmp_path: Path) 
         CheckpointReader(model)
 
 
-def test_what_json_can_say_and_utf8_cannot_is_written_all_the_same(tmp_path: Path) -> None:
+def test_lone_surrogates_in_json_are_written(tmp_path: Path) -> None:
     (tmp_path / "in.json").write_text(r'{"a": "\ud800", "b": "é"}')
     value = read_json(tmp_path / "in.json")
     write_json(tmp_path / "out.json", value)
@@ -216,8 +216,8 @@ def test_what_json_can_say_and_utf8_cannot_is_written_all_the_same(tmp_path: Pat
 
 @pytest.mark.parametrize("name", [WEIGHTS, CONFIG])
 @pytest.mark.parametrize("kind", ["pipe", "/dev/zero", "/dev/null", "a loop", "a folder"])
-def test_what_is_no_file_is_not_read(kind: str, name: str, bases: Bases, tmp_path: Path) -> None:
-    """A pipe would never answer and /dev/zero never end."""
+def test_pipes_and_devices_are_not_read(kind: str, name: str, bases: Bases, tmp_path: Path) -> None:
+    """Reading a pipe would block for ever, and /dev/zero never ends."""
     model = copy_of(bases["bert"], tmp_path / "model")
     (model / name).unlink()
     if kind == "pipe":
@@ -230,8 +230,8 @@ def test_what_is_no_file_is_not_read(kind: str, name: str, bases: Bases, tmp_pat
         open_model(model)
 
 
-def test_links_as_in_the_cache_of_the_hub_are_followed(bases: Bases, tmp_path: Path) -> None:
-    """There every file of a snapshot is a link to ../../blobs; an index may not ask for that."""
+def test_links_of_the_hub_cache_are_followed(bases: Bases, tmp_path: Path) -> None:
+    """In the cache every file of a snapshot is a link to ../../blobs, but an index must not name such a path."""
     for base in ("bert", "sharded"):
         cache = tmp_path / base
         snapshot = cache / "snapshots" / "abc"
@@ -265,15 +265,15 @@ def test_links_as_in_the_cache_of_the_hub_are_followed(bases: Bases, tmp_path: P
         "\n.safetensors",
     ],
 )
-def test_an_index_names_files_of_its_folder_alone(file: str, bases: Bases, tmp_path: Path) -> None:
+def test_an_index_names_only_files_of_its_folder(file: str, bases: Bases, tmp_path: Path) -> None:
     index = json.loads((bases["sharded"] / INDEX).read_text())
     index["weight_map"]["embeddings.weight"] = file
     message = refused(Case("sharded", {INDEX: json.dumps(index).encode()}), bases, tmp_path / "place")
-    assert "outside its folder" in message or "no .safetensors file" in message
+    assert "outside its folder" in message or "not .safetensors files" in message
 
 
-def test_many_names_do_not_take_for_ever(bases: Bases, tmp_path: Path) -> None:
-    """Time in proportion to the header's length, not to its square."""
+def test_many_names_take_linear_time(bases: Bases, tmp_path: Path) -> None:
+    """The time is proportional to the length of the header, not to its square."""
     block = "encoder.layer.{}.attention.{}"
     tensors = {
         block.format(i, side): torch.zeros(1, 1) for i in range(3000) for side in ("self.query.weight", "x.weight")
@@ -287,7 +287,7 @@ def test_many_names_do_not_take_for_ever(bases: Bases, tmp_path: Path) -> None:
 
 @settings(max_examples=40, deadline=None, database=None, derandomize=True)
 @given(st.sampled_from(["nan", "inf", "negative", "ascending", "float32"]), st.integers(0, 7))
-def test_spectra_that_are_none_are_refused(
+def test_invalid_spectra_are_refused(
     bases: Bases, tmp_path_factory: pytest.TempPathFactory, kind: str, at: int
 ) -> None:
     tensors = load_file(bases["decomposed"] / SPECTRA)
@@ -320,17 +320,17 @@ def test_recipes(attack: str, tmp_path: Path) -> None:
     assert len(error.value.message) < 1000
 
 
-def test_a_rank_too_large_for_64_bits_is_the_head_s(bases: Bases, tmp_path: Path) -> None:
+def test_a_rank_beyond_64_bits_means_the_head_size(bases: Bases, tmp_path: Path) -> None:
     rule = Rule(rank=10**30, round_to=10**30, min_rank=10**30)
     prune_model(open_model(bases["bert"]), tmp_path / "out", rule, run=Run(jobs=1))
     assert [site.vo_ranks for site in open_model(tmp_path / "out").sites] == [(4, 4)]
 
 
 @pytest.mark.parametrize("name", ["bert", "whisper"])
-def test_code_that_comes_with_a_model_is_never_run(
+def test_code_in_a_model_folder_is_never_run(
     name: str, tiny_folder: TinyFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """config.json and tokenizer_config.json ask for it, and nobody is asked whether it may run."""
+    """config.json and tokenizer_config.json refer to code; it must not be run, and the user must not be prompted."""
     model = copy_of(tiny_folder(name), tmp_path / "model")
     marker = tmp_path / "ran"
     (model / "evil.py").write_text(f"open({str(marker)!r}, 'w')\nConfig = Model = Tokenizer = Processor = None\n")
@@ -341,6 +341,6 @@ def test_code_that_comes_with_a_model_is_never_run(
     (model / "preprocessor_config.json").write_text(json.dumps({"auto_map": {"AutoProcessor": "evil.Processor"}}))
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked whether to run it"))
     prune_model(open_model(model), tmp_path / "out", Rule(), run=Run(jobs=1))
-    with suppress(PessaError):  # having no tokenizer without that code
+    with suppress(PessaError):  # there is no tokenizer without that code
         verify_models(open_model(model), open_model(tmp_path / "out"), level="outputs")
     assert not marker.exists()

@@ -1,6 +1,6 @@
-"""Everything a MODEL may be but a plain folder: hub and whisper names over a hub on this machine, .pt, GGUF, pickles.
+"""Model sources other than a plain folder: hub names with a local hub server, openai-whisper names, .pt, GGUF, pickles.
 
-The hub is asked by the command in a process of its own, since huggingface_hub reads its environment once.
+Commands that use the hub run in a separate process, because huggingface_hub reads its environment once, at import.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ RULE = ("--ratio", "0.3")
 
 
 def ask(server: Hub, place: Path, *arguments: object, **env: str) -> Result:
-    """The command in a process of its own, with this hub and a cache under `place`."""
+    """Run the command in a separate process, with this hub and a cache under `place`."""
     command = [str(PESSA), *map(str, arguments)]
     more = {"TMPDIR": str(place / "tmp"), **env}
     done = subprocess.run(command, capture_output=True, text=True, cwd=place, env=server.env(place / "home", **more))
@@ -57,7 +57,7 @@ def ask(server: Hub, place: Path, *arguments: object, **env: str) -> Result:
 
 
 def written(out: Path) -> dict[str, Any]:
-    """What a folder holds, but for what the manifest and the card call the source."""
+    """Return the content of a folder without the name of the source in the manifest and the card."""
     manifest = json.loads((out / "pessa.json").read_text())
     manifest.pop("source")
     assert "attention pruned" in (out / "README.md").read_text()
@@ -66,10 +66,10 @@ def written(out: Path) -> dict[str, Any]:
 
 @pytest.fixture
 def repository(tiny_folder: TinyFolder, place: Path) -> Path:
-    """A repository as they are: the model of `tiny_folder` in several formats, and what surrounds it."""
+    """Make a typical repository: the model of `tiny_folder` in several formats, and other files."""
     folder = copy_of(tiny_folder("whisper"), place / "repository")
     for name in ("tokenizer.json", "vocab.json", "preprocessor_config.json", "added_tokens.json"):
-        (folder / name).write_text(f'{{"name": "{name}"}}')  # files of equal content are one in the cache
+        (folder / name).write_text(f'{{"name": "{name}"}}')  # the cache stores files of equal content once
     (folder / "merges.txt").write_text("a b")
     (folder / "onnx").mkdir()
     for name in (
@@ -89,7 +89,7 @@ NEEDED = [
 
 @pytest.fixture
 def expected(repository: Path, pessa: Pessa, place: Path) -> dict[str, Any]:
-    """What pruning the needed files from a local folder gives."""
+    """Return the output of pruning the needed files in a local folder."""
     local = place / "local"
     local.mkdir()
     for name in NEEDED:
@@ -98,8 +98,8 @@ def expected(repository: Path, pessa: Pessa, place: Path) -> dict[str, Any]:
     return written(place / "expected")
 
 
-def test_a_hub_name_is_as_good_as_a_folder(repository: Path, expected: dict[str, Any], place: Path) -> None:
-    """By repository, then by openai-whisper's name and offline: the same bytes, and only what is needed is asked."""
+def test_a_hub_name_gives_the_same_output_as_a_folder(repository: Path, expected: dict[str, Any], place: Path) -> None:
+    """The repository name, then openai-whisper's name offline, give the same bytes; only needed files are requested."""
     with hub({ID: {"main": repository}}) as server:
         result = ask(server, place, "prune", ID, *RULE, "-o", place / "out", "--json")
         assert result.code == 0, result
@@ -113,7 +113,7 @@ def test_a_hub_name_is_as_good_as_a_folder(repository: Path, expected: dict[str,
         assert json.loads(result.out)["source"] == "tiny.en"
         assert written(place / "again") == expected
         assert server.requests == []
-    # The hub is gone: the cache does as well.
+    # The hub server is stopped: the files come from the cache.
     result = ask(server, place, "inspect", ID, *RULE)
     assert result.code == 0, result
     assert list((place / "tmp").iterdir()) == []
@@ -137,7 +137,7 @@ def test_a_revision_of_a_sharded_model(tiny_folder: TinyFolder, pessa: Pessa, pl
     assert written(place / "out") == written(place / "expected")
 
 
-def test_a_slow_hub_that_wants_a_token(repository: Path, expected: dict[str, Any], place: Path) -> None:
+def test_a_slow_hub_that_needs_a_token(repository: Path, expected: dict[str, Any], place: Path) -> None:
     with hub({ID: {"main": repository}}, slow=0.01, token="hf_secret") as server:
         result = ask(server, place, "prune", ID, *RULE, "-o", place / "out", HF_TOKEN="hf_secret")
         assert result.code == 0, result
@@ -145,7 +145,7 @@ def test_a_slow_hub_that_wants_a_token(repository: Path, expected: dict[str, Any
     assert written(place / "out") == expected
 
 
-def test_a_download_that_breaks_off_goes_on_where_it_was(tiny_folder: TinyFolder, pessa: Pessa, place: Path) -> None:
+def test_an_interrupted_download_is_resumed(tiny_folder: TinyFolder, pessa: Pessa, place: Path) -> None:
     model = copy_of(tiny_folder("whisper"), place / "model")
     edit_weights(lambda tensors: tensors.update(ballast=torch.ones(4_000_000)))(model)
     with hub({ID: {"main": model}}, breaks=1, after=12_000_000) as server:
@@ -157,34 +157,34 @@ def test_a_download_that_breaks_off_goes_on_where_it_was(tiny_folder: TinyFolder
     assert written(place / "out") == written(place / "expected")
 
 
-def test_a_download_that_always_breaks_off_is_an_error(tiny_folder: TinyFolder, place: Path) -> None:
+def test_a_download_that_is_always_interrupted_is_an_error(tiny_folder: TinyFolder, place: Path) -> None:
     with hub({ID: {"main": tiny_folder("whisper")}}, breaks=10**6) as server:
         result = ask(server, place, "prune", ID, *RULE, "-o", place / "out")
     assert result.code == 1
     error, hint = result.err.strip().splitlines()[-2:]
-    assert error.startswith(f"error: the download of {ID} broke off again and again"), result.err
+    assert error.startswith(f"error: the download of {ID} was interrupted repeatedly"), result.err
     assert hint.startswith("hint: run again")
     assert not (place / "out").exists()
     assert list((place / "tmp").iterdir()) == []
 
 
 REFUSALS: dict[str, tuple[dict[str, Any], str, dict[str, str], tuple[str, ...]]] = {
-    "no such model": ({}, "openai/nothing", {}, ("openai/nothing is neither a folder here nor a model on",)),
-    "no token": ({"token": "hf_secret"}, ID, {}, (f"does not give {ID} to you (401)", "HF_TOKEN")),
-    "wrong token": ({"token": "hf_secret"}, ID, {"HF_TOKEN": "hf_other"}, (f"does not give {ID} to you (401)",)),
-    "gated": ({"gated": True}, ID, {}, (f"{ID} is gated", "ask for access on")),
-    "offline": ({}, "tiny.en", {"HF_HUB_OFFLINE": "1"}, (f"{ID} is not, or not whole, in the cache", "HF_HUB_OFFLINE")),
+    "no such model": ({}, "openai/nothing", {}, ("openai/nothing is neither a local folder nor a model on",)),
+    "no token": ({"token": "hf_secret"}, ID, {}, (f"denied access to {ID} (status 401)", "HF_TOKEN")),
+    "wrong token": ({"token": "hf_secret"}, ID, {"HF_TOKEN": "hf_other"}, (f"denied access to {ID} (status 401)",)),
+    "gated": ({"gated": True}, ID, {}, (f"{ID} is gated", "request access on")),
+    "offline": ({}, "tiny.en", {"HF_HUB_OFFLINE": "1"}, (f"does not hold all files of {ID}", "HF_HUB_OFFLINE")),
     "out of reach": ({}, "tiny.en", {"HF_ENDPOINT": "http://127.0.0.1:9"}, ("cannot reach http://127.0.0.1:9", ID)),
 }
 
 
 @pytest.mark.parametrize("case", REFUSALS)
-def test_what_a_hub_refuses_is_told(case: str, tiny_folder: TinyFolder, place: Path) -> None:
+def test_errors_of_the_hub_are_explained(case: str, tiny_folder: TinyFolder, place: Path) -> None:
     options, name, env, says = REFUSALS[case]
     with hub({ID: {"main": tiny_folder("whisper")}}, **options) as server:
         result = ask(server, place, "inspect", name, **env)
     lines = result.err.strip().splitlines()
-    while lines and not lines[0].startswith("error: "):  # a bar of huggingface_hub
+    while lines and not lines[0].startswith("error: "):  # a progress bar of huggingface_hub
         lines.pop(0)
     is_refusal(Result(result.code, result.out, "\n".join(lines)), *says)
 
@@ -204,15 +204,15 @@ def test_every_name_of_openai_whisper_is_known() -> None:
     assert {repository_of(name) is None for name in whisper.available_models()} == {False}
 
 
-def test_names_that_are_no_hub_names(pessa: Pessa, tiny_folder: TinyFolder, place: Path) -> None:
-    is_refusal(pessa("inspect", "whisper-large"), "whisper-large is two models", "large-v3", code=2)
+def test_names_that_are_not_hub_names(pessa: Pessa, tiny_folder: TinyFolder, place: Path) -> None:
+    is_refusal(pessa("inspect", "whisper-large"), "whisper-large can mean two models", "large-v3", code=2)
     is_refusal(pessa("inspect", "nonsense"), "nonsense does not exist", "owner/name")
-    is_refusal(pessa("inspect", tiny_folder("bert"), "--revision", "x"), "--revision is for models from a hub", code=2)
+    is_refusal(pessa("inspect", tiny_folder("bert"), "--revision", "x"), "--revision is for models on the hub", code=2)
     assert source_name(place / "models--openai--whisper-tiny.en" / "snapshots" / "0123") == ID
     assert source_name(place / "mine") == "mine"
 
 
-def test_a_folder_goes_before_a_name(
+def test_a_folder_takes_precedence_over_a_name(
     pessa: Pessa, tiny_folder: TinyFolder, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     copy_of(tiny_folder("whisper"), place / "tiny.en")
@@ -224,7 +224,7 @@ def test_a_folder_goes_before_a_name(
 
 
 class Code:
-    """What unpickles by running a command."""
+    """An object that runs a command when it is unpickled."""
 
     def __init__(self, file: Path) -> None:
         self.file = file
@@ -234,7 +234,7 @@ class Code:
 
 
 def pickled(folder: Path, shards: int = 1) -> Path:
-    """The folder's weights as transformers used to save them, tied tensors under both names."""
+    """Save the folder's weights as older transformers did, with tied tensors under both names."""
     model = WhisperForConditionalGeneration.from_pretrained(folder)
     state = model.state_dict()
     assert state["proj_out.weight"].data_ptr() == state["model.decoder.embed_tokens.weight"].data_ptr()
@@ -250,7 +250,7 @@ def pickled(folder: Path, shards: int = 1) -> Path:
 
 
 @pytest.mark.parametrize("shards", [1, 3])
-def test_pickled_weights_are_converted_when_asked(
+def test_pickled_weights_are_converted_with_allow_pickle(
     shards: int, pessa: Pessa, tiny_folder: TinyFolder, place: Path
 ) -> None:
     model = pickled(copy_of(tiny_folder("whisper"), place / "model"), shards)
@@ -270,7 +270,7 @@ def test_pickled_weights_are_converted_when_asked(
     assert list((place / "tmp").iterdir()) == []
 
 
-def test_a_hub_model_of_pickles(tiny_folder: TinyFolder, place: Path) -> None:
+def test_a_hub_model_with_pickles(tiny_folder: TinyFolder, place: Path) -> None:
     model = pickled(copy_of(tiny_folder("whisper"), place / "model"))
     with hub({"a/b": {"main": model}}) as server:
         is_refusal(ask(server, place, "inspect", "a/b"), "a/b holds pickled weights only", "--allow-pickle")
@@ -281,9 +281,7 @@ def test_a_hub_model_of_pickles(tiny_folder: TinyFolder, place: Path) -> None:
 
 @pytest.mark.parametrize("zipped", [True, False])
 @pytest.mark.parametrize("where", ["pytorch_model.bin", "model.pt"])
-def test_a_pickle_that_wants_to_run_code_does_not(
-    where: str, zipped: bool, pessa: Pessa, tiny_folder: TinyFolder, place: Path
-) -> None:
+def test_a_pickle_cannot_run_code(where: str, zipped: bool, pessa: Pessa, tiny_folder: TinyFolder, place: Path) -> None:
     model = copy_of(tiny_folder("whisper"), place / "model")
     (model / WEIGHTS).unlink()
     if zipped:
@@ -291,7 +289,7 @@ def test_a_pickle_that_wants_to_run_code_does_not(
     else:
         (model / where).write_bytes(pickle.dumps({"code": Code(place / "ran")}, protocol=2))
     pickle.loads(pickle.dumps(Code(place / "ran")))
-    assert (place / "ran").exists()  # the control: this is what it does
+    assert (place / "ran").exists()  # the control: the pickle does run its command
     (place / "ran").unlink()
     before = snapshot(place)
     source = model if where.endswith(".bin") else model / where
@@ -306,10 +304,10 @@ BAD_PICKLES: dict[str, tuple[object, tuple[str, ...]]] = {
     "sparse": ({"a": torch.eye(3).to_sparse()}, ("a: torch.float32, torch.sparse_coo",)),
     "complex": ({"a": torch.ones(2, dtype=torch.complex64)}, ("a: torch.complex64",)),
     "nothing": ({}, ("holds no tensors",)),
-    "endless": ({"a": torch.ones(1).expand(10**13)}, ("a: (10000000000000,) out of 4 bytes",)),
-    "garbage": (b"garbage", ("no readable file of torch.save",)),
-    "empty": (b"", ("no readable file of torch.save",)),
-    "half a zip": (None, ("no readable file of torch.save",)),
+    "endless": ({"a": torch.ones(1).expand(10**13)}, ("a: shape (10000000000000,) but only 4 bytes",)),
+    "garbage": (b"garbage", ("not a readable file of torch.save",)),
+    "empty": (b"", ("not a readable file of torch.save",)),
+    "half a zip": (None, ("not a readable file of torch.save",)),
 }
 
 
@@ -328,7 +326,7 @@ def test_a_bad_pickle_is_refused(case: str, pessa: Pessa, tiny_folder: TinyFolde
     before = snapshot(place)
     result = pessa("prune", model, "-o", place / "out", "--allow-pickle")
     is_refusal(result, str(file), *says)
-    assert "weights_only" not in result.err  # torch's own advice is to switch it off
+    assert "weights_only" not in result.err  # torch's message advises to switch the protection off
     assert snapshot(place) == before
 
 
@@ -374,7 +372,7 @@ def test_an_openai_file_is_the_same_model(openai_file: Path, pessa: Pessa, place
 
 
 def test_the_real_tiny_en_as_an_openai_file(place: Path) -> None:
-    """There and back: weights bit for bit, config, merges, suppressed tokens and alignment heads as published."""
+    """A round trip keeps the weights bit for bit, and the config, merges, suppressed tokens and alignment heads."""
     from safetensors.torch import load_file
 
     source = fetch("whisper-tiny.en")
@@ -399,7 +397,7 @@ def test_the_real_tiny_en_as_an_openai_file(place: Path) -> None:
 
 
 def openai_name(name: str) -> str:
-    """The name of a Hugging Face tensor in openai-whisper, by its own list of differences."""
+    """Return openai-whisper's name for a Hugging Face tensor, from a separate list of the differences."""
     for ours, theirs in (
         *(("model.", ""), ("layers", "blocks"), ("fc1", "mlp.0"), ("fc2", "mlp.2"), ("final_layer_norm", "mlp_ln")),
         *((".self_attn.q_proj", ".attn.query"), (".self_attn.k_proj", ".attn.key")),
@@ -416,7 +414,7 @@ def openai_name(name: str) -> str:
 
 @pytest.mark.parametrize(("size", "languages"), [(51865, 99), (51866, 100)])
 def test_a_multilingual_openai_file(size: int, languages: int, place: Path) -> None:
-    """Of the size of `tiny` or, but for its widths, any other: the heads that follow time are known by size."""
+    """A model with the sizes of `tiny` gets its alignment heads; a model of other widths gets none."""
     sizes = {"n_text_layer": 4, "n_audio_layer": 4, "n_text_state": 384, "n_audio_state": 384}
     known = size == 51865
     more = {**sizes, "n_text_head": 6, "n_audio_head": 6} if known else {"n_mels": 128}
@@ -439,13 +437,13 @@ BAD_OPENAI: dict[str, tuple[Change, tuple[str, ...]]] = {
     "a dim missing": (lambda c: c["dims"].pop("n_text_head"), ("n_text_head: None",)),
     "a dim as text": (lambda c: c["dims"].update(n_mels="80"), ("n_mels: '80'",)),
     "no heads": (lambda c: c["dims"].update(n_text_head=0), ("n_text_head: 0",)),
-    "heads that do not divide": (lambda c: c["dims"].update(n_text_head=7), ("3 layers of 7 heads in text",)),
-    "endless layers": (lambda c: c["dims"].update(n_audio_layer=10**12), ("layers of 3 heads in audio",)),
+    "heads that do not divide": (lambda c: c["dims"].update(n_text_head=7), ("3 text layers of 7 heads",)),
+    "endless layers": (lambda c: c["dims"].update(n_audio_layer=10**12), ("audio layers of 3 heads",)),
     "other layers": (lambda c: c["dims"].update(n_text_layer=2), ("decoder.blocks.2.attn.key.weight: not part",)),
     "other width": (lambda c: c["dims"].update(n_mels=128), ("encoder.conv1.weight: shape", "(24, 128, 3)")),
     "another vocabulary": (
         lambda c: cut_vocabulary(c, 100),
-        ("has 100 tokens, which is no vocabulary",),
+        ("has 100 tokens, but openai-whisper has no vocabulary of that size",),
     ),
     "a tensor missing": (lambda c: c["model_state_dict"].pop("decoder.ln.bias"), ("decoder.ln.bias: missing",)),
     "a tensor too many": (lambda c: c["model_state_dict"].update(x=torch.ones(1)), ("x: not part of a Whisper",)),
@@ -474,7 +472,7 @@ def test_a_bad_openai_file_is_refused(case: str, openai_file: Path, pessa: Pessa
     assert snapshot(place) == before
 
 
-def test_without_openai_whisper_its_files_name_the_extra(
+def test_without_openai_whisper_the_error_names_the_extra(
     openai_file: Path, pessa: Pessa, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "whisper.tokenizer", None)
@@ -488,7 +486,7 @@ Type = gguf.GGMLQuantizationType
 
 
 def gguf_names(layers: int) -> Iterator[tuple[str, str, str]]:
-    """llama.cpp's name, Hugging Face's, and the config key of the heads whose rows llama.cpp orders otherwise."""
+    """Yield llama.cpp's name, Hugging Face's name, and the config key of the heads if llama.cpp permutes their rows."""
     yield from (("token_embd", "model.embed_tokens", ""), ("output_norm", "model.norm", ""), ("output", "lm_head", ""))
     for i in range(layers):
         for theirs, ours, heads in (
@@ -501,7 +499,7 @@ def gguf_names(layers: int) -> Iterator[tuple[str, str, str]]:
 
 
 def write_gguf(path: Path, kind: Any = Type.F32, architecture: str = "llama") -> dict[str, torch.Tensor]:
-    """The tiny LLaMA as llama.cpp keeps it; returns what its tensors are after their quantisation."""
+    """Write the tiny LLaMA as llama.cpp stores it; returns its tensors after quantisation and dequantisation."""
     model = tiny.build("llama")
     config, state = model.config, model.state_dict()
     writer = gguf.GGUFWriter(path, architecture)
@@ -566,9 +564,9 @@ def test_bad_gguf_files_are_refused(pessa: Pessa, place: Path, monkeypatch: pyte
     content = (place / "m.gguf").read_bytes()
     for size in (4, 30, 2000, len(content) - 1000):
         (place / "m.gguf").write_bytes(content[:size])
-        is_refusal(pessa("inspect", place / "m.gguf"), f"{place / 'm.gguf'} is no readable GGUF file", "download")
+        is_refusal(pessa("inspect", place / "m.gguf"), f"{place / 'm.gguf'} is not a readable GGUF file", "download")
     (place / "m.gguf").write_bytes(content)
     monkeypatch.setitem(sys.modules, "gguf", None)
-    is_refusal(pessa("inspect", place / "m.gguf"), "gguf is not installed", "pip install 'pessa[gguf]'")
+    is_refusal(pessa("inspect", place / "m.gguf"), "needs gguf, which is not installed", "pip install 'pessa[gguf]'")
     (place / "notes.txt").write_text("hello")
     is_refusal(pessa("inspect", place / "notes.txt"), f"{place / 'notes.txt'} is a file, not a folder")
