@@ -1,0 +1,1 @@
+"""Loaded models: loading, inputs, hooks on their blocks, audio and data."""

@@ -1,0 +1,32 @@
+"""Reading speech: any file that libsndfile knows, as the 16 kHz mono samples that speech models expect."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pessa_cli.common.errors import PessaError
+
+SAMPLE_RATE = 16_000
+
+
+def load_audio(path: Path) -> NDArray[np.float32]:
+    """The samples of a file, (time,), float32 in [-1, 1] at 16 kHz, channels averaged.
+
+    Raises PessaError when the file cannot be read or the libraries of the `whisper` extra are missing.
+    """
+    try:
+        import soundfile
+        import soxr
+    except ImportError as error:
+        raise PessaError(f"reading audio needs {error.name}", "pip install 'pessa[whisper]'") from None
+    try:
+        samples, rate = soundfile.read(path, dtype="float32", always_2d=True)
+    except (soundfile.LibsndfileError, OSError, TypeError) as error:
+        raise PessaError(f"cannot read {path}: {error}", "give a WAV, FLAC, OGG or MP3 file") from None
+    if not len(samples):
+        raise PessaError(f"{path} holds no sound", "give a clip with speech in it")
+    mono: NDArray[np.float32] = samples.mean(axis=1)
+    return mono if rate == SAMPLE_RATE else np.asarray(soxr.resample(mono, rate, SAMPLE_RATE), dtype=np.float32)

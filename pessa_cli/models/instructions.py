@@ -1,0 +1,121 @@
+"""Examples of instructions, completions and conversations, as texts with the spans that are answers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pessa_cli.common.errors import PessaError
+from pessa_cli.common.text import listed
+
+ALPACA = (
+    "Below is an instruction that describes a task{with_input}. Write a response that appropriately completes the "
+    "request.\n\n### Instruction:\n{instruction}\n\n{input}### Response:\n"
+)
+FORMS = (
+    ("messages",),
+    ("prompt", "completion"),
+    ("instruction", "output"),
+    ("audio", "text"),
+    ("file", "text"),
+    ("text",),
+)
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A text, where in it the learned spans begin and end, and whether the tokenizer still has to frame it."""
+
+    text: str
+    spans: tuple[tuple[int, int], ...]
+    framed: bool = False
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The examples of a JSON array or of JSON lines. Raises PessaError with the first that are of no known form."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        rows = json.loads(text) if text.lstrip().startswith("[") else _lines(text)
+    except (OSError, ValueError, RecursionError) as error:
+        raise PessaError(f"{path} is not readable training data: {error}", "give a .json or .jsonl file") from None
+    wrong = [f"example {i}: {json.dumps(row)[:80]}" for i, row in enumerate(rows, 1) if form_of(row) is None]
+    if wrong or not rows:
+        known = "; ".join(", ".join(form) for form in FORMS)
+        what = f"{len(wrong)} examples of {path} are of no known form\n{listed(wrong)}" if wrong else f"{path} is empty"
+        raise PessaError(what, f"an example has one of these sets of keys: {known}")
+    return rows
+
+
+def _lines(text: str) -> list[Any]:
+    rows = []
+    for number, line in enumerate(text.splitlines(), 1):
+        if line.strip():
+            try:
+                rows.append(json.loads(line))
+            except ValueError as error:
+                raise ValueError(f"line {number}: {error}") from None
+    return rows
+
+
+def form_of(row: Any) -> tuple[str, ...] | None:
+    """The keys by which a row is read; None when it is none of ours."""
+    if not isinstance(row, dict):
+        return None
+    for form in FORMS:
+        if all(key in row for key in form):
+            strings = form == ("messages",) or all(isinstance(row[key], str) for key in form)
+            return form if strings else None
+    return None
+
+
+def render(row: Row, tokenizer: Any, template: str) -> Rendered:
+    """An example as a text with the spans that are to be learned."""
+    form = form_of(row)
+    if form == ("messages",):
+        return _conversation(row["messages"], tokenizer)
+    if form == ("text",):
+        return Rendered(row["text"], ((0, len(row["text"])),))
+    if form == ("prompt", "completion"):
+        prompt, completion = row["prompt"], row["completion"]
+    else:
+        prompt, completion = instruction(row), row["output"]
+        if template == "chat":
+            asked = "\n\n".join(filter(None, (row["instruction"], row.get("input"))))
+            turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": completion}]
+            return _conversation(turns, tokenizer)
+    return Rendered(prompt + completion, ((len(prompt), len(prompt) + len(completion)),))
+
+
+def instruction(row: Row) -> str:
+    """The prompt of the Alpaca template, which the papers on LoRA, DoRA and PESSA use."""
+    more = row.get("input") or ""
+    with_input = ", paired with an input that provides further context" if more else ""
+    return ALPACA.format(
+        with_input=with_input, instruction=row["instruction"], input=f"### Input:\n{more}\n\n" if more else ""
+    )
+
+
+def _conversation(messages: Any, tokenizer: Any) -> Rendered:
+    """The chat template's text; what each assistant turn adds to the text before it is learned."""
+
+    def text(upto: int, ask: bool = False) -> str:
+        rendered: str = tokenizer.apply_chat_template(messages[:upto], tokenize=False, add_generation_prompt=ask)
+        return rendered
+
+    try:
+        whole = text(len(messages))
+        turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        spans = [(text(i, ask=True), text(i + 1)) for i in turns]
+    except Exception as error:  # a template is a program, and may raise what it likes
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise PessaError(f"the tokenizer's chat template does not take {str(messages)[:80]}: {reason}") from None
+    if not all(whole.startswith(after) and after.startswith(before) for before, after in spans):
+        raise PessaError(
+            "the tokenizer's chat template changes earlier turns when later ones come",
+            "give the data as prompt and completion",
+        )
+    return Rendered(whole, tuple((len(before), len(after)) for before, after in spans), framed=True)
