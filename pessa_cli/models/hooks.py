@@ -1,4 +1,4 @@
-"""Hooks on the attention blocks of loaded models."""
+"""Forward hooks that compare the attention blocks of two loaded models."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from pessa_cli.models.load import WEIGHTS_ALONE
 
 
 def output_of(model: Any, inputs: Inputs) -> tuple[str, Tensor]:
+    """Run a model without a cache; returns "logits" or, for a model without a head, "hidden states", and the tensor."""
     extra = {"use_cache": False} if hasattr(model.config.get_text_config(), "use_cache") else {}
     output = model(**inputs, **extra)
     logits = getattr(output, "logits", None)
@@ -23,10 +24,10 @@ def output_of(model: Any, inputs: Inputs) -> tuple[str, Tensor]:
 
 
 def block_squares(sites: Sequence[Site], ours: Any, theirs: Any, hooks: ExitStack) -> dict[str, list[float]]:
-    """Sums that go on while our model runs: of the squares of what each block of theirs does differently, and of ours.
+    """Accumulate, while the first model runs, how far each block of the second one deviates.
 
-    Whenever our model enters an attention block, theirs runs on the very same inputs; compared is what leaves the
-    output projections.
+    Returns, by block name, two sums over all outputs of the output projection: the squared difference of both models,
+    and the square of the first one's output. Both blocks get the inputs of the first model.
     """
     squares = {site.name: [0.0, 0.0] for site in sites}
     for site in sites:
@@ -41,9 +42,13 @@ def block_squares(sites: Sequence[Site], ours: Any, theirs: Any, hooks: ExitStac
 
 
 def compare_block(
-    site: Site, ours: Any, theirs: Any, heard: Callable[[Tensor, Tensor], None], hooks: ExitStack
+    site: Site, ours: Any, theirs: Any, on_outputs: Callable[[Tensor, Tensor], None], hooks: ExitStack
 ) -> None:
-    """Tell `heard` at every call of a block what leaves its output projection, and what does in the other model."""
+    """At every call of a block in the first model, run that of the second one on the same inputs.
+
+    `on_outputs` gets the outputs of both output projections, first and second model. Raises PessaError, during the
+    call, when the block does not call its output projection. `hooks` removes the hooks when it closes.
+    """
     (block, ours_at), (other_block, theirs_at) = modules_of(site, ours), modules_of(site, theirs)
     o, other_o = ours_at["o"], theirs_at["o"]
     seen: dict[str, Any] = {}
@@ -56,14 +61,17 @@ def compare_block(
 
     def finished(*_: Any) -> None:
         if "expected" not in seen:
-            raise PessaError(f"{site.name} reads the weights of its output projection directly", WEIGHTS_ALONE)
+            raise PessaError(
+                f"{site.name} reads the weights of its output projection without calling it, so hooks see no output",
+                WEIGHTS_ALONE,
+            )
         found: list[Tensor] = []
         handle = other_o.register_forward_hook(lambda _m, _a, output: found.append(output))
         try:
             other_block(*seen["args"], **seen["kwargs"])
         finally:
             handle.remove()
-        heard(seen["expected"], found[-1])
+        on_outputs(seen["expected"], found[-1])
 
     hooks.callback(block.register_forward_pre_hook(entered, with_kwargs=True).remove)
     hooks.callback(o.register_forward_hook(left).remove)
@@ -71,7 +79,10 @@ def compare_block(
 
 
 def modules_of(site: Site, model: Any) -> tuple[nn.Module, dict[str, nn.Module]]:
-    """The module that holds the block's four projections, and those, by their letter."""
+    """The innermost module that contains the four projections of a block, and the projections by letter.
+
+    Raises PessaError when the model has no modules of these names.
+    """
     modules = dict(model.named_modules())
     found = module_names(model, {site.module(side) for side in "qkvo"})
     names = {side: found[site.module(side)] for side in "qkvo" if site.module(side) in found}
