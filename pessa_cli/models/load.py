@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -79,16 +80,13 @@ def encodes_alike(first: Any, second: Any) -> bool:
         return False
     if hasattr(first, "feature_extractor") and first.feature_extractor.to_dict() != second.feature_extractor.to_dict():
         return False
-    states = [
-        (
-            type(tokenizer),
-            tokenizer.backend_tokenizer.to_str(),
-            tokenizer.chat_template,
-            # The paths of its files may differ.
-            {k: v for k, v in tokenizer.init_kwargs.items() if k != "name_or_path" and not k.endswith("_file")},
-        )
-        for tokenizer in tokenizers
-    ]
+    states = []
+    for tokenizer in tokenizers:
+        backend = json.loads(tokenizer.backend_tokenizer.to_str())
+        for set_by_each_call in ("truncation", "padding"):
+            backend.pop(set_by_each_call, None)
+        options = {k: v for k, v in tokenizer.init_kwargs.items() if k != "name_or_path" and not k.endswith("_file")}
+        states.append((type(tokenizer), backend, tokenizer.chat_template, options))
     return bool(states[0] == states[1])
 
 
