@@ -562,13 +562,12 @@ def _pruned(
         in_sequence = rule if recipe.sequential else None
         if recipe.evaluate is not None:
             from pessa_cli.evaluation.search import QualityLimit, check_apart, read_quality_data, search
+            from pessa_cli.models.data import read_data
 
             limit = QualityLimit.of(recipe.max_wer_increase, recipe.max_ppl_increase)
+            calibration = read_data(recipe.calibrate)[1] if recipe.calibrate else []
             quality = read_quality_data(opened, limit, recipe.evaluate)
-            if recipe.calibrate:  # before the minutes that calibration takes
-                from pessa_cli.models.data import read_data
-
-                check_apart(quality, read_data(recipe.calibrate)[1])
+            check_apart(quality, calibration)  # before the minutes that calibration takes
         with _calibrated(opened, chosen, recipe.calibrate, recipe.statistics, run, in_sequence) as found:
             if recipe.evaluate is not None:
                 result = search(opened, chosen, limit, quality, rule, found, run.progress, run.device)

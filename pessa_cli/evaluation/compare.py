@@ -16,7 +16,7 @@ import transformers
 from torch import Tensor
 
 from pessa_cli.common.errors import PessaError, UsageError
-from pessa_cli.common.text import listed
+from pessa_cli.common.text import listed, read_text
 from pessa_cli.models.audio import load_audio
 from pessa_cli.models.hooks import block_squares, output_of
 from pessa_cli.models.inputs import (
@@ -102,9 +102,9 @@ def _run_both(
         elif not reads:
             samples = [random_signal(folder, ours)]
         else:
-            known = has_tokenizer(folder)
+            contents, known = [(path.name, read_text(path)) for path in text], has_tokenizer(folder)
             tokenizer = from_folder(transformers.AutoTokenizer, folder, "tokenizer") if known or text else None
-            prompts = text_prompts(tokenizer, ours, text)
+            prompts = text_prompts(tokenizer, ours, contents)
             samples = [with_decoder_ids(ours, inputs) for _, inputs in prompts]
             if whole and ours.can_generate():
                 decoder = tokenizer if known else None

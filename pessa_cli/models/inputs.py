@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pessa_cli.common.errors import UsageError
-from pessa_cli.common.text import read_text
 from pessa_cli.models.audio import SAMPLE_RATE
 from pessa_cli.models.load import WEIGHTS_ALONE
 
@@ -70,18 +69,17 @@ def transcribe_greedily(model: Any, inputs: Inputs, **options: Any) -> Tensor:
     return tokens
 
 
-def text_prompts(tokenizer: Any | None, model: Any, paths: list[Path]) -> list[tuple[str, Inputs]]:
-    """Named token inputs for a text model: one for each file, or a built-in text without files.
+def text_prompts(tokenizer: Any | None, model: Any, texts: list[tuple[str, str]]) -> list[tuple[str, Inputs]]:
+    """Encode named texts for a text model, each truncated to TEXT_TOKENS; without texts, a built-in one.
 
-    Without a tokenizer the only input are random tokens.
+    Without a tokenizer the only input is random tokens.
     """
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", TEXT_TOKENS)
     most = min(TEXT_TOKENS, positions - 2)  # RoBERTa numbers its positions from 2
     if tokenizer is None:
         return [("random tokens", random_tokens(model, 2, min(64, most)))]
-    contents = [(path.name, read_text(path)) for path in paths] or [("built-in text", PASSAGE)]
     prompts: list[tuple[str, Inputs]] = []
-    for name, content in contents:
+    for name, content in texts or [("built-in text", PASSAGE)]:
         encoded = tokenizer(content, return_tensors="pt", truncation=True, max_length=most)
         prompts.append((name, {key: encoded[key] for key in ("input_ids", "attention_mask")}))
     return prompts
