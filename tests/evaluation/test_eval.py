@@ -109,7 +109,7 @@ def test_refusals(pessa: Pessa, llama: Path, adapter: Path, tiny_folder: TinyFol
     is_refusal(pessa("eval", f"{llama}+{adapter}", "--adapter", adapter, "--tasks", task), "--adapter", code=2)
     is_refusal(pessa("eval", tiny_folder("whisper"), "--tasks", task), "--tasks", "--speech", code=2)
     is_refusal(pessa("eval", tiny_folder("llama"), "--tasks", task), "tokenizer")
-    is_refusal(pessa("eval", llama, "--adapter", tmp_path, "--tasks", task), "no adapter")
+    is_refusal(pessa("eval", llama, "--adapter", tmp_path, "--tasks", task), "is not an adapter")
     is_refusal(pessa("eval", llama, "--tasks", tmp_path), "test.json")
     (tmp_path / "odd.json").write_text(json.dumps([{"instruction": "Why?", "output": "because"}]))
     is_refusal(pessa("eval", llama, "--tasks", tmp_path / "odd.json"), "question 1")
