@@ -60,7 +60,9 @@ class BenchSettings:
             torch.zeros(1, device=self.device)
         except (RuntimeError, AssertionError) as error:
             reason = str(error).splitlines()[0]
-            raise UsageError(f"--device {self.device} cannot be used: {reason}", "give cpu, or leave it out") from None
+            raise UsageError(
+                f"--device {self.device} cannot be used: {reason}", "give cpu, or leave --device out"
+            ) from None
 
 
 @dataclass(frozen=True)

@@ -270,7 +270,7 @@ def _compare_site(
         errors = relative_difference(_query_heads(ours.qk, site, "left"), _query_heads(theirs.qk, site, "left"))
         found += _by_head(site, "Q-K", errors)
     if site.unmerged:
-        for side in "qk":  # these directions are not multiplied with each other, so each side must be the same
+        for side in "qk":  # RoPE or a norm stands between these directions of Q and K
             found += _by_head(site, side.upper(), _unmerged(weights, other_weights, side, site.unmerged))
     vo = _matched_rows(ours.vo, site), _matched_rows(theirs.vo, other)
     errors = relative_difference(_query_heads(vo[0], site, "right"), _query_heads(vo[1], site, "right"))

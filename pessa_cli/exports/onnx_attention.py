@@ -41,7 +41,7 @@ class OnnxStep:
 
 
 def kept_heads(weights: HeadWeights, scaling: float) -> tuple[list[Head], Tensor]:
-    """The heads that are not zero, and the output bias (D_o,), in float32.
+    """The heads with a V-O that is not zero, and the output bias (D_o,), in float32.
 
     scaling: the softmax scale. A direction is kept when both of its sides are non-zero, so that compact and dense files
     of a model give equal heads. A block of zeros keeps one head, so that its shapes remain valid.
@@ -73,7 +73,7 @@ class HeadByHead(nn.Module):
         self.o: nn.Module = _linear(torch.cat([_at_least_one(head.o) for head in heads]).T, o_bias)
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **_: Any) -> tuple[Tensor, None]:
-        """hidden_states: (batch, T, D); attention_mask: (batch, 1, T, T), added to the scores."""
+        """Attend within hidden_states (batch, T, D). attention_mask (batch, 1, T, T) is added to the scores."""
         outputs = []
         for q, k, v in zip(self.q, self.k, self.v, strict=True):
             scores = q(hidden_states) @ k(hidden_states).transpose(1, 2)  # (batch, T, T)
@@ -125,7 +125,10 @@ class CacheSlots(nn.Module):
         attention_mask: Tensor | None = None,
         **_: Any,
     ) -> tuple[Tensor, None]:
-        """hidden_states: (batch, T, D); attention_mask: broadcast to (batch, H, T, S) and added to the scores."""
+        """Attend from hidden_states (batch, T, D), and to key_value_states (batch, S, D) in cross-attention.
+
+        attention_mask is broadcast to (batch, H, T, S) and added to the scores.
+        """
         q = self._split(self.q(hidden_states), self.key_width)
         k, v = self._keys_and_values(hidden_states, key_value_states, past_key_values)
         scores = q @ k.transpose(2, 3)  # (batch, n_k, T, S)

@@ -73,7 +73,7 @@ def from_folder(kind: Any, folder: Path, what: str) -> Any:
 def encodes_alike(first: Any, second: Any) -> bool:
     """Whether two tokenizers or processors have the same state, and so encode and decode everything alike.
 
-    False for tokenizers of the slow kind, whose state cannot be compared.
+    False for slow (pure Python) tokenizers, whose state cannot be compared.
     """
     tokenizers = [getattr(encoder, "tokenizer", encoder) for encoder in (first, second)]
     if type(first) is not type(second) or not all(tokenizer.is_fast for tokenizer in tokenizers):

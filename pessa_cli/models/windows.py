@@ -32,7 +32,7 @@ def inputs_of(folder: Path, model: Any, item: DataItem, transcribed: bool = True
 
     transcribed: whether the decoder of a speech model gets the transcript of each window. Where the data give none, the
     model transcribes the window. False gives the start token alone, for when no decoder block is calibrated. Raises
-    UsageError when the item does not fit the model, PessaError when the tokenizer is of the slow kind.
+    UsageError when the item does not fit the model, PessaError for a slow (pure Python) tokenizer.
     """
     speech = model.config.model_type == "whisper"
     if not speech and (model.config.is_encoder_decoder or model.main_input_name != "input_ids"):
@@ -53,7 +53,7 @@ def inputs_of(folder: Path, model: Any, item: DataItem, transcribed: bool = True
     length = min(TEXT_TOKENS, getattr(model.config, "max_position_embeddings", TEXT_TOKENS))
     if not tokenizer.is_fast:
         raise PessaError(
-            f"{folder}: its tokenizer is of the slow kind, which cannot cut a text into windows",
+            f"{folder}: its tokenizer is a slow (pure Python) one, which cannot cut a text into windows",
             "add the tokenizer.json of the original model",
         )
     cut = tokenizer(item.text, truncation=True, max_length=length, return_overflowing_tokens=True)

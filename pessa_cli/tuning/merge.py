@@ -108,7 +108,7 @@ class Merger:
         for name in targets:
             self.layers.setdefault(_layer_of(name), []).append(name)
         of_targets = tuple(f"{ADAPTER_PREFIX}{name}." for name in targets)
-        # Tensors of no single module are shared by all layers, such as the bank of PiCa.
+        # Tensors that belong to no single module, such as the bank of PiCa, are shared by all layers.
         self._shared = [name for name in adapter.names if not name.startswith(of_targets)]
         lost = [name for name in self._shared if _layer_of(name) != name]
         if not targets or lost:

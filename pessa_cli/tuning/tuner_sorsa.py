@@ -129,7 +129,9 @@ def regularizer(model: nn.Module) -> Tensor:
             for adapter in layer._present(layer.active_adapters):
                 norms += [_off_orthonormal(layer.sorsa_A[adapter]), _off_orthonormal(layer.sorsa_B[adapter].mT)]
     if not norms:
-        raise PessaError("there is no active SORSA adapter to regularise", "attach one: pessa tune --method sorsa")
+        raise PessaError(
+            "there is no active SORSA adapter to regularise", "attach one: get_peft_model(model, SorsaConfig())"
+        )
     return torch.stack([norm.to(norms[0].device) for norm in norms]).mean()
 
 
@@ -165,7 +167,7 @@ def gamma(model: nn.Module) -> float:
         if isinstance(module, SorsaTuner):
             value: float = module.peft_config[module.active_adapters[0]].gamma
             return value
-    raise PessaError("there is no SORSA adapter on this model", "attach one: pessa tune --method sorsa")
+    raise PessaError("there is no SORSA adapter on this model", "attach one: get_peft_model(model, SorsaConfig())")
 
 
 def _off_orthonormal(rows: Tensor) -> Tensor:
