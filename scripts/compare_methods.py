@@ -22,7 +22,7 @@ from pessa_cli.blocks.site import select
 from pessa_cli.evaluation.measures import ScoreSettings
 from pessa_cli.evaluation.word_errors import compare_words, transcribe
 from pessa_cli.models.audio import load_audio
-from pessa_cli.models.inputs import Inputs, listen
+from pessa_cli.models.inputs import Inputs, clip_features
 from pessa_cli.ranks.rule import Rule
 from pessa_cli.surgery.model import open_model
 from pessa_cli.surgery.passes import prune_model
@@ -45,7 +45,7 @@ def main() -> None:
     source = fetch("whisper-tiny.en")
     clip = args.clip or fetch("speech") / "beckett.wav"
     processor = AutoProcessor.from_pretrained(source)
-    inputs = listen(processor, load_audio(clip))
+    inputs = clip_features(processor, load_audio(clip))
     model = open_model(source)
     sites = select(model.sites, () if args.sites == "all" else tuple(args.sites.split(",")))
     original = heard(source, inputs, processor)

@@ -560,17 +560,17 @@ def _pruned(
         opened = open_model(folder, architecture)
         chosen, rule, searched = _chosen(opened, recipe), recipe.rule, {}
         in_sequence = rule if recipe.sequential else None
-        if recipe.evaluate is not None and recipe.calibrate:  # before the minutes that calibration takes
-            from pessa_cli.evaluation.search import check_apart
+        if recipe.evaluate is not None:
+            from pessa_cli.evaluation.search import QualityLimit, check_apart, read_quality_data, search
             from pessa_cli.models.data import read_data
 
-            check_apart(recipe.evaluate, read_data(recipe.calibrate)[1])
+            limit = QualityLimit.of(recipe.max_wer_increase, recipe.max_ppl_increase)
+            calibration = read_data(recipe.calibrate)[1] if recipe.calibrate else []
+            quality = read_quality_data(opened, limit, recipe.evaluate)
+            check_apart(quality, calibration)  # before the minutes that calibration takes
         with _calibrated(opened, chosen, recipe.calibrate, recipe.statistics, run, in_sequence) as found:
             if recipe.evaluate is not None:
-                from pessa_cli.evaluation.search import QualityLimit, search
-
-                limit = QualityLimit.of(recipe.max_wer_increase, recipe.max_ppl_increase)
-                result = search(opened, chosen, limit, recipe.evaluate, rule, found, run.progress, run.device)
+                result = search(opened, chosen, limit, quality, rule, found, run.progress, run.device)
                 rule, searched = result.rule, {"search": result.to_dict()}
                 if not json:
                     console.show_search(result)

@@ -1,1 +1,1 @@
-"""What a model is worth: verification, quality on data, search for a budget, and speed."""
+"""Comparing two models (verify), scoring models on data (eval), timing them (bench), and the search for a budget."""

@@ -1,7 +1,7 @@
-"""Which of two models is faster and smaller: both in turn, on the same inputs, each in a process of its own.
+"""`pessa bench`: measures time, memory and size of two models on the same inputs, each in its own process.
 
-The processes are started alike and stay alive, so that runs of the two alternate and share what the machine is doing
-meanwhile, while peak memory is that of one model. The models do what transformers makes them do by default.
+Both processes stay alive and their runs alternate, so that other load on the machine affects both models alike, and
+the peak memory of each process is that of one model. The models run with the default settings of transformers.
 """
 
 from __future__ import annotations
@@ -25,18 +25,22 @@ from pessa_cli.common.errors import PessaError, UsageError
 from pessa_cli.common.files import file_size
 from pessa_cli.common.progress import Progress, quietly
 from pessa_cli.models.hooks import output_of
-from pessa_cli.models.inputs import Inputs, noise, random_tokens, signal, with_answer
+from pessa_cli.models.inputs import Inputs, random_signal, random_speech, random_tokens, with_decoder_ids
 from pessa_cli.models.load import load, quiet_transformers
-from pessa_cli.surgery.model import Model, open_model
+from pessa_cli.surgery.model import Model
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-PAUSE = 0.05  # seconds between two runs: idle threads of the one model spin that long at most, and the other's wait
-LENGTH = 128  # tokens of a text model's input, if it takes as many
+PAUSE = 0.05  # seconds between two runs, after which idle threads of the other process no longer spin
+LENGTH = 128  # tokens of a text model's input, unless it has fewer positions
 
 
 @dataclass(frozen=True)
 class BenchSettings:
-    """How both models are run. threads: None for as many as torch takes. tokens: how many are generated."""
+    """How both models run.
+
+    threads: None for the default of torch. batch: inputs per run. tokens: the number to generate. rounds: timed runs of
+    each kind and model. Raises UsageError for values that cannot be used.
+    """
 
     device: str = "cpu"
     dtype: str = "float32"
@@ -49,19 +53,24 @@ class BenchSettings:
         for name in ("threads", "batch", "tokens", "rounds"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise UsageError(f"--{name} {value} is too few", "give 1 or more")
+                raise UsageError(f"--{name} {value} is less than 1", "give 1 or more")
         if self.dtype not in DTYPES:
-            raise UsageError(f"--dtype {self.dtype} is not known", f"give one of {', '.join(DTYPES)}")
+            raise UsageError(f"--dtype {self.dtype} is unknown", f"give one of {', '.join(DTYPES)}")
         try:
             torch.zeros(1, device=self.device)
         except (RuntimeError, AssertionError) as error:
             reason = str(error).splitlines()[0]
-            raise UsageError(f"--device {self.device} cannot be used: {reason}", "give cpu, or leave it out") from None
+            raise UsageError(
+                f"--device {self.device} cannot be used: {reason}", "give cpu, or leave --device out"
+            ) from None
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """One quantity of both models; smaller is better. unit: seconds, bytes or parameters. runs: seconds of each run."""
+    """One quantity of both models, where smaller is better.
+
+    unit: seconds, bytes or parameters. runs: for times, the seconds of each run of the reference and of the candidate.
+    """
 
     name: str
     unit: str
@@ -71,13 +80,13 @@ class Measurement:
 
     @property
     def ratio(self) -> float | None:
-        """The candidate's share of the reference's."""
+        """The candidate's value divided by the reference's, None where that is 0."""
         return self.candidate / self.reference if self.reference else None
 
 
 @dataclass(frozen=True)
 class Bench:
-    """What `bench` measured; `threads` and `processor` are those of the runs."""
+    """The result of `bench`, with the number of threads and the processor that the models ran on."""
 
     settings: BenchSettings
     threads: int
@@ -92,10 +101,11 @@ class Bench:
 def bench_models(
     reference: Model, candidate: Model, settings: BenchSettings | None = None, progress: Progress = quietly
 ) -> Bench:
-    """Run both models in turn and measure time, memory and size. Raises PessaError when one cannot be run.
+    """Run both models in turn and measure time, memory and size.
 
-    Times are medians over the rounds, each run alone on the machine as far as pessa can tell; one run of each kind
-    goes before, untimed. The order of the two changes from round to round.
+    Times are medians over the rounds. Only one model runs at a time, the order of the two changes from round to round,
+    and an untimed run of each kind comes first. Raises PessaError when the models are of different types or one cannot
+    be run.
     """
     settings = settings or BenchSettings()
     configs = reference.reader.config, candidate.reader.config
@@ -103,7 +113,7 @@ def bench_models(
     if types[0] != types[1]:
         raise PessaError(
             f"{reference.reader.folder} is a {types[0]}, but {candidate.reader.folder} is a {types[1]}",
-            "compare a model with what it was made from",
+            "compare a model with the one that it was made from",
         )
     with ExitStack() as running:
         workers = [running.enter_context(_worker(model, settings)) for model in (reference, candidate)]
@@ -126,13 +136,13 @@ def bench_models(
 def _alternate(
     workers: list[_Worker], kind: str, rounds: int, tick: Callable[[int, int], None]
 ) -> tuple[list[float], list[float]]:
-    """The seconds of each run of one kind, of the first and of the second model."""
+    """Time one kind of run in both models by turns; returns the seconds of each run, first and second model."""
     seconds: tuple[list[float], list[float]] = ([], [])
     for i in range(rounds + 1):
         for which in (0, 1) if i % 2 else (1, 0):
             time.sleep(PAUSE)
             taken = workers[which].ask(kind)
-            if i > 0:  # the first warms up
+            if i > 0:  # the first round is a warm-up
                 seconds[which].append(taken)
         tick(0, 1)
     return seconds
@@ -140,13 +150,14 @@ def _alternate(
 
 @dataclass(frozen=True)
 class _Worker:
-    """The process of one model, as the other end of a pipe."""
+    """The process that runs one model, and the pipe to it."""
 
     folder: Path
     process: Any
     pipe: Connection
 
     def ask(self, question: str) -> Any:
+        """Send a question and wait for the answer of `Runner.answer`. Raises PessaError when the process fails."""
         try:
             self.pipe.send(question)
             answer = self.pipe.recv()
@@ -154,7 +165,7 @@ class _Worker:
             self.process.join(5)
             raise PessaError(
                 f"the process that ran {self.folder} ended with code {self.process.exitcode}",
-                "a negative code is a signal; -9 mostly means too little memory: try a smaller --batch",
+                "a negative code is a signal; -9 usually means that memory ran out: try a smaller --batch",
             ) from None
         if isinstance(answer, PessaError):
             raise answer
@@ -165,20 +176,20 @@ class _Worker:
 def _worker(model: Model, settings: BenchSettings) -> Iterator[_Worker]:
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    # A daemon, so that it goes when this process does, whatever ends it.
-    process = context.Process(target=_serve, args=(model.reader.folder, settings, theirs), daemon=True)
+    # A daemon process ends together with this one.
+    process = context.Process(target=_serve, args=(model, settings, theirs), daemon=True)
     process.start()
     theirs.close()
     try:
         yield _Worker(model.reader.folder, process, ours)
     finally:
-        ours.close()  # at which the loop over questions ends
+        ours.close()  # ends the loop in _serve
         process.join(5)
         process.kill()
 
 
-def _serve(folder: Path, settings: BenchSettings, pipe: Connection) -> None:
-    """In a process of its own: answer questions about one model until the other end of the pipe is closed."""
+def _serve(model: Model, settings: BenchSettings, pipe: Connection) -> None:
+    """The main function of a worker process: answer questions about one model until the pipe is closed."""
     runner: Runner | None = None
     while True:
         try:
@@ -186,26 +197,28 @@ def _serve(folder: Path, settings: BenchSettings, pipe: Connection) -> None:
         except (EOFError, KeyboardInterrupt):
             return
         try:
-            runner = runner or Runner(folder, settings)
+            runner = runner or Runner(model, settings)
             pipe.send(runner.answer(question))
         except PessaError as error:
             pipe.send((UsageError if isinstance(error, UsageError) else PessaError)(error.message, error.hint))
-        except Exception as error:  # whatever torch and transformers raise, it is about this model
+        except Exception as error:  # torch and transformers raise many types, all of them caused by this model
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            pipe.send(PessaError(f"{folder} cannot be run on {settings.device}: {reason}", "try another --dtype"))
+            pipe.send(
+                PessaError(f"{model.reader.folder} cannot be run on {settings.device}: {reason}", "try another --dtype")
+            )
 
 
 class Runner:
-    """One loaded model and what can be timed of it: "forward", and where there are such, "encoder" and "generate"."""
+    """One loaded model and the kinds of runs to time: "forward" and, if the model has it, "encoder" and "generate"."""
 
-    def __init__(self, folder: Path, settings: BenchSettings) -> None:
+    def __init__(self, model: Model, settings: BenchSettings) -> None:
         if settings.threads is not None:
             torch.set_num_threads(settings.threads)
         self.settings = settings
         self.device = torch.device(settings.device)
         with quiet_transformers():
-            self.model = load(open_model(folder), DTYPES[settings.dtype]).to(self.device)
-        self.inputs = self._inputs(folder)
+            self.model = load(model, DTYPES[settings.dtype]).to(self.device)
+        self.inputs = self._inputs(model.reader.folder)
         self.cache = 0
         self.kinds: dict[str, Callable[[], object]] = {"forward": lambda: output_of(self.model, self.inputs)}
         if self.model.config.is_encoder_decoder:
@@ -214,27 +227,29 @@ class Runner:
             self.kinds["generate"] = self._generate
 
     def _inputs(self, folder: Path) -> Inputs:
-        """The same for every model of the same shape."""
+        """Built-in inputs, which are the same for every model of the same shape."""
         model, batch, tokens = self.model, self.settings.batch, self.settings.tokens
         limits = (getattr(model.config, name, None) for name in ("max_target_positions", "max_position_embeddings"))
         room = next((limit for limit in limits if limit), LENGTH + tokens)
         if model.can_generate() and tokens >= room:
             raise UsageError(
-                f"--tokens {tokens}: this model has {room} positions, one of them for a start", "give fewer"
+                f"--tokens {tokens}: this model has {room} positions, one of them for the start token",
+                f"give at most {room - 1}",
             )
         if model.config.model_type == "whisper":
-            inputs = noise(model, batch)
+            inputs = random_speech(model, batch)
         elif model.main_input_name != "input_ids":
-            inputs = signal(folder, model, batch)
+            inputs = random_signal(folder, model, batch)
         else:
             length = min(LENGTH, room - tokens if model.can_generate() else room)
-            inputs = with_answer(model, random_tokens(model, batch, length))
+            inputs = with_decoder_ids(model, random_tokens(model, batch, length))
         return {name: _moved(value, self.device, model.dtype) for name, value in inputs.items()}
 
     def _generate(self) -> None:
-        """Greedy, exactly as many tokens as asked for; the cache is measured on the way.
+        """Generate exactly `tokens` tokens greedily, and measure the key/value cache.
 
-        Not by the model's own `generate`: Whisper's runs again, warmer, when it dislikes what came out.
+        This calls GenerationMixin.generate, because Whisper's own generate decodes again at a higher temperature when
+        the result is repetitive or improbable.
         """
         tokens, model = self.settings.tokens, self.model
         prompt = {name: value for name, value in self.inputs.items() if name != "decoder_input_ids"}
@@ -251,6 +266,7 @@ class Runner:
         self.cache = cache_bytes(found.past_key_values)
 
     def answer(self, question: str) -> Any:
+        """Answer "kinds" with their names, "facts" with sizes, and the name of a kind with the seconds of one run."""
         if question == "kinds":
             return list(self.kinds)
         if question == "facts":
@@ -282,7 +298,7 @@ def _moved(value: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
 
 
 def cache_bytes(cache: Any) -> int:
-    """Bytes that the keys and values of a cache occupy, those of an encoder-decoder cache together."""
+    """The bytes of all keys and values in a cache, self- and cross-attention together. Shared storage counts once."""
     parts = [getattr(cache, name) for name in ("self_attention_cache", "cross_attention_cache") if hasattr(cache, name)]
     layers = [layer for part in parts or [cache] for layer in part.layers]
     tensors = [value for layer in layers for value in vars(layer).values() if isinstance(value, Tensor)]
@@ -291,9 +307,9 @@ def cache_bytes(cache: Any) -> int:
 
 
 def peak_memory() -> int:
-    """The most bytes that this process has had in memory so far, its libraries included."""
+    """The peak resident memory of this process in bytes, including its libraries."""
     status = Path("/proc/self/status")
-    if status.exists():  # not getrusage: there a child starts with the peak of its parent
+    if status.exists():  # getrusage would start a child with the peak of its parent
         line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
         return 1024 * int(line.split()[1])
     import resource

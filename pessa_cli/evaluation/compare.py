@@ -1,6 +1,6 @@
-"""Two models run on the same inputs: their attention blocks one by one, their outputs, and what they write.
+"""Running two models on the same inputs and comparing their attention blocks, outputs and generated texts.
 
-Both run in float32 whatever they are stored in, so that differences come from the weights and not from 16-bit
+Both run in float32 whatever their stored dtype, so that differences come from the weights and not from 16-bit
 arithmetic.
 """
 
@@ -16,33 +16,34 @@ import transformers
 from torch import Tensor
 
 from pessa_cli.common.errors import PessaError, UsageError
-from pessa_cli.common.text import listed
+from pessa_cli.common.text import listed, read_text
 from pessa_cli.models.audio import load_audio
 from pessa_cli.models.hooks import block_squares, output_of
 from pessa_cli.models.inputs import (
     Inputs,
+    clip_features,
     has_tokenizer,
-    listen,
-    noise,
-    signal,
+    random_signal,
+    random_speech,
     text_prompts,
+    transcribe_greedily,
     transcript_inputs,
-    with_answer,
-    write_down,
+    with_decoder_ids,
 )
 from pessa_cli.models.load import WEIGHTS_ALONE, from_folder, load, quiet_transformers
 from pessa_cli.surgery.model import Model
 
-PROMPT_TOKENS = 32  # of a text, before the greedy continuation
+PROMPT_TOKENS = 32  # of a text, which the models then continue greedily
 NEW_TOKENS = 32
 
 
 @dataclass(frozen=True)
 class OutputDifference:
-    """How far the final outputs are apart: `what` is "logits", or "hidden states" for a model without a head.
+    """The difference between the final outputs of two models.
 
-    error: relative Frobenius norm of the difference; max_difference and mean_difference: of the entries;
-    kl: mean Kullback-Leibler divergence in nats; agreement: share of equal top-1 predictions (logits only).
+    what: "logits", or "hidden states" for a model without a head. error: relative Frobenius norm of the difference.
+    max_difference, mean_difference: of the absolute entries. For logits also kl, the mean Kullback-Leibler divergence
+    in nats, and agreement, the share of equal top-1 predictions.
     """
 
     what: str
@@ -55,7 +56,7 @@ class OutputDifference:
 
 @dataclass(frozen=True)
 class GeneratedText:
-    """What both models wrote under greedy decoding: a transcript, or the continuation of a prompt."""
+    """The texts of both models under greedy decoding: the transcript of a clip, or the continuation of a prompt."""
 
     name: str
     reference: str
@@ -65,7 +66,11 @@ class GeneratedText:
 def run_both(
     reference: Model, candidate: Model, whole: bool, audio: list[Path], text: list[Path]
 ) -> tuple[list[tuple[str, float]], OutputDifference | None, list[GeneratedText]]:
-    """The relative error of each attention block's output, and if `whole` those of the outputs and all texts."""
+    """Compare two models; returns the relative error of each attention block's output, the outputs and the texts.
+
+    whole: whether outputs and texts are compared, too; otherwise they are None and empty. Raises UsageError when audio
+    or text do not fit the models, PessaError when a model cannot be loaded or run.
+    """
     with quiet_transformers():
         return _run_both(reference, candidate, whole, audio, text)
 
@@ -76,25 +81,34 @@ def _run_both(
     ours, theirs = load(reference), load(candidate)
     speech, reads = ours.config.model_type == "whisper", ours.main_input_name == "input_ids"
     if audio and not speech:
-        raise UsageError(f"--audio: {reference.reader.folder} does not listen", "give --text to a text model")
+        raise UsageError(
+            f"--audio needs a speech model; {reference.reader.folder} is not one", "leave --audio out, or give --text"
+        )
     if text and not reads:
-        raise UsageError(f"--text: {reference.reader.folder} does not read", "give --audio to a speech model")
+        raise UsageError(
+            f"--text needs a text model; {reference.reader.folder} is not one", "leave --text out, or give --audio"
+        )
     folder = reference.reader.folder
     with torch.inference_mode():
         texts: list[GeneratedText] = []
         if speech:
             clips = [(path.name, load_audio(path)) for path in audio]
-            written = [(name, *_transcribe(folder, (ours, theirs), samples)) for name, samples in clips]
-            texts = [GeneratedText(name, *said) for name, said, _ in written]
-            samples = [transcript_inputs(ours, features, ids) for _, _, (features, ids) in written]
-            samples = samples or [noise(ours)]
+            processor = from_folder(transformers.AutoProcessor, folder, "preprocessor and tokenizer") if clips else None
+            samples = [random_speech(ours)] if not clips else []
+            for name, clip in clips:
+                transcripts, features, ids = _transcribe(processor, (ours, theirs), clip)
+                texts.append(GeneratedText(name, *transcripts))
+                samples.append(transcript_inputs(ours, features, ids))
         elif not reads:
-            samples = [signal(folder, ours)]
+            samples = [random_signal(folder, ours)]
         else:
-            prompts = text_prompts(folder, ours, text)
-            samples = [with_answer(ours, inputs) for _, inputs in prompts]
+            contents, known = [(path.name, read_text(path)) for path in text], has_tokenizer(folder)
+            tokenizer = from_folder(transformers.AutoTokenizer, folder, "tokenizer") if known or text else None
+            prompts = text_prompts(tokenizer, ours, contents)
+            samples = [with_decoder_ids(ours, inputs) for _, inputs in prompts]
             if whole and ours.can_generate():
-                texts = [_continue(folder, ours, theirs, name, inputs) for name, inputs in prompts]
+                decoder = tokenizer if known else None
+                texts = [_continue(decoder, (ours, theirs), name, inputs) for name, inputs in prompts]
         with ExitStack() as hooks:
             squares = block_squares(reference.sites, ours, theirs, hooks)
             expected = [_first_output(folder, ours, inputs) for inputs in samples]
@@ -104,7 +118,7 @@ def _run_both(
 
 
 def _first_output(folder: Path, model: Any, inputs: Inputs) -> tuple[str, Tensor]:
-    """The outputs of a model that may want more than we have to give."""
+    """The output of the reference model. Raises PessaError when it needs more inputs than the built-in ones."""
     try:
         return output_of(model, inputs)
     except (ValueError, TypeError, AttributeError) as error:
@@ -113,6 +127,7 @@ def _first_output(folder: Path, model: Any, inputs: Inputs) -> tuple[str, Tensor
 
 
 def _compare_outputs(expected: list[tuple[str, Tensor]], found: list[tuple[str, Tensor]]) -> OutputDifference:
+    """The difference between the outputs of two models on the same inputs, over all positions of all inputs."""
     what = expected[0][0]
     width = expected[0][1].shape[-1]
     a = torch.cat([values.reshape(-1, width) for _, values in expected]).double()
@@ -127,24 +142,22 @@ def _compare_outputs(expected: list[tuple[str, Tensor]], found: list[tuple[str, 
     return OutputDifference(what, error, float(difference.max()), float(difference.mean()), kl, agreement)
 
 
-def _transcribe(folder: Path, models: tuple[Any, Any], samples: Any) -> tuple[list[str], tuple[Tensor, Tensor]]:
-    """What each model hears under greedy decoding, and the reference's features and tokens."""
-    processor = from_folder(transformers.AutoProcessor, folder, "preprocessor and tokenizer")
-    inputs = listen(processor, samples)
-    tokens = [write_down(model, inputs) for model in models]
-    said = [processor.batch_decode(ids, skip_special_tokens=True)[0].strip() for ids in tokens]
-    return said, (inputs["input_features"], tokens[0])
+def _transcribe(processor: Any, models: tuple[Any, Any], samples: Any) -> tuple[list[str], Tensor, Tensor]:
+    """The transcript of a clip by each model under greedy decoding, its features, and the reference's token ids."""
+    inputs = clip_features(processor, samples)
+    tokens = [transcribe_greedily(model, inputs) for model in models]
+    transcripts = [processor.batch_decode(ids, skip_special_tokens=True)[0].strip() for ids in tokens]
+    return transcripts, inputs["input_features"], tokens[0]
 
 
-def _continue(folder: Path, ours: Any, theirs: Any, name: str, inputs: Inputs) -> GeneratedText:
-    """What both write after the first tokens of a text, as text if there is a tokenizer, else as token numbers."""
+def _continue(tokenizer: Any | None, models: tuple[Any, Any], name: str, inputs: Inputs) -> GeneratedText:
+    """The greedy continuations of the first PROMPT_TOKENS of a text; without a tokenizer as token ids."""
     prompt = {key: value[:1, :PROMPT_TOKENS] for key, value in inputs.items()}
-    width = 0 if ours.config.is_encoder_decoder else prompt["input_ids"].shape[1]
+    width = 0 if models[0].config.is_encoder_decoder else prompt["input_ids"].shape[1]
     tokens = [
         model.generate(**prompt, max_new_tokens=NEW_TOKENS, do_sample=False, num_beams=1)[0, width:].tolist()
-        for model in (ours, theirs)
+        for model in models
     ]
-    if not has_tokenizer(folder):
+    if tokenizer is None:
         return GeneratedText(name, *(" ".join(map(str, ids)) for ids in tokens))
-    tokenizer = from_folder(transformers.AutoTokenizer, folder, "tokenizer")
     return GeneratedText(name, *(tokenizer.decode(ids) for ids in tokens))

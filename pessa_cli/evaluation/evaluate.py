@@ -1,4 +1,8 @@
-"""`pessa eval`: which measures fit a model, and the models scored by them, one after the other."""
+"""`pessa eval`: decides which measures fit a model, and scores the models one after the other.
+
+Nothing is done twice in one command: each data file is read and hashed once, models with equal tokenizers share the
+encoded data, and a model that is scored with and without an adapter is loaded once.
+"""
 
 from __future__ import annotations
 
@@ -17,18 +21,18 @@ from pessa_cli.common.packages import need
 from pessa_cli.common.progress import Progress, quietly
 from pessa_cli.common.text import listed
 from pessa_cli.evaluation.measures import Measure, Score, ScoreSettings
-from pessa_cli.evaluation.multiple_choice import load_tasks
-from pessa_cli.evaluation.perplexity import Perplexity
-from pessa_cli.evaluation.similarity import Similarity, embedding_of
-from pessa_cli.evaluation.word_errors import WordErrors
-from pessa_cli.models.load import from_folder, load, model_class, quiet_transformers
+from pessa_cli.evaluation.multiple_choice import QuestionFile, Task, read_tasks
+from pessa_cli.evaluation.perplexity import Documents, Perplexity, read_documents
+from pessa_cli.evaluation.similarity import Embedding, SentencePairs, Similarity, embedding_of, read_pairs
+from pessa_cli.evaluation.word_errors import Clip, WordErrors, read_clips
+from pessa_cli.models.load import encodes_alike, from_folder, load, model_class, quiet_transformers
 from pessa_cli.sources.open import open_source
 from pessa_cli.surgery.model import Model, open_model
 
 
 @dataclass(frozen=True)
 class EvaluationData:
-    """What models are scored on, by the name of the option of `pessa eval`."""
+    """The files that models are scored on, by the name of the option of `pessa eval`."""
 
     tasks: Sequence[Path] = ()
     speech: Path | None = None
@@ -41,8 +45,27 @@ class EvaluationData:
 
 
 @dataclass(frozen=True)
+class EvaluationItems:
+    """The contents of the files of `EvaluationData`, not yet encoded. speech: the name of the file, and its clips."""
+
+    tasks: Sequence[QuestionFile] = ()
+    speech: tuple[str, Sequence[Clip]] | None = None
+    text: Documents | None = None
+    pairs: SentencePairs | None = None
+
+    @property
+    def files(self) -> dict[str, Path]:
+        """The files of audio and text by their SHA-256, also those of clips that have no reference text."""
+        clips = {clip.sha256: clip.file for clip in self.speech[1]} if self.speech is not None else {}
+        return clips | ({self.text.sha256: self.text.path} if self.text is not None else {})
+
+
+@dataclass(frozen=True)
 class Scores:
-    """One model's: `kind` of data, as in Data, to what was found on them; and the SHA-256 of the files, by name."""
+    """The scores of one model.
+
+    found: the scores on each kind of data, by its name in EvaluationData. sources: the SHA-256 of the files, by name.
+    """
 
     model: str
     found: Mapping[str, Sequence[Score]]
@@ -50,23 +73,35 @@ class Scores:
 
     @property
     def mean(self) -> float:
-        """Of the accuracies, where there are tasks."""
+        """The mean accuracy over the tasks. Needs at least one task."""
         return fmean(score.value for score in self.found["tasks"])
 
     def to_dict(self) -> dict[str, Any]:
-        """Tasks by their names, everything else, of which there is one each, by its kind."""
+        """The scores as JSON: tasks by their names, every other kind of data, which has one score, by its kind."""
         tasks = {score.data: score.to_dict() for score in self.found.get("tasks", ())}
         others = {kind: score.to_dict() for kind, (score, *_) in self.found.items() if kind != "tasks"}
         return {"model": self.model} | ({"tasks": tasks, "mean": self.mean} if tasks else {}) | others
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """Measures by the kind of data, and what encoded their data: a tokenizer or processor, and the pooling of pairs."""
+
+    encoder: Any
+    embedding: Embedding | None
+    measures: Mapping[str, Sequence[Measure]]
+
+
 def split_adapter(name: str, adapter: Path | None) -> tuple[str, Path | None]:
-    """MODEL+ADAPTER in its parts; a path that is there is one name, whatever is in it."""
+    """Split MODEL+ADAPTER into its parts. A path that exists is a model name as a whole, even if it contains a plus.
+
+    Raises UsageError when both `name` and `adapter` give an adapter.
+    """
     model, plus, own = name.rpartition("+")
     if not plus or Path(name).exists():
         return name, adapter
     if adapter is not None:
-        raise UsageError(f"--adapter and {name} both name an adapter", "give one of them")
+        raise UsageError(f"--adapter {adapter} and {name} both name an adapter", "give only one of them")
     return model, Path(own)
 
 
@@ -78,38 +113,51 @@ def evaluate_models(
     allow_pickle: bool = False,
     progress: Progress = quietly,
 ) -> list[Scores]:
-    """The scores of each model, with its adapter where one is given, on all data.
+    """Score each model, with its adapter if it has one, on all data.
 
-    Raises UsageError, before anything runs, when one of the models is of a kind that the data are not for.
+    Raises UsageError, before any model is loaded, when the data do not fit one of the models.
     """
     if not data.given:
-        raise UsageError("nothing says on what to score the models", "give --tasks, --speech, --text or --pairs")
+        raise UsageError("no data to score the models on", "give --tasks, --speech, --text or --pairs")
     with ExitStack() as sources, quiet_transformers():
-        models = [open_model(sources.enter_context(open_source(name, revision, allow_pickle))) for name, _ in subjects]
-        for model in models:
+        opened: dict[str, Model] = {}
+        for name, _ in subjects:
+            if name not in opened:
+                opened[name] = open_model(sources.enter_context(open_source(name, revision, allow_pickle)))
+        for model in opened.values():
             _check(model, data)
-        return [
-            _scores(name, model, adapter, prepare(model, data, settings), settings, progress)
-            for (name, adapter), model in zip(subjects, models, strict=True)
-        ]
+        items, prepared, scores = read_items(data, settings), None, []
+        bases: dict[str, Any] = {}  # the last model by its name, as long as no adapter has been put on it
+        for name, adapter in subjects:
+            prepared = prepare(opened[name], items, settings, prepared)
+            scores.append(_scores(name, opened[name], adapter, bases, prepared.measures, settings, progress))
+        return scores
 
 
 def _scores(
     name: str,
     model: Model,
     adapter: Path | None,
+    bases: dict[str, Any],
     measures: Mapping[str, Sequence[Measure]],
     settings: ScoreSettings,
     progress: Progress,
 ) -> Scores:
-    loaded = load_with_adapter(model, adapter, settings)
+    base = bases.pop(name, None)
+    bases.clear()  # so that only one model is in memory
+    if base is None:
+        base = load(model, getattr(torch, settings.dtype))
+    loaded = base if adapter is None else with_adapter(base, model.reader.folder, adapter)
+    loaded = loaded.to(settings.device).eval()
+    if adapter is None:
+        bases[name] = loaded
     found = {kind: [measure.score(loaded, progress) for measure in some] for kind, some in measures.items()}
     files = {file: sha for some in measures.values() for measure in some for file, sha in measure.sources.items()}
     return Scores(name if adapter is None else f"{name}+{adapter}", found, files)
 
 
 def fitting(model: Model) -> tuple[str, ...]:
-    """On which data a model can be scored."""
+    """The kinds of data that a model can be scored on, by their names in EvaluationData."""
     kind = model_class(model)
     if kind.main_input_name == "input_features":
         return ("speech",) if kind.can_generate() else ()
@@ -122,43 +170,66 @@ def _check(model: Model, data: EvaluationData) -> None:
     fit = fitting(model)
     if wrong := [name for name in data.given if name not in fit]:
         options = " and ".join(f"--{name}" for name in wrong)
-        hint = f"give it {' or '.join(f'--{name}' for name in fit)}" if fit else "there is no measure for it yet"
-        raise UsageError(f"{options}: not for {model.reader.folder}, a {model_class(model).__name__}", hint)
+        hint = f"give {' or '.join(f'--{name}' for name in fit)}" if fit else "pessa eval has no measure for this class"
+        raise UsageError(
+            f"{model.reader.folder} is a {model_class(model).__name__}, which cannot be scored on {options}", hint
+        )
 
 
-def prepare(model: Model, data: EvaluationData, settings: ScoreSettings) -> dict[str, list[Measure]]:
-    """The measures for models with the tokenizer or processor of this one, by the kind of data."""
+def read_items(data: EvaluationData, settings: ScoreSettings) -> EvaluationItems:
+    """Read and hash every file once. Raises PessaError for files that are missing or malformed."""
+    return EvaluationItems(
+        tasks=read_tasks(data.tasks, settings),
+        speech=None if data.speech is None else (data.speech.name, read_clips(data.speech)),
+        text=None if data.text is None else read_documents(data.text),
+        pairs=None if data.pairs is None else read_pairs(data.pairs),
+    )
+
+
+def prepare(
+    model: Model, items: EvaluationItems, settings: ScoreSettings, previous: Prepared | None = None
+) -> Prepared:
+    """Encode the data with the tokenizer or processor of a model.
+
+    Returns `previous`, and encodes nothing, when that was made with an equal tokenizer or processor.
+    """
     folder = model.reader.folder
-    if data.speech is not None:
-        processor = from_folder(WhisperProcessor, folder, "preprocessor and tokenizer")
-        return {"speech": [WordErrors.load(data.speech, processor, settings)]}
-    tokenizer = from_folder(AutoTokenizer, folder, "tokenizer")
-    measures: dict[str, list[Measure]] = {}
-    if data.tasks:
-        measures["tasks"] = [*load_tasks(data.tasks, tokenizer, settings)]
-    if data.text is not None:
-        measures["text"] = [Perplexity.load(data.text, tokenizer, settings)]
-    if data.pairs is not None:
-        measures["pairs"] = [
-            Similarity.load(data.pairs, tokenizer, settings, embedding_of(folder, model.reader.config))
-        ]
-    return measures
+    if items.speech is not None:
+        encoder, embedding = from_folder(WhisperProcessor, folder, "preprocessor and tokenizer"), None
+    else:
+        encoder = from_folder(AutoTokenizer, folder, "tokenizer")
+        embedding = embedding_of(folder, model.reader.config) if items.pairs is not None else None
+    if previous is not None and previous.embedding == embedding and encodes_alike(previous.encoder, encoder):
+        return previous
+    measures: dict[str, Sequence[Measure]] = {}
+    if items.speech is not None:
+        measures["speech"] = [WordErrors.of(*items.speech, encoder, settings)]
+    if items.tasks:
+        measures["tasks"] = [Task.of(file, encoder, settings) for file in items.tasks]
+    if items.text is not None:
+        measures["text"] = [Perplexity.of(items.text, encoder, settings)]
+    if items.pairs is not None and embedding is not None:
+        measures["pairs"] = [Similarity.of(items.pairs, encoder, settings, embedding)]
+    return Prepared(encoder, embedding, measures)
 
 
-def load_with_adapter(model: Model, adapter: Path | None, settings: ScoreSettings) -> Any:
-    """A model as it is scored."""
-    loaded, folder = load(model, getattr(torch, settings.dtype)), model.reader.folder
-    if adapter is not None:
-        need("peft")
-        from peft import PeftModel
+def with_adapter(base: Any, folder: Path, adapter: Path) -> Any:
+    """The model with an adapter on it, on the CPU, where adapters that start from an SVD of the base compute it.
 
-        if not (adapter / "adapter_config.json").is_file():
-            raise PessaError(f"{adapter} is no adapter: it has no adapter_config.json", "give what `pessa tune` wrote")
-        try:
-            loaded = PeftModel.from_pretrained(loaded, str(adapter))
-        except (ValueError, TypeError, KeyError, RuntimeError) as error:
-            reasons = listed(str(error).splitlines())
-            raise PessaError(
-                f"{adapter} cannot be put on {folder}\n{reasons}", "give the model that it was tuned on"
-            ) from error
-    return loaded.to(settings.device).eval()
+    Changes the modules of `base`. `folder` is that of the base, for messages. Raises PessaError when the adapter's
+    folder has no adapter_config.json, or when PEFT cannot put the adapter on this model.
+    """
+    need("peft")
+    from peft import PeftModel
+
+    if not (adapter / "adapter_config.json").is_file():
+        raise PessaError(
+            f"{adapter} is not an adapter: it has no adapter_config.json", "give a folder that `pessa tune` wrote"
+        )
+    try:
+        return PeftModel.from_pretrained(base.to("cpu"), str(adapter))
+    except (ValueError, TypeError, KeyError, RuntimeError) as error:
+        reasons = listed(str(error).splitlines())
+        raise PessaError(
+            f"the adapter {adapter} does not fit {folder}\n{reasons}", "give the model that the adapter was tuned on"
+        ) from error

@@ -1,4 +1,7 @@
-"""What all measures of a model's quality share: data are made ready once, and models are scored again and again."""
+"""What every measure of model quality has in common: settings, the score, and the interface `Measure`.
+
+A measure encodes its data once, when it is made. It can then score any number of models.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +17,10 @@ from pessa_cli.common.progress import Progress, quietly
 class ScoreSettings:
     """How models are scored.
 
-    metric, template: of tasks; language: of speech, for a multilingual model; window, stride: of text, in tokens;
-    limit: the first questions, clips, windows and pairs only, 0 for all; batch: questions, clips, sentences at a time;
-    new_tokens: the longest transcript of a window, 0 for half of what the decoder holds, as openai-whisper does it.
+    metric, template: for tasks, the metric and the prompt template. limit: use only the first `limit` questions, clips,
+    windows or pairs; 0 uses all. batch: questions, clips or sentences per forward pass. language: the language of the
+    speech, for a multilingual Whisper. window, stride: of perplexity, in tokens. new_tokens: maximum length of one
+    transcript in tokens; 0 allows half of the decoder's positions, as openai-whisper does.
     """
 
     metric: str = "likelihood"
@@ -32,27 +36,28 @@ class ScoreSettings:
 
     def __post_init__(self) -> None:
         if self.batch < 1:
-            raise UsageError(f"--batch {self.batch} is no number of questions", "give 1 or more")
+            raise UsageError(f"--batch {self.batch}: a batch needs at least 1 input", "give 1 or more")
         if self.limit < 0:
-            raise UsageError(f"--limit {self.limit} is no number of questions", "give 1 or more, or 0 for all")
+            raise UsageError(f"--limit {self.limit} is negative", "give 1 or more, or 0 to use all data")
         if not 1 <= self.stride <= self.window or self.window < 2:
             raise UsageError(
-                f"--window {self.window} and --stride {self.stride} leave tokens out",
-                "give a window of 2 tokens or more, and a stride from 1 to the window",
+                f"--window {self.window} with --stride {self.stride} would skip tokens",
+                "give a window of at least 2 tokens, and a stride between 1 and the window",
             )
 
     @property
     def first(self) -> slice:
-        """What of a list `limit` leaves."""
+        """The slice of a list that `limit` selects."""
         return slice(self.limit or None)
 
 
 @dataclass(frozen=True)
 class Score:
-    """What a model is worth on some data.
+    """The score of one model on one data set.
 
-    metric: what the value is, as "word error rate"; how: what it depends on, in words; counts: what it was made of,
-    the amount of data first, as {"clips": 12, "words": 187, "errors": 4}.
+    metric: the name of the value, for example "word error rate". how: the settings that the value depends on, in words.
+    data: the name of the data set. counts: the numbers behind the value, the amount of data first, for example
+    {"clips": 12, "words": 187, "errors": 4}.
     """
 
     metric: str
@@ -66,15 +71,15 @@ class Score:
 
 
 class Measure(Protocol):
-    """Data made ready for the models of one tokenizer or processor. Scoring reads no file and encodes nothing."""
+    """A data set encoded with one tokenizer or processor. Scoring a model reads no file and encodes no input."""
 
     @property
     def name(self) -> str:
-        """That of the data."""
+        """The name of the data set."""
 
     @property
     def sources(self) -> dict[str, str]:
-        """The SHA-256 of each file whose content counts, by its name."""
+        """The SHA-256 of each file that the score depends on, by file name."""
 
     def score(self, model: Any, progress: Progress = quietly) -> Score:
-        """The model, loaded and in eval mode on its device, is left as it is."""
+        """Score a loaded model, which is in eval mode on its device and is not changed."""

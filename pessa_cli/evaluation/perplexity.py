@@ -1,4 +1,4 @@
-"""Perplexity: how surprised a language model is by text."""
+"""Perplexity of a language model on text."""
 
 from __future__ import annotations
 
@@ -19,8 +19,30 @@ from pessa_cli.models.data import read_data
 
 
 @dataclass(frozen=True)
+class Documents:
+    """The texts of one file, not yet encoded, with the SHA-256 of the file."""
+
+    path: Path
+    texts: Sequence[str]
+    sha256: str
+
+
+def read_documents(path: Path) -> Documents:
+    """Read a text file as one document, or JSON lines with one document {"text": "..."} per line.
+
+    Raises PessaError when the file cannot be read or contains audio.
+    """
+    items, hashes = read_data([path])
+    if any(item.audio for item in items):
+        raise PessaError(
+            f"{path} contains audio, but perplexity needs text", 'give a text file, or JSON lines: {"text": "..."}'
+        )
+    return Documents(path, [item.text or "" for item in items], next(iter(hashes), ""))
+
+
+@dataclass(frozen=True)
 class Perplexity:
-    """Documents as token ids of one tokenizer: a Measure."""
+    """A `Measure`: documents encoded with one tokenizer."""
 
     name: str
     documents: Sequence[Tensor]
@@ -29,26 +51,29 @@ class Perplexity:
 
     @classmethod
     def load(cls, path: Path, tokenizer: Any, settings: ScoreSettings | None = None) -> Perplexity:
-        """A text file as one document, or JSON lines, each {"text": "..."}; special tokens as the tokenizer adds them.
+        """Read and encode a file; see `read_documents` and `of` for its form and for the errors."""
+        return cls.of(read_documents(path), tokenizer, settings or ScoreSettings())
 
-        Raises PessaError when no document has two tokens: nothing foretells the first one.
+    @classmethod
+    def of(cls, read: Documents, tokenizer: Any, settings: ScoreSettings) -> Perplexity:
+        """Encode documents, with the special tokens that the tokenizer adds.
+
+        Raises PessaError when every document has fewer than two tokens: the first token of a document is never
+        predicted.
         """
-        items, hashes = read_data([path])
-        if any(item.audio for item in items):
-            raise PessaError(f"{path} holds audio", 'give a text file, or JSON lines: {"text": "..."}')
-        # Long documents are meant to be: the tokenizer's warning about them is not.
-        encoded = [tokenizer(item.text or "", return_tensors="pt", verbose=False)["input_ids"][0] for item in items]
+        # Documents may be longer than the model's context, so the tokenizer's warning about their length is turned off.
+        encoded = [tokenizer(text, return_tensors="pt", verbose=False)["input_ids"][0] for text in read.texts]
         documents = [ids for ids in encoded if len(ids) > 1]
         if not documents:
-            raise PessaError(f"{path} is too short", "give a text of two tokens or more")
-        return cls(path.name, documents, {str(path): hashes[0]}, settings or ScoreSettings())
+            raise PessaError(f"{read.path} is too short to score", "give a text of at least two tokens")
+        return cls(read.path.name, documents, {str(read.path): read.sha256}, settings)
 
     @torch.inference_mode()
     def score(self, model: Any, progress: Progress = quietly) -> Score:
-        """exp of the mean negative log-likelihood of all tokens that have one before them.
+        """Compute exp of the mean negative log-likelihood of all predicted tokens.
 
-        Each window of tokens begins `stride` after the last one, and only what that did not have counts:
-        https://huggingface.co/docs/transformers/perplexity. Windows go one by one, since logits are large.
+        Windows start `stride` tokens apart. Each token counts in the first window that predicts it, as in
+        https://huggingface.co/docs/transformers/perplexity. Windows run one at a time because their logits are large.
         """
         window = min(self.settings.window, getattr(model.config, "max_position_embeddings", self.settings.window))
         stride = min(self.settings.stride, window)
@@ -62,17 +87,17 @@ class Perplexity:
                 loss += float(cross_entropy(logits, given[0, new - start :], reduction="sum"))
                 tokens += end - new
                 tick(1, 0)
-        value = float(torch.tensor(loss / tokens, dtype=torch.float64).exp())  # infinite where math.exp would raise
+        value = float(torch.tensor(loss / tokens, dtype=torch.float64).exp())  # math.exp would raise on overflow
         counts = {"tokens": tokens, "windows": len(chosen), "window": window, "stride": stride}
         return Score("perplexity", f"windows of {window} tokens, stride {stride}", self.name, value, counts)
 
 
 def windows(length: int, window: int, stride: int) -> Iterator[tuple[int, int, int]]:
-    """For each window of a document: where it begins, where in it begins what counts, and where it ends."""
-    new = 1  # nothing foretells the first token
+    """Yield (start, first scored token, end) of each window over a document of `length` tokens."""
+    new = 1  # the first token of a document has no context
     for start in range(0, length, stride):
         end = min(start + window, length)
-        # With a stride of a whole window its first token has nothing before it.
+        # When the stride equals the window, the first token of each window has no context and is not scored.
         yield start, max(new, start + 1), end
         if end == length:
             return

@@ -1,6 +1,7 @@
-"""The smallest model within a limit on its quality: budgets tried one after the other on the model in memory.
+"""Search for the smallest attention budget that keeps a model's quality within a limit, by bisection.
 
-Blocks are decomposed once; each trial cuts them to other ranks and scores the model again.
+The model stays in memory and its blocks are decomposed once. Each trial cuts the blocks to the ranks of one budget and
+scores the model.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ from pessa_cli.blocks.site import Site
 from pessa_cli.calibration.trial_cuts import set_block
 from pessa_cli.common.errors import PessaError, UsageError
 from pessa_cli.common.progress import Progress, quietly
-from pessa_cli.evaluation.evaluate import EvaluationData, fitting, prepare
+from pessa_cli.common.text import listed
+from pessa_cli.evaluation.evaluate import EvaluationData, EvaluationItems, fitting, prepare, read_items
 from pessa_cli.evaluation.measures import ScoreSettings
-from pessa_cli.models.data import read_data
 from pessa_cli.models.load import load, quiet_transformers
 from pessa_cli.ranks.budget import ranks_for
 from pessa_cli.ranks.rule import Rule
@@ -30,40 +31,52 @@ from pessa_cli.surgery.model import Model
 from pessa_cli.surgery.passes import Cuts, measure
 from pessa_cli.surgery.scratch import Spool
 
-STEPS = 7  # halvings of the range, down to less than a hundredth of the attention
+STEPS = 7  # bisections of the range of shares, to less than 1% of the attention
 
 
 @dataclass(frozen=True)
 class QualityLimit:
-    """How much worse a model may get: `kind` of data as in evaluate.Data, and the increase, relative or not."""
+    """The largest allowed increase of a metric, absolute or relative. `kind` of data: a name in EvaluationData."""
 
     kind: str
     increase: float
     relative: bool = False
 
     def above(self, original: float) -> float:
-        """The largest value that is within it."""
+        """The largest allowed value of the metric, given the value of the original model."""
         return original * (1 + self.increase) if self.relative else original + self.increase
 
     @staticmethod
     def of(max_wer_increase: float | None, max_ppl_increase: str | None) -> QualityLimit:
-        """What one of the options says: points of word error rate, or perplexity, as 1% or as 0.2."""
+        """Parse the options: percentage points of word error rate, or perplexity as "1%" (relative) or "0.2".
+
+        Raises UsageError when both are given, and for values that are not increases.
+        """
         if max_ppl_increase is None:
             points = max_wer_increase or 0.0
             if not 0 <= points < math.inf:
-                raise UsageError(f"--max-wer-increase {points} is no increase", "give points, as 0.5")
+                raise UsageError(
+                    f"--max-wer-increase {points} is not an increase",
+                    "give percentage points of 0 or more, for example 0.5",
+                )
             return QualityLimit("speech", points / 100)
         if max_wer_increase is not None:
-            raise UsageError("--max-wer-increase and --max-ppl-increase are for different models", "give one of them")
+            raise UsageError(
+                "--max-wer-increase is for speech models and --max-ppl-increase for language models",
+                "give only one of them",
+            )
         match = re.fullmatch(r"(\d+(?:\.\d+)?|\.\d+)(%?)", max_ppl_increase)
         if match is None:
-            raise UsageError(f"--max-ppl-increase {max_ppl_increase} is no increase", "write it as 1% or 0.2")
+            raise UsageError(f"--max-ppl-increase {max_ppl_increase} is not an increase", "write it as 1% or 0.2")
         return QualityLimit("text", float(match[1]) / (100 if match[2] else 1), bool(match[2]))
 
 
 @dataclass(frozen=True)
 class SearchResult:
-    """The rule to prune by, and what was tried: shares of the attention kept, and what the model was worth then."""
+    """The rule to prune by, and the trials: the share of the attention kept, and the metric of the model then.
+
+    original: the metric of the unpruned model. limit: its largest allowed value.
+    """
 
     rule: Rule
     metric: str
@@ -80,25 +93,20 @@ def search(
     model: Model,
     sites: list[Site],
     limit: QualityLimit,
-    data: Path,
+    items: EvaluationItems,
     rule: Rule,
     statistics: Statistics | None = None,
     progress: Progress = quietly,
     device: str = "cpu",
 ) -> SearchResult:
-    """Find the smallest budget of attention that keeps a model within a limit on `data`, by halving the range.
+    """Find the smallest share of the attention that keeps a model within a limit, by bisection.
 
-    `rule` gives round_to and min_rank. Raises UsageError for data that do not fit the model or that the model was
-    calibrated on, PessaError when nothing at all may go.
+    items: the evaluation data, from `read_quality_data`. rule: gives round_to and min_rank. Raises UsageError for data
+    that the model was calibrated on, PessaError when every trial exceeds the limit.
     """
-    if limit.kind not in fitting(model):
-        flag = {"speech": "--max-wer-increase", "text": "--max-ppl-increase"}[limit.kind]
-        fit = " and ".join(fitting(model)) or "nothing"
-        raise UsageError(f"{flag}: {model.reader.folder} cannot be scored on {limit.kind}", f"it is scored on {fit}")
     with quiet_transformers():
-        on = EvaluationData(speech=data) if limit.kind == "speech" else EvaluationData(text=data)
-        (scorer,) = prepare(model, on, ScoreSettings(device=device))[limit.kind]
-        check_apart(data, [] if statistics is None else statistics.data)
+        (scorer,) = prepare(model, items, ScoreSettings(device=device)).measures[limit.kind]
+        check_apart(items, [] if statistics is None else statistics.data)
         loaded = load(model).to(device)
         first = scorer.score(loaded, progress)
         most = limit.above(first.value)
@@ -110,7 +118,7 @@ def search(
                 share = (low + high) / 2
                 try:
                     plan = ranks_for(sites, spectra, replace(rule, target_attention=share), model.size)
-                except PessaError:  # so small it cannot get
+                except PessaError:  # the budget is below the smallest possible size
                     low = share
                     continue
                 for site in sites:
@@ -120,13 +128,32 @@ def search(
     if high == 1.0:
         best = min((value for _, value in tried), default=first.value)
         raise PessaError(
-            f"the {first.metric} of {model.reader.folder} is {first.value:.4g}, and {best:.4g} once anything is cut",
+            f"the {first.metric} of {model.reader.folder} is {first.value:.4g}, and at least {best:.4g} in every trial",
             f"allow more than {most:.4g}, or calibrate on more data: --calibrate",
         )
     return SearchResult(replace(rule, target_attention=high), first.metric, first.value, most, tried)
 
 
-def check_apart(evaluation: Path, calibration: Sequence[str]) -> None:
-    """Raise UsageError when data to score on are among those, by SHA-256, that a model was calibrated on."""
-    if set(read_data([evaluation])[1]) & set(calibration):
-        raise UsageError(f"--evaluate {evaluation}: some of it is calibrated on", "give other data to one of them")
+def read_quality_data(model: Model, limit: QualityLimit, path: Path) -> EvaluationItems:
+    """Read the evaluation data of a search, once for the whole command.
+
+    Raises UsageError when the model cannot be scored on this kind of data, PessaError when the file cannot be read.
+    """
+    if limit.kind not in fitting(model):
+        flag = {"speech": "--max-wer-increase", "text": "--max-ppl-increase"}[limit.kind]
+        fit = " and ".join(fitting(model)) or "nothing"
+        raise UsageError(
+            f"{flag}: {model.reader.folder} cannot be scored on {limit.kind}", f"it can be scored on {fit}"
+        )
+    data = EvaluationData(speech=path) if limit.kind == "speech" else EvaluationData(text=path)
+    return read_items(data, ScoreSettings())
+
+
+def check_apart(items: EvaluationItems, calibration: Sequence[str]) -> None:
+    """Raise UsageError when a file of the evaluation data is, by its SHA-256, also calibration data."""
+    common = [str(path) for sha256, path in items.files.items() if sha256 in calibration]
+    if common:
+        raise UsageError(
+            f"{len(common)} of {len(items.files)} files of --evaluate are also calibrated on\n{listed(common)}",
+            "give other data to --evaluate or to --calibrate",
+        )

@@ -1,4 +1,4 @@
-"""Sentence similarity: whether an encoder's embeddings order pairs of sentences as people do."""
+"""Sentence similarity: the rank correlation between an encoder's cosine similarities and human ratings."""
 
 from __future__ import annotations
 
@@ -25,22 +25,37 @@ from pessa_cli.models.inputs import Inputs
 
 Pooling = Literal["mean", "cls"]
 POOLINGS: dict[str, Pooling] = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}
-LAYERS = ("Transformer", "Pooling", "Normalize")  # of sentence-transformers; the last changes no cosine
+LAYERS = ("Transformer", "Pooling", "Normalize")  # supported sentence-transformers modules; Normalize keeps cosines
 
 
 @dataclass(frozen=True)
 class Embedding:
-    """How the vector of a sentence comes from those of its tokens, and after how many of them it is cut."""
+    """How token vectors are pooled into a sentence embedding, and after how many tokens a sentence is truncated."""
 
     pooling: Pooling = "mean"
     tokens: int = 512
 
 
 @dataclass(frozen=True)
-class Similarity:
-    """Pairs of sentences with their similarities, as token ids of one tokenizer: a Measure.
+class SentencePairs:
+    """The rows of one CSV file, not yet encoded, with the SHA-256 of the file."""
 
-    batches: sentences of about the same length; places: which of the first and then the second sentences they are.
+    path: Path
+    rows: Sequence[tuple[str, str, float]]  # two sentences and their similarity
+    sha256: str
+
+
+def read_pairs(path: Path) -> SentencePairs:
+    """Read CSV rows of sentence, sentence, similarity. Raises PessaError listing the rows of another form."""
+    return SentencePairs(path, _read(path), sha256_of(path))
+
+
+@dataclass(frozen=True)
+class Similarity:
+    """A `Measure`: pairs of sentences encoded with one tokenizer, and the similarity that people gave each pair.
+
+    batches: sentences of about the same length. places: the index of each batched sentence in the list of all first
+    sentences followed by all second sentences.
     """
 
     name: str
@@ -54,12 +69,19 @@ class Similarity:
     def load(
         cls, path: Path, tokenizer: Any, settings: ScoreSettings | None = None, embedding: Embedding | None = None
     ) -> Similarity:
-        """CSV of sentence, sentence, similarity. Raises PessaError for lines that are not, and when all are alike."""
-        settings, embedding = settings or ScoreSettings(), embedding or Embedding()
-        rows = _read(path)[settings.first]
+        """Read and encode a CSV file; see `read_pairs` and `of` for its form and for the errors."""
+        return cls.of(read_pairs(path), tokenizer, settings or ScoreSettings(), embedding or Embedding())
+
+    @classmethod
+    def of(cls, pairs: SentencePairs, tokenizer: Any, settings: ScoreSettings, embedding: Embedding) -> Similarity:
+        """Encode pairs. Raises PessaError when all similarities are equal, as a correlation is then undefined."""
+        rows = pairs.rows[settings.first]
         similarities = np.array([similarity for _, _, similarity in rows])
         if len(set(similarities)) < 2:
-            raise PessaError(f"the {len(rows)} pairs of {path} are all as similar", "there is no order in them")
+            raise PessaError(
+                f"the {len(rows)} pairs of {pairs.path} all have the same similarity",
+                "give pairs of at least two different similarities",
+            )
         sentences = [a for a, _, _ in rows] + [b for _, b, _ in rows]
         order = sorted(range(len(sentences)), key=lambda i: len(sentences[i]))
         batches: list[Inputs] = []
@@ -67,11 +89,12 @@ class Similarity:
             some = [sentences[i] for i in order[start : start + settings.batch]]
             options = {"padding": True, "truncation": True, "max_length": embedding.tokens, "return_tensors": "pt"}
             batches.append(dict(tokenizer(some, **options)))
-        return cls(path.name, batches, torch.tensor(order), similarities, {str(path): sha256_of(path)}, embedding)
+        sources = {str(pairs.path): pairs.sha256}
+        return cls(pairs.path.name, batches, torch.tensor(order), similarities, sources, embedding)
 
     @torch.inference_mode()
     def score(self, model: Any, progress: Progress = quietly) -> Score:
-        """Spearman's correlation of the given similarities with the cosines of the embeddings."""
+        """Compute Spearman's rank correlation between the given similarities and the cosines of the embeddings."""
         found = []
         with progress(self.name, len(self.places), 1) as tick:
             for batch in self.batches:
@@ -90,7 +113,7 @@ class Similarity:
 
 
 def spearman(a: NDArray[Any], b: NDArray[Any]) -> float:
-    """Pearson's correlation of the ranks; values that are equal share their mean rank. NaN where all of them are."""
+    """Spearman's rank correlation of two lists; ties share their mean rank. NaN when all values of one are equal."""
     with np.errstate(invalid="ignore", divide="ignore"):
         return float(np.corrcoef(_ranks(a), _ranks(b))[0, 1])
 
@@ -102,7 +125,7 @@ def _ranks(values: NDArray[Any]) -> NDArray[np.float64]:
 
 
 def _read(path: Path) -> list[tuple[str, str, float]]:
-    """The lines of a CSV file; the first may be a heading."""
+    """The rows of a CSV file; the first one may be a heading."""
     rows: list[tuple[str, str, float]] = []
     wrong = []
     for number, row in enumerate(csv.reader(StringIO(read_text(path, "give a CSV file"), newline="")), 1):
@@ -113,15 +136,15 @@ def _read(path: Path) -> list[tuple[str, str, float]]:
             if row and not (number == 1 and len(row) == 3):
                 wrong.append(f"row {number}: {str(row)[:80]}")
     if wrong or not rows:
-        what = f"{len(wrong)} rows of {path} are no pairs\n{listed(wrong)}" if wrong else f"{path} holds no pairs"
-        raise PessaError(what, "a row is: sentence, sentence, similarity")
+        what = f"{len(wrong)} rows of {path} are not pairs\n{listed(wrong)}" if wrong else f"{path} contains no pairs"
+        raise PessaError(what, "write each row as: sentence, sentence, similarity")
     return rows
 
 
 def embedding_of(folder: Path, config: Mapping[str, Any]) -> Embedding:
-    """What a folder of sentence-transformers asks for; the mean of all tokens where it does not say.
+    """The pooling and the maximum length that a sentence-transformers folder specifies; by default mean pooling.
 
-    Raises PessaError for what is not known here: other poolings, and layers on top.
+    Raises PessaError when the folder uses another pooling or further modules, or when its files are malformed.
     """
     try:
         modules = _json(folder / "modules.json", [])
@@ -131,15 +154,15 @@ def embedding_of(folder: Path, config: Mapping[str, Any]) -> Embedding:
         layers = [str(module["type"]) for module in modules]
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise PessaError(
-            f"{folder} is not as sentence-transformers writes it: {error!r}",
+            f"the sentence-transformers files of {folder} are malformed: {error!r}",
             "restore modules.json, sentence_bert_config.json and 1_Pooling/config.json, or remove them",
         ) from None
     unknown = [layer for layer in layers if layer.rpartition(".")[2] not in LAYERS]
     unknown += [key for key in chosen if key not in POOLINGS]
     if unknown or len(chosen) != 1:
         raise PessaError(
-            f"{folder} makes its embeddings in another way: {', '.join(unknown or chosen)}",
-            "pessa eval knows the mean of all tokens and the first one",
+            f"{folder} computes its embeddings in an unsupported way: {', '.join(unknown or chosen) or 'no pooling'}",
+            "pessa eval supports mean pooling and the first token (CLS), without further layers",
         )
     return Embedding(POOLINGS[chosen[0]], min(cut, config.get("max_position_embeddings", cut)))
 

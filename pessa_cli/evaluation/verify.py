@@ -1,7 +1,8 @@
-"""Are two models the same, and if not, where and by how much? Three levels, each with its own measure.
+"""`pessa verify`: decides whether two models are the same, and locates and measures their differences.
 
-Weights: the products of every head, in float64, without building a model; all else byte for byte. Blocks: what
-each attention block of the candidate makes of the reference's inputs. Outputs: logits, transcripts, texts.
+There are three levels. Weights: the Q-K and V-O products of every head in float64, without building a model, and all
+other tensors byte for byte. Blocks: the output of each attention block of the candidate on the inputs of the
+reference. Outputs: logits, transcripts and continuations.
 """
 
 from __future__ import annotations
@@ -36,14 +37,14 @@ Level = Literal["weights", "blocks", "outputs"]
 
 @dataclass(frozen=True)
 class Limits:
-    """How far two equivalent models may be apart: relative errors, and the share of equal top-1 predictions."""
+    """Limits for equivalent models: the largest relative errors, and the least share of equal top-1 predictions."""
 
     weights: float
     outputs: float
     agreement: float
 
 
-# Storing factors in 16 bits rounds each product by about the unit roundoff, which layers then amplify.
+# By stored dtype: storing factors rounds each product by about the unit roundoff, and the layers amplify that error.
 LIMITS = {
     "F64": Limits(1e-6, 1e-4, 0.999),
     "F32": Limits(1e-6, 1e-4, 0.999),
@@ -54,7 +55,7 @@ LIMITS = {
 
 @dataclass(frozen=True)
 class Difference:
-    """A relative error at one place: "decoder.cross.2 head 4 Q-K"."""
+    """A relative error and its place, for example "decoder.cross.2 head 4 Q-K"."""
 
     where: str
     error: float
@@ -62,7 +63,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class Check:
-    """One question that `verify` asked and its answer; `badness` orders the failures of a level."""
+    """The result of one comparison with a limit. `badness` sorts the failures of a level."""
 
     level: str  # weights, blocks, outputs or texts
     where: str
@@ -73,20 +74,20 @@ class Check:
 
 @dataclass(frozen=True)
 class Report:
-    """What `verify` found. Errors are relative Frobenius norms; no failures means the models are the same."""
+    """All results of `verify`. Errors are relative Frobenius norms."""
 
     limits: Limits
-    parameters: tuple[int, int]  # of the reference and of the candidate, as are the bytes of their weights
-    nbytes: tuple[int, int]
+    parameters: tuple[int, int]  # of the reference and of the candidate
+    nbytes: tuple[int, int]  # of the weights, likewise
     weights: list[Difference]
-    unequal: list[str]  # tensors outside attention that are not byte for byte the same
+    unequal: list[str]  # tensors outside attention that are missing in one model or differ in a byte
     blocks: list[Difference] = field(default_factory=list)
     outputs: OutputDifference | None = None
     texts: list[GeneratedText] = field(default_factory=list)
 
     @property
     def checks(self) -> list[Check]:
-        """Everything that was compared with a limit."""
+        """Every comparison with a limit."""
         limits, out = self.limits, self.outputs
         checks = [_within("weights", found.where, found.error, limits.weights) for found in self.weights]
         unequal = f"{len(self.unequal)} are not byte for byte the same: {', '.join(self.unequal[:3])}"
@@ -104,10 +105,10 @@ class Report:
 
     @property
     def failures(self) -> list[str]:
-        """A line for each level that failed: its worst place, and how many there are."""
-        lines = []
+        """One line for each level with failures: the worst one, and the number of failures."""
+        lines, checks = [], self.checks
         for level in ("weights", "blocks", "outputs", "texts"):
-            of_level = [check for check in self.checks if check.level == level]
+            of_level = [check for check in checks if check.level == level]
             failed = [check for check in of_level if not check.passed]
             if failed:
                 worst = max(failed, key=lambda check: check.badness)
@@ -121,7 +122,7 @@ class Report:
 
     @property
     def rows(self) -> list[tuple[str, str, str, str, str]]:
-        """The worst of each measure in words: level, measure, worst, limit, where."""
+        """The largest error of each measure as text: level, measure, error, limit, place."""
         limits, out = self.limits, self.outputs
         rows: list[tuple[str, str, str, str, str]] = []
         limit = f"{limits.weights:.1e}"
@@ -149,14 +150,14 @@ class Report:
 
     @property
     def verdict(self) -> str:
-        """The answer in a line, for the model card."""
+        """The result in one line, for the model card."""
         equal = sum(text.reference == text.candidate for text in self.texts)
         texts = f"; {equal} of {len(self.texts)} texts written by both are the same" if self.texts else ""
         return ("the same model within these limits" if self.same else "not the same model") + texts
 
     @property
     def worst(self) -> Difference:
-        """The place of the largest error in the weights."""
+        """The largest error in the weights."""
         return max(self.weights, key=lambda found: badness(found.error))
 
     def to_dict(self) -> dict[str, Any]:
@@ -178,10 +179,17 @@ def verify_models(
     min_agreement: float | None = None,
     progress: Progress = quietly,
 ) -> Report:
-    """Compare two models down to the given level. Raises PessaError when they have not the same blocks at all."""
+    """Compare two models at one level and those before it; see the module for the levels.
+
+    audio, text: files to transcribe and to continue with both models. tolerance, min_agreement: replace the limits of
+    the stored dtype. Raises UsageError for options that do not fit the level or the models, PessaError when the models
+    have different blocks, weights that are not finite, or cannot be run.
+    """
     check_limits(tolerance, min_agreement)
     if level != "outputs" and (audio or text):
-        raise UsageError(f"--audio and --text are for the outputs, not for --level {level}", "leave one of them out")
+        raise UsageError(
+            f"--audio and --text need --level outputs, not {level}", "leave them out, or leave --level out"
+        )
     dtype = max((site.dtype for model in (reference, candidate) for site in model.sites), key=FLOATS.index)
     limits = LIMITS[dtype]
     limits = Limits(
@@ -218,28 +226,32 @@ def verify_models(
 
 
 def _paired(reference: Model, candidate: Model) -> dict[str, Site]:
-    """The candidate's site for each of the reference's, by name."""
+    """The sites of the candidate by name. Raises PessaError unless both models have the same blocks."""
     others = {site.name: site for site in candidate.sites}
     for site in reference.sites:
         other = others.get(site.name)
         if other is None:
             raise PessaError(
-                f"{candidate.reader.folder} has no {site.name}, which {reference.reader.folder} has",
-                "compare a model with what it was made from",
+                f"{candidate.reader.folder} has no block {site.name}, but {reference.reader.folder} has one",
+                "compare a model with the one that it was made from",
             )
         shape, other_shape = _function(site), _function(other)
         if shape != other_shape:
             raise PessaError(
                 f"{site.name} has {shape} in {reference.reader.folder} and {other_shape} in {candidate.reader.folder}",
-                "compare a model with what it was made from",
+                "compare a model with the one that it was made from",
             )
     if len(others) > len(reference.sites):
         extra = next(name for name in others if name not in {site.name for site in reference.sites})
-        raise PessaError(f"{reference.reader.folder} has no {extra}, which {candidate.reader.folder} has")
+        raise PessaError(
+            f"{reference.reader.folder} has no block {extra}, but {candidate.reader.folder} has one",
+            "compare a model with the one that it was made from",
+        )
     return others
 
 
 def _function(site: Site) -> str:
+    """The heads and widths of a block, which pruning does not change."""
     widths = f"{site.query_width}, {site.key_width} -> {site.output_width}"
     return f"{site.heads} heads of {site.head_dim} ({site.kv_heads} for keys and values), {widths}"
 
@@ -247,7 +259,10 @@ def _function(site: Site) -> str:
 def _compare_site(
     reader: CheckpointReader, site: Site, other_reader: CheckpointReader, other: Site
 ) -> list[Difference]:
-    """The relative differences of one block: Q-K and V-O of each query head, and the output bias."""
+    """The relative differences of one block: Q-K and V-O of each query head, and the output bias.
+
+    Where RoPE or a norm prevents merging Q and K, their unmerged directions are compared separately.
+    """
     weights, other_weights = read_site(reader, site), read_site(other_reader, other)
     ours, theirs = absorb(weights, site), absorb(other_weights, other)
     found: list[Difference] = []
@@ -255,7 +270,7 @@ def _compare_site(
         errors = relative_difference(_query_heads(ours.qk, site, "left"), _query_heads(theirs.qk, site, "left"))
         found += _by_head(site, "Q-K", errors)
     if site.unmerged:
-        for side in "qk":  # something stands between them, so each must be the same on its own
+        for side in "qk":  # RoPE or a norm stands between these directions of Q and K
             found += _by_head(site, side.upper(), _unmerged(weights, other_weights, side, site.unmerged))
     vo = _matched_rows(ours.vo, site), _matched_rows(theirs.vo, other)
     errors = relative_difference(_query_heads(vo[0], site, "right"), _query_heads(vo[1], site, "right"))
@@ -270,7 +285,7 @@ def _by_head(site: Site, what: str, errors: Tensor) -> list[Difference]:
 
 
 def _query_heads(pair: Pair, site: Site, stacked: Literal["left", "right"]) -> Pair:
-    """The pair with one batch entry a query head: the stacked side cut apart, the other repeated."""
+    """The pair with one batch entry per query head: the stacked factor is split, the other one is repeated."""
     g, m = site.kv_heads, site.group
 
     def apart(factor: Tensor) -> Tensor:
@@ -285,13 +300,13 @@ def _query_heads(pair: Pair, site: Site, stacked: Literal["left", "right"]) -> P
 
 
 def _matched_rows(pair: Pair, site: Site) -> Pair:
-    """V-O with the row of the value bias always there, so that a model with one compares with a model without."""
+    """V-O, with a zero row where there is no value bias, so that models with and without one can be compared."""
     missing = site.key_width + 1 - pair.left.shape[1]
     return Pair(torch.nn.functional.pad(pair.left, (0, 0, 0, missing)), pair.right)
 
 
 def _unmerged(ours: HeadWeights, theirs: HeadWeights, side: str, count: int) -> Tensor:
-    """The relative difference of W_Q or W_K with its bias, one a head, in its first directions."""
+    """The relative difference of W_Q or W_K with its bias, per head, in the first `count` directions."""
 
     def rows(weights: HeadWeights) -> Tensor:
         weight: Tensor = getattr(weights, side).double().flatten(0, -3)  # (heads, d, D)
@@ -303,13 +318,13 @@ def _unmerged(ours: HeadWeights, theirs: HeadWeights, side: str, count: int) -> 
 
 
 def _relative(reference: Tensor, candidate: Tensor) -> Tensor:
-    """The relative L2 difference along the last axis; zero against zero is no difference."""
+    """The relative L2 difference along the last axis; 0 where both are zero."""
     difference = (reference - candidate).norm(dim=-1)
     return torch.where(difference == 0, 0.0, difference / reference.norm(dim=-1))
 
 
 def _unequal(reference: Model, candidate: Model, tick: Tick) -> list[str]:
-    """The tensors outside attention that are missing in one of the models or differ by a byte."""
+    """The tensors outside attention that are missing in one of the models or differ in a byte."""
     ours, theirs = reference.reader, candidate.reader
     skip = {name for model in (reference, candidate) for site in model.sites for name in site.tensors}
     found: list[str] = []
@@ -326,14 +341,18 @@ def _chunks(ours: CheckpointReader, theirs: CheckpointReader, name: str) -> Iter
 
 
 def verify_folder(folder: Path) -> list[str]:
-    """The files of an output that are not those its pessa.json lists, a line each; none when it is whole.
+    """Check an output folder against the SHA-256 in its pessa.json; returns one line per differing file.
 
-    Raises PessaError when the folder has no manifest, or one without hashes.
+    A file differs when it is missing, changed, or not listed. Raises PessaError when the folder has no pessa.json, or
+    one without hashes.
     """
     manifest = read_json(folder / MANIFEST_FILE)
     hashes = manifest.get("sha256")
     if not isinstance(hashes, dict) or not hashes or not all(isinstance(name, str) for name in hashes):
-        raise PessaError(f"{folder / MANIFEST_FILE} lists no SHA-256 of its files", "verify it against its original")
+        raise PessaError(
+            f"{folder / MANIFEST_FILE} lists no SHA-256 of its files",
+            f"compare the folder with its original: pessa verify ORIGINAL {folder}",
+        )
     found = visible_files(folder).keys() - {MANIFEST_FILE, *({CARD_FILE} - hashes.keys())}
     faults = [f"{name}: missing" for name in hashes if name not in found]
     faults += [f"{name}: changed" for name in hashes if name in found and sha256_of(folder / name) != hashes[name]]

@@ -1,4 +1,4 @@
-"""Word error rate: what a speech model hears in clips, held against what is said in them."""
+"""Word error rate: the transcripts of a speech model compared with reference texts."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from pessa_cli.common.progress import Progress, quietly
 from pessa_cli.evaluation.measures import Score, ScoreSettings
 from pessa_cli.models.audio import load_audio
 from pessa_cli.models.data import read_data
-from pessa_cli.models.inputs import Inputs, listen, write_down
+from pessa_cli.models.inputs import Inputs, clip_features, transcribe_greedily
 
 
-class Words(NamedTuple):
-    """How many words are wrong, missing or too many, and how many there were to hear."""
+class WordCounts(NamedTuple):
+    """The number of substituted, deleted and inserted words, and the number of words in the reference texts."""
 
     errors: int
-    said: int
+    words: int
 
     @property
     def rate(self) -> float:
-        return self.errors / self.said
+        return self.errors / self.words
 
 
 @dataclass(frozen=True)
 class Clip:
-    """A recording and, where that is known, what is said in it."""
+    """An audio file with its SHA-256 and, if known, its reference text."""
 
     file: Path
     sha256: str
@@ -42,7 +42,7 @@ class Clip:
 
 @dataclass(frozen=True)
 class WordErrors:
-    """Clips with their texts, made ready for one processor: a Measure. Takes a megabyte for each half minute."""
+    """A `Measure`: clips encoded with one processor, with their texts. Takes 1 MB of memory per 30 seconds."""
 
     name: str
     clips: Sequence[Clip]
@@ -53,46 +53,57 @@ class WordErrors:
 
     @classmethod
     def load(cls, path: Path, processor: Any, settings: ScoreSettings | None = None) -> WordErrors:
-        """The clips of JSON lines, each {"audio": FILE, "text": "..."}; those without a text are left out."""
+        """Read JSON lines, each {"audio": FILE, "text": "..."}, and encode the clips that have a text."""
         return cls.of(path.name, read_clips(path), processor, settings or ScoreSettings())
 
     @classmethod
     def of(cls, name: str, clips: Sequence[Clip], processor: Any, settings: ScoreSettings) -> WordErrors:
-        """Raises PessaError when no clip has a text, UsageError for a language that Whisper does not know."""
+        """Encode the clips that have a text, at most the first `settings.limit` of them.
+
+        Raises PessaError when no clip has a text, UsageError for a language that Whisper does not know.
+        """
         need("jiwer", "whisper", extra="eval")
         if settings.language is not None and _code(settings.language) not in LANGUAGES:
-            raise UsageError(f"--language {settings.language} is none that Whisper knows", "give a code, as en or de")
-        told = [clip for clip in clips if clip.text]
-        if not told:
-            raise PessaError(
-                f"none of the {len(clips)} clips of {name} has a text", 'write {"audio": FILE, "text": "..."}'
+            raise UsageError(
+                f"--language {settings.language} is not a language of Whisper", "give a code, for example en or de"
             )
-        chosen = told[settings.first]
-        inputs = [listen(processor, load_audio(clip.file)) for clip in chosen]
-        return cls(name, chosen, inputs, len(clips) - len(told), processor, settings)
+        with_text = [clip for clip in clips if clip.text]
+        if not with_text:
+            raise PessaError(
+                f"none of the {len(clips)} clips of {name} has a text",
+                'write JSON lines: {"audio": FILE, "text": "..."}',
+            )
+        chosen = with_text[settings.first]
+        inputs = [clip_features(processor, load_audio(clip.file)) for clip in chosen]
+        return cls(name, chosen, inputs, len(clips) - len(with_text), processor, settings)
 
     @property
     def sources(self) -> dict[str, str]:
         return {str(clip.file): clip.sha256 for clip in self.clips}
 
     def score(self, model: Any, progress: Progress = quietly) -> Score:
-        """The word error rate over all clips; normalised as Whisper's paper does, appendix C (arXiv:2212.04356)."""
+        """Compute the word error rate over all clips, with Whisper's text normaliser (arXiv:2212.04356, appendix C)."""
         english = _multilingual(model) is False or _code(self.settings.language) == "en"
-        heard = transcribe(model, self.processor, self.inputs, self.settings, progress)
-        words = compare_words([clip.text or "" for clip in self.clips], heard, english)
+        transcripts = transcribe(model, self.processor, self.inputs, self.settings, progress)
+        counted = compare_words([clip.text or "" for clip in self.clips], transcripts, english)
         how = f"greedy decoding, Whisper's {'English' if english else 'basic'} normaliser"
         if self.left_out:
             how += f", {self.left_out} without a text left out"
-        counts = {"clips": len(self.clips), "words": words.said, "errors": words.errors}
-        return Score("word error rate", how, self.name, words.rate, counts)
+        counts = {"clips": len(self.clips), "words": counted.words, "errors": counted.errors}
+        return Score("word error rate", how, self.name, counted.rate, counts)
 
 
 def read_clips(path: Path) -> list[Clip]:
-    """The clips of JSON lines, with and without a text; their SHA-256 are those that calibration keeps."""
+    """Read the clips of JSON lines, with and without a text.
+
+    Their SHA-256 can be compared with those in a statistics file. Raises PessaError for lines without audio.
+    """
     items, hashes = read_data([path])
     clips = [Clip(item.audio, sha, item.text) for item, sha in zip(items, hashes, strict=False) if item.audio]
     if len(clips) < len(items):
-        raise PessaError(f"{path}: {len(items) - len(clips)} lines name no audio", 'write {"audio": FILE, "text": ...}')
+        raise PessaError(
+            f"{path}: {len(items) - len(clips)} lines name no audio", 'write {"audio": FILE, "text": "..."}'
+        )
     return clips
 
 
@@ -100,32 +111,39 @@ def read_clips(path: Path) -> list[Clip]:
 def transcribe(
     model: Any, processor: Any, clips: Sequence[Inputs], settings: ScoreSettings, progress: Progress = quietly
 ) -> list[str]:
-    """What the model writes down of each clip, as `listen` has made it ready."""
+    """Transcribe clips, each encoded by `clip_features`, under greedy decoding; returns one text per clip.
+
+    Raises UsageError when the settings ask an English-only model for another language.
+    """
     options: dict[str, Any] = {"max_new_tokens": settings.new_tokens or model.config.max_target_positions // 2}
     if settings.language is not None:
         if _multilingual(model):
             options["language"] = _code(settings.language)
         elif _code(settings.language) != "en":
-            raise UsageError(f"--language {settings.language}: this model knows English only", "leave it out")
+            raise UsageError(f"--language {settings.language}: this model is English only", "leave --language out")
     texts: list[str] = []
-    with progress("listening", len(clips), 1) as tick:
+    with progress("transcribing", len(clips), 1) as tick:
         for batch in _batches(clips, settings.batch):
-            tokens = write_down(model, {key: torch.cat([clip[key] for clip in batch]) for key in batch[0]}, **options)
+            inputs = {key: torch.cat([clip[key] for clip in batch]) for key in batch[0]}
+            tokens = transcribe_greedily(model, inputs, **options)
             texts += [text.strip() for text in processor.batch_decode(tokens, skip_special_tokens=True)]
             tick(len(batch), 0)
     return texts
 
 
-def compare_words(references: Sequence[str], transcripts: Sequence[str], english: bool = True) -> Words:
-    """Edit distance over normalised words, clip by clip."""
+def compare_words(references: Sequence[str], transcripts: Sequence[str], english: bool = True) -> WordCounts:
+    """Count word errors by the edit distance of normalised words, clip by clip.
+
+    Raises PessaError when the references contain no words.
+    """
     from jiwer import process_words
 
     normal = _normaliser(english)
     found = process_words([normal(text) for text in references], [normal(text) for text in transcripts])
-    said = found.hits + found.substitutions + found.deletions
-    if not said:
-        raise PessaError("the texts of the clips have no words", "give what is said in them")
-    return Words(found.substitutions + found.deletions + found.insertions, said)
+    words = found.hits + found.substitutions + found.deletions
+    if not words:
+        raise PessaError("the reference texts of the clips contain no words", "give the transcript of each clip")
+    return WordCounts(found.substitutions + found.deletions + found.insertions, words)
 
 
 def _normaliser(english: bool) -> Callable[[str], str]:
@@ -136,7 +154,7 @@ def _normaliser(english: bool) -> Callable[[str], str]:
 
 
 def _batches(clips: Sequence[Inputs], size: int) -> Iterator[Sequence[Inputs]]:
-    """Clips of one window together; those of a length of their own alone."""
+    """Consecutive clips with features of the same shape, at most `size` at a time; longer clips have other shapes."""
     for _, group in groupby(clips, key=lambda clip: clip["input_features"].shape):
         alike = list(group)
         for start in range(0, len(alike), size):

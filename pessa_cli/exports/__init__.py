@@ -1,1 +1,1 @@
-"""Other programs' formats: ONNX and openai-whisper."""
+"""Exporting checkpoints to the formats of other programs: ONNX and openai-whisper."""

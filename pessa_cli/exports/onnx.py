@@ -1,8 +1,9 @@
-"""A model as ONNX graphs for onnxruntime, in the files and under the names that optimum gives them.
+"""Exporting a model as ONNX graphs for onnxruntime, with the file and tensor names of optimum.
 
-Whisper becomes encoder_model.onnx, decoder_model.onnx (a prompt, no cache yet) and decoder_with_past_model.onnx (what
-comes after it); BERT becomes model.onnx. The exporter is torch's own, by way of torch.export. Each graph is run in
-onnxruntime on other shapes than it was traced with, and held against the model as transformers runs it.
+Whisper becomes encoder_model.onnx, decoder_model.onnx (for the prompt, without a cache) and
+decoder_with_past_model.onnx (for the tokens after it). BERT becomes model.onnx. The exporter is torch.onnx.export with
+dynamo=True. Each graph is run in onnxruntime with other shapes than those it was traced with, and its output is
+compared with that of the model in transformers.
 """
 
 from __future__ import annotations
@@ -36,19 +37,19 @@ from pessa_cli.surgery.block_io import read_site
 from pessa_cli.surgery.model import MANIFEST_FILE, Model, open_model
 from pessa_cli.surgery.output import WEIGHT_SUFFIXES
 
-TOLERANCE = 1e-4  # relative Frobenius error of a graph's output, as `verify` allows it for float32
-LARGEST = 3 * 2**29  # bytes of weights inside a graph; protobuf ends at 2 GiB, what is larger lies beside it
-STEPS = (3, 1, 2)  # tokens of the prompt and of each pass after it, when graphs are checked
-ERROR = 40  # logging's own number
+TOLERANCE = 1e-4  # relative Frobenius error of a graph's output, the limit of `verify` for float32
+LARGEST = 3 * 2**29  # bytes of weights inside a graph; protobuf allows 2 GiB, so larger weights get a file of their own
+STEPS = (3, 1, 2)  # tokens of the prompt and of each later pass, when graphs are checked
+ERROR = 40  # logging.ERROR
 Arrays = dict[str, Any]
 Check = Callable[[Callable[[str], Any]], dict[str, float]]  # sessions by file -> relative error by file
 
 
 @dataclass(frozen=True)
 class Graph:
-    """One file to come: what it computes, on what it is traced, and what its inputs and outputs are called.
+    """A graph to export: its file, the module, sample inputs for tracing, and the names of inputs and outputs.
 
-    `shapes` names the dynamic axes as torch.export wants them.
+    shapes: the dynamic axes of each input, as torch.export expects them.
     """
 
     file: str
@@ -60,18 +61,18 @@ class Graph:
 
 
 def export_onnx(folder: Path, out: Path, force: bool = False, progress: Progress = quietly) -> dict[str, float]:
-    """Write a Whisper or BERT as ONNX graphs with its config and tokenizer; returns the error of each graph.
+    """Write a Whisper or BERT as ONNX graphs with its config and tokenizer; returns the relative error of each graph.
 
-    float32, with dynamic batch and sequence axes. The folder is there when every graph agrees with torch, or not at
-    all. Raises PessaError when onnxruntime is missing, for other models, and where a graph disagrees.
+    Graphs are float32 with dynamic batch and sequence axes. The folder `out` appears only if every graph agrees with
+    torch within TOLERANCE. Raises PessaError when onnxruntime is missing, for other models, and for disagreeing graphs.
     """
     _need_packages()
     model = open_model(folder)
     kind = model.reader.config.get("model_type")
     if kind not in ("whisper", "bert") or model.reader.config.get("is_decoder"):
         raise PessaError(
-            f"{folder}: a {kind} {'decoder ' if kind == 'bert' else ''}does not become ONNX",
-            "whisper and bert encoders do; for others export --layout dense, and use the exporter of transformers",
+            f"{folder}: a {kind} {'decoder ' if kind == 'bert' else ''}cannot be exported to ONNX",
+            "only whisper models and bert encoders can; for others run `pessa export --layout dense`, then use optimum",
         )
     with new_folder(out, folder, force) as staging, torch.no_grad(), _quiet():
         loaded = load(model)
@@ -85,26 +86,30 @@ def export_onnx(folder: Path, out: Path, force: bool = False, progress: Progress
         if wrong:
             raise PessaError(
                 f"onnxruntime and torch disagree by more than {TOLERANCE:g}\n{listed(wrong)}",
-                "try other versions of onnxruntime and torch",
+                "install other versions of onnxruntime and torch",
             )
         _write_side_files(model.reader, staging.folder, errors)
     return errors
 
 
 def _need_packages() -> None:
+    """Raise PessaError when a package of the `onnx` extra is missing."""
     try:
-        import onnxruntime  # noqa: F401  # runs every graph before it is put in place
-        import onnxscript  # noqa: F401  # torch's exporter is built on it
+        import onnxruntime  # noqa: F401  # checks every graph
+        import onnxscript  # noqa: F401  # torch's exporter needs it
     except ImportError as error:
-        raise PessaError(f"ONNX needs a package that is not installed: {error}", "pip install 'pessa[onnx]'") from None
+        raise PessaError(
+            f"--to onnx needs a package that is not installed: {error}", "pip install 'pessa[onnx]'"
+        ) from None
 
 
 def _whisper(model: Model, loaded: Any, tick: Callable[[int, int], None]) -> tuple[list[Graph], Check]:
-    """The encoder, and the decoder before and after there is a cache."""
+    """The graphs of the encoder and of the decoder with and without a cache, and their check against transformers."""
     config = loaded.config
     if not isinstance(loaded, transformers.WhisperForConditionalGeneration):
         raise PessaError(
-            f"{model.reader.folder} is a {type(loaded).__name__}", "a WhisperForConditionalGeneration does"
+            f"{model.reader.folder} is a {type(loaded).__name__}, which cannot be exported to ONNX",
+            "give a WhisperForConditionalGeneration",
         )
     features = torch.randn(2, config.num_mel_bins, 2 * config.max_source_positions, generator=_seeded())
     ids = torch.randint(config.vocab_size, (3, sum(STEPS)), generator=_seeded())
@@ -173,9 +178,9 @@ def _whisper(model: Model, loaded: Any, tick: Callable[[int, int], None]) -> tup
 
 
 def _bert(model: Model, loaded: Any, tick: Callable[[int, int], None]) -> tuple[list[Graph], Check]:
-    """The whole model; its outputs are called as transformers calls them, without the pooler's."""
+    """The graph of the whole model and its check. Outputs have the names of transformers; the pooler's is left out."""
     config = loaded.config
-    loaded.set_attn_implementation("eager")  # for which the mask is added to the scores
+    loaded.set_attn_implementation("eager")  # with this implementation the mask is added to the scores
     ids = torch.randint(config.vocab_size, (3, 7), generator=_seeded())
     mask = torch.ones_like(ids)
     mask[1, 4:] = 0
@@ -200,7 +205,7 @@ def _bert(model: Model, loaded: Any, tick: Callable[[int, int], None]) -> tuple[
 
 
 class Encoder(nn.Module):
-    """Log-mel features to frames; the window is of one length, which Whisper's positions ask for."""
+    """Whisper's encoder, from log-mel features to frames. The window length is fixed by the position embeddings."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -211,7 +216,10 @@ class Encoder(nn.Module):
 
 
 class FirstPass(nn.Module):
-    """Whisper's decoder over a prompt: logits, and for each layer keys and values of itself and of the frames."""
+    """Whisper's decoder over a prompt.
+
+    Returns the logits and, for each layer, the keys and values of self-attention and of cross-attention.
+    """
 
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -223,10 +231,11 @@ class FirstPass(nn.Module):
         return logits, *(each for name in self.blocks() for each in step.present[name])
 
     def blocks(self) -> list[str]:
-        """Names of the blocks in the order of their caches."""
+        """The names of the attention blocks in the order of their caches."""
         return [block.name for layer in self.decoder.layers for block in (layer.self_attn, layer.encoder_attn)]
 
     def run(self, input_ids: Tensor, frames: Tensor, step: OnnxStep, past: int) -> Tensor:
+        """The logits (batch, T, vocabulary) of T new tokens after `past` cached ones."""
         positions = torch.arange(input_ids.shape[1]) + past  # (T,)
         hidden = self.decoder.embed_tokens(input_ids) + self.decoder.embed_positions.weight[positions]
         later = torch.arange(input_ids.shape[1] + past) > positions[:, None]  # (T, S)
@@ -238,18 +247,21 @@ class FirstPass(nn.Module):
 
 
 class LaterPass(FirstPass):
-    """The decoder over new tokens: logits, and for each layer its own keys and values, grown by the new ones."""
+    """Whisper's decoder over new tokens, with a cache.
+
+    Returns the logits and, for each layer, the keys and values of self-attention including the new tokens.
+    """
 
     def forward(self, input_ids: Tensor, past_key_values: list[Tensor]) -> tuple[Tensor, ...]:  # type: ignore[override]
         pairs = zip(past_key_values[::2], past_key_values[1::2], strict=True)
         step = OnnxStep(dict(zip(self.blocks(), pairs, strict=True)))
-        # The layers only ask whether there are frames; their keys and values are in the cache.
+        # Layers only check that frames are given. The keys and values of the frames are in the cache.
         logits = self.run(input_ids, past_key_values[2], step, past_key_values[0].shape[2])
         return logits, *(each for name in self.blocks()[::2] for each in step.present[name])
 
 
 class TextEncoder(nn.Module):
-    """A BERT, with or without a head."""
+    """A BERT with or without a head, which returns its outputs as a tuple."""
 
     def __init__(self, model: Any, outputs: list[str]) -> None:
         super().__init__()
@@ -265,7 +277,7 @@ def _cache_names(layers: int, kind: str) -> list[tuple[str, str]]:
 
 
 def _swap_attention(model: Model, loaded: Any, tick: Callable[[int, int], None]) -> None:
-    """Put attention as wide as the kept directions in the place of the model's own."""
+    """Replace each attention module by one that is only as wide as the kept directions."""
     names = ModuleNames(name for name, _ in loaded.named_modules())
     for site in model.sites:
         q, o = names.find(site.q), names.find(site.o)
@@ -273,7 +285,7 @@ def _swap_attention(model: Model, loaded: Any, tick: Callable[[int, int], None])
             raise PessaError(f"{type(loaded).__name__} has no module named {site.q}", "use the class it was saved from")
         place = q.rpartition(".")[0]
         attention = _attention(model.reader, site, float(loaded.get_submodule(place).scaling))
-        if o.rpartition(".")[0] != place:  # BERT's own code applies it
+        if o.rpartition(".")[0] != place:  # BERT applies W_O outside its attention module
             loaded.set_submodule(o, attention.o)
             attention.o = nn.Identity()
         loaded.set_submodule(place, attention)
@@ -281,17 +293,20 @@ def _swap_attention(model: Model, loaded: Any, tick: Callable[[int, int], None])
 
 
 def _attention(reader: CheckpointReader, site: Site, scaling: float) -> HeadByHead | CacheSlots:
+    """The module for a block: slots where there is a cache or the input is short, otherwise head by head."""
     heads, o_bias = kept_heads(read_site(reader, site), scaling)
     if site.spec.kind.startswith("decoder"):
         return CacheSlots(site.name, heads, o_bias)
     if reader.config["model_type"] == "whisper":
         return HeadByHead(heads, o_bias)
     key_width, value_width = max(1, *(len(head.k) for head in heads)), max(1, *(len(head.v) for head in heads))
-    return CacheSlots(site.name, heads, o_bias, key_width, value_width)  # texts are short: few nodes matter more
+    return CacheSlots(
+        site.name, heads, o_bias, key_width, value_width
+    )  # texts are short, so few graph nodes matter more
 
 
 def _write(graph: Graph, path: Path) -> None:
-    """Trace a module and save its graph, the weights inside where protobuf can hold them."""
+    """Trace a module and save its graph, with the weights inside if protobuf allows their size."""
     import onnx_ir
 
     try:
@@ -304,8 +319,10 @@ def _write(graph: Graph, path: Path) -> None:
             dynamic_shapes=graph.shapes,
             verbose=False,
         )
-    except Exception as error:  # whatever torch raises, it is about this model
-        raise PessaError(f"torch cannot export {path.name}\n{listed(str(error).splitlines())}") from error
+    except Exception as error:  # torch raises many types, all of them caused by this model
+        raise PessaError(
+            f"torch cannot export {path.name}\n{listed(str(error).splitlines())}", "install another version of torch"
+        ) from error
     assert program is not None
     _check_axes(graph, program.model.graph.inputs)
     inside = sum(value.nbytes for value in graph.module.state_dict().values()) <= LARGEST
@@ -313,7 +330,7 @@ def _write(graph: Graph, path: Path) -> None:
 
 
 def _check_axes(graph: Graph, inputs: Any) -> None:
-    """Raise PessaError when the exporter has fixed an axis that was to be free, as it may without a word."""
+    """Raise PessaError when the exporter has fixed the size of a dynamic axis, which it may do without a warning."""
     shapes = [shape for one in graph.shapes for shape in (one if isinstance(one, list) else [one])]
     wanted = [(value.name, axis) for value, shape in zip(inputs, shapes, strict=True) for axis in shape]
     free = {
@@ -321,10 +338,14 @@ def _check_axes(graph: Graph, inputs: Any) -> None:
     }
     fixed = [f"axis {axis} of {name}" for name, axis in wanted if (name, axis) not in free]
     if fixed:
-        raise PessaError(f"torch fixed the size of what is free in {graph.file}\n{listed(fixed)}")
+        raise PessaError(
+            f"torch fixed the size of {len(fixed)} dynamic axes of {graph.file}\n{listed(fixed)}",
+            "install another version of torch",
+        )
 
 
 def _session(path: Path) -> Any:
+    """An onnxruntime session on the CPU with the threads of torch."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -339,17 +360,17 @@ def _run(session: Any, inputs: Arrays) -> Arrays:
 
 
 def _error(found: list[Any], expected: Tensor) -> float:
-    """Relative Frobenius error of the parts, one after the other in time."""
+    """The relative Frobenius error of the outputs of successive passes, concatenated in time."""
     whole = torch.cat([torch.from_numpy(part) for part in found], 1)
     return float((whole - expected).norm() / expected.norm())
 
 
 def _write_side_files(reader: CheckpointReader, folder: Path, errors: dict[str, float]) -> None:
-    """Config, tokenizer and whatever else a program needs to run the graphs, and pessa.json."""
+    """Copy the side files of the model, such as its tokenizer, and write config.json and pessa.json."""
     sources = visible_files(reader.folder)
-    unlike = (CONFIG_FILE, MANIFEST_FILE, "README.md")  # these are about the folder they are in
+    own = (CONFIG_FILE, MANIFEST_FILE, "README.md")  # these describe the folder that they are in
     for name, path in sources.items():
-        if name not in unlike and not name.endswith((*WEIGHT_SUFFIXES, ".py")):
+        if name not in own and not name.endswith((*WEIGHT_SUFFIXES, ".py")):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, folder / name)
     config = {key: value for key, value in reader.config.items() if key not in ("quantization_config", "auto_map")}
@@ -372,7 +393,7 @@ def _seeded() -> torch.Generator:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """What torch's exporter says about packages that are not installed is of no use to a user."""
+    """Turn off the messages of torch's exporter and of transformers, for example about packages that are not needed."""
     logger = transformers.utils.logging.get_logger("torch.onnx")
     level = logger.level
     logger.setLevel(ERROR)

@@ -1,7 +1,8 @@
-"""Attention for ONNX graphs: plain matrix products as wide as a head's kept directions, nothing scattered or gathered.
+"""Attention modules for ONNX graphs: matrix products as wide as the kept directions of a head, without scattering.
 
-Three facts make the graphs smaller than the stock ones, for unpruned models too: the softmax scale goes into W_Q, a
-key bias adds the same to every key's score, and a value bias moves into the output bias.
+Three identities make these graphs smaller than those of other exporters, also for unpruned models. The softmax scale is
+multiplied into W_Q. The key bias is dropped, because it adds the same number to every score of a query and softmax
+removes that. The value bias moves into the output bias, because attention weights sum to one.
 """
 
 from __future__ import annotations
@@ -15,14 +16,14 @@ from torch import Tensor, nn
 
 from pessa_cli.algebra.heads import HeadWeights
 
-# What one more slot costs beside its entries, as a number of entries: measured for one query against 1500 frames.
+# The cost of a slot in addition to its entries, in entries: measured for one query against 1500 frames.
 SLOT_COST = 8
 ALIGNED = 4  # floats in 16 bytes
 
 
 @dataclass(frozen=True)
 class Head:
-    """One head with its r_qk and r_vo kept directions only, the softmax scale in q."""
+    """The kept directions of one head, r_qk of Q-K and r_vo of V-O, with the softmax scale in q and q_bias."""
 
     q: Tensor  # (r_qk, D)
     q_bias: Tensor  # (r_qk,)
@@ -33,17 +34,17 @@ class Head:
 
 @dataclass
 class OnnxStep:
-    """Keys and values by block name: `past` goes into a pass over new tokens, `present` comes out of it."""
+    """The key/value cache of a forward pass by block name: `past` is its input, `present` its output."""
 
     past: dict[str, tuple[Tensor, Tensor]]
     present: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
 
 def kept_heads(weights: HeadWeights, scaling: float) -> tuple[list[Head], Tensor]:
-    """The heads that do something, and the output bias, in float32.
+    """The heads with a V-O that is not zero, and the output bias (D_o,), in float32.
 
-    A direction is kept when neither of its sides is zero, so that compact and dense files give the same. A block
-    without any keeps one head of zeros, so that its shapes stay those of attention.
+    scaling: the softmax scale. A direction is kept when both of its sides are non-zero, so that compact and dense files
+    of a model give equal heads. A block of zeros keeps one head, so that its shapes remain valid.
     """
     q = weights.q.flatten(0, 1).float() * scaling  # (H, d, D)
     k, v = weights.k.float(), weights.v.float()
@@ -59,9 +60,9 @@ def kept_heads(weights: HeadWeights, scaling: float) -> tuple[list[Head], Tensor
 
 
 class HeadByHead(nn.Module):
-    """Self-attention one head after the other, each of its own width: for long inputs and no cache.
+    """Self-attention that computes one head after the other, each with its own width: for long inputs without a cache.
 
-    The scores of one head are all that is in memory at a time.
+    Only the scores of one head are in memory at a time.
     """
 
     def __init__(self, heads: list[Head], o_bias: Tensor) -> None:
@@ -72,7 +73,7 @@ class HeadByHead(nn.Module):
         self.o: nn.Module = _linear(torch.cat([_at_least_one(head.o) for head in heads]).T, o_bias)
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **_: Any) -> tuple[Tensor, None]:
-        """hidden_states: (batch, T, D); attention_mask: (batch, 1, T, T), added to the scores."""
+        """Attend within hidden_states (batch, T, D). attention_mask (batch, 1, T, T) is added to the scores."""
         outputs = []
         for q, k, v in zip(self.q, self.k, self.v, strict=True):
             scores = q(hidden_states) @ k(hidden_states).transpose(1, 2)  # (batch, T, T)
@@ -83,11 +84,11 @@ class HeadByHead(nn.Module):
 
 
 class CacheSlots(nn.Module):
-    """Attention over slots of one width, a head in as many as it needs: few nodes, and a small cache.
+    """Attention over slots of equal width, for few graph nodes and a small cache. A wide head takes several slots.
 
-    The scores of a head are the sum of those of its slots; its probabilities serve each of its value slots. Keys are
-    (batch, n_k, S, w_k) and values (batch, n_v, S, w_v), the shape of any other cache. `key_width` and `value_width`
-    None choose the widths that make reading the cache cheapest.
+    The scores of a head are the sum of the scores of its key slots, and its attention weights apply to each of its
+    value slots. Keys are (batch, n_k, S, w_k) and values (batch, n_v, S, w_v), like any other cache. key_width,
+    value_width: None chooses the widths with the least cost of reading the cache.
     """
 
     def __init__(
@@ -111,8 +112,8 @@ class CacheSlots(nn.Module):
         self.o: nn.Module = _linear(o.T, o_bias)
         one_each = list(range(len(heads)))
         sums = (torch.tensor(owners) == torch.arange(len(heads))[:, None]).float()
-        self.sums: Tensor | None  # (H, n_k), 1 where a slot belongs to a head; None where each head has one slot
-        self.owners: Tensor | None  # (n_v,), the head of each value slot; None likewise
+        self.sums: Tensor | None  # (H, n_k), 1 where a slot belongs to a head; None if every head has one slot
+        self.owners: Tensor | None  # (n_v,), the head of each value slot; None if every head has one slot
         self.register_buffer("sums", None if owners == one_each else sums)
         self.register_buffer("owners", None if value_owners == one_each else torch.tensor(value_owners))
 
@@ -124,7 +125,10 @@ class CacheSlots(nn.Module):
         attention_mask: Tensor | None = None,
         **_: Any,
     ) -> tuple[Tensor, None]:
-        """hidden_states: (batch, T, D); attention_mask: broadcast to (batch, H, T, S) and added to the scores."""
+        """Attend from hidden_states (batch, T, D), and to key_value_states (batch, S, D) in cross-attention.
+
+        attention_mask is broadcast to (batch, H, T, S) and added to the scores.
+        """
         q = self._split(self.q(hidden_states), self.key_width)
         k, v = self._keys_and_values(hidden_states, key_value_states, past_key_values)
         scores = q @ k.transpose(2, 3)  # (batch, n_k, T, S)
@@ -132,14 +136,15 @@ class CacheSlots(nn.Module):
             scores = (self.sums @ scores.flatten(2)).reshape(scores.shape[0], -1, *scores.shape[2:])  # (batch, H, T, S)
         if attention_mask is not None:
             scores = scores + attention_mask
-        shares = scores.softmax(-1)
+        weights = scores.softmax(-1)
         if self.owners is not None:
-            shares = shares.index_select(1, self.owners)  # (batch, n_v, T, S)
-        return self.o((shares @ v).transpose(1, 2).flatten(2)), None
+            weights = weights.index_select(1, self.owners)  # (batch, n_v, T, S)
+        return self.o((weights @ v).transpose(1, 2).flatten(2)), None
 
     def _keys_and_values(
         self, hidden_states: Tensor, key_value_states: Tensor | None, step: OnnxStep | None
     ) -> tuple[Tensor, Tensor]:
+        """The keys and values to attend to: cached ones, and new ones, which are added to `step.present`."""
         past = step.past.get(self.name) if step is not None else None
         if past is not None and key_value_states is not None:
             return past
@@ -157,32 +162,36 @@ class CacheSlots(nn.Module):
 
 
 def best_width(ranks: Iterable[int]) -> int:
-    """The width of slots in which heads of these ranks take the least time to read."""
+    """The width of slots, a multiple of ALIGNED, that makes heads of these ranks cheapest to read."""
     each = list(ranks)
     widths = range(ALIGNED, max(*each, 1) + ALIGNED, ALIGNED)
     return min(widths, key=lambda width: (sum(_slots(rank, width) for rank in each) * (width + SLOT_COST), -width))
 
 
 def _slots(rank: int, width: int) -> int:
+    """The number of slots of a head."""
     return max(1, -(-rank // width))
 
 
 def _in_slots(parts: list[Tensor], width: int) -> tuple[Tensor, list[int]]:
-    """The heads' rows in slots of `width`, zeros where one is not full, and the head of each slot."""
+    """The rows of all heads in slots of `width`, padded with zeros, and the head of each slot."""
     counts = [_slots(len(part), width) for part in parts]
     padded = [_padded(part, count * width) for part, count in zip(parts, counts, strict=True)]
     return torch.cat(padded), [head for head, count in enumerate(counts) for _ in range(count)]
 
 
 def _at_least_one(part: Tensor) -> Tensor:
+    """One row of zeros for a head without directions, otherwise the part itself."""
     return _padded(part, max(1, len(part)))
 
 
 def _padded(part: Tensor, rows: int) -> Tensor:
+    """The part with rows of zeros appended, `rows` in all."""
     return torch.cat([part, part.new_zeros(rows - len(part), *part.shape[1:])])
 
 
 def _linear(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
+    """A frozen linear layer with this weight (out, in) and bias."""
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
     linear.weight = nn.Parameter(weight.contiguous(), requires_grad=False)
     if bias is not None:

@@ -1,6 +1,6 @@
-"""A Hugging Face Whisper in openai-whisper's form: its names and dims, and the .pt file that whisper.load_model reads.
+"""Exporting a Hugging Face Whisper as the .pt file of openai-whisper, which whisper.load_model reads.
 
-The tensors are those of the folder, bit for bit and in its dtype; compact blocks get zeros where directions were cut.
+The file has the tensors of the folder, bit for bit and in their dtype. Dropped directions of compact blocks are zeros.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ from pessa_cli.surgery.model import open_model
 
 
 def export_openai(folder: Path, out: Path, force: bool = False, progress: Progress = quietly) -> None:
-    """Write a Whisper folder, dense or compact, as the stock file `out` of openai-whisper: dense, in the same dtype.
+    """Write a dense or compact Whisper folder as a dense file `out` of openai-whisper, in the same dtype.
 
-    torch.save wants all tensors when it begins, so the dense weights are in memory once, which is a fraction of
-    what loading the file takes. The heads that follow time lie beside `dims` under `alignment_heads`, written as
-    `Whisper.set_alignment_heads` takes them: whisper.load_model knows them by a model's name only, not by its file.
+    torch.save needs all tensors at once, so the dense weights are in memory once. The alignment heads, whose attention
+    follows the audio in time, are stored beside `dims` under `alignment_heads`, in the encoding that
+    `Whisper.set_alignment_heads` takes. whisper.load_model itself knows them only for the official model names.
 
-    Raises PessaError for a model that is none of openai-whisper's (see `openai_form`), for weights with NaN, and as
-    `new_file` does.
+    Raises PessaError for a model that openai-whisper cannot represent (see `openai_form`), for weights that are not
+    finite, and in the cases of `new_file`; UsageError when the name of `out` does not end in .pt.
     """
     if out.suffix not in SUFFIXES:
-        raise UsageError(f"{out} does not end in .pt, as openai-whisper's files do", "name it so")
+        raise UsageError(f"{out} does not end in .pt, as files of openai-whisper do", f"give -o {out}.pt")
     with new_file(out, folder, force) as file:
         form = openai_form(open_model(folder))
         reader = form.model.reader
@@ -59,23 +59,23 @@ def export_openai(folder: Path, out: Path, force: bool = False, progress: Progre
             checkpoint["alignment_heads"] = base64.b85encode(packed).decode()
         try:
             torch.save(checkpoint, file)
-        except RuntimeError as error:  # what torch makes of a full disk
+        except RuntimeError as error:  # torch raises this type when the disk is full
             raise OSError(str(error).splitlines()[0]) from error
         reader.check_unchanged()
 
 
 @contextmanager
 def new_file(out: Path, source: Path, force: bool = False) -> Iterator[BinaryIO]:
-    """A file beside `out` that is flushed to the disk and renamed to it at the end; nothing stays when this raises.
+    """A temporary file beside `out`, which is flushed to disk and renamed to `out` at the end, or deleted on errors.
 
-    `force` lets another file of torch.save give way. Raises PessaError when `out` exists otherwise or lies in
-    `source`, which is only read, where nothing can be written, and while another run is writing there.
+    force: replace an existing file, if torch.save wrote it. Raises PessaError when `out` exists otherwise, when it is
+    inside the folder `source`, when it cannot be written, and while another run is writing it.
     """
     import fcntl
 
     partial = out.parent / f".{out.name}.partial"
     if source.resolve() in out.resolve().parents:
-        raise PessaError(f"{out} is inside {source}, which is only read", "give an -o outside of it")
+        raise PessaError(f"{out} is inside {source}, which is only read", "give an -o outside the model's folder")
     _check_replaceable(out, force)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -83,10 +83,10 @@ def new_file(out: Path, source: Path, force: bool = False) -> Iterator[BinaryIO]
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                busy = f"another run is writing {out} just now"
-                raise PessaError(busy, "wait for it, or give another -o") from None
+                busy = f"another run is writing {out} at this moment"
+                raise PessaError(busy, "wait until it ends, or give another -o") from None
             try:
-                file.truncate(0)  # what a killed run has left
+                file.truncate(0)  # a killed run may have left content
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
@@ -95,7 +95,7 @@ def new_file(out: Path, source: Path, force: bool = False) -> Iterator[BinaryIO]
             finally:
                 partial.unlink(missing_ok=True)
     except OSError as error:
-        raise PessaError(f"could not write {out}: {error}", "free some space, or give another -o") from error
+        raise PessaError(f"could not write {out}: {error}", "free disk space, or give another -o") from error
 
 
 def _check_replaceable(out: Path, force: bool) -> None:
@@ -104,4 +104,4 @@ def _check_replaceable(out: Path, force: bool) -> None:
     if not force:
         raise PessaError(f"{out} exists", "give another -o, or --force to replace it")
     if not out.is_file() or not zipfile.is_zipfile(out):
-        raise PessaError(f"{out} is no file of torch.save, so --force does not replace it", "give another -o")
+        raise PessaError(f"{out} was not written by torch.save, so --force does not replace it", "give another -o")

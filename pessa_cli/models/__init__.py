@@ -1,1 +1,1 @@
-"""Loaded models: loading, inputs, hooks on their blocks, audio and data."""
+"""Loading models with transformers, reading audio and data, encoding inputs, and hooks on attention blocks."""

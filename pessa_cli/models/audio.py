@@ -1,4 +1,4 @@
-"""Reading speech: any file that libsndfile knows, as the 16 kHz mono samples that speech models expect."""
+"""Reading audio files in any format of libsndfile, as the 16 kHz mono samples that speech models expect."""
 
 from __future__ import annotations
 
@@ -13,20 +13,22 @@ SAMPLE_RATE = 16_000
 
 
 def load_audio(path: Path) -> NDArray[np.float32]:
-    """The samples of a file, (time,), float32 in [-1, 1] at 16 kHz, channels averaged.
+    """Read a file as samples, (time,), float32 in [-1, 1] at 16 kHz, with its channels averaged.
 
-    Raises PessaError when the file cannot be read or the libraries of the `whisper` extra are missing.
+    Raises PessaError when the file cannot be read or is empty, or when the `whisper` extra is not installed.
     """
     try:
         import soundfile
         import soxr
     except ImportError as error:
-        raise PessaError(f"reading audio needs {error.name}", "pip install 'pessa[whisper]'") from None
+        raise PessaError(
+            f"reading audio needs the package {error.name}, which is not installed", "pip install 'pessa[whisper]'"
+        ) from None
     try:
         samples, rate = soundfile.read(path, dtype="float32", always_2d=True)
     except (soundfile.LibsndfileError, OSError, TypeError) as error:
         raise PessaError(f"cannot read {path}: {error}", "give a WAV, FLAC, OGG or MP3 file") from None
     if not len(samples):
-        raise PessaError(f"{path} holds no sound", "give a clip with speech in it")
+        raise PessaError(f"{path} contains no samples", "give a clip with speech in it")
     mono: NDArray[np.float32] = samples.mean(axis=1)
     return mono if rate == SAMPLE_RATE else np.asarray(soxr.resample(mono, rate, SAMPLE_RATE), dtype=np.float32)

@@ -1,4 +1,4 @@
-"""Calibration and evaluation data: audio files, folders of them, JSON lines, and text files."""
+"""Reading calibration and evaluation data: audio files, folders of audio files, JSON lines, and text files."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ AUDIO = (".wav", ".flac", ".ogg", ".mp3", ".opus")
 
 @dataclass(frozen=True)
 class DataItem:
-    """One file, or one line of JSON lines: a clip with what is said in it, if that is known, or a text."""
+    """One file or one line of JSON lines: a clip with its transcript, if that is known, or a text."""
 
     audio: Path | None = None
     text: str | None = None
@@ -27,19 +27,22 @@ class DataItem:
 
 
 def read_data(paths: Sequence[Path]) -> tuple[list[DataItem], list[str]]:
-    """The calibration data in files and folders, and the SHA-256 of each file of audio or text, once for equal ones.
+    """Read the data in files and folders, and compute the SHA-256 of each audio or text file.
 
-    Raises PessaError when there is none.
+    Files with equal contents count once. Raises PessaError for files that are missing, unreadable or malformed, and for
+    folders without audio.
     """
     found: dict[str, list[DataItem]] = {}
     for path in paths:
         if path.is_dir():
             files = sorted(file for file in path.rglob("*") if file.suffix.lower() in AUDIO)
             if not files:
-                raise PessaError(f"{path} holds no audio", f"it has no file that ends in {', '.join(AUDIO)}")
+                raise PessaError(
+                    f"{path} contains no audio", f"give a folder with files that end in {', '.join(AUDIO)}"
+                )
             found |= {sha256_of(file): [DataItem(audio=file)] for file in files}
         elif not path.is_file():
-            raise PessaError(f"{path} is not there", "give audio or text files, folders of audio, or JSON lines")
+            raise PessaError(f"{path} does not exist", "give audio or text files, folders of audio, or JSON lines")
         elif path.suffix.lower() in AUDIO:
             found[sha256_of(path)] = [DataItem(audio=path)]
         elif path.suffix.lower() in (".jsonl", ".json"):
@@ -60,10 +63,12 @@ def _lines(path: Path) -> Iterator[DataItem]:
             row = json.loads(line)
             audio, text = row.get("audio", row.get("file")), row.get("text")
             if not isinstance(audio or text, str) or not isinstance(text or "", str):
-                raise ValueError("it has no text and no audio")
+                raise ValueError("the line has neither text nor audio")
         except (ValueError, AttributeError, RecursionError) as error:
             raise PessaError(f"{path}, line {number}: {error}", 'write {"audio": FILE} or {"text": "..."}') from None
         clip = None if audio is None else path.parent / audio
         if clip is not None and not clip.is_file():
-            raise PessaError(f"{path}, line {number}: {clip} is not there", "correct the path")
+            raise PessaError(
+                f"{path}, line {number}: {clip} does not exist", "correct the path; it is relative to the JSONL file"
+            )
         yield DataItem(clip, text)

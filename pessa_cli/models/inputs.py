@@ -1,4 +1,4 @@
-"""Inputs for models: built-in samples, prompts from text files, and clips."""
+"""Encoding inputs for models: built-in samples, prompts from text files, and audio clips."""
 
 from __future__ import annotations
 
@@ -7,17 +7,15 @@ from typing import Any
 
 import numpy as np
 import torch
-import transformers
 from numpy.typing import NDArray
 from torch import Tensor
 
 from pessa_cli.common.errors import UsageError
-from pessa_cli.common.text import read_text
 from pessa_cli.models.audio import SAMPLE_RATE
-from pessa_cli.models.load import WEIGHTS_ALONE, from_folder
+from pessa_cli.models.load import WEIGHTS_ALONE
 
 SEED = 0
-TEXT_TOKENS = 512  # of a text, for its logits
+TEXT_TOKENS = 512  # a longer text is truncated
 PASSAGE = """The lighthouse at the end of the harbour had been dark for eleven years when the letter arrived. It was
 addressed to the keeper, a post that no longer existed, and so the postmistress read it herself. "Please light the
 lamp on the ninth of March," it said, "and keep it burning until you see three sails." She counted the days, bought
@@ -25,8 +23,11 @@ two litres of oil, and climbed the 143 steps with her daughter, who asked what t
 Inputs = dict[str, Tensor]
 
 
-def noise(model: Any, batch: int = 1) -> Inputs:
-    """Built-in input for a speech model: one window of noise in the range of log-mel features, random tokens."""
+def random_speech(model: Any, batch: int = 1) -> Inputs:
+    """Built-in input for Whisper: random values in the range of log-mel features, one window, and random tokens.
+
+    input_features (batch, mels, frames), decoder_input_ids (batch, tokens); the same for every model of the same shape.
+    """
     generator = torch.Generator().manual_seed(SEED)
     config = model.config
     features = torch.randn(batch, config.num_mel_bins, 2 * config.max_source_positions, generator=generator)
@@ -37,27 +38,29 @@ def noise(model: Any, batch: int = 1) -> Inputs:
 
 
 def transcript_inputs(model: Any, features: Tensor, ids: Tensor) -> Inputs:
-    """The first window of a clip with the reference's own transcript as the decoder's input."""
+    """The first window of a clip, with the token ids of a transcript as the decoder's input, cut to its positions."""
     return {
         "input_features": features[..., : 2 * model.config.max_source_positions],
         "decoder_input_ids": ids[:, : model.config.max_target_positions],
     }
 
 
-def listen(processor: Any, samples: NDArray[np.float32]) -> Inputs:
-    """A clip as a speech model hears it: input_features (1, mels, frames), one window of them, or the whole clip.
+def clip_features(processor: Any, samples: NDArray[np.float32]) -> Inputs:
+    """Encode a clip for a speech model: input_features (1, mels, frames).
 
-    One that is longer than the window has an attention_mask (1, frames).
+    A clip of at most one window is padded to the window. A longer one keeps its length and gets an attention_mask
+    (1, frames).
     """
     long = len(samples) > processor.feature_extractor.n_samples
     more = {"truncation": False, "padding": "longest", "return_attention_mask": True} if long else {}
     return dict(processor(samples, sampling_rate=SAMPLE_RATE, return_tensors="pt", **more))
 
 
-def write_down(model: Any, inputs: Inputs, **options: Any) -> Tensor:
-    """The tokens that a speech model writes under greedy decoding, (clips, tokens).
+def transcribe_greedily(model: Any, inputs: Inputs, **options: Any) -> Tensor:
+    """Transcribe clips under greedy decoding; returns token ids, (clips, tokens).
 
-    Options as for generate. Through clips that are longer than its window it finds its way by its timestamps.
+    inputs: from `clip_features`. options: passed to generate. Clips longer than one window are decoded with
+    timestamps, which tell generate where the next window starts.
     """
     features = inputs["input_features"].to(model.device, model.dtype)
     if features.shape[-1] > 2 * model.config.max_source_positions:
@@ -66,25 +69,26 @@ def write_down(model: Any, inputs: Inputs, **options: Any) -> Tensor:
     return tokens
 
 
-def text_prompts(folder: Path, model: Any, paths: list[Path]) -> list[tuple[str, Inputs]]:
-    """Token inputs for a text model: the given files', or a built-in passage, or random tokens for no tokenizer."""
+def text_prompts(tokenizer: Any | None, model: Any, texts: list[tuple[str, str]]) -> list[tuple[str, Inputs]]:
+    """Encode named texts for a text model, each truncated to TEXT_TOKENS; without texts, a built-in one.
+
+    Without a tokenizer the only input is random tokens.
+    """
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", TEXT_TOKENS)
-    most = min(TEXT_TOKENS, positions - 2)  # RoBERTa counts from 2
-    if not paths and not has_tokenizer(folder):
+    most = min(TEXT_TOKENS, positions - 2)  # RoBERTa numbers its positions from 2
+    if tokenizer is None:
         return [("random tokens", random_tokens(model, 2, min(64, most)))]
-    contents = [(path.name, read_text(path)) for path in paths] or [("built-in text", PASSAGE)]
-    tokenizer = from_folder(transformers.AutoTokenizer, folder, "tokenizer")
     prompts: list[tuple[str, Inputs]] = []
-    for name, content in contents:
+    for name, content in texts or [("built-in text", PASSAGE)]:
         encoded = tokenizer(content, return_tensors="pt", truncation=True, max_length=most)
         prompts.append((name, {key: encoded[key] for key in ("input_ids", "attention_mask")}))
     return prompts
 
 
-def signal(folder: Path, model: Any, batch: int = 1) -> Inputs:
-    """Built-in input for a model that sees or hears: an image or two seconds of noise, and random tokens to answer.
+def random_signal(folder: Path, model: Any, batch: int = 1) -> Inputs:
+    """Built-in input for a vision or audio model: a random image or 2 seconds of random samples or features.
 
-    Raises UsageError for a model that takes something else.
+    Encoder-decoder models also get random tokens. Raises UsageError for a model with another main input.
     """
     generator, config = torch.Generator().manual_seed(SEED), model.config
     size = getattr(config, "image_size", 0)
@@ -95,25 +99,25 @@ def signal(folder: Path, model: Any, batch: int = 1) -> Inputs:
     }
     shape = shapes.get(model.main_input_name, (0,))
     if 0 in shape:
-        raise UsageError(f"{folder} takes {model.main_input_name}, of which there are no samples", WEIGHTS_ALONE)
+        raise UsageError(
+            f"{folder} takes {model.main_input_name}, for which pessa has no built-in input", WEIGHTS_ALONE
+        )
     inputs = {model.main_input_name: torch.randn(batch, *shape, generator=generator)}
-    return with_answer(model, inputs)
+    return with_decoder_ids(model, inputs)
 
 
-def with_answer(model: Any, inputs: Inputs) -> Inputs:
-    """With something for the decoder, where there is an encoder, too: what it reads, or random tokens."""
+def with_decoder_ids(model: Any, inputs: Inputs) -> Inputs:
+    """Add decoder_input_ids for an encoder-decoder model: the encoder's token ids, or random tokens without any."""
     if not model.config.is_encoder_decoder:
         return inputs
-    answer = inputs.get("input_ids")
-    return inputs | {
-        "decoder_input_ids": random_tokens(model, len(next(iter(inputs.values()))), 32)["input_ids"]
-        if answer is None
-        else answer
-    }
+    ids = inputs.get("input_ids")
+    if ids is None:
+        ids = random_tokens(model, len(next(iter(inputs.values()))), 32)["input_ids"]
+    return inputs | {"decoder_input_ids": ids}
 
 
 def random_tokens(model: Any, batch: int, length: int) -> Inputs:
-    """Built-in input for a text model without a tokenizer."""
+    """Built-in input for a text model: random token ids and an attention mask of ones, (batch, length) each."""
     ids = torch.randint(
         model.config.get_text_config().vocab_size, (batch, length), generator=torch.Generator().manual_seed(SEED)
     )
@@ -121,4 +125,5 @@ def random_tokens(model: Any, batch: int, length: int) -> Inputs:
 
 
 def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder has a tokenizer.json or a tokenizer_config.json."""
     return (folder / "tokenizer.json").exists() or (folder / "tokenizer_config.json").exists()

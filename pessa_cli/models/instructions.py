@@ -1,4 +1,4 @@
-"""Examples of instructions, completions and conversations, as texts with the spans that are answers."""
+"""Reading instructions, completions and conversations, and rendering them as texts with the spans of the answers."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Rendered:
-    """A text, where in it the learned spans begin and end, and whether the tokenizer still has to frame it."""
+    """A text, the (start, end) characters of the spans to learn, and whether it already contains special tokens."""
 
     text: str
     spans: tuple[tuple[int, int], ...]
@@ -36,17 +36,20 @@ class Rendered:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """The examples of a JSON array or of JSON lines. Raises PessaError with the first that are of no known form."""
+    """Read the examples of a JSON array or of JSON lines.
+
+    Raises PessaError when the file is unreadable or empty, and lists examples whose keys are none of FORMS.
+    """
     try:
         text = path.read_text(encoding="utf-8")
         rows = json.loads(text) if text.lstrip().startswith("[") else _lines(text)
     except (OSError, ValueError, RecursionError) as error:
-        raise PessaError(f"{path} is not readable training data: {error}", "give a .json or .jsonl file") from None
+        raise PessaError(f"{path} cannot be read as examples: {error}", "give a .json or .jsonl file") from None
     wrong = [f"example {i}: {json.dumps(row)[:80]}" for i, row in enumerate(rows, 1) if form_of(row) is None]
     if wrong or not rows:
         known = "; ".join(", ".join(form) for form in FORMS)
-        what = f"{len(wrong)} examples of {path} are of no known form\n{listed(wrong)}" if wrong else f"{path} is empty"
-        raise PessaError(what, f"an example has one of these sets of keys: {known}")
+        what = f"{len(wrong)} examples of {path} have unknown keys\n{listed(wrong)}" if wrong else f"{path} is empty"
+        raise PessaError(what, f"give each example one of these sets of keys, with strings as values: {known}")
     return rows
 
 
@@ -62,7 +65,7 @@ def _lines(text: str) -> list[Any]:
 
 
 def form_of(row: Any) -> tuple[str, ...] | None:
-    """The keys by which a row is read; None when it is none of ours."""
+    """The entry of FORMS that a row has, or None for a row of another form."""
     if not isinstance(row, dict):
         return None
     for form in FORMS:
@@ -73,7 +76,11 @@ def form_of(row: Any) -> tuple[str, ...] | None:
 
 
 def render(row: Row, tokenizer: Any, template: str) -> Rendered:
-    """An example as a text with the spans that are to be learned."""
+    """Render an example as a text with the spans to learn.
+
+    template: "chat" renders instructions with the tokenizer's chat template, "alpaca" with that of Alpaca. Raises
+    PessaError when the chat template fails or does not keep earlier turns unchanged.
+    """
     form = form_of(row)
     if form == ("messages",):
         return _conversation(row["messages"], tokenizer)
@@ -91,7 +98,7 @@ def render(row: Row, tokenizer: Any, template: str) -> Rendered:
 
 
 def instruction(row: Row) -> str:
-    """The prompt of the Alpaca template, which the papers on LoRA, DoRA and PESSA use."""
+    """The prompt of an instruction in the Alpaca template, as in LLM-Adapters (arXiv:2304.01933)."""
     more = row.get("input") or ""
     with_input = ", paired with an input that provides further context" if more else ""
     return ALPACA.format(
@@ -100,22 +107,25 @@ def instruction(row: Row) -> str:
 
 
 def _conversation(messages: Any, tokenizer: Any) -> Rendered:
-    """The chat template's text; what each assistant turn adds to the text before it is learned."""
+    """Render a conversation with the chat template. A span is what an assistant turn adds to the text before it."""
 
-    def text(upto: int, ask: bool = False) -> str:
-        rendered: str = tokenizer.apply_chat_template(messages[:upto], tokenize=False, add_generation_prompt=ask)
+    def text(turns: int, prompt: bool = False) -> str:
+        rendered: str = tokenizer.apply_chat_template(messages[:turns], tokenize=False, add_generation_prompt=prompt)
         return rendered
 
     try:
         whole = text(len(messages))
         turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-        spans = [(text(i, ask=True), text(i + 1)) for i in turns]
-    except Exception as error:  # a template is a program, and may raise what it likes
+        spans = [(text(i, prompt=True), text(i + 1)) for i in turns]
+    except Exception as error:  # a template is a program and can raise any type
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise PessaError(f"the tokenizer's chat template does not take {str(messages)[:80]}: {reason}") from None
+        raise PessaError(
+            f"the tokenizer's chat template fails on {str(messages)[:80]}: {reason}",
+            "check the roles and contents of the messages, or give the data as prompt and completion",
+        ) from None
     if not all(whole.startswith(after) and after.startswith(before) for before, after in spans):
         raise PessaError(
-            "the tokenizer's chat template changes earlier turns when later ones come",
+            "the tokenizer's chat template renders earlier turns differently once later turns follow",
             "give the data as prompt and completion",
         )
     return Rendered(whole, tuple((len(before), len(after)) for before, after in spans), framed=True)

@@ -1,7 +1,8 @@
-"""Loading models, tokenizers and processors with transformers, without running code of the checkpoint."""
+"""Loading models, tokenizers and processors with transformers, without running code from the checkpoint."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,55 +15,84 @@ from pessa_cli.common.errors import PessaError
 from pessa_cli.common.text import listed
 from pessa_cli.surgery.model import Model
 
-WEIGHTS_ALONE = "compare weights alone: --level weights"
-# Whatever a checkpoint asks for: none of its code runs, nothing is fetched.
+WEIGHTS_ALONE = "compare only the weights: --level weights"
+# Whatever a checkpoint asks for, none of its code runs and nothing is downloaded.
 LOCAL_ONLY = {"trust_remote_code": False, "local_files_only": True}
 
 
 def load(model: Model, dtype: torch.dtype = torch.float32, **placing: Any) -> Any:
-    """The model in its own class from transformers, in eval mode; `placing`: options on where its weights are kept."""
+    """Load a model in its own class of transformers, in eval mode.
+
+    placing: options of from_pretrained on where the weights are kept, for example device_map. Raises PessaError when
+    transformers cannot load the folder, and when weights are missing or have other shapes than the model.
+    """
     folder, kind = model.reader.folder, model_class(model)
-    hint = "the checkpoint and its config.json do not fit; weights alone compare with --level weights"
+    hint = "the checkpoint does not match its config.json; to compare only the weights: --level weights"
     try:
-        # Mismatched sizes are asked for as data, because as an exception they come without the names.
+        # With ignore_mismatched_sizes transformers reports mismatches with their names, which its exception leaves out.
         options = {"output_loading_info": True, "ignore_mismatched_sizes": True} | LOCAL_ONLY | placing
         loaded, info = kind.from_pretrained(folder, dtype=dtype, **options)
-    except Exception as error:  # whatever transformers raises, it is about this folder
+    except Exception as error:  # transformers raises many types, all of them caused by this folder
         raise PessaError(f"transformers cannot load {folder}\n{listed(str(error).splitlines())}", hint) from error
     faults = [f"{name}: missing" for name in sorted(info["missing_keys"])]
     faults += [f"{name}: {tuple(found)}, the model has {tuple(own)}" for name, found, own in info["mismatched_keys"]]
     if faults:
-        raise PessaError(f"{folder} does not have the weights of a {kind.__name__}\n{listed(faults)}", hint)
+        raise PessaError(f"{folder} does not contain the weights of a {kind.__name__}\n{listed(faults)}", hint)
     return loaded.eval()
 
 
 def model_class(model: Model) -> Any:
-    """The class from transformers that config.json names, and whose construction runs no code of the checkpoint."""
+    """The class of transformers that config.json names. Making one runs no code from the checkpoint.
+
+    Raises PessaError when config.json names no such class, or asks for attention kernels from elsewhere.
+    """
     folder, names = model.reader.folder, model.reader.config.get("architectures")
     kind = getattr(transformers, str(names[0]), None) if isinstance(names, list) and names else None
     kernels = str(model.reader.config.get("attn_implementation") or "")
-    if "/" in kernels:  # transformers would fetch and run it
-        raise PessaError(f"{folder}: config.json asks for code from {kernels}", "take attn_implementation out of it")
+    if "/" in kernels:  # the name of a repository, whose code transformers would download and run
+        raise PessaError(
+            f"{folder}: config.json asks for code from {kernels}", "remove attn_implementation from config.json"
+        )
     if not isinstance(names, list) or not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
         raise PessaError(
-            f"{folder}: config.json names no model of transformers under `architectures` ({names})",
-            "add the class it was saved from, or compare weights alone: --level weights",
+            f"{folder}: `architectures` in config.json is {names}, which is not a model class of transformers",
+            "add the class it was saved from, or compare only the weights: --level weights",
         )
     return kind
 
 
 def from_folder(kind: Any, folder: Path, what: str) -> Any:
-    """A tokenizer or processor. Raises PessaError when the folder has none."""
+    """Load a tokenizer or processor; `what` names it in messages. Raises PessaError when the folder has none."""
     try:
         return kind.from_pretrained(folder, **LOCAL_ONLY)
-    except Exception as error:  # as above: there are many ways not to have one
+    except Exception as error:  # transformers raises many types for missing and for broken files
         reason = listed(str(error).splitlines(), most=1)
         raise PessaError(f"{folder} has no {what}\n{reason}", "copy it there from the original model") from error
 
 
+def encodes_alike(first: Any, second: Any) -> bool:
+    """Whether two tokenizers or processors have the same state, and so encode and decode everything alike.
+
+    False for slow (pure Python) tokenizers, whose state cannot be compared.
+    """
+    tokenizers = [getattr(encoder, "tokenizer", encoder) for encoder in (first, second)]
+    if type(first) is not type(second) or not all(tokenizer.is_fast for tokenizer in tokenizers):
+        return False
+    if hasattr(first, "feature_extractor") and first.feature_extractor.to_dict() != second.feature_extractor.to_dict():
+        return False
+    states = []
+    for tokenizer in tokenizers:
+        backend = json.loads(tokenizer.backend_tokenizer.to_str())
+        for set_by_each_call in ("truncation", "padding"):
+            backend.pop(set_by_each_call, None)
+        options = {k: v for k, v in tokenizer.init_kwargs.items() if k != "name_or_path" and not k.endswith("_file")}
+        states.append((type(tokenizer), backend, tokenizer.chat_template, options))
+    return bool(states[0] == states[1])
+
+
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """transformers' own progress bars and notes would stand among our results."""
+    """Turn off the progress bars and notes of transformers, which would be mixed into the output of pessa."""
     log = transformers.utils.logging
     verbosity, bars = log.get_verbosity(), log.is_progress_bar_enabled()
     log.set_verbosity_error()

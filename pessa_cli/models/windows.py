@@ -1,4 +1,4 @@
-"""Calibration data as inputs of a model, cut into windows of what it takes at a time."""
+"""Encoding calibration data as inputs of a model, cut into windows of at most the model's input length."""
 
 from __future__ import annotations
 
@@ -17,45 +17,54 @@ from pessa_cli.models.data import DataItem
 from pessa_cli.models.inputs import Inputs
 from pessa_cli.models.load import from_folder
 
-TEXT_TOKENS = 512  # of a window of text, if the model reads so many
+TEXT_TOKENS = 512  # per window, unless the model has fewer positions
 
 
-def item_windows(folder: Path, model: Any, item: DataItem, said: bool) -> Iterator[tuple[Inputs, int]]:
-    """The inputs of an item, each with its share of the bytes."""
-    windows = list(inputs_of(folder, model, item, said))
+def item_windows(folder: Path, model: Any, item: DataItem, transcribed: bool) -> Iterator[tuple[Inputs, int]]:
+    """The windows of an item, each with its share of the item's bytes; see `inputs_of`."""
+    windows = list(inputs_of(folder, model, item, transcribed))
     for window in windows:
         yield window, item.nbytes // len(windows)
 
 
-def inputs_of(folder: Path, model: Any, item: DataItem, said: bool = True) -> Iterator[Inputs]:
-    """An item as inputs of batch 1, cut into windows of what the model takes at a time.
+def inputs_of(folder: Path, model: Any, item: DataItem, transcribed: bool = True) -> Iterator[Inputs]:
+    """Encode an item as inputs of batch size 1, cut into windows of at most the model's input length.
 
-    A decoder of speech gets the transcript, or what the model itself hears where there is none; unless `said` it is of
-    no interest, and gets next to nothing.
+    transcribed: whether the decoder of a speech model gets the transcript of each window. Where the data give none, the
+    model transcribes the window. False gives the start token alone, for when no decoder block is calibrated. Raises
+    UsageError when the item does not fit the model, PessaError for a slow (pure Python) tokenizer.
     """
     speech = model.config.model_type == "whisper"
     if not speech and (model.config.is_encoder_decoder or model.main_input_name != "input_ids"):
         raise UsageError(
-            f"{folder}: a {model.config.model_type} cannot be calibrated: it takes more than a text",
-            "go by the weights alone",
+            f"{folder}: a {model.config.model_type} cannot be calibrated: it is not Whisper and needs more than text",
+            "leave --calibrate out: the weights then decide the ranks",
         )
     if speech != (item.audio is not None):
-        what = "listens, and there is text" if speech else "reads, and there is audio"
-        raise UsageError(f"{folder} {what} in the data", "give audio to speech models and text to text models")
+        what = ("a speech model", "text") if speech else ("a text model", "audio")
+        raise UsageError(
+            f"{folder} is {what[0]}, but the calibration data contains {what[1]}",
+            "give audio to speech models and text to text models",
+        )
     if item.audio is not None:
-        yield from _speech(folder, model, load_audio(item.audio), item.text, said)
+        yield from _speech(folder, model, load_audio(item.audio), item.text, transcribed)
         return
     tokenizer = from_folder(transformers.AutoTokenizer, folder, "tokenizer")
     length = min(TEXT_TOKENS, getattr(model.config, "max_position_embeddings", TEXT_TOKENS))
     if not tokenizer.is_fast:
-        raise PessaError(f"{folder}: its tokenizer cuts no windows", "add the tokenizer.json of the original model")
+        raise PessaError(
+            f"{folder}: its tokenizer is a slow (pure Python) one, which cannot cut a text into windows",
+            "add the tokenizer.json of the original model",
+        )
     cut = tokenizer(item.text, truncation=True, max_length=length, return_overflowing_tokens=True)
     for ids in cut["input_ids"]:
         window = torch.tensor([ids])
         yield {"input_ids": window, "attention_mask": torch.ones_like(window)}
 
 
-def _speech(folder: Path, model: Any, samples: NDArray[np.float32], text: str | None, said: bool) -> Iterator[Inputs]:
+def _speech(
+    folder: Path, model: Any, samples: NDArray[np.float32], text: str | None, transcribed: bool
+) -> Iterator[Inputs]:
     processor = from_folder(transformers.AutoProcessor, folder, "preprocessor and tokenizer")
     window = processor.feature_extractor.n_samples
     for start in range(0, len(samples), window):
@@ -64,7 +73,7 @@ def _speech(folder: Path, model: Any, samples: NDArray[np.float32], text: str | 
             device_of(model)
         )
         start_token = torch.full((1, 1), model.config.decoder_start_token_id, device=device_of(model))
-        if not said:
+        if not transcribed:
             ids = start_token
         elif text is not None and len(samples) <= window:
             ids = processor.tokenizer(text, return_tensors="pt").input_ids[:, :-1]
@@ -76,11 +85,11 @@ def _speech(folder: Path, model: Any, samples: NDArray[np.float32], text: str | 
 
 
 def device_of(model: Any) -> torch.device:
-    """Where inputs have to be; weights that are read from disk as they are needed say meta."""
+    """The device for inputs. A model whose weights are offloaded to disk reports meta, but computes on the CPU."""
     device: torch.device = model.device
     return torch.device("cpu") if device.type == "meta" else device
 
 
 def on_device(inputs: Sequence[Inputs], device: str | torch.device) -> list[Inputs]:
-    """Copies of the inputs there, which gradients may flow beside."""
+    """Copies of the inputs on a device. Copies are no inference tensors, so autograd can use them."""
     return [{name: tensor.clone().to(device) for name, tensor in given.items()} for given in inputs]

@@ -1,7 +1,7 @@
-"""Training data: JSON and JSONL in the usual forms, as token ids of which only the answers count.
+"""Encoding training examples as token ids and labels.
 
-Every form becomes a text with the spans in it that are to be learned; tokens outside of them are masked. That is all
-there is to instructions, completions, conversations and plain text alike.
+`models.instructions` renders every form of example as a text with the spans to learn. Here the text is tokenised, and
+tokens outside the spans get a label that the loss ignores.
 """
 
 from __future__ import annotations
@@ -22,15 +22,18 @@ from pessa_cli.models.audio import SAMPLE_RATE, load_audio
 from pessa_cli.models.instructions import Rendered, Row, render
 from pessa_cli.tuning.options import DataOptions
 
-MASKED = -100  # a label that the loss leaves out
+MASKED = -100  # the label that the loss ignores
 Tokens = dict[str, NDArray[np.int64]]
 
 
 def encode(rendered: Rendered, tokenizer: Any, options: DataOptions) -> Tokens:
-    """Token ids and labels, (tokens,) each, cut after `max_length`; the first token has nothing to be told from."""
+    """Encode one example as token ids and labels, (tokens,) each, truncated to `max_length`.
+
+    The label of the first token is masked, because it has no context.
+    """
     found = tokenizer(rendered.text, return_offsets_mapping=True, add_special_tokens=not rendered.framed)
     ids, offsets = list(found["input_ids"]), found["offset_mapping"]
-    # A token belongs to a span when it ends in it: one across the border carries the first letters of the answer.
+    # A token belongs to the span that it ends in: a token across the border contains the start of the answer.
     learned = [start < end and any(a < end <= b for a, b in rendered.spans) for start, end in offsets]
     if not rendered.framed and tokenizer.eos_token_id is not None and ids[-1] != tokenizer.eos_token_id:
         ids.append(tokenizer.eos_token_id)
@@ -42,11 +45,17 @@ def encode(rendered: Rendered, tokenizer: Any, options: DataOptions) -> Tokens:
 
 
 def encode_text(path: Path, rows: Sequence[Row], tokenizer: Any, options: DataOptions) -> list[Tokens]:
-    """All examples as tokens, packed if asked for; those whose answers are all beyond `max_length` are left out."""
+    """Encode examples, packed if the options say so.
+
+    Examples whose answers all begin after `max_length` tokens are left out. Raises PessaError when none remain and when
+    the tokenizer gives no offsets, UsageError for the chat template of a tokenizer without one.
+    """
     if not tokenizer.is_fast:
-        raise PessaError("the model's tokenizer gives no offsets", "add the tokenizer.json of the original model")
+        raise PessaError(
+            "the model's tokenizer gives no character offsets", "add the tokenizer.json of the original model"
+        )
     if options.template == "chat" and not tokenizer.chat_template:
-        raise UsageError("--template chat: the model's tokenizer has no chat template", "leave it out")
+        raise UsageError("--template chat: the model's tokenizer has no chat template", "use --template alpaca")
     encoded = [encode(render(row, tokenizer, options.template), tokenizer, options) for row in rows]
     kept = [tokens for tokens in encoded if (tokens["labels"] != MASKED).any()]
     if not kept:
@@ -55,11 +64,11 @@ def encode_text(path: Path, rows: Sequence[Row], tokenizer: Any, options: DataOp
 
 
 def pack(rows: Sequence[Tokens], length: int) -> list[Tokens]:
-    """Rows of at most `length` tokens made of whole examples, best fit by decreasing length.
+    """Combine whole examples into rows of at most `length` tokens, by best-fit decreasing.
 
-    position_ids start anew with each example: that is how transformers' masks know that they are several.
+    position_ids restart at 0 with each example, by which transformers' attention masks separate the examples.
     """
-    free: list[tuple[int, int]] = []  # (room left, which row), sorted
+    free: list[tuple[int, int]] = []  # (remaining tokens, index of the row), sorted
     packed: list[list[Tokens]] = []
     for row in sorted(rows, key=lambda row: -len(row["input_ids"])):
         size = len(row["input_ids"])
@@ -73,7 +82,7 @@ def pack(rows: Sequence[Tokens], length: int) -> list[Tokens]:
 
 
 def collate_text(pad: int) -> Callable[[list[Tokens]], dict[str, Tensor]]:
-    """Rows as a batch, filled up on the right; packed rows have positions instead of a mask."""
+    """A collator that pads rows on the right with `pad`. Packed rows get position_ids instead of an attention_mask."""
 
     def collate(rows: list[Tokens]) -> dict[str, Tensor]:
         width = max(len(row["input_ids"]) for row in rows)
@@ -83,7 +92,7 @@ def collate_text(pad: int) -> Callable[[list[Tokens]], dict[str, Tensor]]:
             for key, value in fill.items()
         }
         if "position_ids" in rows[0]:
-            # What fills up is one more example, so that nothing looks at it.
+            # The padding has positions from 0, so it is one more example, which no other example attends to.
             positions = [np.concatenate([r["position_ids"], np.arange(width - len(r["input_ids"]))]) for r in rows]
             return batch | {"position_ids": torch.tensor(np.stack(positions))}
         mask = [_filled(np.ones_like(row["input_ids"]), width, 0) for row in rows]
@@ -97,16 +106,20 @@ def _filled(values: NDArray[np.int64], width: int, value: int) -> NDArray[np.int
 
 
 class SpeechData(torch.utils.data.Dataset[dict[str, Tensor]]):
-    """Clips and what is said in them; the sound is read when it is its turn.
+    """Clips with their transcripts. Audio is read when a row is requested.
 
-    A row: input_features (mels, frames), labels (tokens,). Raises PessaError for clips that are not there.
+    A row has input_features (mels, frames) and labels (tokens,). Raises PessaError for missing clips, and when a
+    requested clip is longer than the model's window.
     """
 
     def __init__(self, path: Path, rows: Sequence[Row], processor: Any, options: DataOptions) -> None:
         self._clips = [(path.parent / (row.get("audio") or row["file"]), row["text"]) for row in rows]
         missing = [str(clip) for clip, _ in self._clips if not clip.is_file()]
         if missing:
-            raise PessaError(f"{len(missing)} clips of {path} are not there\n{listed(missing)}", "correct the paths")
+            raise PessaError(
+                f"{len(missing)} clips of {path} do not exist\n{listed(missing)}",
+                "correct the paths; they are relative to the data file",
+            )
         self._processor, self._options = processor, options
         if options.language is not None:
             processor.tokenizer.set_prefix_tokens(language=options.language, task="transcribe")
@@ -119,14 +132,16 @@ class SpeechData(torch.utils.data.Dataset[dict[str, Tensor]]):
         samples, longest = load_audio(path), self._processor.feature_extractor.n_samples
         if len(samples) > longest:
             seconds, most = len(samples) / SAMPLE_RATE, longest / SAMPLE_RATE
-            raise PessaError(f"{path} is {seconds:.0f} s long, and the model hears {most:.0f} s", "cut it")
+            raise PessaError(
+                f"{path} is {seconds:.0f} s long, but the model's window is {most:.0f} s", "cut it into shorter clips"
+            )
         features = self._processor.feature_extractor(samples, sampling_rate=SAMPLE_RATE, return_tensors="pt")
         ids = self._processor.tokenizer(text).input_ids[: self._options.max_length]
-        # The model itself puts the start before the labels.
+        # The model itself adds the start token in front of the labels.
         return {"input_features": features.input_features[0], "labels": torch.tensor(ids[1:])}
 
 
 def collate_speech(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Clips as a batch: input_features (clips, mels, frames), labels (clips, tokens)."""
+    """Stack clips into a batch: input_features (clips, mels, frames), labels (clips, tokens)."""
     labels = torch.nn.utils.rnn.pad_sequence([row["labels"] for row in rows], batch_first=True, padding_value=MASKED)
     return {"input_features": torch.stack([row["input_features"] for row in rows]), "labels": labels}

@@ -1,8 +1,8 @@
-"""Putting an adapter into the weights of a model, one layer of it in memory at a time.
+"""Merging an adapter into the weights of a checkpoint, with one layer in memory at a time.
 
-The model's modules stand on the meta device, where they weigh nothing. A layer's weights are read, PEFT puts the
-adapter on them and merges it as it would in a whole model, and what came of it is written: so any method that PEFT
-knows merges here, with the numbers that PEFT's own merging gives.
+The model is built on the meta device, which needs no memory for weights. For each layer its weights are read, PEFT puts
+the adapter on them and merges it as in a complete model, and the result is written. Any method that PEFT can merge
+is thus supported, with the same numbers as merging in memory.
 """
 
 from __future__ import annotations
@@ -37,38 +37,53 @@ from pessa_cli.surgery.rewrite import cut_into_files
 from pessa_cli.surgery.run import Run
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-ADAPTER_PREFIX = "base_model.model."  # of PEFT's names for what is inside the model
-KEPT = ("method", "rule", "layout", "ranks", "dropped")  # of the manifest of a pruned model
-NOT_MERGED = ("modules_to_save", "trainable_token_indices", "target_parameters")
+ADAPTER_PREFIX = "base_model.model."  # in PEFT's names of modules of the base
+KEPT = (
+    "method",
+    "rule",
+    "layout",
+    "ranks",
+    "dropped",
+)  # keys of a pruned model's manifest that also hold for the merged one
+NOT_MERGED = ("modules_to_save", "trainable_token_indices", "target_parameters")  # changes outside adapted layers
 
 
 class Adapter:
-    """An adapter's folder: its configuration, and its tensors by name, read when they are asked for."""
+    """The configuration of an adapter and the names of its tensors, which are read on request.
+
+    Raises PessaError for folders that are not adapters, and for adapters that change more than the adapted layers.
+    """
 
     def __init__(self, folder: Path) -> None:
         if not (folder / ADAPTER_FILE).is_file() or not (folder / ADAPTER_WEIGHTS).is_file():
             missing = ADAPTER_FILE if not (folder / ADAPTER_FILE).is_file() else ADAPTER_WEIGHTS
-            raise PessaError(f"{folder} is no adapter: it has no {missing}", "give what `pessa tune -o` has written")
+            raise PessaError(
+                f"{folder} is not an adapter: it has no {missing}", "give a folder that `pessa tune -o` wrote"
+            )
         self.folder = folder
         try:
             self.config = PeftConfig.from_pretrained(str(folder))
             self._file = _opened(folder / ADAPTER_WEIGHTS)
         except (ValueError, TypeError, KeyError, SafetensorError) as error:
-            raise PessaError(f"{folder} is no adapter that can be read: {error!r}", "tune again") from None
+            raise PessaError(
+                f"the adapter {folder} cannot be read: {error!r}", "copy the adapter again, or tune again"
+            ) from None
         self.names = list(self._file.keys())
         extras = [name for name in NOT_MERGED if getattr(self.config, name, None)]
         extras += ["bias"] if getattr(self.config, "bias", None) not in (None, "none") else []
         if extras:
             raise PessaError(
-                f"{folder} changes more than the layers it is on: {', '.join(extras)}",
+                f"{folder} also changes parameters outside its adapted layers: {', '.join(extras)}",
                 "merge it in memory: PeftModel.merge_and_unload",
             )
 
     def get(self, names: list[str]) -> dict[str, Tensor]:
+        """Read tensors by name."""
         return {name: self._file.get_tensor(name) for name in names}
 
     @property
     def digests(self) -> dict[str, str]:
+        """The SHA-256 of the adapter's files."""
         return {name: sha256_of(self.folder / name) for name in (ADAPTER_FILE, ADAPTER_WEIGHTS)}
 
 
@@ -77,31 +92,37 @@ def _opened(path: Path) -> Any:
 
 
 class Merger:
-    """A model on the meta device, of which one layer at a time becomes real and gets the adapter."""
+    """A model on the meta device. One layer at a time gets its weights and the adapter, and is merged.
+
+    Raises PessaError when the adapter has no target modules, or tensors for other modules than those of the model.
+    """
 
     def __init__(self, model: Model, adapter: Adapter) -> None:
         self._reader, self._adapter = model.reader, adapter
-        self._model = _skeleton(model)
+        self._model = _meta_model(model)
         self._stored = ModuleNames(model.reader.header)
-        # PEFT marks what it has seen on the way down; each layer gets a fresh copy of the configuration.
+        # PEFT changes a configuration when it matches modules, so each use gets a copy.
         config = copy.deepcopy(adapter.config)
         targets = [name for name, _ in self._model.named_modules() if name and check_target_module_exists(config, name)]
-        self.layers: dict[str, list[str]] = {}
+        self.layers: dict[str, list[str]] = {}  # names of the adapted modules of each layer
         for name in targets:
-            self.layers.setdefault(_layer(name), []).append(name)
+            self.layers.setdefault(_layer_of(name), []).append(name)
         of_targets = tuple(f"{ADAPTER_PREFIX}{name}." for name in targets)
-        # What belongs to no layer is shared by all: a bank of directions, say.
+        # Tensors that belong to no single module, such as the bank of PiCa, are shared by all layers.
         self._shared = [name for name in adapter.names if not name.startswith(of_targets)]
-        lost = [name for name in self._shared if _layer(name) != name]
+        lost = [name for name in self._shared if _layer_of(name) != name]
         if not targets or lost:
             found = listed(lost) if lost else listed([str(adapter.config.target_modules)])
             raise PessaError(
-                f"{adapter.folder} is not an adapter of {model.reader.folder}, which has not what it is on\n{found}",
+                f"{adapter.folder} is not an adapter of {model.reader.folder}, which lacks these modules\n{found}",
                 "give the model that it was tuned on",
             )
 
     def owned(self, layer: str) -> list[str]:
-        """The names in the checkpoint of what changes in a layer."""
+        """The names in the checkpoint of the tensors that merging changes in a layer.
+
+        Raises PessaError when a weight is tied to another one, and so not stored under its name.
+        """
         found = []
         for target in self.layers[layer]:
             for name, _ in self._model.get_submodule(target).named_parameters(recurse=False):
@@ -110,13 +131,16 @@ class Merger:
                     found.append(stored)
                 elif name == "weight":
                     raise PessaError(
-                        f"{self._reader.folder} stores no {target}.{name}: it is shared with another layer",
+                        f"{self._reader.folder} stores no {target}.{name}, because it is tied to another weight",
                         "merge in memory: PeftModel.merge_and_unload",
                     )
         return found
 
     def merged(self, layer: str) -> dict[str, Tensor]:
-        """The new tensors of a layer by their names in the checkpoint."""
+        """Merge the adapter into a layer; returns the changed tensors by their names in the checkpoint.
+
+        Raises PessaError when PEFT cannot merge the adapter, or a merged entry is not finite.
+        """
         module = self._model.get_submodule(layer)
         stored = {name: self._stored.find(f"{layer}.{name}") for name, _ in module.named_parameters()}
         state = {name: self._reader.get(found) for name, found in stored.items() if found is not None}
@@ -130,7 +154,7 @@ class Merger:
         mine = [name for name in self._adapter.names if name.startswith(prefixes)] + self._shared
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # PEFT's, about the whole model that it does not see
+                warnings.simplefilter("ignore")  # from PEFT, about the rest of the model, which is not there
                 tuned = PeftModel(self._model, config)
                 unknown = set_peft_model_state_dict(tuned, self._adapter.get(mine)).unexpected_keys
                 if unknown:
@@ -139,7 +163,7 @@ class Merger:
         except (ValueError, TypeError, KeyError, RuntimeError) as error:
             hint = "give the model that it was tuned on"
             if self._reader.config.get("quantization_config"):
-                hint = "the model is compact: export it with --layout dense, and merge into that"
+                hint = "the model is compact: export it with `pessa export --layout dense`, and merge into the result"
             reasons = listed(str(error).splitlines())
             raise PessaError(f"{self._adapter.folder} cannot be merged into {layer}\n{reasons}", hint) from error
         found = {}
@@ -152,10 +176,10 @@ class Merger:
 
 
 def merge_adapter(model: Model, adapter: Path, out: Path, run: Run | None = None) -> dict[str, Any]:
-    """Write the model with the adapter in its weights; returns what its pessa.json says.
+    """Write the model with the adapter merged into its weights; returns the contents of its pessa.json.
 
-    Everything but the tuned layers is copied byte for byte. Raises PessaError for an adapter of another model, and
-    where a merged number is not finite.
+    All tensors that the adapter does not change are copied byte for byte. Raises PessaError for an adapter of another
+    model, and when a merged entry is not finite.
     """
     run = run or Run()
     reader = model.reader
@@ -163,7 +187,7 @@ def merge_adapter(model: Model, adapter: Path, out: Path, run: Run | None = None
         opened = Adapter(adapter)
         merger = Merger(model, opened)
         owner = {name: layer for layer in merger.layers for name in merger.owned(layer)}
-        files = cut_into_files(_together(reader.header, owner), owner, run.shard_bytes)
+        files = cut_into_files(_grouped_by_layer(reader.header, owner), owner, run.shard_bytes)
         summary = {
             "pessa": VERSION,
             "versions": {"python": platform.python_version()} | {name: version(name) for name in ("torch", "peft")},
@@ -181,8 +205,8 @@ def merge_adapter(model: Model, adapter: Path, out: Path, run: Run | None = None
         return _finish(reader, staging, summary)
 
 
-def _skeleton(model: Model) -> nn.Module:
-    """The model's modules on the meta device, ragged where it is compact."""
+def _meta_model(model: Model) -> nn.Module:
+    """The modules of a model on the meta device, with compact layers where the checkpoint is compact."""
     kind = model_class(model)
     config = kind.config_class.from_pretrained(model.reader.folder)
     quantization = model.reader.config.get("quantization_config")
@@ -193,20 +217,23 @@ def _skeleton(model: Model) -> nn.Module:
         quantizer = PessaQuantizer(PessaConfig(**quantization))
         config = quantizer.update_attn_implementation(config)
     with torch.device("meta"):
-        skeleton: nn.Module = kind(config)
+        empty: nn.Module = kind(config)
         if quantizer is not None:
-            quantizer._process_model_before_weight_loading(skeleton)
-    return skeleton.eval()
+            quantizer._process_model_before_weight_loading(empty)
+    return empty.eval()
 
 
-def _layer(name: str) -> str:
-    """The layer that a module is in: what PEFT has to see of the model to put an adapter there."""
+def _layer_of(name: str) -> str:
+    """The name of the layer that contains a module, up to the first number, or the name itself."""
     match = re.match(r"(.*?\.\d+)\.", name)
     return match[1] if match else name
 
 
-def _together(header: Header, owner: Mapping[str, str]) -> Header:
-    """The header with the tensors of each layer that change one after the other, where the first of them is."""
+def _grouped_by_layer(header: Header, owner: Mapping[str, str]) -> Header:
+    """Reorder a header so that the changed tensors of each layer follow the first of them.
+
+    owner: the layer of each changed tensor.
+    """
     of_layer: dict[str, list[str]] = {}
     for name in header:
         if name in owner:
@@ -218,7 +245,7 @@ def _together(header: Header, owner: Mapping[str, str]) -> Header:
 
 
 def _tensors(plan: Header, owner: Mapping[str, str], merger: Merger) -> Iterator[tuple[str, Tensor | None]]:
-    """The tensors of a file in order: None for one to copy."""
+    """Yield the tensors of a file in order, with None for each one to copy unchanged."""
     ready: dict[str, Tensor] = {}
     for name in plan:
         if name in owner and name not in ready:
@@ -227,7 +254,7 @@ def _tensors(plan: Header, owner: Mapping[str, str], merger: Merger) -> Iterator
 
 
 def _finish(reader: CheckpointReader, staging: Staging, summary: Mapping[str, Any]) -> dict[str, Any]:
-    """Side files, config and manifest."""
+    """Write side files, config and manifest; returns the manifest."""
     folder = staging.folder
     copy_side_files(reader.folder, folder)
     write_json(folder / CONFIG_FILE, reader.config)

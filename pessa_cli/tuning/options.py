@@ -1,4 +1,4 @@
-"""A fine-tuning run as data: what `pessa tune` is told by options and a recipe, checked before anything is loaded."""
+"""The options of a fine-tuning run, from the command line and a recipe, checked before anything is loaded."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ _NUMBER = (int, float)
 
 def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
-        raise UsageError(f"{name} {value!r} is unknown", f"it is one of {', '.join(choices)}")
+        raise UsageError(f"{name} {value!r} is unknown", f"give one of {', '.join(choices)}")
 
 
 def _at_least(name: str, value: float, least: int) -> None:
     if not least <= value < math.inf:
-        raise UsageError(f"{name} {value:g} is no number from {least} up", f"give {least} or more")
+        raise UsageError(f"{name} {value:g} is out of range", f"give a finite number of {least} or more")
 
 
 @dataclass(frozen=True)
 class AdapterOptions:
-    """Which parameters are trained: a name of `tuning.registry`, its rank, its modules, and its own options."""
+    """What is trained: a method of `tuning.registry`, its rank, the modules to adapt, and options of the method."""
 
     method: str = "pessa"
     rank: int | None = None
@@ -39,11 +39,11 @@ class AdapterOptions:
 
 @dataclass(frozen=True)
 class DataOptions:
-    """How examples become tokens.
+    """How examples are encoded.
 
-    template: how an instruction is put to the model. max_length: tokens of an example; what is longer loses its end.
-    mask_prompt: only the answer is learned. packing: several examples share a row, without seeing each other.
-    language: what is spoken, for a multilingual Whisper.
+    template: the prompt template of instructions. max_length: tokens per example; longer ones are truncated.
+    mask_prompt: whether the loss ignores the prompt. packing: whether several examples share a row without attending to
+    each other. language: of the speech, for a multilingual Whisper. Raises UsageError for values out of range.
     """
 
     template: str = "alpaca"
@@ -59,12 +59,12 @@ class DataOptions:
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """How long, how fast and on what.
+    """Schedule, batch sizes, dtype and device of the training.
 
-    batch: examples a step, over all processes. micro_batch: examples at a time in one process; 0 for as many as a
-    step has. warmup: steps, or the share of all steps when below one. max_steps: 0 for what the epochs give.
-    eval_steps: 0 for once an epoch. save_steps: 0 for no checkpoints. dtype: of the frozen weights; auto is
-    bfloat16 on an accelerator and float32 elsewhere.
+    learning_rate: its peak. batch: examples per optimizer step, over all processes. micro_batch: examples per forward
+    pass in one process; 0 for all of its step. warmup: a number of steps or, below 1, a share of all steps. max_steps:
+    0 for as many as the epochs need. eval_steps: 0 for once per epoch. save_steps: 0 for no checkpoints. dtype: of the
+    frozen weights; auto is bfloat16 on an accelerator and float32 on the CPU. Raises UsageError for other values.
     """
 
     learning_rate: float = 1e-4
@@ -95,19 +95,19 @@ class TrainOptions:
         for name in ("learning_rate", "epochs"):
             value = getattr(self, name)
             if not 0 < value < math.inf:
-                raise UsageError(f"{name} {value:g} is not above 0", "give a positive number")
+                raise UsageError(f"{name} {value:g} is not above 0", "give a finite number above 0")
 
 
 @dataclass(frozen=True)
 class Tuning:
-    """All options of a run, as a recipe's three tables."""
+    """All options of a run, in the three tables of a recipe."""
 
     adapter: AdapterOptions = AdapterOptions()
     data: DataOptions = DataOptions()
     train: TrainOptions = TrainOptions()
 
     def changed(self, **options: Any) -> Tuning:
-        """The same with other values, each in the table that has the name; None changes nothing."""
+        """A copy with other values. Each goes into the table with a field of its name; None keeps the present value."""
         given = {name: value for name, value in options.items() if value is not None}
         tables = {f.name: getattr(self, f.name) for f in fields(self)}
         return Tuning(
@@ -133,7 +133,7 @@ _TRAIN: _Types = {
 
 
 def load_tuning(path: Path) -> Tuning:
-    """The recipe in a TOML file. Raises UsageError for keys that do not exist and values that make no sense."""
+    """Read a recipe from a TOML file. Raises UsageError for unknown keys, wrong types and values out of range."""
     content = read_toml(path, "adapter", "data", "train")
     adapter = checked(path, "adapter", content.get("adapter", {}), _ADAPTER)
     if "targets" in adapter:

@@ -1,7 +1,7 @@
-"""The hook into HF PEFT: fine-tuning methods registered from outside its tree.
+"""Registers the fine-tuning methods of pessa with HF PEFT.
 
-PEFT has no extension point: `register_peft_method` refuses what is no member of its enum `PeftType`. Since 0.21 all
-else is delegated to the classes of a method, so that extending the enum is all it takes.
+PEFT has no extension point: `register_peft_method` accepts only members of its enum `PeftType`. Since version 0.21
+everything else is delegated to the classes of a method, so extending the enum suffices.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ import sys
 from importlib import import_module, metadata
 from typing import Any, NamedTuple
 
-# Each has a constant METHODS. A module further down is registered later, nothing else depends on the order.
+# Each module has a constant METHODS. They are registered in this order, which has no other effect.
 TUNERS = ("tuner_pessa", "tuner_sorsa", "tuner_pica", "tuner_svft", "tuner_lora_xs")
-OLDEST = (0, 21)  # of PEFT, that leaves saving and loading to the classes of a method
+OLDEST = (0, 21)  # the first version of PEFT that leaves saving and loading to the classes of a method
 
 
 class TunerMethod(NamedTuple):
-    """A method by its name in lower case; its parameters are called `<name>_...`."""
+    """A method by its name in lower case. The names of its parameters begin with `<name>_`."""
 
     name: str
     config: Any  # a subclass of TunerConfig
@@ -24,10 +24,11 @@ class TunerMethod(NamedTuple):
 
 
 def register_all() -> None:
-    """Make all methods known to PEFT; a second call does nothing. An older PEFT is left as it is.
+    """Register all methods with PEFT; a second call does nothing. A PEFT older than OLDEST is left unchanged.
 
-    Called when PEFT has been imported, and when one of our tuners has: a program may import a tuner first, which
-    imports PEFT half-way through. Then there is nothing to register yet, and the second call does it.
+    This is called after the import of PEFT and after that of one of the tuner modules. A program may import a tuner
+    first, which imports PEFT while the tuner itself is incomplete. The first call then returns, and the second one
+    registers the methods.
     """
     version = tuple(int(part) for part in metadata.version("peft").split(".")[:2])
     if version < OLDEST:
@@ -42,7 +43,7 @@ def register_all() -> None:
 
 
 def register(name: str, config: Any, model: Any) -> None:
-    """Make one method known to PEFT under `name`, unless it is already."""
+    """Register one method with PEFT under `name`, unless it is registered already."""
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
     from peft.utils import register_peft_method
 
@@ -51,7 +52,10 @@ def register(name: str, config: Any, model: Any) -> None:
 
 
 def extend_peft_type(name: str) -> Any:
-    """The member of PEFT's enum of that name, a new one if need be: found by name and by value, copied and pickled."""
+    """The member of PEFT's enum of this name, added if it does not exist.
+
+    An added member can be found by name and by value, copied and pickled, like any other.
+    """
     from peft.utils import PeftType
 
     if name in PeftType.__members__:

@@ -1,7 +1,7 @@
-"""One name for each way of fine-tuning: what `pessa tune --method` takes, as configurations of HF PEFT.
+"""The methods of `pessa tune --method` by name, as configurations of HF PEFT.
 
-Nothing here is trained or changed: `build_config` makes a `PeftConfig`, `attach` puts it on a model. Importing this
-module costs nothing; PEFT is loaded when the first configuration is built.
+`build_config` makes a `PeftConfig`, and `attach` puts an adapter of it on a model. PEFT is imported when the first
+configuration is built, not with this module.
 """
 
 from __future__ import annotations
@@ -22,18 +22,21 @@ Builder = Callable[..., "PeftConfig"]
 
 
 def _method(module: str, kind: str, rank_field: str | None = "r", **fixed: Any) -> Builder:
-    """A builder of `module.kind`: the rank goes into `rank_field`, `fixed` are defaults that options may override."""
+    """A builder of configurations of class `module.kind`.
+
+    rank_field: the field that takes the rank, or None for a method without rank. fixed: defaults that options override.
+    """
 
     def build(rank: int | None, target_modules: list[str] | None, **options: Any) -> PeftConfig:
         config_class = getattr(importlib.import_module(module), kind)
         values = {**fixed, "target_modules": target_modules, **options}
         if rank is not None:
             if rank_field is None:
-                raise UsageError(f"{kind} has no rank", "leave --rank out")
+                raise UsageError(f"{kind} has no rank, but {rank} was given", "leave --rank out")
             values.setdefault(rank_field, rank)
         known = {field.name for field in dataclasses.fields(config_class)}
         if unknown := sorted(set(values) - known):
-            raise UsageError(f"{kind} has no option {unknown[0]!r}", "one of " + ", ".join(sorted(known)))
+            raise UsageError(f"{kind} has no option {unknown[0]!r}", "give one of " + ", ".join(sorted(known)))
         config: PeftConfig = config_class(**values)
         return config
 
@@ -41,7 +44,7 @@ def _method(module: str, kind: str, rank_field: str | None = "r", **fixed: Any) 
 
 
 def _lora(scale: float, **fixed: Any) -> Builder:
-    """A builder of LoRA in one of its kinds; unless given, `lora_alpha` is `scale` times the rank."""
+    """A builder of LoraConfig, where `lora_alpha` is `scale` times the rank unless the options give it."""
     build = _method("peft", "LoraConfig", **fixed)
 
     def scaled(rank: int | None, target_modules: list[str] | None, **options: Any) -> PeftConfig:
@@ -52,17 +55,19 @@ def _lora(scale: float, **fixed: Any) -> Builder:
 
 
 def _adalora(rank: int | None, target_modules: list[str] | None, **options: Any) -> PeftConfig:
-    """AdaLoRA starts with half as many directions again as it ends with, and has to know the number of steps."""
+    """The configuration of AdaLoRA, which starts at 1.5 times the final rank. Raises UsageError without total_step."""
     if "total_step" not in options:
-        raise UsageError("adalora needs total_step, the number of training steps")
+        raise UsageError(
+            "adalora needs total_step, the number of training steps", "give total_step among the method's options"
+        )
     rank = 8 if rank is None else rank
     steps = int(options["total_step"])
-    # Its paper prunes between a warm-up and a final phase; a tenth and a third of the run are within what it tried.
+    # AdaLoRA (arXiv:2303.10512) prunes ranks between a warm-up and a final phase, here 1/10 and 1/3 of the steps.
     schedule = {"init_r": rank + rank // 2, "target_r": rank, "tinit": steps // 10, "tfinal": steps // 3}
     return _method("peft", "AdaLoraConfig", None)(None, target_modules, **{**schedule, **options})
 
 
-# From the papers: LoRA and DoRA scale by two (as LLM-Adapters does), what starts from a decomposition by one.
+# As in the papers: LoRA and DoRA scale by 2 (as LLM-Adapters does), methods that start from a decomposition by 1.
 TUNING_METHODS: dict[str, Builder] = {
     "pessa": _method("pessa_cli.tuning.tuner_pessa", "PessaTunerConfig", None),
     "sorsa": _method("pessa_cli.tuning.tuner_sorsa", "SorsaConfig"),
@@ -85,35 +90,38 @@ TUNING_METHODS: dict[str, Builder] = {
 def build_config(
     method: str, rank: int | None = None, target_modules: list[str] | None = None, **options: Any
 ) -> PeftConfig:
-    """The configuration of a method by name.
+    """Build the configuration of a method by its name.
 
-    Without `rank` and `target_modules` the method's own defaults hold, and PEFT's choice of layers for the model's
-    type. Options are fields of the configuration class. Raises UsageError for an unknown method or option.
+    rank, target_modules: None uses the defaults of the method, and PEFT's default layers for the type of the model.
+    options: fields of the configuration class. Raises UsageError for an unknown method or option, and for the rank of a
+    method without one.
     """
     if method not in TUNING_METHODS:
-        raise UsageError(f"there is no method {method!r}", "one of " + ", ".join(TUNING_METHODS))
+        raise UsageError(f"there is no method {method!r}", "give one of " + ", ".join(TUNING_METHODS))
     return TUNING_METHODS[method](rank, target_modules, **options)
 
 
 def needs_data(config: PeftConfig) -> bool:
-    """Whether the start of this method is computed from training data: EVA's and CorDA's are."""
+    """Whether this method is initialised from training data, as EVA and CorDA are."""
     return getattr(config, "init_lora_weights", None) in ("eva", "corda")
 
 
 def attach(model: PreTrainedModel, config: PeftConfig, batches: Iterable[Mapping[str, Any]] | None = None) -> PeftModel:
-    """The model with a fresh adapter, and what EVA and CorDA compute from `batches` before training.
+    """Put a new adapter on a model, initialised from `batches` for EVA and CorDA.
 
-    EVA takes the principal components of each layer's inputs and shares the ranks out by explained variance
-    (Paischer et al. 2024, arXiv 2410.07170), CorDA the decomposition of W C with C the covariance of the inputs
-    (Yang et al. 2024, arXiv 2406.05223). `batches` are the model's keyword arguments, on its device. Raises
-    UsageError where data are needed and none are given.
+    EVA starts from the principal components of each layer's inputs and distributes ranks by explained variance
+    (Paischer et al. 2024, arXiv:2410.07170). CorDA starts from the decomposition of W C, where C is the covariance of
+    the inputs (Yang et al. 2024, arXiv:2406.05223). batches: keyword arguments of the model, on its device. Raises
+    UsageError when a method needs data and none are given, PessaError when CorDA lacks a package.
     """
     from peft import get_peft_model
 
     if not needs_data(config):
         return get_peft_model(model, config)
     if batches is None:
-        raise UsageError(f"{config.init_lora_weights} is initialised from data, and there are none")
+        raise UsageError(
+            f"{config.init_lora_weights} is initialised from data, but no data are given", "pass batches to attach()"
+        )
     if config.init_lora_weights == "eva":
         from peft import initialize_lora_eva_weights
 
@@ -126,7 +134,7 @@ def attach(model: PreTrainedModel, config: PeftConfig, batches: Iterable[Mapping
     try:
         from peft.tuners.lora.corda import preprocess_corda
     except ImportError as error:  # PEFT 0.21 imports attrs there without depending on it
-        raise PessaError(f"CorDA needs a package that PEFT does not bring: {error}", "pip install attrs") from None
+        raise PessaError(f"CorDA needs a package that PEFT does not install: {error}", "pip install attrs") from None
 
     given = list(batches)
 
@@ -143,7 +151,7 @@ def attach(model: PreTrainedModel, config: PeftConfig, batches: Iterable[Mapping
 
 
 def _rows(batch: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """The inputs of a batch one at a time, as PEFT's CorDA wants them, and without what pads them."""
+    """Yield the inputs of a batch one at a time without padding, because CorDA in PEFT requires a batch size of 1."""
     mask = batch.get("attention_mask")
     for i in range(len(next(iter(batch.values())))):
         row = {key: value[i : i + 1] for key, value in batch.items()}
@@ -154,7 +162,7 @@ def _rows(batch: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def callbacks(config: PeftConfig) -> list[TrainerCallback]:
-    """What a Trainer must call for this method: AdaLoRA moves its ranks after every step of the optimizer."""
+    """The callbacks that a Trainer needs for this method: AdaLoRA reallocates ranks after every optimizer step."""
     from peft import AdaLoraConfig
 
     return [_adalora_callback()] if isinstance(config, AdaLoraConfig) else []
@@ -163,9 +171,9 @@ def callbacks(config: PeftConfig) -> list[TrainerCallback]:
 def _adalora_callback() -> TrainerCallback:
     from transformers import TrainerCallback
 
-    class MoveRanks(TrainerCallback):  # type: ignore[misc]
-        # After the step and before the gradients are gone: AdaLoRA ranks directions by weight times gradient.
+    class ReallocateRanks(TrainerCallback):  # type: ignore[misc]
+        # At this point the gradients still exist; AdaLoRA scores directions by weight times gradient.
         def on_optimizer_step(self, _args: Any, state: Any, _control: Any, **kwargs: Any) -> None:
             kwargs["model"].base_model.update_and_allocate(state.global_step)
 
-    return MoveRanks()
+    return ReallocateRanks()

@@ -1,7 +1,7 @@
-"""Fine-tuning: an adapter from HF PEFT trained by transformers' Trainer, so on one process or on Accelerate's many.
+"""Training an adapter of HF PEFT with the Trainer of transformers, in one process or in several with Accelerate.
 
-The adapter's folder is written as models are: beside its place, and renamed when it is complete. What a run that
-was stopped leaves there are its checkpoints, for `--resume`.
+The adapter is written into a partial folder beside its destination, which is renamed when it is complete. A stopped
+run leaves its checkpoints in the partial folder, for `--resume`.
 """
 
 from __future__ import annotations
@@ -42,16 +42,19 @@ if TYPE_CHECKING:
 
 RECORD_FILE = "pessa-tune.json"
 HISTORY_FILE = "history.jsonl"
-SAMPLE_BATCHES = 16  # for methods whose start is computed from data
-CHECKPOINTS = "checkpoints"  # what messages call the parts that a stopped run leaves
+SAMPLE_BATCHES = 16  # for methods that are initialised from data
+CHECKPOINTS = "checkpoints"  # the word in messages for the parts that a stopped run leaves
 
 
 @dataclass(frozen=True)
 class TrainingStep:
-    """What is known at a step: the mean loss since the last report, or that on the evaluation data, and the speed."""
+    """A progress report.
+
+    loss: the mean training loss since the last report. eval_loss: the loss on the evaluation data. One of them is None.
+    """
 
     step: int
-    first: int  # the step that this run went on from
+    first: int  # the step that this run resumed from, or 0
     steps: int
     epoch: float
     loss: float | None
@@ -66,9 +69,10 @@ Watch = Callable[[TrainingStep], None]
 
 @dataclass(frozen=True)
 class Job:
-    """What is tuned, on what, and where the adapter goes; `source` is what the user called the model.
+    """The model, the data, the destination of the adapter and the options of a run.
 
-    tensorboard: a folder for its logs. watch: is told about the progress, in the first process only.
+    source: the name that the user gave for the model. tensorboard: a folder for TensorBoard logs. watch: called with
+    every TrainingStep, only in the first process.
     """
 
     model: Model
@@ -84,18 +88,19 @@ class Job:
 
     @property
     def run(self) -> str:
-        """Identifies what is computed, for a run that goes on with another's checkpoints."""
+        """A digest of model, options and data. Only a run with the same digest may resume from its checkpoints."""
         data = [None if path is None else sha256_of(path) for path in (self.data, self.eval_data)]
         return run_identity(self.model.reader, VERSION, self.tuning.to_dict(), data)
 
 
 def tune(job: Job) -> dict[str, Any] | None:
-    """Train an adapter and write it; returns what pessa-tune.json says, in the first of several processes.
+    """Train an adapter and write it; returns the contents of pessa-tune.json, or None in all but the first process.
 
-    Raises PessaError for data or options that do not fit the model, and when the loss is no longer a number.
+    Raises PessaError for data that do not fit the model, when the loss is not finite, and when the destination exists;
+    UsageError for options that do not fit the model.
     """
     with quiet_transformers(), warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # what transformers has to say about its own future
+        warnings.simplefilter("ignore", FutureWarning)  # deprecations inside transformers
         arguments = _arguments(job)
         base = load(job.model, _dtype(job.tuning, arguments))
         collate, examples = _data(job, base, job.data)
@@ -120,13 +125,13 @@ def tune(job: Job) -> dict[str, Any] | None:
 
 
 def _steps(tuning: Tuning, examples: int) -> int:
-    """How many there will be."""
+    """The number of optimizer steps of a run."""
     train = tuning.train
     return train.max_steps or math.ceil(math.ceil(examples / train.batch) * train.epochs)
 
 
 def _sample(examples: Any, collate: Callable[..., dict[str, Tensor]], arguments: TrainingArguments) -> Any:
-    """A few batches for methods that start from data, the same in every process."""
+    """Yield the first SAMPLE_BATCHES batches, for methods initialised from data; the same in every process."""
     size = arguments.per_device_train_batch_size
     for start in range(0, min(len(examples), SAMPLE_BATCHES * size), size):
         rows = [examples[i] for i in range(start, min(start + size, len(examples)))]
@@ -134,9 +139,10 @@ def _sample(examples: Any, collate: Callable[..., dict[str, Tensor]], arguments:
 
 
 def adapted(base: Any, tuning: Tuning, steps: int = 0, batches: Iterable[Mapping[str, Tensor]] = ()) -> PeftModel:
-    """The model with a fresh adapter; everything else is frozen. Raises UsageError for options that do not fit.
+    """Put a new adapter on a model; all other parameters are frozen.
 
-    steps and batches are for the methods that have to know how long training will be, or start from data.
+    steps: the length of the training, for AdaLoRA. batches: data for methods that are initialised from data. Raises
+    UsageError for options and modules that do not fit the model.
     """
     from pessa_cli.tuning.registry import attach, build_config
 
@@ -149,16 +155,17 @@ def adapted(base: Any, tuning: Tuning, steps: int = 0, batches: Iterable[Mapping
             config.task_type = "CAUSAL_LM"
         torch.manual_seed(tuning.train.seed)
         return attach(base, config, batches)
-    except (
-        ValueError,
-        TypeError,
-    ) as error:  # what PEFT raises for modules that are not there or not of a kind it knows
-        hint = "name the modules to tune, as --targets q_proj,v_proj" if targets is None else "see --targets"
-        raise UsageError(f"--method {chosen.method}: {error}", f"{hint}; [adapter] of a recipe has the rest") from error
+    except (ValueError, TypeError) as error:  # from PEFT, for modules that are missing or of unsupported types
+        hint = (
+            "name the modules to tune, for example --targets q_proj,v_proj" if targets is None else "change --targets"
+        )
+        raise UsageError(
+            f"--method {chosen.method}: {error}", f"{hint}; other options are set in [adapter] of a recipe"
+        ) from error
 
 
 class TuneTrainer(Trainer):  # type: ignore[misc]
-    """transformers' Trainer with a count of the tokens it has learned from."""
+    """The Trainer of transformers with a count of the tokens it has trained on."""
 
     tokens = 0
 
@@ -167,13 +174,13 @@ class TuneTrainer(Trainer):  # type: ignore[misc]
     ) -> Any:
         if model.training:
             mask = inputs.get("attention_mask")
-            told = inputs.get("input_ids", inputs["labels"])
-            self.tokens += told.numel() if mask is None else int(mask.sum())
+            ids = inputs.get("input_ids", inputs["labels"])
+            self.tokens += ids.numel() if mask is None else int(mask.sum())
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
 
 def _trainer_class(config: PeftConfig) -> type[TuneTrainer]:
-    """The Trainer for a method: SORSA adds to the loss."""
+    """The Trainer for a method: that of SORSA adds its regulariser to the loss."""
     if config.peft_type != "SORSA":
         return TuneTrainer
     from pessa_cli.tuning.tuner_sorsa import SorsaTrainer
@@ -185,7 +192,7 @@ def _trainer_class(config: PeftConfig) -> type[TuneTrainer]:
 
 
 class ProgressCallback(TrainerCallback):  # type: ignore[misc]
-    """Tells about the steps, notes checkpoints that are complete, and stops when the loss is no number."""
+    """Reports progress, records complete checkpoints, and raises PessaError when the loss is not finite."""
 
     def __init__(self, trainer: TuneTrainer, watch: Watch, staging: Staging | None) -> None:
         self._trainer, self._watch, self._staging = trainer, watch, staging
@@ -225,13 +232,14 @@ class ProgressCallback(TrainerCallback):  # type: ignore[misc]
             self._watch(step)
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
-        self._trainer.accelerator.wait_for_everyone()  # each process puts its random state there
+        self._trainer.accelerator.wait_for_everyone()  # each process saves its random state in the checkpoint
         if self._staging is not None:
             name = f"checkpoint-{state.global_step}"
             self._staging.done(name, sha256_of(self._staging.folder / name))
 
 
 def _arguments(job: Job) -> TrainingArguments:
+    """The options of a run for the Trainer. Raises UsageError when the batch cannot be split over the processes."""
     train = job.tuning.train
     plain = {name: getattr(train, name) for name in ("learning_rate", "weight_decay", "max_grad_norm", "seed")}
     arguments = TrainingArguments(
@@ -242,12 +250,12 @@ def _arguments(job: Job) -> TrainingArguments:
         warmup_steps=train.warmup,
         logging_steps=train.log_steps,
         logging_first_step=True,
-        logging_nan_inf_filter=False,  # a loss that is no number is an error, not something to leave out
+        logging_nan_inf_filter=False,  # a loss that is not finite is an error, and must be logged
         eval_strategy="no" if job.eval_data is None else "steps" if train.eval_steps else "epoch",
         eval_steps=train.eval_steps or None,
         save_strategy="steps" if train.save_steps else "no",
         save_steps=train.save_steps or 500,
-        save_total_limit=2,  # while the newest is being written, the one before it is what a killed run has
+        save_total_limit=2,  # a run that is killed while it saves still has the previous checkpoint
         **_recomputing(train.gradient_checkpointing),
         use_cpu=train.device == "cpu",
         report_to="none",
@@ -258,11 +266,11 @@ def _arguments(job: Job) -> TrainingArguments:
         ddp_find_unused_parameters=False,
         **plain,
     )
-    arguments._n_gpu = min(1, arguments.n_gpu)  # several devices are for several processes
+    arguments._n_gpu = min(1, arguments.n_gpu)  # further devices are used by further processes
     micro = train.micro_batch or max(1, train.batch // arguments.world_size)
     if train.batch % (micro * arguments.world_size):
         raise UsageError(
-            f"--batch {train.batch} is no multiple of {micro} examples in each of {arguments.world_size} processes",
+            f"--batch {train.batch} is not a multiple of --micro-batch {micro} times {arguments.world_size} processes",
             "give another --batch or --micro-batch",
         )
     arguments.per_device_train_batch_size = arguments.per_device_eval_batch_size = micro
@@ -272,7 +280,7 @@ def _arguments(job: Job) -> TrainingArguments:
 
 
 def _recomputing(wanted: bool) -> dict[str, Any]:
-    """Gradient checkpointing, under the name that this version of transformers has for it."""
+    """The arguments for gradient checkpointing, whose names depend on the version of transformers."""
     known = {f.name for f in fields(TrainingArguments)}
     name = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
     return {name: True, f"{name}_kwargs": {"use_reentrant": False}} if wanted else {}
@@ -286,20 +294,28 @@ def _dtype(tuning: Tuning, arguments: TrainingArguments) -> torch.dtype:
 
 
 def _data(job: Job, base: Any, path: Path) -> tuple[Callable[..., dict[str, Tensor]], Any]:
-    """How examples become a batch, and the examples, for this kind of model."""
+    """The collator and the encoded examples for this kind of model.
+
+    Raises PessaError for data of another kind, UsageError for options or models that training does not support.
+    """
     rows, options, folder = read_rows(path), job.tuning.data, job.model.reader.folder
     speech = base.main_input_name == "input_features"
     spoken = [form_of(row) in (("audio", "text"), ("file", "text")) for row in rows]
     if speech != spoken[0] or len(set(spoken)) > 1:
         needs = "audio and text" if speech else "text alone"
-        raise PessaError(f"{path} does not fit {job.source}, which learns from {needs}", "give the data of its kind")
+        raise PessaError(
+            f"{path} does not fit {job.source}, which is trained on {needs}",
+            "give examples with audio and text to a speech model, and without audio to a language model",
+        )
     if speech:
         if options.packing:
-            raise UsageError("--packing is for text, and this model listens", "leave it out")
+            raise UsageError(f"--packing is for text, but {job.source} is a speech model", "leave --packing out")
         options = replace(options, max_length=min(options.max_length, base.config.max_target_positions))
         return collate_speech, SpeechData(path, rows, from_folder(WhisperProcessor, folder, "processor"), options)
     if not base.can_generate():
-        raise UsageError(f"{job.source} is a {type(base).__name__}, which writes no text", "give a language model")
+        raise UsageError(
+            f"{job.source} is a {type(base).__name__}, which cannot generate text", "give a language model"
+        )
     tokenizer = from_folder(AutoTokenizer, folder, "tokenizer")
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
     return collate_text(pad), encode_text(path, rows, tokenizer, options)
@@ -307,10 +323,10 @@ def _data(job: Job, base: Any, path: Path) -> tuple[Callable[..., dict[str, Tens
 
 @contextmanager
 def _staged(job: Job) -> Iterator[tuple[Path, Staging | None]]:
-    """The folder to write into; only the first of several processes has the staging that puts it in place."""
+    """The folder to write into, and the staging that renames it at the end; None in all but the first process."""
     state = PartialState()
     if not state.is_main_process:
-        state.wait_for_everyone()  # until the first has made the folder
+        state.wait_for_everyone()  # until the first process has made the folder
         yield partial_folder(job.out), None
         return
     with new_folder(job.out, job.model.reader.folder, job.force, job.resume, CHECKPOINTS) as staging:
@@ -320,6 +336,7 @@ def _staged(job: Job) -> Iterator[tuple[Path, Staging | None]]:
 
 
 def _last_checkpoint(folder: Path) -> str | None:
+    """The checkpoint of the highest step in a folder, or None."""
     steps = [int(path.name.rpartition("-")[2]) for path in folder.glob("checkpoint-*")]
     return str(folder / f"checkpoint-{max(steps)}") if steps else None
 
@@ -330,7 +347,7 @@ def _tensorboard(folder: Path | None) -> list[TrainerCallback]:
     try:
         from tensorboardX import SummaryWriter
     except ImportError:
-        raise PessaError("--tensorboard needs tensorboardX", "pip install 'pessa[tune]'") from None
+        raise PessaError("--tensorboard needs the package tensorboardX", "pip install 'pessa[tune]'") from None
     from transformers.integrations import TensorBoardCallback
 
     return [TensorBoardCallback(SummaryWriter(str(folder)))]
@@ -339,7 +356,7 @@ def _tensorboard(folder: Path | None) -> list[TrainerCallback]:
 def _record(
     job: Job, model: PeftModel, trainer: TuneTrainer, metrics: Mapping[str, float], examples: int
 ) -> dict[str, Any]:
-    """What pessa-tune.json says: versions, options, hashes of the data, and how it went."""
+    """The contents of pessa-tune.json: versions, options, hashes of the data, and results."""
     packages = ("torch", "transformers", "peft", "accelerate")
     trainable, parameters = model.get_nb_trainable_parameters()
     losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
@@ -363,16 +380,16 @@ def _record(
 
 
 def _finish(folder: Path, record: Mapping[str, Any], history: list[TrainingStep]) -> None:
-    """Leave the adapter with its record, and nothing that only the training needed."""
+    """Write the record and the history beside the adapter, and delete the files that only the training needed."""
     for checkpoint in folder.glob("checkpoint-*"):
         shutil.rmtree(checkpoint)
-    for name in ("training_args.bin", "README.md"):  # a pickle, and a card with nothing filled in
+    for name in ("training_args.bin", "README.md"):  # a pickle, and a model card without content
         (folder / name).unlink(missing_ok=True)
-    # Where the model lies on this machine is nobody's business; PEFT had to look there for its config.
+    # PEFT needed the path of the base for its config. The published adapter must not contain a local path.
     config = read_json(folder / ADAPTER_FILE)
     write_json(folder / ADAPTER_FILE, config | {"base_model_name_or_path": record["source"]})
     write_json(folder / RECORD_FILE, record)
     lines = [json.dumps({k: v for k, v in asdict(step).items() if v is not None}) for step in history]
     (folder / HISTORY_FILE).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-    for path in folder.glob("*.safetensors"):  # which the library makes for their owner's eyes only
+    for path in folder.glob("*.safetensors"):  # safetensors creates files that only their owner can read
         path.chmod((folder / RECORD_FILE).stat().st_mode)

@@ -1,4 +1,4 @@
-"""Singular triplets of a weight: where most of the methods that adapt a decomposition start."""
+"""The truncated SVD of a weight, from which most of the adapter methods start."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from torch import Tensor
 def triplets(
     weight: Tensor, rank: int | None = None, *, smallest: bool = False, niter: int | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """U (out, r), s (r,) and V (r, in) of a weight (out, in): those of the largest singular values, descending.
+    """Compute U (out, r), s (r,) and V^T (r, in) of the r largest singular values of a weight (out, in), descending.
 
-    `rank` None, or more than there are, takes all; `smallest` the other end. With `niter` they come from a randomised
-    subspace iteration (Halko et al. 2011) instead of an exact SVD: much faster and only about right, which does no harm
-    where the basis is stored with what was trained in it. On the meta device only the shapes mean something.
+    rank: None, or more than min(out, in), gives all triplets. smallest: gives those of the r smallest singular values.
+    niter: use that many iterations of a randomised SVD (Halko et al. 2011, arXiv:0909.4061) instead of an exact SVD. It
+    is much faster and approximate, which suffices when the basis is stored with the adapter. On the meta device only
+    the shapes of the result are defined.
     """
     most = min(weight.shape)
     rank = most if rank is None else min(rank, most)

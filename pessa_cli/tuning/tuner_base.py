@@ -1,8 +1,8 @@
-"""What all our fine-tuning methods share as PEFT tuners: configuration, replacing modules, merging, mixed batches.
+"""Base classes of pessa's PEFT tuners: configuration, replacing modules, merging, mixed batches.
 
-A method says what it trains and what that does to a linear layer; `AdditiveLayer` is for those that add to its weight.
-Base weights never change but by merging, and merging keeps the originals: disabling and unmerging give back the base
-model bit for bit, and an adapter that is added while another is merged starts from the weights of the base.
+A method defines what it trains and how that changes a linear layer. `AdditiveLayer` is for methods that add to the
+weight. Only merging changes base weights, and it keeps the originals: disabling or unmerging restores the base model
+bit for bit, and an adapter added while another one is merged starts from the weights of the base.
 """
 
 from __future__ import annotations
@@ -26,32 +26,33 @@ from pessa_cli.algebra.heads import live
 from pessa_cli.runtime.compact_linear import RaggedIn, RaggedOut
 from pessa_cli.tuning.peft_plugin import extend_peft_type
 
-BASE = "__base__"  # PEFT's name in `adapter_names` for the base model
+BASE = "__base__"  # the name that PEFT gives the base model in `adapter_names`
 
 
 def option(text: str, default: Any = None) -> Any:
-    """A field of a configuration, with what it is for."""
+    """A field of a configuration with its help text."""
     return field(default=default, metadata={"help": text})
 
 
 @dataclass
 class TunerConfig(PeftConfig):  # type: ignore[misc]
-    """The fields that PEFT expects of every method. A subclass sets `method`, its name in lower case."""
+    """The fields that PEFT expects of every method.
+
+    A subclass sets `method` to its name in lower case. Raises ValueError for combinations that PEFT does not allow.
+    """
 
     method: ClassVar[str]
 
     target_modules: list[str] | str | None = option(
-        "Names of the modules to adapt, or a regular expression; by default what suits the model's architecture."
+        "Names of the modules to adapt, or a regular expression; the default depends on the model's architecture."
     )
     exclude_modules: list[str] | str | None = option("Names of modules not to adapt, or a regular expression.")
-    modules_to_save: list[str] | None = option("Other modules to train and to save as a whole, such as a new head.")
-    bias: str = option("Which biases of the base to train: 'none', 'all' or '<method>_only'.", "none")
-    init_weights: bool = option(
-        "False starts from random numbers instead of the base model's function: for tests.", True
-    )
+    modules_to_save: list[str] | None = option("Other modules to train and save in full, such as a new head.")
+    bias: str = option("Biases of the base to train: 'none', 'all' or '<method>_only'.", "none")
+    init_weights: bool = option("False initialises at random instead of as the base model; for tests.", True)
     layers_to_transform: list[int] | int | None = option("Adapt only these layers.")
-    layers_pattern: list[str] | str | None = option("Name of the list of layers, where it is not a common one.")
-    requires: str = option("What has to be run before PEFT knows this method.", "import pessa_cli")
+    layers_pattern: list[str] | str | None = option("Name of the list of layers, if PEFT does not know it.")
+    requires: str = option("Python statement that registers this method with PEFT.", "import pessa_cli")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -68,20 +69,20 @@ class TunerConfig(PeftConfig):  # type: ignore[misc]
 
 
 class TunerLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
-    """A linear layer (or a transposed Conv1D, a ragged or a quantised one) with adapters of one method.
+    """A linear layer with adapters of one method. The layer may also be a Conv1D, or compact, or quantised.
 
-    A subclass names what an adapter consists of, all names beginning with "<method>_", and implements `initial`,
-    `adapt` and `merge_into`. `weight` and `bias` there are always (out, in) and (out,) of floats, rows and columns
-    those that the layer stores.
+    A subclass lists the parts of an adapter by name, each beginning with "<method>_", and implements `initial`,
+    `adapt` and `merge_into`. These get `weight` (out, in) and `bias` (out,) as floats, with the rows and columns that
+    the layer stores. Raises TypeError for modules of other types.
     """
 
-    if TYPE_CHECKING:  # PEFT has no types, and by nn.Module's everything unknown is a tensor or a module
+    if TYPE_CHECKING:  # nn.Module would type every attribute as a tensor or module, and PEFT has no types
 
         def __getattr__(self, name: str) -> Any: ...
 
-    adapter_layer_names: tuple[str, ...] = ()  # trained and saved
-    frozen_names: tuple[str, ...] = ()  # saved, not trained
-    setting_names: tuple[str, ...] = ()  # plain values, remade from the config
+    adapter_layer_names: tuple[str, ...] = ()  # parameters: trained and saved
+    frozen_names: tuple[str, ...] = ()  # buffers: saved, but not trained
+    setting_names: tuple[str, ...] = ()  # plain values, neither trained nor saved: computed from the config
 
     def __init__(
         self,
@@ -96,7 +97,7 @@ class TunerLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         self._disable_adapters = False
         self._active_adapter = adapter_name
         self.merged_adapters: list[str] = []
-        self.originals: tuple[Tensor, Tensor | None] | None = None  # weight and bias of the base while merged
+        self.originals: tuple[Tensor, Tensor | None] | None = None  # of the base, while merged
         self.quantization_backend = resolve_quantization_backend(self.get_base_layer(), **(quantization or {}))
         base: Any = self.get_base_layer()
         self.transposed = isinstance(base, Conv1D)
@@ -117,24 +118,24 @@ class TunerLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         return self.frozen_names + self.setting_names
 
     def initial(self, config: Any, weight: Tensor, bias: Tensor | None, **context: Any) -> dict[str, Any]:
-        """What a new adapter starts from, by the names above: it must not change what the layer computes.
+        """The initial parts of an adapter by name, such that the output of the layer does not change.
 
-        Tensors are float32 (float64 for a base in float64). On the meta device only their shapes matter: then the
-        numbers come from a file. With `config.init_weights` false they are random, and do change it.
-        `context`: what the tuner's `context` said of this layer.
+        Tensors are float32 (float64 for a base in float64). On the meta device only their shapes matter, because the
+        values are loaded from a file later. With `config.init_weights` false the parts are random and change the
+        output. context: the keyword arguments from `Tuner.context`.
         """
         raise NotImplementedError
 
     def adapt(self, adapter: str, x: Tensor, result: Tensor) -> Tensor:
-        """The layer's output with one more adapter: `result` is what it gives for `x` without."""
+        """Apply an adapter to the layer's output: `result` (..., out) is the output for `x` (..., in) without it."""
         raise NotImplementedError
 
     def merge_into(self, adapter: str, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Weight and bias with one more adapter, in the dtype in which they come."""
+        """Weight and bias after merging an adapter, in the dtype of the arguments."""
         raise NotImplementedError
 
     def original_weights(self) -> tuple[Tensor, Tensor | None]:
-        """Weight (out, in) and bias (out,) of the base, whatever is merged, as they are stored."""
+        """Weight (out, in) and bias (out,) of the base in their stored dtype, without any merged adapter."""
         weight, bias = self.originals or self._stored_weights()
         return weight.mT if self.transposed else weight, bias
 
@@ -143,11 +144,11 @@ class TunerLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         return self.get_base_weight(), None if bias is None else bias.data
 
     def update_layer(self, adapter_name: str, config: Any, context: dict[str, Any] | None = None) -> None:
-        """Add an adapter."""
+        """Add an adapter to this layer."""
         weight, bias = (None if t is None else t.to(working_dtype(t.dtype)) for t in self.original_weights())
         assert weight is not None
         device = weight.device
-        if _loading_later() and not weight.is_meta:
+        if _on_meta_device() and not weight.is_meta:
             weight, bias = weight.to("meta"), None if bias is None else bias.to("meta")
         with torch.no_grad():
             start = self.initial(config, weight, bias, **(context or {}))
@@ -155,14 +156,14 @@ class TunerLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         for name in self.setting_names:
             getattr(self, name)[adapter_name] = start[name]
         for name in self.adapter_layer_names:
-            if start[name] is not None:  # this adapter has none
+            if start[name] is not None:  # None: this adapter has no such part
                 getattr(self, name)[adapter_name] = nn.Parameter(start[name])
         self._move_adapter_to_device_of_base_layer(adapter_name)
-        for name in self.frozen_names:  # after that, since it would round them to the dtype of the base
+        for name in self.frozen_names:  # after moving, which would round buffers to the dtype of the base
             buffer = start[name]
             if buffer is None:
                 continue
-            if buffer.is_meta and device.type != "meta":  # PEFT makes only parameters real again
+            if buffer.is_meta and device.type != "meta":  # PEFT replaces only meta parameters, not meta buffers
                 buffer = torch.empty_like(buffer, device=device)
             getattr(self, name)[adapter_name] = buffer
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
@@ -182,7 +183,7 @@ class TunerLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         return result
 
     def _forward_mixed(self, x: Tensor, adapter_names: list[str], *args: Any, **kwargs: Any) -> Tensor:
-        """Each input of the batch with the adapter named for it."""
+        """Run a mixed batch: input i uses the adapter `adapter_names[i]`."""
         if len(x) != len(adapter_names):
             raise ValueError(
                 "Length of `adapter_names` should be the same as the number of inputs, but got "
@@ -200,9 +201,9 @@ class TunerLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         return parts
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Put the adapters into the weights of the base, in float32 and rounded once, and keep the originals.
+        """Merge adapters into the weights of the base, in float32 with one final rounding, and keep the originals.
 
-        Raises ValueError with `safe_merge` where a merged number is not finite, and changes nothing then.
+        With `safe_merge`, raises ValueError and changes nothing if a merged entry is not finite.
         """
         names = self._present(check_adapters_to_merge(self, adapter_names))
         if not names:
@@ -222,7 +223,7 @@ class TunerLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         self.merged_adapters = merged
 
     def unmerge(self) -> None:
-        """Give the base its own weights back."""
+        """Restore the original weights of the base."""
         if self.originals is not None:
             self._store(*self.originals)
         self.originals = None
@@ -236,7 +237,7 @@ class TunerLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
             base.bias.data = bias.to(base.bias.device, base.bias.dtype)
 
     def _present(self, names: list[str]) -> list[str]:
-        """Those of the adapters that this layer has."""
+        """The adapters among `names` that this layer has."""
         return [name for name in names if self._trained(name)]
 
     def _trained(self, adapter: str) -> list[nn.Parameter]:
@@ -249,14 +250,17 @@ class TunerLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
 
 
 class AdditiveLayer(TunerLayer):
-    """A layer of a method that adds to the weight: W + dW. A subclass implements `initial`, `delta` and `change`."""
+    """A layer of a method that adds dW to the weight W.
+
+    A subclass implements `initial` and `delta`, and may implement `change` more cheaply.
+    """
 
     def delta(self, adapter: str) -> Tensor:
         """dW, (out, in)."""
         raise NotImplementedError
 
     def change(self, adapter: str, x: Tensor) -> Tensor:
-        """x dW^T, (..., out), without forming dW where the method is narrower than that."""
+        """x dW^T, (..., out). Low-rank methods override this so that dW is not formed."""
         return nn.functional.linear(x, self.delta(adapter))
 
     def adapt(self, adapter: str, x: Tensor, result: Tensor) -> Tensor:
@@ -274,7 +278,7 @@ class AdditiveLayer(TunerLayer):
         return weight + self.delta(adapter).to(weight.dtype), bias
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """dW as PEFT wants it, for its conversion to LoRA: in the orientation in which the base stores its weight."""
+        """dW in the orientation of the base's stored weight, for PEFT's conversion of adapters to LoRA."""
         delta = self.delta(adapter)
         return delta.mT if self.transposed else delta
 
@@ -283,12 +287,15 @@ class AdditiveLayer(TunerLayer):
 
 
 class Tuner(BaseTuner):  # type: ignore[misc]
-    """A model with adapters of one method. A subclass sets `prefix` ("<method>_") and `tuner_layer_cls`."""
+    """A model with adapters of one method.
+
+    A subclass sets `prefix`, which is "<method>_", and `tuner_layer_cls`.
+    """
 
     target_module_mapping: ClassVar[dict[str, list[str]]] = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
     def context(self, config: Any, target: nn.Module, name: str) -> dict[str, Any]:  # noqa: ARG002
-        """What a layer's `initial` has to know of its surroundings, as keyword arguments."""
+        """Keyword arguments for a layer's `initial` that depend on the modules around it."""
         return {}
 
     def _create_and_replace(
@@ -313,7 +320,7 @@ class Tuner(BaseTuner):  # type: ignore[misc]
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *_: Any, **kwargs: Any) -> Iterator[None]:
-        """Hand `adapter_names` of a mixed batch to every layer."""
+        """Pass the `adapter_names` of a mixed batch to every layer."""
         names = kwargs.pop("adapter_names", None)
         if names is None:
             yield
@@ -335,7 +342,7 @@ class Tuner(BaseTuner):  # type: ignore[misc]
 
 
 def base_weights(module: Any) -> tuple[Tensor, Tensor | None]:
-    """Weight (out, in) and bias (out,) of a linear layer in the base, whatever adapters are around it or merged."""
+    """Weight (out, in) and bias (out,) of a linear layer in the base, without any adapter on it or merged into it."""
     if isinstance(module, TunerLayer):
         return module.original_weights()
     if isinstance(module, BaseTunerLayer):
@@ -347,7 +354,7 @@ def base_weights(module: Any) -> tuple[Tensor, Tensor | None]:
 
 
 def working_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What adapters are computed in: float32, and float64 for a base in float64."""
+    """The dtype that adapters are computed in: float32, or float64 for a base in float64."""
     return torch.promote_types(dtype, torch.float32)
 
 
@@ -357,6 +364,6 @@ def _with_adapter_names(
     return args, {**kwargs, "adapter_names": names}
 
 
-def _loading_later() -> bool:
-    """Whether PEFT makes parameters on the meta device now (`low_cpu_mem_usage`), since their numbers are in a file."""
+def _on_meta_device() -> bool:
+    """Whether PEFT now creates parameters on the meta device (`low_cpu_mem_usage`), to load their values later."""
     return bool(nn.ParameterList([nn.Parameter(torch.empty(0))])[0].is_meta)

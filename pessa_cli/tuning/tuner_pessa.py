@@ -1,12 +1,12 @@
-"""PESSA as a PEFT tuner: what is trained is small and stands between frozen orthogonal bases (arXiv 2411.17426).
+"""PESSA as a PEFT tuner: trains a small matrix per head between frozen orthogonal bases (arXiv:2411.17426).
 
-V-O, and Q-K where nothing stands between W_Q and W_K: the product of a head is U S V^T, and S is trained, d x d. Under
-RoPE, W = Q R for each head of W_Q and of W_K, and R is trained.
+For V-O, and for Q-K without RoPE or norms between W_Q and W_K, the product of a head is U S V^T, and S (d x d) is
+trained. Under RoPE each head of W_Q and of W_K is decomposed as W = Q R, and R (d x d) is trained.
 
-The base weights stay as they are. With A = U^T W_V and B = W_O V the head's output y becomes y T, where
-T = I + A^-1 (S' - S) B^-1: then W_V T W_O = U S' V^T. Under RoPE T = I + R^-1 (R' - R). The trained parameter is the
-difference, S' - S or R' - R, zero at the start; A^-1 and B^-1, or R^-1, are constants and saved with it, so that a
-reloaded adapter does not depend on the signs, or on the dtype, of weights decomposed anew.
+The base weights do not change. With A = U^T W_V and B = W_O V, the output y of a head becomes y T, where
+T = I + A^-1 (S' - S) B^-1, so that W_V T W_O = U S' V^T. Under RoPE T = I + R^-1 (R' - R). The trained parameter is the
+difference S' - S or R' - R, which is zero at the start. A^-1 and B^-1, or R^-1, are constants. They are saved with the
+adapter, so that a reloaded adapter does not depend on the signs or the dtype of a new decomposition.
 """
 
 from __future__ import annotations
@@ -33,44 +33,50 @@ QK_FORMS = ("triangular", "full")
 
 @dataclass
 class PessaTunerConfig(TunerConfig):
-    """PESSA. By default all attention blocks of a known architecture: v_proj; k_proj, which stands for the product
-    Q-K; under RoPE q_proj and k_proj."""
+    """The options of PESSA. Raises ValueError for values that the method does not have.
+
+    By default all attention blocks of a known architecture are adapted: v_proj; without RoPE also k_proj, which carries
+    the S of the product Q-K; under RoPE also q_proj and k_proj.
+    """
 
     method: ClassVar[str] = "pessa"
 
-    form: str = option(f"Which entries of S are trained: {', '.join(FORMS)}.", "full")
-    bandwidth: int = option("For 'banded': diagonals on each side of the main one.", 1)
-    qk: str = option(f"Which entries of R are trained under RoPE: {', '.join(QK_FORMS)}.", "triangular")
-    head_dim: int | None = option(
-        "For target modules outside known attention blocks: so many rows, at most, share one R."
-    )
+    form: str = option(f"Entries of S to train: {', '.join(FORMS)}.", "full")
+    bandwidth: int = option("For 'banded': number of diagonals on each side of the main one.", 1)
+    qk: str = option(f"Entries of R to train under RoPE: {', '.join(QK_FORMS)}.", "triangular")
+    head_dim: int | None = option("For target modules outside known attention blocks: number of output rows per R.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for name, allowed in (("form", FORMS), ("qk", QK_FORMS)):
             if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}={getattr(self, name)!r}: PESSA knows {', '.join(allowed)}")
+                raise ValueError(f"{name}={getattr(self, name)!r} is unknown: give one of {', '.join(allowed)}")
         if self.bandwidth < 0 or (self.head_dim is not None and self.head_dim < 1):
-            raise ValueError("bandwidth is at least 0 and head_dim at least 1")
+            raise ValueError(
+                f"bandwidth={self.bandwidth} must be at least 0, and head_dim={self.head_dim} at least 1 or None"
+            )
 
 
 @dataclass(frozen=True)
 class Block:
-    """What a projection's heads are multiplied with. `partner`: None under RoPE, else W_O, or W_Q for the keys."""
+    """The attention block of a projection, as far as an adapter depends on it.
 
-    ranks: Ranks  # directions of each head; all head_dim but in a pruned model
+    partner: the other factor of the product, which is W_O for values and W_Q for keys, or None under RoPE.
+    """
+
+    ranks: Ranks  # of each head: head_dim, or fewer in a pruned model
     form: str
     bandwidth: int
     partner: nn.Module | None = None
-    side: str = ""  # of the projection: "k", "v", or "" where it has no partner
+    side: str = ""  # of the projection: "k" or "v", or "" without a partner
 
     @property
     def width(self) -> int:
         return _widest(self.ranks)
 
     def entries(self) -> Tensor | None:
-        """Where the trained entries are among all of (heads, width, width), flat; None for all."""
-        if self.form == "full" and min(self.ranks) == self.width:  # as usual, and then it is not worth the time
+        """The flat indices of the trained entries in (heads, width, width), or None when all are trained."""
+        if self.form == "full" and min(self.ranks) == self.width:  # the usual case, which needs no mask
             return None
         place = torch.arange(self.width, device="cpu")
         row, column = place.unsqueeze(1), place
@@ -86,17 +92,17 @@ class Block:
 
 
 class PessaLayer(TunerLayer):
-    """A projection whose output heads are each multiplied by their T."""
+    """A projection in which the output of each head is multiplied by its T."""
 
-    adapter_layer_names = ("pessa_delta",)  # S' - S or R' - R, the trained entries one after the other
-    frozen_names = ("pessa_left", "pessa_right")  # A^-1 or R^-1, and B^-1: (heads, width, width)
+    adapter_layer_names = ("pessa_delta",)  # S' - S or R' - R: the trained entries, (entries,)
+    frozen_names = ("pessa_left", "pessa_right")  # A^-1 or R^-1, and B^-1: (heads, width, width) each
     setting_names = ("pessa_entries", "pessa_shape")
 
     pessa_delta: nn.ParameterDict
     pessa_left: Any
     pessa_right: Any
-    pessa_entries: dict[str, Tensor | None]  # None for all
-    pessa_shape: dict[str, tuple[int, int]]  # heads and width
+    pessa_entries: dict[str, Tensor | None]  # flat indices; None when all entries are trained
+    pessa_shape: dict[str, tuple[int, int]]  # number of heads, width
 
     def initial(self, config: Any, weight: Tensor, bias: Tensor | None, **context: Any) -> dict[str, Any]:
         block: Block = context["block"]
@@ -120,7 +126,7 @@ class PessaLayer(TunerLayer):
         }
 
     def transform(self, adapter: str) -> Tensor:
-        """T - I of each head, (heads, width, width), in float32 even under autocast: it is a small difference."""
+        """T - I of each head, (heads, width, width). It is small, so it stays in float32 under autocast."""
         delta, left = self.pessa_delta[adapter], self.pessa_left[adapter]
         heads, width = self.pessa_shape[adapter]
         delta = delta.to(left.dtype)
@@ -137,7 +143,7 @@ class PessaLayer(TunerLayer):
         heads, width = self.pessa_shape[adapter]
         rows = result.reshape(-1, heads, result.shape[-1] // heads)  # (positions, heads, slots)
         change = torch.bmm(rows[..., :width].transpose(0, 1), self.transform(adapter).to(result.dtype)).transpose(0, 1)
-        if width < rows.shape[-1]:  # a pruned model: the slots behind are zero
+        if width < rows.shape[-1]:  # a pruned model: the remaining slots are zero
             change = nn.functional.pad(change, (0, rows.shape[-1] - width))
         return (rows + change).view(result.shape)
 
@@ -159,7 +165,7 @@ class PessaLayer(TunerLayer):
 
 
 def _merges_qk(spec: AttentionSpec) -> bool:
-    """Whether one S between W_Q and W_K is all that the tuner needs, in every checkpoint."""
+    """Whether Q and K of an architecture merge in every checkpoint, so that one S between them is trained."""
     return spec.rope is None and not spec.norms and not spec.key_bias_stays
 
 
@@ -191,9 +197,11 @@ class PessaModel(Tuner):
             side, siblings = found
             if isinstance(base, RaggedOut) and base.ragged.pairs is not None:
                 only = siblings["v"].rpartition(".")[2]
-                raise ValueError(f"{name} has lost frequency pairs, which R would mix with others: target {only} alone")
+                raise ValueError(
+                    f"{name} has dropped frequency pairs, which R would mix with others: target only {only}"
+                )
             if side == "q" and _merges_qk(spec):
-                raise ValueError(f"{name}: W_Q W_K^T has one S, which is trained on the keys: target {siblings['k']}")
+                raise ValueError(f"{name}: the S of W_Q W_K^T is trained on the keys: target {siblings['k']} instead")
             heads = model_config[spec.heads[0]]
             if side != "q" and isinstance(spec.kv_heads, tuple):
                 heads = next((model_config[key] for key in spec.kv_heads if model_config.get(key)), heads)
@@ -206,7 +214,7 @@ class PessaModel(Tuner):
 
 
 def _side(spec: AttentionSpec, name: str) -> tuple[str, dict[str, str]] | None:
-    """Which of a block's projections a module is, "q", "k" or "v", and the names of all four; None for another."""
+    """The side of a projection, "q", "k" or "v", and the names of the block's four projections; None for others."""
     patterns = {"q": spec.q, "k": spec.k, "v": spec.v, "o": spec.o}
     for side in "qkv":
         regex = re.escape(patterns[side]).replace(re.escape("{i}"), "([0-9]+)")
@@ -216,9 +224,12 @@ def _side(spec: AttentionSpec, name: str) -> tuple[str, dict[str, str]] | None:
 
 
 def _lone_block(config: Any, base: Any, name: str) -> Block:
-    rows = getattr(base, "out_features", None) or base.weight.shape[-1]  # of Conv1D
+    """A linear layer outside known attention blocks, its rows split into groups of `head_dim`."""
+    rows = getattr(base, "out_features", None) or base.weight.shape[-1]  # Conv1D has no out_features
     if config.head_dim is None:
-        raise ValueError(f"{name} is no query, key or value projection that pessa knows; give `head_dim` for others")
+        raise ValueError(
+            f"{name} is not a query, key or value projection that pessa knows: give `head_dim` to adapt it"
+        )
     width = min(config.head_dim, rows)
     if rows % width:
         raise ValueError(f"{name}: {rows} rows are not a multiple of head_dim={config.head_dim}")
@@ -226,12 +237,12 @@ def _lone_block(config: Any, base: Any, name: str) -> Block:
 
 
 def _widest(ranks: Ranks) -> int:
-    """The rank of the widest head, but 1 for a block that pruning has left nothing of: tensors need a width."""
+    """The largest rank of a head, at least 1, so that a block without any direction still has valid shapes."""
     return max(1, *ranks)
 
 
 def _by_head(rows: Tensor, ranks: Ranks) -> Tensor:
-    """(sum of ranks, in) -> (heads, in, width), zero columns for the ranks that a head has less than the widest."""
+    """Reshape (sum of ranks, in) to (heads, in, width), with zero columns where a head has fewer directions."""
     width = _widest(ranks)
     if len(rows) == len(ranks) * width:
         return rows.reshape(len(ranks), width, -1).mT
@@ -240,23 +251,23 @@ def _by_head(rows: Tensor, ranks: Ranks) -> Tensor:
 
 
 def _with_bias(weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The bias as one more input: (rows, in + 1)."""
+    """Append the bias as one more input: (rows, in + 1)."""
     return weight if bias is None else torch.cat([weight, bias.unsqueeze(1)], 1)
 
 
 def _bases(block: Block, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor]:
-    """A^-1 and B^-1 of each head, or R^-1 and None, in the dtype of the weight; and the diagonal of S or R.
+    """Compute A^-1 and B^-1 of each head, or R^-1 and None under RoPE, and the diagonal of S or R.
 
-    Biases of queries and values are one more row of their factor. A bias of keys has no part in Q-K, as softmax
-    removes it. Directions below the numerical rank are left out: what the base does not have cannot be turned into
-    something by multiplying it.
+    All are in the dtype of the weight. Query and value biases are one more row of their factor. A key bias is left out
+    of Q-K, because it adds the same number to every score of a query and softmax removes that. Directions below the
+    numerical rank are left out (pseudo-inverse), because multiplication cannot restore a direction that is zero.
     """
     tolerance = block.width * torch.finfo(weight.dtype).eps
     own = _by_head(_with_bias(weight, None if block.side == "k" else bias), block.ranks)
     r = _square(own)
     if block.partner is None:
         signs = r.diagonal(dim1=-2, dim2=-1).sign()
-        r = torch.where(signs == 0, 1.0, signs).unsqueeze(-1) * r  # unique: a positive diagonal
+        r = torch.where(signs == 0, 1.0, signs).unsqueeze(-1) * r  # with a positive diagonal R is unique
         diagonal = r.diagonal(dim1=-2, dim2=-1)
         left = torch.linalg.solve_triangular(r, torch.eye(block.width).to(r).expand_as(r), upper=True)
         short = diagonal.amin(-1) <= tolerance * diagonal.amax(-1)
@@ -272,16 +283,16 @@ def _bases(block: Block, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, T
 
 
 def _square(factor: Tensor) -> Tensor:
-    """R of each head, (heads, width, width), with rows of zeros where the factor has fewer rows than columns."""
+    """R of the QR decomposition of each head, (heads, width, width), with zero rows for factors of fewer rows."""
     r, _ = triangular(factor)
     return nn.functional.pad(r, (0, 0, 0, r.shape[-1] - r.shape[-2]))
 
 
 def _partner(block: Block) -> Tensor:
-    """The other factor of each head's product, what a group of query heads shares stacked: (heads, rows, width)."""
+    """The other factor of each head's product, with the query heads of a group stacked: (heads, rows, width)."""
     module: Any = block.partner
     weight, bias = base_weights(module)
-    if block.side == "v":  # W_O: columns instead of rows
+    if block.side == "v":  # heads are columns of W_O
         weight, bias = weight.mT, None
     rows = _with_bias(weight, bias)
     group = len(rows) // sum(block.ranks) if sum(block.ranks) else 1

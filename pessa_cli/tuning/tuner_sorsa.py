@@ -1,9 +1,9 @@
-"""SORSA and MiLoRA: some singular triplets of a weight are trained, the rest of it stays.
+"""SORSA and MiLoRA: train some singular triplets of a weight and freeze the rest.
 
-Both are written W = W_r + B A, with W_r what is left of the weight without its triplets. Here the base keeps its whole
-weight, and a layer adds the difference between the triplets as trained and as they were, B A - B0 A0: the start is an
-exact no-op, and disabling an adapter gives the base back bit for bit. The file holds both, so that reloading does not
-depend on the signs (or the order, where two are equal) of singular vectors computed again.
+The papers write W = W_r + B A, where W_r is the weight without the trained triplets. Here the base keeps its whole
+weight, and a layer adds the difference between the trained and the initial triplets, B A - B0 A0. The start is then
+exactly the base model, and disabling an adapter restores the base bit for bit. The adapter's file contains both sets of
+factors, because recomputed singular vectors may have other signs, or another order where singular values are equal.
 """
 
 from __future__ import annotations
@@ -22,37 +22,37 @@ from pessa_cli.tuning.tuner_base import AdditiveLayer, Tuner, TunerConfig, optio
 
 @dataclass
 class SorsaConfig(TunerConfig):
-    """SORSA (Cao 2024, arXiv 2409.00055): W = W_r + B diag(S) A with the largest r triplets."""
+    """SORSA (Cao 2024, arXiv:2409.00055): W = W_r + B diag(S) A, with the r largest triplets."""
 
     method: ClassVar[str] = "sorsa"
 
-    r: int = option("How many singular triplets to train, at most all.", 8)
-    gamma: float = option("Weight of the orthonormal regulariser; see `SorsaTrainer`.", 4e-4)
-    niter: int | None = option("Iterations of a randomised SVD; by default it is exact.")
+    r: int = option("Number of singular triplets to train, at most all.", 8)
+    gamma: float = option("Weight of the orthonormality regulariser; see `SorsaTrainer`.", 4e-4)
+    niter: int | None = option("Iterations of a randomised SVD; the default is an exact SVD.")
 
 
 @dataclass
 class MiloraConfig(TunerConfig):
-    """MiLoRA (Wang et al. 2024, arXiv 2406.09044): W = W_p + B A with the smallest r triplets, shared out evenly."""
+    """MiLoRA (Wang et al. 2024, arXiv:2406.09044): W = W_p + B A, with the r smallest triplets split evenly."""
 
     method: ClassVar[str] = "milora"
 
-    r: int = option("How many singular triplets to train, at most all.", 8)
+    r: int = option("Number of singular triplets to train, at most all.", 8)
 
 
 class DifferenceLayer(AdditiveLayer):
-    """dW = product of the trained factors - product of the same as they were, which are named with a 0 at the end.
+    """A layer with dW = product of the trained factors - product of the initial factors, whose names end in 0.
 
-    Factors are listed from the input on: matrices, and vectors that scale.
+    Factors are ordered from the input to the output. A vector is a diagonal matrix.
     """
 
     def factors(self, config: Any, weight: Tensor) -> tuple[Tensor, ...]:
-        """The factors at the start."""
+        """The initial factors for a weight (out, in)."""
         raise NotImplementedError
 
     def initial(self, config: Any, weight: Tensor, bias: Tensor | None, **context: Any) -> dict[str, Any]:  # noqa: ARG002
         factors = self.factors(config, weight)
-        # PEFT rounds what is trained to the dtype of the base: rounding the copies too is what keeps the start exact.
+        # PEFT rounds trained parameters to the dtype of the base. Rounding the copies, too, keeps the start exact.
         _, dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())
         if dtype is not None and dtype.is_floating_point:
             factors = tuple(factor.to(dtype).to(factor.dtype) for factor in factors)
@@ -62,7 +62,7 @@ class DifferenceLayer(AdditiveLayer):
         return dict(zip(names, (*trained, *factors), strict=True))
 
     def _factors(self, adapter: str, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
-        """The factors as trained and as they were."""
+        """The trained and the initial factors."""
         after, before = (
             [getattr(self, name)[adapter].to(dtype) for name in names]
             for names in (self.adapter_layer_names, self.frozen_names)
@@ -79,6 +79,8 @@ class DifferenceLayer(AdditiveLayer):
 
 
 class SorsaLayer(DifferenceLayer):
+    """A linear layer with SORSA adapters."""
+
     adapter_layer_names = ("sorsa_A", "sorsa_S", "sorsa_B")  # (r, in), (r,), (out, r)
     frozen_names = ("sorsa_A0", "sorsa_S0", "sorsa_B0")
 
@@ -88,6 +90,8 @@ class SorsaLayer(DifferenceLayer):
 
 
 class MiloraLayer(DifferenceLayer):
+    """A linear layer with MiLoRA adapters."""
+
     adapter_layer_names = ("milora_A", "milora_B")  # (r, in), (out, r)
     frozen_names = ("milora_A0", "milora_B0")
 
@@ -97,11 +101,15 @@ class MiloraLayer(DifferenceLayer):
 
 
 class SorsaTuner(Tuner):
+    """A model with SORSA adapters."""
+
     prefix = "sorsa_"
     tuner_layer_cls = SorsaLayer
 
 
 class MiloraTuner(Tuner):
+    """A model with MiLoRA adapters."""
+
     prefix = "milora_"
     tuner_layer_cls = MiloraLayer
 
@@ -110,10 +118,10 @@ METHODS = (TunerMethod("sorsa", SorsaConfig, SorsaTuner), TunerMethod("milora", 
 
 
 def regularizer(model: nn.Module) -> Tensor:
-    """How far the active SORSA adapters are from orthonormal, a scalar in float32.
+    """The regulariser of SORSA over all active adapters, a float32 scalar.
 
-    The mean over all A and B of ||A A^T - I|| and ||B^T B - I||, Frobenius norms and not squared, as in the paper.
-    Raises PessaError where there are none.
+    It is the mean over all A and B of the Frobenius norms ||A A^T - I|| and ||B^T B - I||, not squared, as in
+    arXiv:2409.00055. Raises PessaError when no SORSA adapter is active.
     """
     norms = []
     for layer in model.modules():
@@ -121,17 +129,19 @@ def regularizer(model: nn.Module) -> Tensor:
             for adapter in layer._present(layer.active_adapters):
                 norms += [_off_orthonormal(layer.sorsa_A[adapter]), _off_orthonormal(layer.sorsa_B[adapter].mT)]
     if not norms:
-        raise PessaError("there is no active SORSA adapter to regularise")
+        raise PessaError(
+            "there is no active SORSA adapter to regularise", "attach one: get_peft_model(model, SorsaConfig())"
+        )
     return torch.stack([norm.to(norms[0].device) for norm in norms]).mean()
 
 
 class SorsaTrainer:
-    """A mixin for a Trainer that adds SORSA's regulariser to the loss: `class MyTrainer(SorsaTrainer, Trainer): ...`.
+    """A mixin that adds SORSA's regulariser to the loss of a Trainer: `class MyTrainer(SorsaTrainer, Trainer): ...`.
 
-    The paper moves the weights by learning rate x gradient of the loss + gamma x gradient of the regulariser, both on
-    the same schedule. An optimizer has one learning rate, so that the regulariser enters the loss with
-    gamma / learning rate (13.3 in the paper's runs). Evaluation is left alone. In a loop of one's own:
-    `loss + gamma / learning_rate * regularizer(model)`.
+    The paper updates weights by learning_rate * gradient of the loss + gamma * gradient of the regulariser, both on the
+    same schedule. An optimizer has one learning rate, so the regulariser enters the loss with the weight
+    gamma / learning_rate, which is 13.3 in the paper's runs. Evaluation losses stay unchanged. In your own training
+    loop use `loss + gamma / learning_rate * regularizer(model)`.
     """
 
     args: Any
@@ -145,36 +155,37 @@ class SorsaTrainer:
         if model.training:
             weight = gamma(model) / self.args.learning_rate
             if self.model_accepts_loss_kwargs and num_items_in_batch is not None:
-                # Then the Trainer sums the losses of a step's batches instead of taking their mean.
+                # In this case the Trainer adds up the losses of a step's micro-batches instead of averaging them.
                 weight /= self.current_gradient_accumulation_steps
             loss = loss + weight * regularizer(model)
         return (loss, outputs) if return_outputs else loss
 
 
 def gamma(model: nn.Module) -> float:
-    """The weight of the regulariser, from the active adapter's configuration."""
+    """The regulariser's weight in the active adapter's configuration. Raises PessaError without a SORSA adapter."""
     for module in model.modules():
         if isinstance(module, SorsaTuner):
             value: float = module.peft_config[module.active_adapters[0]].gamma
             return value
-    raise PessaError("there is no SORSA adapter on this model")
+    raise PessaError("there is no SORSA adapter on this model", "attach one: get_peft_model(model, SorsaConfig())")
 
 
 def _off_orthonormal(rows: Tensor) -> Tensor:
+    """||rows rows^T - I||, the Frobenius norm."""
     rows = rows.float()
     norm: Tensor = torch.linalg.matrix_norm(rows @ rows.mT - torch.eye(len(rows), device=rows.device))
     return norm
 
 
 def _through(x: Tensor, factors: list[Tensor]) -> Tensor:
-    """What the factors, one after the other, make of x (..., in)."""
+    """Apply the factors one after the other to x (..., in)."""
     for factor in factors:
         x = x * factor if factor.ndim == 1 else nn.functional.linear(x, factor)
     return x
 
 
 def _product(factors: list[Tensor]) -> Tensor:
-    """The factors as one matrix (out, in)."""
+    """The product of the factors, (out, in)."""
     product, *others = factors
     for factor in others:
         product = factor[:, None] * product if factor.ndim == 1 else factor @ product

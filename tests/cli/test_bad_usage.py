@@ -131,7 +131,7 @@ def test_thresholds_that_prune_everything(options: str, side: str, refuse: Refus
         ("verify llama llama --level weights --text words.txt", "--text", 2),
         ("verify whisper whisper --audio nowhere.wav", "nowhere.wav", 1),
         ("verify whisper whisper --audio words.txt", "words.txt", 1),
-        ("verify whisper whisper --audio silence.wav", "silence.wav holds no sound", 1),
+        ("verify whisper whisper --audio silence.wav", "silence.wav contains no samples", 1),
         ("verify llama llama --text nowhere.txt", "nowhere.txt", 1),
         ("verify llama llama --text tone.wav", "tone.wav", 1),
         ("verify llama llama --text empty.txt", "empty.txt is empty", 1),

@@ -265,7 +265,7 @@ def test_the_recipes_in_configs(recipe: Path, pessa: Pessa, tiny_folder: TinyFol
     for name in names:
         out = tmp_path / name
         if wanted := load_recipe(recipe).calibrate:  # on the real model: test_real_models
-            is_refusal(pessa("run", recipe, tiny_folder(name), "-o", out), f"{wanted[0]} is not there")
+            is_refusal(pessa("run", recipe, tiny_folder(name), "-o", out), f"{wanted[0]} does not exist")
             continue
         result = pessa("run", recipe, tiny_folder(name), "-o", out)
         assert result.code == 0, result

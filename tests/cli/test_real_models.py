@@ -20,7 +20,7 @@ from pessa_cli.blocks.site import select
 from pessa_cli.evaluation.verify import verify_models
 from pessa_cli.evaluation.word_errors import compare_words
 from pessa_cli.models.audio import load_audio
-from pessa_cli.models.inputs import listen
+from pessa_cli.models.inputs import clip_features
 from pessa_cli.ranks.rule import Rule
 from pessa_cli.surgery.model import open_model
 from pessa_cli.surgery.passes import decompose_model, prune_model
@@ -123,7 +123,7 @@ def test_vanilla_is_clearly_worse_at_the_same_ratio(clip: Path, tmp_path: Path) 
     source = fetch("whisper-tiny.en")
     model = open_model(source)
     processor = AutoProcessor.from_pretrained(source)
-    inputs = listen(processor, load_audio(clip))
+    inputs = clip_features(processor, load_audio(clip))
     original = heard(source, inputs, processor)
     encoder = select(model.sites, ("encoder.self",))
     rates = {}

@@ -1,4 +1,7 @@
-"""`pessa bench`: what it counts is right, what it times is there, and what cannot be run is refused. No times here."""
+"""`pessa bench`: its counts are right, its times exist, and unusable models and settings are refused.
+
+No test here asserts how long anything takes.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,7 @@ from harness import Pessa, TinyFolder, copy_of, edit_json, is_refusal
 from pessa_cli import PessaError, UsageError
 from pessa_cli.cli.console import show_bench
 from pessa_cli.evaluation.bench import Bench, BenchSettings, Measurement, Runner, cache_bytes, peak_memory
+from pessa_cli.surgery.model import open_model
 
 Pruned = Callable[..., Path]
 FEW = ("--rounds", 2, "--tokens", 4, "--threads", 1)
@@ -40,7 +44,7 @@ def test_whisper_against_its_pruned_self(tiny_folder: TinyFolder, pruned: Pruned
         assert measures["weights on disk"][side] == (folder / "model.safetensors").stat().st_size
         assert measures["peak memory"][side] > 50e6  # torch alone
     assert measures["parameters"]["ratio"] < 1
-    # Keys and values of 2 layers, float32: 30 frames of the encoder, and the start with 3 of the 4 tokens.
+    # Keys and values of 2 layers in float32, over 30 encoder frames, the start token and 3 of the 4 generated tokens.
     assert measures["cache"]["reference"] == 2 * (2 * 2 * 32 * 4) * (30 + 4)
     assert 0 < measures["cache"]["candidate"] <= measures["cache"]["reference"]
 
@@ -68,31 +72,32 @@ def test_the_table(capsys: pytest.CaptureFixture[str]) -> None:
     ("name", "kinds"),
     [("whisper", ["forward", "encoder", "generate"]), ("bert", ["forward"]), ("llama", ["forward", "generate"])],
 )
-def test_what_there_is_to_time(name: str, kinds: list[str], pruned: Pruned) -> None:
-    runner = Runner(pruned(name), BenchSettings(tokens=4))
+def test_kinds_of_runs_for_each_architecture(name: str, kinds: list[str], pruned: Pruned) -> None:
+    runner = Runner(open_model(pruned(name)), BenchSettings(tokens=4))
     assert runner.answer("kinds") == kinds
     assert all(runner.answer(kind) > 0 for kind in kinds)
     assert ("cache" in runner.answer("facts")) == ("generate" in kinds)
 
 
-def test_the_same_inputs_for_both(tiny_folder: TinyFolder, pruned: Pruned) -> None:
+def test_both_models_get_the_same_inputs(tiny_folder: TinyFolder, pruned: Pruned) -> None:
     for name in ("whisper", "llama"):
-        runners = [Runner(folder, BenchSettings(tokens=4, batch=3)) for folder in (tiny_folder(name), pruned(name))]
+        models = [open_model(folder) for folder in (tiny_folder(name), pruned(name))]
+        runners = [Runner(model, BenchSettings(tokens=4, batch=3)) for model in models]
         first, second = (runner.inputs for runner in runners)
         assert first.keys() == second.keys()
         assert all(torch.equal(first[key], second[key]) and len(first[key]) == 3 for key in first)
 
 
-def test_what_is_run_is_what_was_asked_for(tiny_folder: TinyFolder) -> None:
-    runner = Runner(tiny_folder("llama"), BenchSettings(dtype="bfloat16", tokens=7))
+def test_dtype_and_number_of_tokens(tiny_folder: TinyFolder) -> None:
+    runner = Runner(open_model(tiny_folder("llama")), BenchSettings(dtype="bfloat16", tokens=7))
     assert runner.model.dtype == torch.bfloat16
     assert runner.answer("generate") > 0
-    length = runner.inputs["input_ids"].shape[1] + 6  # the last token is never looked at
+    length = runner.inputs["input_ids"].shape[1] + 6  # the last generated token is not in the cache
     assert runner.cache == 2 * 2 * 2 * 8 * 2 * length  # layers, keys and values, heads, width, bytes
     assert runner.answer("facts")["cache"] == runner.cache
 
 
-def test_memory_that_layers_share_counts_once() -> None:
+def test_shared_cache_memory_counts_once() -> None:
     from transformers import DynamicCache
 
     cache = DynamicCache()
@@ -104,7 +109,7 @@ def test_memory_that_layers_share_counts_once() -> None:
     assert cache_bytes(cache) == once / 2
 
 
-def test_peak_memory_stays_when_memory_is_given_back() -> None:
+def test_peak_memory_stays_after_memory_is_freed() -> None:
     block = torch.ones(50_000_000)
     resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
     assert resident > block.nbytes
@@ -112,17 +117,17 @@ def test_peak_memory_stays_when_memory_is_given_back() -> None:
     assert peak_memory() >= resident * 0.99  # the kernel counts pages in batches
 
 
-def test_what_cannot_be_run(tiny_folder: TinyFolder, pessa: Pessa, place: Path) -> None:
+def test_models_that_cannot_be_run(tiny_folder: TinyFolder, pessa: Pessa, place: Path) -> None:
     whisper = tiny_folder("whisper")
     (place / "nothing").mkdir()
     is_refusal(pessa("bench", whisper, place / "nothing"), "nothing")
     is_refusal(pessa("bench", whisper, place / "gone"), "gone")
     is_refusal(pessa("bench", whisper, tiny_folder("bert")), "a whisper of", "a bert of")
-    is_refusal(pessa("bench", whisper, whisper, "--tokens", 400), "40 positions", code=2)  # by way of the process
+    is_refusal(pessa("bench", whisper, whisper, "--tokens", 400), "40 positions", code=2)  # from the worker process
     nameless = copy_of(whisper, place / "nameless")
     edit_json(lambda config: config.pop("architectures"))(nameless)
     with pytest.raises(PessaError, match="architectures"):
-        Runner(nameless, BenchSettings())
+        Runner(open_model(nameless), BenchSettings())
 
 
 @pytest.mark.parametrize(
@@ -136,16 +141,15 @@ def test_what_cannot_be_run(tiny_folder: TinyFolder, pessa: Pessa, place: Path) 
         ({"dtype": "int8"}, "--dtype int8"),
     ],
 )
-def test_settings_that_make_no_sense(options: dict[str, int], culprit: str) -> None:
+def test_invalid_settings_are_refused(options: dict[str, int], culprit: str) -> None:
     with pytest.raises(UsageError, match=culprit):
         BenchSettings(**options)  # type: ignore[arg-type]
 
 
-def test_a_process_that_dies_is_named(tiny_folder: TinyFolder) -> None:
+def test_a_killed_worker_process_is_reported(tiny_folder: TinyFolder) -> None:
     import signal
 
     from pessa_cli.evaluation.bench import _worker
-    from pessa_cli.surgery.model import open_model
 
     with _worker(open_model(tiny_folder("bert")), BenchSettings()) as worker:
         os.kill(worker.process.pid, signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""`pessa eval`: the likeliest answer, the written answer, and that adapters count."""
+"""`pessa eval --tasks`: accuracy by likelihood and by generation, with and without adapters."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from tuned import disturb, tokenizer
 
 from pessa_cli.evaluation.evaluate import split_adapter
 from pessa_cli.evaluation.measures import ScoreSettings
-from pessa_cli.evaluation.multiple_choice import METRICS, load_tasks
+from pessa_cli.evaluation.multiple_choice import load_tasks
 from pessa_cli.models.instructions import render
 from pessa_cli.tuning.registry import build_config
 
 
 def questions(path: Path, answers: str, count: int = 12) -> Path:
-    """A task whose right answers take turns."""
+    """A file of questions whose correct answers alternate."""
     known = answers.split("/")
     rows = []
     for i in range(count):
@@ -43,7 +43,7 @@ def adapter(llama: Path, tmp_path: Path) -> Path:
 
 
 def by_hand(model: Any, row: dict[str, Any], answers: list[str]) -> str:
-    """The answer whose response has the highest mean log-likelihood: one pass each, no batch, nothing shared."""
+    """The answer whose response has the highest mean log-likelihood, computed one response at a time."""
     more = render(row, None, "alpaca").text.removesuffix(row["output"])
     scores = []
     for answer in answers:
@@ -70,19 +70,19 @@ def test_likelihood(answers: str, pessa: Pessa, llama: Path, adapter: Path, tmp_
 
 
 def test_generation(llama: Path, tmp_path: Path) -> None:
-    """What a model that always writes the same is given right."""
+    """The first possible answer in the generated text counts, whatever the question."""
 
     class Parrot:
         device = torch.device("cpu")
 
         def generate(self, input_ids: torch.Tensor, **_: Any) -> torch.Tensor:
-            said = torch.tensor(tokenizer()("oh, bb it is; or a", add_special_tokens=False)["input_ids"])
-            return torch.cat([input_ids, said.expand(len(input_ids), -1)], dim=1)
+            generated = torch.tensor(tokenizer()("oh, bb it is; or a", add_special_tokens=False)["input_ids"])
+            return torch.cat([input_ids, generated.expand(len(input_ids), -1)], dim=1)
 
-    task = load_tasks([questions(tmp_path / "task.json", "a/bb/ccc")], tokenizer(), ScoreSettings())[0]
-    right = list(METRICS["generation"](Parrot(), tokenizer(), task.questions, ScoreSettings()))
-    assert sum(right) == 4  # the first answer in it is bb
-    assert sum(METRICS["generation"](tiny.load(llama), tokenizer(), task.questions, ScoreSettings())) <= 12
+    settings = ScoreSettings(metric="generation")
+    task = load_tasks([questions(tmp_path / "task.json", "a/bb/ccc")], tokenizer(), settings)[0]
+    assert task.score(Parrot()).counts["right"] == 4  # bb is the first answer in the text, and right for every third
+    assert task.score(tiny.load(llama)).counts["right"] <= 12
 
 
 def test_the_table(pessa: Pessa, llama: Path, adapter: Path, tmp_path: Path) -> None:
@@ -109,7 +109,7 @@ def test_refusals(pessa: Pessa, llama: Path, adapter: Path, tiny_folder: TinyFol
     is_refusal(pessa("eval", f"{llama}+{adapter}", "--adapter", adapter, "--tasks", task), "--adapter", code=2)
     is_refusal(pessa("eval", tiny_folder("whisper"), "--tasks", task), "--tasks", "--speech", code=2)
     is_refusal(pessa("eval", tiny_folder("llama"), "--tasks", task), "tokenizer")
-    is_refusal(pessa("eval", llama, "--adapter", tmp_path, "--tasks", task), "no adapter")
+    is_refusal(pessa("eval", llama, "--adapter", tmp_path, "--tasks", task), "is not an adapter")
     is_refusal(pessa("eval", llama, "--tasks", tmp_path), "test.json")
     (tmp_path / "odd.json").write_text(json.dumps([{"instruction": "Why?", "output": "because"}]))
     is_refusal(pessa("eval", llama, "--tasks", tmp_path / "odd.json"), "question 1")

@@ -1,4 +1,4 @@
-"""The measures of `pessa eval`: each against values by hand and another computation, and that damage shows."""
+"""The measures of `pessa eval`, against values by hand and independent computations, and on damaged models."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from pessa_cli.tuning.registry import build_config
 
 BECKETT = "Ever tried. Ever failed. No matter. Try again. Fail again. Fail better."
 STORY = "the keeper lit the lamp on the ninth of march, and it burned until three sails came home. " * 3
-# How alike the sentences of a pair are, as the authors of this file judge it.
+# Pairs of sentences with a similarity from 0 to 5, as judged by the authors of this file.
 ALIKE = (
     ("A man is playing a guitar.", "A man plays the guitar.", 4.9),
     ("Two dogs run across the snow.", "A pair of dogs is running in the snow.", 4.8),
@@ -59,7 +59,7 @@ def bert(tiny_folder: TinyFolder, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def clips(tmp_path: Path) -> Path:
-    """A clip, the same four times in a row, which is longer than Whisper's window, and one without a text."""
+    """A clip, its fourfold repetition, which is longer than Whisper's window, and a silent clip without a text."""
     file = fetch("speech") / "beckett.wav"
     samples = load_audio(file)
     soundfile.write(tmp_path / "long.wav", np.tile(samples, 4), SAMPLE_RATE)
@@ -72,11 +72,11 @@ def clips(tmp_path: Path) -> Path:
     return write_lines(tmp_path / "clips.jsonl", rows)
 
 
-def test_words_by_hand() -> None:
-    said = "Mr. Brown doesn't like the colour, um, of 20 dollars!"  # mister brown does not like the color of $20
-    assert compare_words([said], ["mister brown does not like the color of twenty dollars"]) == (0, 9)
-    assert compare_words([said], ["mister brown does like a color of twenty dollars please"]) == (3, 9)
-    assert compare_words([said, "Yes."], ["", "yes, yes"]) == (10, 10)
+def test_word_counts_by_hand() -> None:
+    text = "Mr. Brown doesn't like the colour, um, of 20 dollars!"  # mister brown does not like the color of $20
+    assert compare_words([text], ["mister brown does not like the color of twenty dollars"]) == (0, 9)
+    assert compare_words([text], ["mister brown does like a color of twenty dollars please"]) == (3, 9)
+    assert compare_words([text, "Yes."], ["", "yes, yes"]) == (10, 10)
     assert compare_words(["Grüße, Jürgen!"], ["grusse jurgen"]) == (0, 2)
     assert compare_words(["Grüße, Jürgen!"], ["grusse jürgen"], english=False) == (1, 2)
 
@@ -94,8 +94,8 @@ def test_speech(pessa: Pessa, clips: Path) -> None:
     assert found["sha256"] == {str(path): sha256_of(path) for path in paths}
 
 
-def test_speech_scores_what_is_in_memory(clips: Path) -> None:
-    """Ready once, scored often, without a file; and a model whose attention is disturbed hears worse."""
+def test_speech_is_scored_from_memory(clips: Path) -> None:
+    """Scoring needs no file. Negative control: a model with damaged attention has a higher error rate."""
     source = fetch("whisper-tiny.en")
     model = WhisperForConditionalGeneration.from_pretrained(source, dtype=torch.float32).eval()
     speech = WordErrors.load(clips, AutoProcessor.from_pretrained(source), ScoreSettings(limit=1, new_tokens=30))
@@ -114,7 +114,7 @@ def test_speech_scores_what_is_in_memory(clips: Path) -> None:
 
 
 def test_other_languages() -> None:
-    """What a multilingual Whisper is asked for, and how its words are compared."""
+    """The language goes to a multilingual Whisper and chooses the text normaliser."""
     processor, asked = AutoProcessor.from_pretrained(fetch("whisper-tiny.en")), []
 
     class Parrot:
@@ -127,9 +127,9 @@ def test_other_languages() -> None:
             ids = processor.tokenizer("Grusse Jurgen, Mister", add_special_tokens=False).input_ids
             return torch.tensor([ids] * len(input_features))
 
-    told = [Clip(fetch("speech") / "beckett.wav", "", "Grüße, Jürgen, Mr.")] * 3
+    clips = [Clip(fetch("speech") / "beckett.wav", "", "Grüße, Jürgen, Mr.")] * 3
     found = [
-        WordErrors.of("clips", told, processor, ScoreSettings(language=language, batch=2)).score(Parrot())
+        WordErrors.of("clips", clips, processor, ScoreSettings(language=language, batch=2)).score(Parrot())
         for language in (None, "German", "en")
     ]
     assert [score.counts["errors"] for score in found] == [9, 9, 0]
@@ -142,7 +142,7 @@ def test_every_token_counts_once() -> None:
         spans = list(windows(length, window, stride))
         assert [i for _, new, end in spans for i in range(new, end)] == list(range(1, length))
         assert all(start < new and end - start <= window for start, new, end in spans)
-    # Without overlap nothing foretells the first token of a window.
+    # Without overlap the first token of each window has no context.
     assert list(windows(10, 4, 4)) == [(0, 1, 4), (4, 5, 8), (8, 9, 10)]
 
 
@@ -157,8 +157,8 @@ def test_perplexity_of_less_than_a_window(llama: Path, tmp_path: Path) -> None:
     assert score.counts == {"tokens": 60, "windows": 1, "window": 64, "stride": 64}
 
 
-def by_the_book(model: Any, ids: torch.Tensor, window: int, stride: int) -> float:
-    """The loop of transformers' documentation on perplexity, but for its rounding of the tokens in a window."""
+def documented_perplexity(model: Any, ids: torch.Tensor, window: int, stride: int) -> float:
+    """The loop in the documentation of transformers on perplexity, with the exact number of tokens per window."""
     total, tokens, before = 0.0, 0, 0
     for begin in range(0, ids.shape[1], stride):
         end = min(begin + window, ids.shape[1])
@@ -182,13 +182,13 @@ def test_perplexity_in_windows(pessa: Pessa, llama: Path, tmp_path: Path) -> Non
     assert result.code == 0, result
     found = json.loads(result.out)
     score = found["models"][0]["text"]
-    assert score["value"] == pytest.approx(by_the_book(model, ids, 48, 20), rel=1e-5)
+    assert score["value"] == pytest.approx(documented_perplexity(model, ids, 48, 20), rel=1e-5)
     assert (score["tokens"], score["window"], score["stride"]) == (len(STORY), 48, 20)
     assert found["sha256"] == {str(tmp_path / "story.txt"): sha256_of(tmp_path / "story.txt")}
     assert "windows of 48 tokens, stride 20; tokens: story.txt 270" in pessa("eval", llama, *options).out
     # The model has 64 positions.
     capped = Perplexity.load(tmp_path / "story.txt", tokenizer(), ScoreSettings(window=512, stride=40)).score(model)
-    assert capped.value == pytest.approx(by_the_book(model, ids, 64, 40), rel=1e-5)
+    assert capped.value == pytest.approx(documented_perplexity(model, ids, 64, 40), rel=1e-5)
     disturbed = get_peft_model(tiny.load(llama), build_config("lora", 8, ["q_proj", "v_proj", "o_proj"]))
     disturb(disturbed, 0.5)
     assert Perplexity.load(tmp_path / "story.txt", tokenizer()).score(disturbed.eval()).value != pytest.approx(
@@ -197,13 +197,13 @@ def test_perplexity_in_windows(pessa: Pessa, llama: Path, tmp_path: Path) -> Non
 
 
 def test_perplexity_of_documents(llama: Path, tmp_path: Path) -> None:
-    """JSON lines are documents that know nothing of each other; an empty one has nothing to tell."""
+    """JSON lines are separate documents: no document is context for another."""
     model, texts = tiny.load(llama), (STORY[:50], STORY[20:60])
     file = write_lines(tmp_path / "texts.jsonl", [{"text": text} for text in texts])
     total = 0.0
     for text in texts:
         ids = torch.tensor([tokenizer()(text)["input_ids"]])
-        total += math.log(by_the_book(model, ids, 64, 64)) * len(text)
+        total += math.log(documented_perplexity(model, ids, 64, 64)) * len(text)
     both = Perplexity.load(file, tokenizer())
     file.unlink()
     assert [both.score(model).value for _ in range(2)] == pytest.approx([math.exp(total / 90)] * 2, rel=1e-5)
@@ -229,7 +229,7 @@ def test_spearman_as_scipy() -> None:
 
 
 def one_by_one(model: Any, reader: Any, pooling: str, tokens: int) -> Iterator[tuple[float, float]]:
-    """The similarity of each pair, given and found: no batch, nothing to fill up, nothing to mask."""
+    """The given and the computed similarity of each pair, one sentence at a time, so without padding or mask."""
     for *pair, given in ALIKE:
         vectors = []
         for sentence in pair:
@@ -257,7 +257,7 @@ def test_pairs(pooling: str, pessa: Pessa, bert: Path, tmp_path: Path) -> None:
     assert pooling in score["how"]
 
 
-def test_minilm_orders_pairs_as_people_do(tmp_path: Path) -> None:
+def test_minilm_correlates_with_human_ratings(tmp_path: Path) -> None:
     source = fetch("minilm")
     embedding = embedding_of(source, tiny.read_config(source))
     assert embedding == Embedding("mean", 256)
@@ -318,7 +318,7 @@ def test_refused_clips(pessa: Pessa, clips: Path, tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not os.environ.get("PESSA_DATA"), reason="PESSA_DATA names no folder with speech/ and text/")
 def test_other_data(pessa: Pessa) -> None:
-    """What the README says about the real models."""
+    """The scores of the real models that the README states."""
     data = Path(os.environ["PESSA_DATA"])
 
     def value(model: str, option: str, path: str, *more: object) -> float:

@@ -1,4 +1,4 @@
-"""Programs that know nothing of pessa: the dense layout through CTranslate2's own converter into faster-whisper."""
+"""A dense pruned model, converted by CTranslate2, transcribes in faster-whisper, which does not know pessa."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SIDE_FILES = ["tokenizer.json", "preprocessor_config.json"]
 
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The real model, pruned and then exported as the README says."""
+    """The real model, pruned and then exported as in the README."""
     place = tmp_path_factory.mktemp("faster")
     prune_model(open_model(fetch("whisper-tiny.en")), place / "out", Rule(ratio=0.05))
     export_model(open_model(place / "out"), place / "dense", "dense")
@@ -32,13 +32,13 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def half_a_minute() -> NDArray[np.float32]:
-    """The clip and silence, since faster-whisper would pad it with another silence than transformers."""
+    """The clip padded with silence to 30 s, because faster-whisper and transformers pad features differently."""
     clip = load_audio(fetch("speech") / "beckett.wav")
     return np.pad(clip, (0, 30 * SAMPLE_RATE - len(clip)))
 
 
 def faster_whisper(folder: Path, into: Path) -> list[int]:
-    """The tokens of greedy decoding after CTranslate2's own conversion."""
+    """The tokens under greedy decoding, after conversion by CTranslate2."""
     TransformersConverter(str(folder), copy_files=SIDE_FILES).convert(str(into))
     model = WhisperModel(str(into), device="cpu", compute_type="float32", cpu_threads=1)
     segments, _ = model.transcribe(half_a_minute(), beam_size=1, temperature=0.0, without_timestamps=True)
@@ -46,7 +46,7 @@ def faster_whisper(folder: Path, into: Path) -> list[int]:
 
 
 def test_the_dense_layout_transcribes_in_faster_whisper(dense: Path, tmp_path: Path) -> None:
-    """Token for token what transformers makes of the compact folder."""
+    """The tokens equal those of transformers with the compact folder."""
     theirs = WhisperForConditionalGeneration.from_pretrained(dense.parent / "out", dtype=torch.float32).eval()
     processor = WhisperProcessor.from_pretrained(dense)
     features = processor(half_a_minute(), sampling_rate=SAMPLE_RATE, return_tensors="pt")["input_features"]
@@ -55,8 +55,8 @@ def test_the_dense_layout_transcribes_in_faster_whisper(dense: Path, tmp_path: P
     assert faster_whisper(dense, tmp_path / "converted") == expected
 
 
-def test_negative_control_one_block_is_lost(dense: Path, tmp_path: Path) -> None:
-    """What passes above must not pass when what one block of the encoder reads is not written."""
+def test_negative_control_one_block_without_output(dense: Path, tmp_path: Path) -> None:
+    """The test above fails when the output projection of one encoder block is zero."""
     damage = edit_weights(lambda t: t["model.encoder.layers.0.self_attn.out_proj.weight"].zero_())
     damage(copy_of(dense, tmp_path / "damaged"))
     assert faster_whisper(tmp_path / "damaged", tmp_path / "a") != faster_whisper(dense, tmp_path / "b")

@@ -1,4 +1,4 @@
-"""ONNX graphs of pruned models: the same results as transformers in onnxruntime, narrower inside, all or nothing."""
+"""ONNX graphs of pruned models: narrower than the original, equal to transformers, and written only if they agree."""
 
 from __future__ import annotations
 
@@ -32,7 +32,10 @@ Pruned = Callable[[str], Path]
 
 @pytest.fixture(scope="module")
 def pruned(tiny_folder: TinyFolder, tmp_path_factory: pytest.TempPathFactory) -> Pruned:
-    """A tiny model pruned by half, its first head strong and the encoder's last one dead; beside it the `original`."""
+    """A tiny model pruned by half, with a strong first head and a zero last head in the encoder.
+
+    The unpruned model is in the folder `original` beside it.
+    """
     made: dict[str, Path] = {}
 
     def uneven(tensors: Tensors) -> None:
@@ -59,12 +62,12 @@ def run(file: Path, **inputs: Any) -> dict[str, Any]:
     return dict(zip(names, session.run(names, arrays), strict=True))
 
 
-def apart(found: Any, expected: Tensor) -> float:
+def relative_error(found: Any, expected: Tensor) -> float:
     return float((torch.from_numpy(found) - expected).norm() / expected.norm())
 
 
 def greedy(folder: Path, features: Tensor, prompt: list[int], new: int) -> list[int]:
-    """Greedy decoding as anyone would write it who knows optimum's names; the cache is whatever the graphs say."""
+    """Greedy decoding with the tensor names of optimum. The cache has the shapes that the graphs return."""
     frames = run(folder / "encoder_model.onnx", input_features=features)["last_hidden_state"]
     result = run(folder / "decoder_model.onnx", input_ids=np.array([prompt]), encoder_hidden_states=frames)
     tokens, past = list(prompt), dict[str, Any]()
@@ -88,23 +91,23 @@ def test_whisper_decodes_as_transformers_does(pruned: Pruned, tmp_path: Path) ->
         ids = torch.cat([ids, model(features[:1], decoder_input_ids=ids).logits[:, -1:].argmax(-1)], 1)
     assert greedy(out, features[:1], [1, 7, 9], 8) == ids[0].tolist()
 
-    # Batches and lengths are free, and another model is told apart.
+    # Other batch sizes and lengths work. Negative control: the unpruned model differs.
     frames = model.model.encoder(features).last_hidden_state
-    assert apart(run(out / WHISPER_FILES[0], input_features=features)["last_hidden_state"], frames) < TOLERANCE
+    assert relative_error(run(out / WHISPER_FILES[0], input_features=features)["last_hidden_state"], frames) < TOLERANCE
     ids = torch.randint(5, 90, (2, 12))
     first = run(out / WHISPER_FILES[1], input_ids=ids, encoder_hidden_states=frames)
-    assert apart(first["logits"], model(features, decoder_input_ids=ids).logits) < TOLERANCE
+    assert relative_error(first["logits"], model(features, decoder_input_ids=ids).logits) < TOLERANCE
     unpruned = load(open_model(folder.with_name("original")))
-    assert apart(first["logits"], unpruned(features, decoder_input_ids=ids).logits) > 1000 * TOLERANCE
+    assert relative_error(first["logits"], unpruned(features, decoder_input_ids=ids).logits) > 1000 * TOLERANCE
 
     kept = [
         f"{layer}.{kind}.{side}" for layer in (0, 1) for kind in ("decoder", "encoder") for side in ("key", "value")
     ]
     assert list(first) == ["logits", *(f"present.{name}" for name in kept)]
     slots = {array.shape[1] for name, array in first.items() if name != "logits"}
-    assert max(slots) > 4  # of four heads, the strong one has more than one slot
+    assert max(slots) > 4  # 4 heads, of which the strong one needs more than one slot
     cache = sum(array.size for name, array in first.items() if name != "logits")
-    whole = 2 * 2 * 2 * (12 + 30) * 32  # of 2 samples, layers and sides, 12 tokens and 30 frames of width 32
+    whole = 2 * 2 * 2 * (12 + 30) * 32  # 2 samples, 2 layers, keys and values, 12 tokens and 30 frames of width 32
     assert cache < 0.7 * whole
     assert "quantization_config" not in tiny.read_config(out)
     assert {path.name for path in out.iterdir()} == {
@@ -123,9 +126,9 @@ def test_bert_gives_the_logits_of_transformers(pruned: Pruned, tmp_path: Path) -
     inputs = tiny.inputs(model, batch=3) | {"token_type_ids": torch.ones(3, 9, dtype=torch.long)}
     found = run(out / "model.onnx", **inputs)
     assert list(found) == ["logits"]
-    assert apart(found["logits"], model(**inputs).logits) < TOLERANCE
-    inputs["attention_mask"] = torch.ones_like(inputs["attention_mask"])  # the padding was left out before
-    assert apart(found["logits"], model(**inputs).logits) > 100 * TOLERANCE
+    assert relative_error(found["logits"], model(**inputs).logits) < TOLERANCE
+    inputs["attention_mask"] = torch.ones_like(inputs["attention_mask"])  # before, the padding was masked
+    assert relative_error(found["logits"], model(**inputs).logits) > 100 * TOLERANCE
 
 
 def test_force_replaces_graphs_and_large_weights_lie_beside_them(
@@ -168,7 +171,7 @@ def test_other_models_are_refused(name: str, tiny_folder: TinyFolder, tmp_path: 
 
 
 def block(qk_ranks: list[int], vo_ranks: list[int], biases: bool) -> HeadWeights:
-    """A block of width 12, heads of 8, cut to these ranks."""
+    """A block of width 12 with heads of dimension 8, cut to these ranks."""
     generator = torch.Generator().manual_seed(0)
 
     def cut(ranks: list[int], *shape: int) -> Tensor:
@@ -183,7 +186,7 @@ def block(qk_ranks: list[int], vo_ranks: list[int], biases: bool) -> HeadWeights
 
 
 def attention(weights: HeadWeights, x: Tensor, frames: Tensor, mask: Tensor, scaling: float) -> Tensor:
-    """Attention as the textbook has it, full width."""
+    """Textbook attention at full width."""
 
     def side(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         found = torch.einsum("btD,hdD->bhtd", x, weight)
@@ -224,7 +227,7 @@ def test_narrow_attention_is_attention(qk: list[int], vo: list[int], biases: boo
         first, later = OnnxStep({}), OnnxStep({})
         close(slots(x, frames, first)[0], crossed)
         later.past["block"] = first.present["block"]
-        close(slots(x, frames[:0], later)[0], crossed)  # from the cache alone
+        close(slots(x, frames[:0], later)[0], crossed)  # uses only the cache
         half = OnnxStep({})
         slots(x[:, :2], past_key_values=half)
         rest = OnnxStep({"block": half.present["block"]})

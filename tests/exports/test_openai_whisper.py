@@ -1,4 +1,4 @@
-"""openai-whisper on what pessa writes: compact folders in memory, and the .pt file that whisper.load_model reads."""
+"""openai-whisper with compact folders, and with the .pt file that pessa exports for whisper.load_model."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def ragged(model: Whisper) -> list[RaggedAttention]:
 
 @pytest.fixture(autouse=True)
 def _always_in_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
-    """However little that saves: in models of this size it is never what a call costs."""
+    """Make calls free, as bucketed attention never pays off in models of this size."""
     set_costs(monkeypatch, Cost(call=0, head=0, width=0, stored=1))
 
 
@@ -65,11 +65,11 @@ def set_costs(monkeypatch: pytest.MonkeyPatch, cost: Cost) -> None:
         monkeypatch.setattr(whisper_model, table, {"cpu": cost})
 
 
-# --- a tiny model of openai-whisper's proportions, heads of all ranks from none to full
+# --- a tiny model with the shapes of openai-whisper and heads of every rank from none to full
 
 
 def save_shaped(folder: Path, **changes: Any) -> Path:
-    """A Whisper with openai-whisper's vocabulary whose heads matter less and less, and the last one not at all."""
+    """A Whisper with openai-whisper's vocabulary, whose heads have decreasing weights; the last head is zero."""
     torch.manual_seed(0)
     width = 128
     sizes: dict[str, Any] = {"vocab_size": 51865, "num_mel_bins": 80, "d_model": width}
@@ -103,7 +103,7 @@ def compact(shaped: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def file(compact: Path) -> Path:
-    """The compact model as a stock file."""
+    """The compact model, exported as an openai-whisper file."""
     out = compact.parent / "out.pt"
     export_openai(compact, out)
     return out
@@ -143,7 +143,7 @@ def test_weights_that_are_cut_are_not_in_memory(compact: Path, file: Path) -> No
 
 
 def test_decoding_with_its_cache_and_several_beams(compact: Path, mel: torch.Tensor, tokens: torch.Tensor) -> None:
-    """One frame of tokens at a time against all at once; queries of three beams share one clip's keys and values."""
+    """Decoding token by token equals decoding all at once; three beams share the keys and values of one clip."""
     loaded = pessa_cli.load_whisper(compact)
     with torch.no_grad():
         audio = loaded.embed_audio(mel[:1])
@@ -158,13 +158,13 @@ def test_decoding_with_its_cache_and_several_beams(compact: Path, mel: torch.Ten
         for hook in hooks:
             hook.remove()
         stale = loaded.decoder(beams[:, -1:], audio, kv_cache=dict(list(cache.items())[:0]))
-        assert relative(stale[:, 0], expected[:, -1]) > 1e-3  # the control: without what the cache holds
+        assert relative(stale[:, 0], expected[:, -1]) > 1e-3  # negative control: an empty cache
 
 
 def test_scores_come_in_the_order_of_the_heads(
     compact: Path, file: Path, mel: torch.Tensor, tokens: torch.Tensor
 ) -> None:
-    """The timestamps of words are read from them, by layer and head."""
+    """Word timestamps are computed from the scores of certain layers and heads."""
     models = {"stock": whisper.load_model(str(file)), "compact": pessa_cli.load_whisper(compact)}
     scores: dict[str, list[torch.Tensor]] = {}
     for name, model in models.items():
@@ -231,7 +231,9 @@ def test_the_file_is_the_dense_model_bit_for_bit(compact: Path, file: Path, pess
     with open_source(str(file)) as folder:  # and read again, under pessa's names
         assert raw_tensors(folder) == dense
     model = whisper.load_model(str(file))
-    assert model.alignment_heads.to_dense().sum() == HEADS  # a path has no name to know them by: the last half
+    assert (
+        model.alignment_heads.to_dense().sum() == HEADS
+    )  # for a path instead of a model name, openai-whisper takes the last half of the layers
     model.set_alignment_heads(stored["alignment_heads"])
     assert model.alignment_heads.to_dense().nonzero().tolist() == ALIGNMENT
     assert pessa_cli.load_whisper(compact).alignment_heads.to_dense().nonzero().tolist() == ALIGNMENT
@@ -243,7 +245,7 @@ def test_exporting_from_the_command_line(compact: Path, file: Path, pessa: Pessa
     result = pessa(*arguments, "--json")
     assert result.code == 0, result
     assert json.loads(result.out)["to"] == "openai-whisper"
-    assert (place / "new" / "out.pt").read_bytes() == file.read_bytes()  # the same bytes on every run
+    assert (place / "new" / "out.pt").read_bytes() == file.read_bytes()  # every run writes the same bytes
     is_refusal(pessa(*arguments), "out.pt exists", "--force")
     (place / "new" / ".out.pt.partial").write_text("left by a killed run")
     assert pessa(*arguments, "--force").code == 0
@@ -289,7 +291,9 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_openai_whisper_would_not_compute_is_refused(case: str, shaped: Path, pessa: Pessa, place: Path) -> None:
+def test_models_that_openai_whisper_cannot_represent_are_refused(
+    case: str, shaped: Path, pessa: Pessa, place: Path
+) -> None:
     change, says = REFUSED[case]
     model = copy_of(shaped, place / "model")
     change(model)
@@ -306,7 +310,7 @@ def test_another_architecture_is_refused(tiny_folder: TinyFolder, pessa: Pessa, 
     is_refusal(pessa("export", small, "--to", "openai-whisper", "-o", place / "out.pt"), "vocab_size: 100")
 
 
-def test_places_that_cannot_be(shaped: Path, file: Path, pessa: Pessa, place: Path) -> None:
+def test_invalid_destinations_are_refused(shaped: Path, file: Path, pessa: Pessa, place: Path) -> None:
     to = ("--to", "openai-whisper")
     model = copy_of(shaped, place / "model")
     before = snapshot(place)
@@ -317,12 +321,12 @@ def test_places_that_cannot_be(shaped: Path, file: Path, pessa: Pessa, place: Pa
     is_refusal(pessa("export", file, *to, "-o", file, "--force"), "where the model is read from")
     assert snapshot(place) == before
     (place / "notes.pt").write_text("not a model")
-    is_refusal(pessa("export", model, *to, "-o", place / "notes.pt", "--force"), "no file of torch.save")
+    is_refusal(pessa("export", model, *to, "-o", place / "notes.pt", "--force"), "not written by torch.save")
     assert (place / "notes.pt").read_text() == "not a model"
 
 
 def test_a_full_disk_leaves_nothing_and_the_old_file(shaped: Path, file: Path, place: Path) -> None:
-    """A limit on the size of files is what a process can have of a full disk."""
+    """A limit on the file size of the process stands in for a full disk."""
     old = place / "out.pt"
     old.write_bytes(file.read_bytes())
     before = snapshot(place)
@@ -370,16 +374,16 @@ def test_without_openai_whisper_the_extra_is_named(shaped: Path, monkeypatch: py
 # --- the real model, on real speech
 
 
-def test_the_real_model_says_the_same_in_both_libraries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """transcribe() and transformers under greedy decoding, token for token; times of words as from the stock file."""
-    for name in ("backtrace", "dtw_cpu"):  # compiling them takes longer than running them as they are
+def test_the_real_model_transcribes_alike_in_both_libraries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transcribe() and transformers give equal tokens under greedy decoding, and word times equal the stock file's."""
+    for name in ("backtrace", "dtw_cpu"):  # compiling them takes longer than running them in Python
         monkeypatch.setattr(timing, name, getattr(timing, name).py_func)
     source, clip = fetch("whisper-tiny.en"), load_audio(fetch("speech") / "beckett.wav")
     prune_model(open_model(source), tmp_path / "out", Rule(ratio=0.05))
     ours = pessa_cli.load_whisper(tmp_path / "out")
     assert len(ragged(ours)) > 6
     theirs = WhisperForConditionalGeneration.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
-    # Padded to half a minute here, since transcribe() would pad with another silence than transformers.
+    # Padded to 30 s here, because transcribe() and transformers pad features differently.
     audio = whisper.pad_or_trim(clip)
     processor = WhisperProcessor.from_pretrained(source)
     features = processor(audio, sampling_rate=SAMPLE_RATE, return_tensors="pt")["input_features"]
@@ -395,11 +399,11 @@ def test_the_real_model_says_the_same_in_both_libraries(tmp_path: Path, monkeypa
     stock.set_alignment_heads(torch.load(tmp_path / "out.pt", weights_only=True)["alignment_heads"])
     known = stock.transcribe(audio, word_timestamps=True, **options)
     assert words(transcript) == words(known)
-    # The controls: heads that do not follow time, and a model that was not pruned.
+    # Negative controls: other alignment heads, and the unpruned model.
     assert words(transcript) != words(guessed)
     original = pessa_cli.load_whisper(source)
-    said = original.decode(whisper.log_mel_spectrogram(audio), whisper.DecodingOptions(**options))
-    assert said.tokens != expected.tolist()
+    decoded = original.decode(whisper.log_mel_spectrogram(audio), whisper.DecodingOptions(**options))
+    assert decoded.tokens != expected.tolist()
 
 
 def words(transcript: dict[str, Any]) -> list[tuple[str, float, float]]:

@@ -1,4 +1,4 @@
-"""Several processes: what one learns alone, two learn together."""
+"""Training in two processes gives the same adapter as training in one."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LAUNCH = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--npro
 
 
 def test_two_processes_learn_as_one(pessa: Pessa, tiny_folder: TinyFolder, tmp_path: Path) -> None:
-    """The same losses and the same adapter at the same batch over all; the second process neither tells nor writes."""
+    """Losses and adapter are equal at the same total batch size. Only the first process reports and writes."""
     folder = with_tokenizer(tiny_folder("llama"), tmp_path / "llama")
     options = ("--data", sums(tmp_path / "sums.jsonl", 24), "--batch", 4, "--max-steps", 5, "--log-steps", 1)
     line = ("tune", folder, "--method", "pessa", "--lr", "1e-2", "--save-steps", 2, "--device", "cpu", *options)

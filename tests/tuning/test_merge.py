@@ -1,4 +1,4 @@
-"""`pessa merge`: the same bytes as PEFT's own merging in memory, layer by layer from file to file."""
+"""`pessa merge` works layer by layer and writes the same bytes as merging in memory with PEFT."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ CASES = [
 
 
 def tuned(folder: Path, out: Path, method: str, targets: list[str] | None, rank: int | None = None) -> Path:
-    """An adapter that changes the model, as `pessa tune` would save it."""
+    """An adapter that changes the model, saved as by `pessa tune`."""
     torch.manual_seed(0)
     rank = 4 if rank is None and method != "pessa" else rank
     model = get_peft_model(tiny.load(folder), build_config(method, rank, targets))
@@ -44,7 +44,7 @@ def tensors(folder: Path) -> dict[str, tuple[str, bytes]]:
 
 
 def in_memory(folder: Path, adapter: Path, out: Path) -> Path:
-    """What PEFT's merging makes of it."""
+    """The model with the adapter merged in memory by PEFT."""
     dtype = getattr(torch, tiny.read_config(folder)["dtype"])
     model = PeftModel.from_pretrained(tiny.load(folder, dtype=dtype), str(adapter))
     model.merge_and_unload(safe_merge=True).save_pretrained(out)
@@ -52,7 +52,7 @@ def in_memory(folder: Path, adapter: Path, out: Path) -> Path:
 
 
 @pytest.mark.parametrize(("method", "name", "targets"), CASES, ids=lambda value: str(value))
-def test_as_peft_merges(
+def test_equals_merging_with_peft(
     method: str, name: str, targets: list[str] | None, pessa: Pessa, tiny_folder: TinyFolder, tmp_path: Path
 ) -> None:
     folder, out = tiny_folder(name), tmp_path / "merged"
@@ -81,7 +81,7 @@ def test_in_16_bits(dtype: torch.dtype, pessa: Pessa, tiny_folder: TinyFolder, t
 
 
 def test_shards(pessa: Pessa, tiny_folder: TinyFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A sharded model, cut anew, and a run that is killed in the middle."""
+    """A sharded model is written with other shards, and a failed run is resumed."""
     folder = tiny_folder("llama", max_shard_size="20kB")
     adapter = tuned(folder, tmp_path / "adapter", "lora", None)
     assert pessa("merge", folder, adapter, "-o", tmp_path / "whole").code == 0
@@ -120,8 +120,8 @@ def test_a_compact_model_stays_compact(pessa: Pessa, pruned: Callable[..., Path]
     assert tiny.close(tiny.load(tmp_path / "dense"), merged)
 
 
-def test_what_a_compact_model_has_no_room_for(pessa: Pessa, pruned: Callable[..., Path], tmp_path: Path) -> None:
-    """LoRA gives the cut directions something again: that is a dense model, and merges into one exactly."""
+def test_an_adapter_wider_than_a_compact_model(pessa: Pessa, pruned: Callable[..., Path], tmp_path: Path) -> None:
+    """LoRA adds to dropped directions, so its adapter merges into the dense layout but not into the compact one."""
     folder = pruned("llama")
     adapter = tuned(folder, tmp_path / "adapter", "lora", None)
     is_refusal(pessa("merge", folder, adapter, "-o", tmp_path / "merged"), "--layout dense")
@@ -145,7 +145,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_no_adapter(damage: str, pessa: Pessa, tiny_folder: TinyFolder, place: Path) -> None:
+def test_damaged_adapters_are_refused(damage: str, pessa: Pessa, tiny_folder: TinyFolder, place: Path) -> None:
     adapter = tuned(tiny_folder("llama"), place / "adapter", "lora", None)
     change, culprit = DAMAGES[damage]
     change(adapter)

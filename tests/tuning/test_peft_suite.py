@@ -1,4 +1,4 @@
-"""PEFT's own tests with our methods: a part of them that is quick; `python scripts/peft_tests.py` runs all."""
+"""A quick part of PEFT's own test suite with pessa's methods; `python scripts/peft_tests.py` runs all of it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def test_peft_accepts_our_methods() -> None:
 
 
 def test_failures_are_only_explained_by_name(tmp_path: Path) -> None:
-    """Negative control: of two failures, one like an explained one and one unlike it, the other stays a failure."""
+    """Negative control: of two failures with the same error, only the one with an explained name is explained."""
     case = '<testcase classname="tests.test_custom_models.TestPeftCustomModel" name="{0}">{1}</testcase>'
     broken = '<failure message="assert False">...</failure>'
     names = ("test_parameters_after_loading_model[SORSA 0 MLP]", "test_parameters_after_loading_model[SVFT 0 MLP]")

@@ -1,4 +1,4 @@
-"""`pessa tune`: what is learned of an example, that training does it, and what a stopped run leaves."""
+"""`pessa tune`: which tokens are learned, training with every method, resuming, and refused data and options."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_the_alpaca_prompt() -> None:
     assert "Input" not in render({"instruction": "Add.", "output": "4"}, None, "alpaca").text
 
 
-def test_what_is_too_long_is_cut_or_left_out() -> None:
+def test_long_examples_are_truncated_or_left_out() -> None:
     rows = [{"prompt": "x" * 30, "completion": "y"}, {"prompt": "x", "completion": "y" * 30}]
     found = encode_text(Path("data"), rows, tokenizer(), DataOptions(max_length=10))
     assert [len(row["input_ids"]) for row in found] == [10]
@@ -65,7 +65,7 @@ def test_what_is_too_long_is_cut_or_left_out() -> None:
         encode_text(Path("data"), rows[:1], tokenizer(), DataOptions(max_length=10))
 
 
-def test_packed_examples_do_not_see_each_other() -> None:
+def test_packed_examples_do_not_attend_to_each_other() -> None:
     model = tiny.build("llama")
     rows = [
         encode(render({"prompt": f"{i}" * n, "completion": "=" * n}, tokenizer(), "alpaca"), tokenizer(), DataOptions())
@@ -85,8 +85,9 @@ def test_packed_examples_do_not_see_each_other() -> None:
     expected = sum(total(collate([row])) for row in rows)
     assert total(collate(packed)) == pytest.approx(expected, rel=1e-5)
     assert total(collate(rows)) == pytest.approx(expected, rel=1e-5)
-    seen = [{key: row[key] for key in ("input_ids", "labels")} for row in packed]
-    assert abs(total(collate(seen)) - expected) > 1e-3 * expected  # without positions they do see each other
+    without = [{key: row[key] for key in ("input_ids", "labels")} for row in packed]
+    # Negative control: without position_ids examples attend to each other.
+    assert abs(total(collate(without)) - expected) > 1e-3 * expected
 
 
 def test_an_adapter_is_trained(pessa: Pessa, llama: Path, place: Path) -> None:
@@ -120,7 +121,7 @@ def test_an_adapter_is_trained(pessa: Pessa, llama: Path, place: Path) -> None:
     assert not tiny.close(tiny.load(llama), tuned, 1e-3)
 
 
-# EVA goes on through its data until its components stand still, which so few and tiny examples never let them do.
+# EVA repeats its data until its components converge, which they do not with so few and tiny examples.
 @pytest.mark.parametrize("method", [method for method in methods.TUNING_METHODS if method != "eva"])
 def test_every_method_trains(method: str, llama: Path, tmp_path: Path) -> None:
     data, out = sums(tmp_path / "sums.jsonl"), tmp_path / "adapter"
@@ -134,7 +135,7 @@ def test_every_method_trains(method: str, llama: Path, tmp_path: Path) -> None:
     assert len(set(losses(out))) == 3
 
 
-def test_packing_trains_too(pessa: Pessa, llama: Path, tmp_path: Path) -> None:
+def test_training_with_packing(pessa: Pessa, llama: Path, tmp_path: Path) -> None:
     data = sums(tmp_path / "sums.jsonl", 40)
     line = ("tune", llama, "--method", "lora", "--data", data, "--max-length", 64, *QUICK, "--packing", "--json")
     result = pessa(*line, "-o", tmp_path / "adapter", "--gradient-checkpointing", "--micro-batch", 2)
@@ -142,7 +143,7 @@ def test_packing_trains_too(pessa: Pessa, llama: Path, tmp_path: Path) -> None:
     assert json.loads(result.out)["data"]["rows"] < 12
 
 
-def test_accumulated_batches_are_the_same_step(pessa: Pessa, llama: Path, tmp_path: Path) -> None:
+def test_gradient_accumulation_gives_the_same_losses(pessa: Pessa, llama: Path, tmp_path: Path) -> None:
     data = sums(tmp_path / "sums.jsonl")
     line = ("tune", llama, "--method", "lora", "--data", data, *QUICK)
     for name, size in (("whole", 4), ("parts", 1)):
@@ -159,18 +160,18 @@ def test_a_pruned_model_is_tuned(layout: str, pessa: Pessa, pruned: Callable[...
     assert len(set(losses(tmp_path / "adapter"))) == 4
 
 
-def test_a_stopped_run_goes_on(llama: Path, tmp_path: Path) -> None:
+def test_a_stopped_run_resumes(llama: Path, tmp_path: Path) -> None:
     tuning = Tuning().changed(method="lora", max_steps=6, batch=4, log_steps=1, save_steps=2, device="cpu")
     job = Job(open_model(llama), sums(tmp_path / "sums.jsonl"), tmp_path / "whole", tuning, "llama")
     tune(job)
     stopped = replace(job, out=tmp_path / "stopped")
 
-    def pull_the_plug(step: TrainingStep) -> None:
+    def interrupt(step: TrainingStep) -> None:
         if step.step == 5:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        tune(replace(stopped, watch=pull_the_plug))
+        tune(replace(stopped, watch=interrupt))
     assert not stopped.out.exists()
     left = tmp_path / ".stopped.partial"
     assert {path.name for path in left.iterdir()} >= {"checkpoint-2", "checkpoint-4"}
@@ -180,7 +181,7 @@ def test_a_stopped_run_goes_on(llama: Path, tmp_path: Path) -> None:
     other = tuning.changed(learning_rate=1.0)
     with pytest.raises(PessaError, match="another source, options"):
         tune(replace(stopped, tuning=other, resume=True))
-    (left / "checkpoint-6").mkdir()  # half of one, as a killed run leaves it
+    (left / "checkpoint-6").mkdir()  # an incomplete checkpoint, as a killed run leaves it
     tune(replace(stopped, resume=True))
     assert losses(stopped.out) == losses(job.out)[4:]
     for name in ("adapter_model.safetensors", "adapter_config.json"):
@@ -199,7 +200,7 @@ def test_a_failed_run_leaves_nothing(pessa: Pessa, llama: Path, place: Path) -> 
     assert snapshot(place) == before
 
 
-def test_an_adapter_is_replaced_only_by_force(pessa: Pessa, llama: Path, place: Path) -> None:
+def test_an_adapter_is_replaced_only_with_force(pessa: Pessa, llama: Path, place: Path) -> None:
     out = place / "adapter"
     line = ("tune", llama, "--method", "lora", "--data", sums(place / "sums.jsonl"), "-o", out, *QUICK)
     assert pessa(*line).code == 0
@@ -244,7 +245,7 @@ def test_data_that_does_not_fit(
         ("--data missing.jsonl", "missing.jsonl", 1),
     ],
 )
-def test_options_that_make_no_sense(
+def test_invalid_options_are_refused(
     options: str, culprit: str, code: int, pessa: Pessa, llama: Path, place: Path
 ) -> None:
     data = sums(place / "sums.jsonl")
@@ -264,7 +265,7 @@ def test_the_recipes_in_configs(recipe: Path) -> None:
     assert tuning.train.save_steps
 
 
-def test_the_papers_set_up() -> None:
+def test_the_recipe_has_the_settings_of_the_paper() -> None:
     tuning = load_tuning(next(path for path in CONFIGS if path.stem == "tune-commonsense"))
     train = tuning.train
     assert (train.learning_rate, train.schedule, train.warmup) == (1e-4, "linear", 100)
@@ -284,7 +285,7 @@ def test_the_papers_set_up() -> None:
         ("[adapter]\ntargets = [1]\n", "targets"),
     ],
 )
-def test_a_recipe_is_checked(text: str, culprit: str, tmp_path: Path) -> None:
+def test_invalid_recipes_are_refused(text: str, culprit: str, tmp_path: Path) -> None:
     path = tmp_path / "recipe.toml"
     path.write_text(text)
     with pytest.raises(UsageError, match=culprit):

@@ -1,4 +1,4 @@
-"""PESSA as a PEFT tuner, against the model that is literally re-parametrised, and in everything PEFT does with it."""
+"""PESSA as a PEFT tuner: compared with an explicitly reparametrised model, and in every operation of PEFT."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def layers(model: nn.Module) -> Iterator[tuple[str, PessaLayer]]:
             yield name.removeprefix("base_model.model."), module
 
 
-# --- the literal model ---
+# --- the reparametrised model ---
 
 
 def rows_of(base: nn.Module, name: str) -> Tensor:
@@ -59,10 +59,10 @@ def rows_of(base: nn.Module, name: str) -> Tensor:
     return weight if bias is None else torch.cat([weight, bias.unsqueeze(1)], 1)
 
 
-def literal(base: nn.Module, model: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The base's parameters with every product written as U S' V^T, or every factor as Q R', and those S' and R'.
+def reparametrised(base: nn.Module, model: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The parameters of the base with every product as U S' V^T or every factor as Q R', and all S' and R' by module.
 
-    From dense products, so by another road than the tuner's; it borrows only the signs of the singular vectors.
+    They are computed from dense products, independently of the tuner except for the signs of singular vectors.
     """
     parameters: dict[str, Tensor] = {}
     trained: dict[str, Tensor] = {}
@@ -106,7 +106,7 @@ def literal(base: nn.Module, model: Any) -> tuple[dict[str, Tensor], dict[str, T
         u, s, vh = (
             part[..., :d] if i < 2 else part[..., :d, :] for i, part in enumerate(torch.linalg.svd(own @ other.mT))
         )
-        signs = (u * (own @ left)).sum(-2).sign()  # singular vectors are unique but for these
+        signs = (u * (own @ left)).sum(-2).sign()  # singular vectors are unique up to their signs
         u, vh = u * signs.unsqueeze(-2), vh * signs.unsqueeze(-1)
         trained[name] = (torch.diag_embed(s) + delta).requires_grad_()
         product = trained[name] @ vh  # (heads, d, rows of the other factor)
@@ -122,10 +122,10 @@ def literal(base: nn.Module, model: Any) -> tuple[dict[str, Tensor], dict[str, T
 
 @pytest.mark.parametrize("name", tiny.NAMES)
 @pytest.mark.parametrize("forms", [{}, {"form": "banded", "bandwidth": 2, "qk": "full"}, {"form": "diagonal"}])
-def test_equals_the_literally_reparametrised_model(name: str, forms: dict[str, Any]) -> None:
+def test_equals_the_reparametrised_model(name: str, forms: dict[str, Any]) -> None:
     base = tiny.build(name).double()
     model = adapted(base, **forms)
-    parameters, trained = literal(base, model)
+    parameters, trained = reparametrised(base, model)
     inputs = as_dtype(tiny.inputs(base), base)
     ours = model(**inputs).logits
     theirs = torch.func.functional_call(base, parameters, kwargs=inputs).logits
@@ -144,8 +144,8 @@ def test_equals_the_literally_reparametrised_model(name: str, forms: dict[str, A
 
 
 @pytest.mark.parametrize("name", ["whisper", "llama"])
-def test_the_literal_model_tells_a_transposed_matrix(name: str) -> None:
-    """Negative control of the test above."""
+def test_a_transposed_matrix_changes_the_output(name: str) -> None:
+    """Negative control of the test above: the outputs detect a transposed S' or R'."""
     base = tiny.build(name).double()
     model = adapted(base, qk="full")
     for _, layer in layers(model):
@@ -183,7 +183,7 @@ def test_start_disable_merge_and_unmerge(name: str, dtype: torch.dtype) -> None:
     assert torch.equal(logits(model.unload()), reference)
 
 
-def test_merged_weights_need_nothing_of_ours(tmp_path: Path) -> None:
+def test_a_merged_model_has_no_pessa_modules(tmp_path: Path) -> None:
     base = tiny.build("llama")
     model = adapted(base)
     expected = logits(model)
@@ -204,8 +204,8 @@ def test_a_broken_adapter_is_not_merged() -> None:
     assert not layer.merged
 
 
-def test_dead_directions_do_no_harm() -> None:
-    """A head that is zero, and one of less than full rank, as in a dense pruned model."""
+def test_zero_directions_keep_gradients_finite() -> None:
+    """A head of zeros and a head of less than full rank, as in a dense pruned model."""
     base = tiny.build("whisper")
     attention = base.model.encoder.layers[0].self_attn
     with torch.no_grad():
@@ -224,7 +224,7 @@ def test_dead_directions_do_no_harm() -> None:
 # --- several adapters ---
 
 
-def test_several_adapters_switch_mix_and_go() -> None:
+def test_several_adapters_are_switched_mixed_merged_and_deleted() -> None:
     base = tiny.build("llama")
     model = adapted(base)
     first = logits(model)
@@ -283,7 +283,7 @@ try:
     PeftConfig.from_pretrained(folder)
 except KeyError as error:
     unprepared = error.args
-import pessa_cli  # after peft, for once
+import pessa_cli  # here after peft
 svd = torch.linalg.svd
 def flipped(*args, **kwargs):
     u, s, vh = svd(*args, **kwargs)
@@ -300,7 +300,7 @@ torch.save({"unprepared": unprepared, "logits": logits}, folder + "/result.pt")
 
 
 def test_reloads_in_a_new_process_to_the_same_bits(tmp_path: Path) -> None:
-    """And without pessa_cli, PEFT stops with the bare name of the method; what to do stands in the file it has read."""
+    """Without pessa_cli PEFT raises an error with the method's name, and the config file says what to import."""
     model = adapted(tiny.build("whisper"))
     model.save_pretrained(tmp_path)
     subprocess.run([sys.executable, "-c", RELOAD, str(tmp_path)], check=True, cwd=Path(__file__).parents[1] / "helpers")
@@ -311,8 +311,8 @@ def test_reloads_in_a_new_process_to_the_same_bits(tmp_path: Path) -> None:
     assert (config["peft_type"], config["requires"]) == ("PESSA", "import pessa_cli")
 
 
-def test_without_the_bases_a_flipped_sign_would_show(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Negative control of the test above: the signs do matter to what is stored beside the bases."""
+def test_the_trained_entries_depend_on_the_signs_of_the_bases(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Negative control of the test above: the trained entries alone give another model with other signs."""
     base = tiny.build("whisper")
     model = adapted(base)
     svd = torch.linalg.svd
@@ -396,7 +396,7 @@ def test_trainer_resumes_and_checkpoints_gradients(tmp_path: Path) -> None:
 
 
 def test_autocast() -> None:
-    """T - I is computed in float32 there, too, so that what is trained is not rounded away."""
+    """T - I is computed in float32 under autocast, so that small trained changes are not rounded to zero."""
     base = tiny.build("llama")
     model = adapted(base, init_weights=True).train()
     inputs = tiny.inputs(base)
@@ -419,7 +419,7 @@ def test_autocast() -> None:
 
 @pytest.fixture
 def full_slots() -> Iterator[None]:
-    """Attention as it is with adapters, for the model without them too: other kernels round otherwise."""
+    """Use the attention backend of models with adapters for all models, as other kernels round differently."""
     before = get_backend()
     set_backend("scatter")
     yield
@@ -451,7 +451,7 @@ def test_a_pruned_model_trains_its_kept_directions(name: str, pruned: Callable[.
     assert torch.equal(logits(tiny.load(tmp_path / "merged")), logits(merged))
 
 
-def test_a_block_of_which_nothing_is_left() -> None:
+def test_a_block_without_any_direction() -> None:
     base = tiny.build("whisper")
     attention = base.model.encoder.layers[0].self_attn
     attention.v_proj = RaggedOut(attention.v_proj, Ragged("rows", 8, (0, 0, 0, 0)))
@@ -463,7 +463,7 @@ def test_a_block_of_which_nothing_is_left() -> None:
 
 
 def test_only_kept_directions_change(pruned: Callable[..., Path]) -> None:
-    """The slots of cut directions stay zero with an adapter."""
+    """The slots of dropped directions stay zero with an adapter."""
     model = adapted(tiny.load(pruned("whisper")))
     name, layer = next((n, m) for n, m in layers(model) if isinstance(m.get_base_layer(), RaggedOut))
     base: Any = layer.get_base_layer()
@@ -487,7 +487,7 @@ def test_only_kept_directions_change(pruned: Callable[..., Path]) -> None:
     ],
 )
 def test_counts_of_the_papers(shape: str, options: dict[str, Any], expected: int) -> None:
-    """LLaMA-2-7B with q, k and v: 0.74 % of the parameters, as the paper and its code say."""
+    """The numbers of trained parameters in the paper and its code: for LLaMA-2-7B with q, k and v, 0.74%."""
     sizes = {
         "llama-2-7b": {
             "vocab_size": 32000,
@@ -534,7 +534,7 @@ def test_layers_and_modules_can_be_chosen() -> None:
 
 
 def test_other_linear_layers_by_blocks_of_rows() -> None:
-    """Also the transposed ones of GPT-2."""
+    """Linear layers outside attention are adapted in blocks of head_dim rows, including GPT-2's transposed Conv1D."""
     torch.manual_seed(0)
     gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=100, n_positions=40, n_embd=32, n_layer=2, n_head=4)).eval()
     model = adapted(gpt2, target_modules=["c_attn", "c_fc"], head_dim=8)
@@ -548,7 +548,7 @@ def test_other_linear_layers_by_blocks_of_rows() -> None:
 
 
 def test_blocks_wider_than_the_input() -> None:
-    """Then R is not square, and only as many directions can be trained as there are inputs."""
+    """R is not square then, and only as many directions can be trained as there are inputs."""
     torch.manual_seed(0)
     base = nn.Sequential(nn.Linear(3, 16))
     model = get_peft_model(copy.deepcopy(base), PessaTunerConfig(target_modules=["0"], head_dim=8, init_weights=False))

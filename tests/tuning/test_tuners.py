@@ -1,4 +1,4 @@
-"""SORSA, MiLoRA, PiCa, SVFT and LoRA-XS on tiny models: what each computes, and what PEFT does with it."""
+"""SORSA, MiLoRA, PiCa, SVFT and LoRA-XS on tiny models: their formulas, and every operation of PEFT."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from pessa_cli.tuning.truncated_svd import triplets
 from pessa_cli.tuning.tuner_sorsa import SorsaTrainer, regularizer
 
 TARGETS = ["q_proj", "v_proj"]
-# Every method of ours with a start that is known, by a name for the test; PESSA has a file of its own.
+# Options of each method of pessa by the name of the test case; PESSA has its own file.
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "sorsa": ("sorsa", {"rank": 4}),
     "milora": ("milora", {"rank": 4}),
@@ -49,7 +49,7 @@ def logits(model: Any) -> Tensor:
 
 
 def trained(case: str, name: str = "llama", **more: Any) -> tuple[Any, Tensor]:
-    """A tiny model with an adapter that does something, and what it said without."""
+    """A tiny model with an adapter that changes it, and the logits without the adapter."""
     model = tiny.build(name)
     before = logits(model)
     tuned = get_peft_model(model, config(case, **more)).eval()
@@ -58,7 +58,7 @@ def trained(case: str, name: str = "llama", **more: Any) -> tuple[Any, Tensor]:
 
 
 def shake(model: Any, size: float = 0.1) -> None:
-    """Move all that is trained: as training does, but at once."""
+    """Add noise to all trained parameters, in place of training."""
     generator = torch.Generator().manual_seed(2)
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -93,7 +93,7 @@ def test_disabled_and_unmerged_are_the_base_model(case: str) -> None:
 
 @every
 def test_change_is_that_of_the_weight(case: str) -> None:
-    """What a layer adds to its output and what merging adds to its weight are two formulas of one update."""
+    """A layer's `change` of its output and its `delta` of the weight are two formulas of one update."""
     tuned, _ = trained(case)
     layer = tuned.base_model.model.model.layers[0].self_attn.q_proj
     x = torch.randn(3, layer.in_features)
@@ -116,21 +116,21 @@ def test_gradients_reach_all_that_is_trained(case: str) -> None:
 def saved(tmp_path_factory: pytest.TempPathFactory, tiny_folder: TinyFolder) -> tuple[Path, dict[str, Tensor]]:
     """The adapters of all cases as folders, and their logits."""
     folder = tmp_path_factory.mktemp("adapters")
-    said = {}
+    outputs = {}
     for case in CASES:
         model = AutoModelForCausalLM.from_pretrained(tiny_folder("llama")).eval()
         tuned = get_peft_model(model, config(case)).eval()
         shake(tuned)
         tuned.save_pretrained(folder / case)
-        said[case] = logits(tuned)
-    return folder, said
+        outputs[case] = logits(tuned)
+    return folder, outputs
 
 
 def test_reloading_in_another_process(
     saved: tuple[Path, dict[str, Tensor]], tiny_folder: TinyFolder, tmp_path: Path
 ) -> None:
-    """Whatever the signs of singular vectors are there; and with `low_cpu_mem_usage` none are computed at all."""
-    folder, said = saved
+    """Reloading does not depend on the signs of singular vectors; with `low_cpu_mem_usage` none are computed."""
+    folder, expected = saved
     code = f"""
 import sys; sys.path.insert(0, {str(Path(__file__).parents[1] / "helpers")!r})
 import torch; torch.set_num_threads(1)
@@ -144,18 +144,18 @@ def other(weight, **kwargs):
     signs = torch.ones_like(s); signs[::2] = -1
     return u * signs, s, signs[:, None] * v
 torch.linalg.svd = other
-said = {{}}
+logits = {{}}
 for case in {list(CASES)!r}:
     for low in (False, True):
         model = AutoModelForCausalLM.from_pretrained({str(tiny_folder("llama"))!r}).eval()
         tuned = PeftModel.from_pretrained(model, {str(folder)!r} + "/" + case, low_cpu_mem_usage=low).eval()
         with torch.no_grad():
-            said[case, low] = tuned(**tiny.inputs(model)).logits
-torch.save(said, {str(tmp_path / "said.pt")!r})
+            logits[case, low] = tuned(**tiny.inputs(model)).logits
+torch.save(logits, {str(tmp_path / "logits.pt")!r})
 """
     subprocess.run([sys.executable, "-c", code], check=True)
-    again = torch.load(tmp_path / "said.pt")
-    assert all(torch.equal(again[case, low], said[case]) for case in CASES for low in (False, True))
+    again = torch.load(tmp_path / "logits.pt")
+    assert all(torch.equal(again[case, low], expected[case]) for case in CASES for low in (False, True))
 
 
 @every
@@ -188,7 +188,7 @@ def test_several_adapters(case: str) -> None:
 
 @every
 def test_direct_injection(case: str) -> None:
-    """What transformers' add_adapter and load_adapter do; with sharing, an error that says what to do instead."""
+    """Injection as in add_adapter and load_adapter of transformers. PiCa with sharing raises an error with advice."""
     model = tiny.build("llama")
     if case == "pica-shared":
         with pytest.raises(ValueError, match=r"shared state .* use `get_peft_model`"):
@@ -212,8 +212,8 @@ def test_sorsa_trains_the_largest_and_milora_the_smallest_triplets() -> None:
         torch.testing.assert_close(torch.linalg.svdvals(weight - product)[:28].sum() + expected.sum(), exact.sum())
 
 
-def test_sorsa_equals_the_literal_model() -> None:
-    """W_r + B diag(S) A with a base that was changed: the same output and the same gradients."""
+def test_sorsa_equals_its_definition() -> None:
+    """W_r + B diag(S) A gives the same output and gradients as the difference form."""
     tuned, _ = trained("sorsa")
     layer = tuned.base_model.model.model.layers[0].self_attn.q_proj
     factors = [getattr(layer, name)["default"] for name in layer.adapter_layer_names]
@@ -222,9 +222,9 @@ def test_sorsa_equals_the_literal_model() -> None:
     x, out = torch.randn(5, 32), torch.randn(5, 32)
     ours = torch.autograd.grad((layer(x) * out).sum(), factors)
     a, s, b = (factor.detach().requires_grad_() for factor in factors)
-    literal = x @ (residual + b * s @ a).mT
-    torch.testing.assert_close(layer(x), literal, rtol=1e-4, atol=1e-4)
-    for one, other in zip(ours, torch.autograd.grad((literal * out).sum(), (a, s, b)), strict=True):
+    explicit = x @ (residual + b * s @ a).mT
+    torch.testing.assert_close(layer(x), explicit, rtol=1e-4, atol=1e-4)
+    for one, other in zip(ours, torch.autograd.grad((explicit * out).sum(), (a, s, b)), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
 
@@ -241,7 +241,7 @@ def test_regularizer() -> None:
 
 @pytest.mark.parametrize("steps", [1, 2])
 def test_sorsa_in_a_trainer(tmp_path: Path, steps: int) -> None:
-    """The regulariser enters the loss of a step once, with gamma / learning rate, however the step is batched."""
+    """The regulariser enters a step's loss once, times gamma / learning rate, for any number of micro-batches."""
 
     class Ours(SorsaTrainer, Trainer):  # type: ignore[misc]
         pass
@@ -277,7 +277,7 @@ def test_sorsa_in_a_trainer(tmp_path: Path, steps: int) -> None:
 
 @pytest.mark.parametrize("case", ["sorsa", "pica-shared", "svft-banded"])
 def test_a_trainer_resumes(case: str, tmp_path: Path) -> None:
-    """Two steps, a checkpoint and two more end where four steps end."""
+    """Four steps, resumed from the checkpoint after two, give the parameters of an uninterrupted run."""
 
     def train(steps: int, resume: bool) -> dict[str, Tensor]:
         torch.manual_seed(0)
@@ -378,7 +378,7 @@ def test_pica_counts_of_the_paper(model: Any, rank: int, targets: list[str], cou
 
 @pytest.mark.parametrize(("pattern", "entries"), [("plain", 32), ("banded", 154), ("random", 154), ("top-k", 154)])
 def test_svft_patterns(pattern: str, entries: int) -> None:
-    """32 diagonal entries, and with two more diagonals on each side 31 + 31 + 30 + 30 others."""
+    """The diagonal has 32 entries, and two diagonals on each side have 31 + 31 + 30 + 30 more."""
     tuned = get_peft_model(tiny.build("llama"), build_config("svft", None, ["q_proj"], pattern=pattern, band=2))
     layer = tuned.base_model.model.model.layers[0].self_attn.q_proj
     rows, columns = layer.svft_index["default"]
@@ -413,8 +413,8 @@ def test_lora_xs_trains_r_by_r() -> None:
     assert r.shape == (4, 4)
     u, s, v = torch.linalg.svd(weight, full_matrices=False)
     signs = (u[:, :4] * layer.loraxs_B["default"]).sum(0).round()
-    literal = u[:, :4] @ (signs[:, None] * r * signs) @ (s[:4, None] * v[:4]) * 2  # alpha / r = 8 / 4
-    torch.testing.assert_close(layer.delta("default").detach(), literal, rtol=1e-4, atol=1e-4)
+    explicit = u[:, :4] @ (signs[:, None] * r * signs) @ (s[:4, None] * v[:4]) * 2  # alpha / r = 8 / 4
+    torch.testing.assert_close(layer.delta("default").detach(), explicit, rtol=1e-4, atol=1e-4)
 
 
 def test_ranks_are_at_most_those_of_the_weight() -> None:
@@ -426,7 +426,7 @@ def test_ranks_are_at_most_those_of_the_weight() -> None:
 
 @pytest.mark.parametrize("niter", [None, 4])
 def test_triplets(niter: int | None) -> None:
-    """A randomised basis is close where the spectrum falls, and orthonormal in any case."""
+    """The randomised SVD is close for a decaying spectrum, and its basis is orthonormal."""
     torch.manual_seed(0)
     u, v = (torch.linalg.qr(torch.randn(40, 30)).Q for _ in range(2))
     weight = u * 0.5 ** torch.arange(30.0) @ v.mT
@@ -437,7 +437,7 @@ def test_triplets(niter: int | None) -> None:
 
 
 def test_half_precision_rounds_the_start_alike() -> None:
-    """Negative control: the copies without the rounding that PEFT does to what is trained are no exact start."""
+    """Negative control: if the initial copies are not rounded as PEFT rounds parameters, the start is not exact."""
     model = tiny.build("llama").to(torch.bfloat16)
     before = logits(model)
     tuned = get_peft_model(model, config("sorsa")).eval()
@@ -449,7 +449,7 @@ def test_half_precision_rounds_the_start_alike() -> None:
 
 @pytest.mark.parametrize("method", TUNING_METHODS)
 def test_every_method_by_name(method: str) -> None:
-    """Each is built, put on a model and trained for one step; at the start none changes what the model says."""
+    """Each method is built, attached and gets gradients, and its start does not change the logits."""
     options: dict[str, Any] = {"adalora": {"total_step": 30}, "boft": {"boft_block_size": 4}}.get(method, {})
     rank = None if method in ("pessa", "svft", "boft") else 4
     model = tiny.build("llama")
@@ -477,7 +477,7 @@ def test_bad_methods_and_options() -> None:
         attach(tiny.build("llama"), build_config("eva", 4, TARGETS))
 
 
-def test_without_pessa_the_file_says_what_is_missing(saved: tuple[Path, dict[str, Tensor]]) -> None:
+def test_without_pessa_the_error_names_the_method(saved: tuple[Path, dict[str, Tensor]]) -> None:
     folder, _ = saved
     code = f"from peft import PeftConfig; PeftConfig.from_pretrained({str(folder / 'pica')!r})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
@@ -486,16 +486,16 @@ def test_without_pessa_the_file_says_what_is_missing(saved: tuple[Path, dict[str
 
 
 def test_a_tuner_may_be_imported_first() -> None:
-    """Importing a tuner imports PEFT half-way through, which is when our methods are registered."""
+    """Importing a tuner imports PEFT before the tuner is complete, and all methods are registered afterwards."""
     code = "import pessa_cli.tuning.tuner_pica; from peft import PeftType; PeftType('PICA'), PeftType('PESSA')"
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
 def test_a_reloaded_adapter_can_be_trained_on(saved: tuple[Path, dict[str, Tensor]], tiny_folder: TinyFolder) -> None:
-    folder, said = saved
+    folder, expected = saved
     for case in ("sorsa", "pica-shared"):
         model = AutoModelForCausalLM.from_pretrained(tiny_folder("llama")).eval()
         tuned = PeftModel.from_pretrained(model, folder / case, is_trainable=True).eval()
-        assert torch.equal(logits(tuned), said[case])
+        assert torch.equal(logits(tuned), expected[case])
         shake(tuned)
-        assert not torch.equal(logits(tuned), said[case])
+        assert not torch.equal(logits(tuned), expected[case])
