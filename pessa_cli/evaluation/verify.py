@@ -26,12 +26,10 @@ from pessa_cli.common.errors import PessaError, UsageError
 from pessa_cli.common.progress import Progress, Tick, quietly
 from pessa_cli.common.text import badness
 from pessa_cli.evaluation.compare import GeneratedText, OutputDifference, run_both
-from pessa_cli.evaluation.limits import check_limits
+from pessa_cli.evaluation.limits import Level, VerifyOptions
 from pessa_cli.surgery.block_io import NotFiniteError, read_site
 from pessa_cli.surgery.card import CARD_FILE
 from pessa_cli.surgery.model import MANIFEST_FILE, Model
-
-Level = Literal["weights", "blocks", "outputs"]
 
 
 @dataclass(frozen=True)
@@ -179,7 +177,7 @@ def verify_models(
     progress: Progress = quietly,
 ) -> Report:
     """Compare two models down to the given level. Raises PessaError when they have not the same blocks at all."""
-    check_limits(tolerance, min_agreement)
+    VerifyOptions(level, tolerance, min_agreement)  # raises UsageError
     if level != "outputs" and (audio or text):
         raise UsageError(f"--audio and --text are for the outputs, not for --level {level}", "leave one of them out")
     dtype = max((site.dtype for model in (reference, candidate) for site in model.sites), key=FLOATS.index)
