@@ -11,7 +11,6 @@ import typer
 from pessa_cli.cli import console
 from pessa_cli.cli.expand import Only, with_options
 from pessa_cli.cli.options import JSON, MODEL, RunOptions, SourceOptions
-from pessa_cli.cli.plot import check_plot, plot_curve, plot_spectra
 from pessa_cli.ranks.rule import Rule
 from pessa_cli.workflow.recipe import Recipe
 
@@ -34,6 +33,8 @@ def inspect(
     Example: `pessa inspect whisper-tiny.en --qk-thr 5e-3 --vo-thr 6e-3 --plot spectra.png`
     """
     run = options.run()
+    from pessa_cli.cli.plot import check_plot, plot_curve, plot_spectra
+
     if plot is not None:
         check_plot(plot)
     from pessa_cli.workflow.inspect import inspect as inspect_model

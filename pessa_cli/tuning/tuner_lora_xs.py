@@ -19,6 +19,8 @@ from pessa_cli.tuning.tuner_base import AdditiveLayer, Tuner, TunerConfig, optio
 
 @dataclass
 class LoraXsConfig(TunerConfig):
+    """LoRA-XS (Balazy et al. 2024, arXiv 2405.17604): W + B R A with the truncated SVD of W; only R is trained."""
+
     method: ClassVar[str] = "loraxs"
 
     r: int = option("Rank, at most that of the weight.", 32)

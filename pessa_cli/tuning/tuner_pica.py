@@ -23,6 +23,8 @@ from pessa_cli.tuning.tuner_base import AdditiveLayer, Tuner, TunerConfig, optio
 
 @dataclass
 class PicaConfig(TunerConfig):
+    """PiCa (Hwang et al. 2025, arXiv 2505.20211): W + M P, P the first right singular vectors; only M is trained."""
+
     method: ClassVar[str] = "pica"
 
     r: int = option("How many singular directions of a layer's input to use, at most all.", 32)

@@ -23,6 +23,8 @@ PATTERNS = ("plain", "banded", "random", "top-k")
 
 @dataclass
 class SvftConfig(TunerConfig):
+    """SVFT (arXiv 2405.19597): W = U (diag(s) + M) V^T, where only a sparse pattern of M is trained."""
+
     method: ClassVar[str] = "svft"
 
     pattern: str = option(
