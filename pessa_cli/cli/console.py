@@ -31,11 +31,11 @@ if TYPE_CHECKING:
     from pessa_cli.workflow.written import WrittenModel
 
 
-# Lines wrap where the terminal does it, so that a pipe gets them whole.
+# The terminal wraps long lines, so that a pipe gets each line whole.
 OUT = Console(highlight=False, soft_wrap=True)
 ERR = Console(stderr=True, highlight=False, soft_wrap=True)
-PERCENT = ("accuracy", "word error rate")  # shown so
-MOST_STEPS = 12  # of a training run, in the moving table
+PERCENT = ("accuracy", "word error rate")  # metrics that are shown in percent
+MOST_STEPS = 12  # rows of the table during training
 BARS = "▁▂▃▄▅▆▇█" if "utf" in OUT.encoding.lower() else "_.-:=+*#"
 
 
@@ -46,7 +46,7 @@ def show_error(error: PessaError) -> None:
 
 
 def _plain(text: str) -> str:
-    """Text from files and names, without anything that a terminal or the printing library would obey."""
+    """Text from files and names, without control characters for the terminal or markup for rich."""
     return escape("".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text))
 
 
@@ -55,7 +55,7 @@ def note(text: str) -> None:
 
 
 def show_text(text: str) -> None:
-    """As it is, whatever the width of the terminal."""
+    """Print the text unchanged, whatever the width of the terminal."""
     print(text)
 
 
@@ -66,7 +66,7 @@ def show_json(value: Any) -> None:
 
 @contextmanager
 def progress(what: str, nbytes: int, blocks: int) -> Iterator[Callable[[int, int], None]]:
-    """A bar on stderr with bytes, blocks and the time left, gone when done."""
+    """A progress bar on stderr with bytes, blocks and the remaining time; it disappears at the end."""
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TextColumn("{task.fields[blocks]}"))
     times = (TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, *times, console=ERR, transient=True, disable=not ERR.is_terminal) as bar:
@@ -168,7 +168,7 @@ def show_blocks(blocks: list[InspectedBlock]) -> None:
 
 
 def show_curve(points: list[Point], method: str) -> None:
-    """What budgets would keep, and the errors to expect."""
+    """What budgets keep, and the errors to expect."""
     whole = points[0]
     calibrated = method == "calibrated"
     error = "worst block, relative error" if calibrated else "worst product, relative error"
@@ -183,7 +183,7 @@ def show_curve(points: list[Point], method: str) -> None:
 
 
 def show_search(found: SearchResult) -> None:
-    """What a search has tried."""
+    """The budgets that a search has tried."""
     percent = 100 if found.metric in PERCENT else 1
     table = Table("attention kept", found.metric, "", box=None, pad_edge=False)
     table.add_row("100%", f"{percent * found.original:.3f}", "the original")
@@ -199,7 +199,7 @@ def _with_data(rule: str, method: str) -> str:
 
 
 def show_totals(totals: Mapping[str, Any], rule: str) -> None:
-    """What the ranks remove, counted as the paper does."""
+    """The shares that the ranks remove, counted as in the paper."""
     OUT.print(
         f"[bold]{escape(rule)}[/] prunes {totals['qk_pruned']:.2%} of Q-K and {totals['vo_pruned']:.2%} of V-O "
         f"= {totals['attention_pruned']:.2%} of this attention = {totals['model_pruned']:.2%} of the model"
@@ -266,7 +266,7 @@ def show_report(found: Verification) -> None:
 
 @contextmanager
 def training() -> Iterator[Callable[[TrainingStep], None]]:
-    """The last steps of a training run as a table that moves, on stderr; in a file or a pipe a line for each."""
+    """The last steps of a training run as a live table on stderr; in a file or a pipe one line for each step."""
     shown: deque[TrainingStep] = deque(maxlen=MOST_STEPS)
     with Live(console=ERR, auto_refresh=False) as live:
 
@@ -305,7 +305,7 @@ def _step_row(step: TrainingStep) -> dict[str, str]:
 
 
 def show_tuned(record: dict[str, Any]) -> None:
-    """What a training run came to."""
+    """The result of a training run."""
     share = record["trainable_parameters"] / record["parameters"]
     OUT.print(
         f"[bold]{escape(record['options']['adapter']['method'])}[/] trained {record['trainable_parameters']:,} of "
@@ -316,7 +316,7 @@ def show_tuned(record: dict[str, Any]) -> None:
 
 
 def show_scores(scores: list[Scores]) -> None:
-    """The table of `eval`: above it what was measured on how much, then a row a model."""
+    """The table of `eval`, one row for each model; above it what was measured on how much data."""
     captions: dict[str, dict[str, None]] = {}
     for score in (score for model in scores for found in model.found.values() for score in found):
         unit, amount = next(iter(score.counts.items()))
@@ -345,7 +345,7 @@ def _measured(metric: str, value: float) -> str:
 
 
 def show_bench(bench: Bench, names: tuple[str, str]) -> None:
-    """The table of `bench`: the reference, the candidate, and the candidate's share of the reference."""
+    """The table of `bench`: the reference, the candidate, and their ratio."""
     settings = bench.settings
     rounds = f"medians of {settings.rounds} alternating runs"
     how = f"{settings.device}, {settings.dtype}, {bench.threads} threads, batch {settings.batch}, {rounds}"
@@ -369,7 +369,7 @@ def _quantity(value: float, unit: str) -> str:
 
 
 def sparkline(spectrum: list[list[float]], width: int = 20) -> str:
-    """The heads' geometric mean along the sorted directions, log scale, from the largest value down by 1e-4."""
+    """The geometric mean of the heads along the sorted directions, on a log scale of four decades."""
     top = max(max(head) for head in spectrum)
     if top == 0:
         return BARS[0] * width
@@ -383,7 +383,7 @@ def sparkline(spectrum: list[list[float]], width: int = 20) -> str:
 
 
 def size(count: float) -> str:
-    """Bytes in the decimal units of file managers and hubs."""
+    """Bytes in decimal units, like those of file managers and hubs."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"

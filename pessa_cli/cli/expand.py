@@ -70,8 +70,13 @@ def _group(hint: Any) -> _Group | None:
             return _Group(note.kind, _on_command_line(note.kind), given=True)
     if not (isinstance(kind, type) and is_dataclass(kind)):
         return None
-    names = next((note.names for note in notes if isinstance(note, Only)), None)
-    return _Group(kind, [each for each in _on_command_line(kind) if names is None or each.name in names])
+    settings = _on_command_line(kind)
+    for note in notes:
+        if isinstance(note, Only):
+            if unknown := set(note.names) - {setting.name for setting in settings}:
+                raise ValueError(f"{kind.__name__} has no options {sorted(unknown)}")
+            settings = [setting for setting in settings if setting.name in note.names]
+    return _Group(kind, settings)
 
 
 def _on_command_line(kind: type) -> list[Setting]:

@@ -300,6 +300,14 @@ def test_a_name_that_two_dataclasses_of_a_command_have_is_refused() -> None:
         with_options(command)
 
 
+def test_a_field_that_does_not_exist_is_refused() -> None:
+    def command(recipe: Annotated[Recipe, Only("sight")]) -> None: ...
+
+    command.__annotations__["recipe"] = Annotated[Recipe, Only("sight")]
+    with pytest.raises(ValueError, match=r"Recipe has no options \['sight'\]"):
+        with_options(command)
+
+
 # Rules
 
 
