@@ -19,13 +19,13 @@ __version__ = VERSION
 
 if TYPE_CHECKING:
     from pessa_cli.api import *  # noqa: F403
+else:
 
-
-def __getattr__(name: str) -> Any:
-    api = None if name.startswith("_") else import_module("pessa_cli.api")
-    if api is None or name not in api.__all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(api, name)
+    def __getattr__(name: str) -> Any:
+        api = None if name.startswith("_") else import_module("pessa_cli.api")
+        if api is None or name not in api.__all__:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return getattr(api, name)
 
 
 def __dir__() -> list[str]:

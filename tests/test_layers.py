@@ -21,11 +21,15 @@ MODULES = {
 }
 # What `pessa --help`, `import pessa_cli` and the first lines of every command load; the rest waits for work to do.
 NO_TORCH = (
-    *("__init__", "cli.main", "cli.options", "cli.console", "cli.junit", "cli.plot", "cli.report"),
+    *("__init__", "api", "cli.main", "cli.options", "cli.console", "cli.expand", "cli.junit", "cli.plot"),
+    *("workflow.recipe", "workflow.architectures", "evaluation.limits"),
     *(
         "common.errors",
         "common.text",
         "common.packages",
+        "common.options",
+        "common.values",
+        "common.toml",
         "checkpoint.reader",
         "checkpoint.shards",
         "checkpoint.staging",

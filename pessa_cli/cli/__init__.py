@@ -1,1 +1,1 @@
-"""The `pessa` command: options, commands, recipes, and everything that prints."""
+"""The `pessa` command: its options, its commands, and everything that prints."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from math import log10
@@ -18,22 +18,24 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeE
 from rich.table import Table
 
 from pessa_cli.common.errors import PessaError
+from pessa_cli.common.text import listed
 
 if TYPE_CHECKING:
-    from pessa_cli.blocks.site import Site
     from pessa_cli.evaluation.bench import Bench
     from pessa_cli.evaluation.evaluate import Scores
     from pessa_cli.evaluation.search import SearchResult
-    from pessa_cli.evaluation.verify import Report
     from pessa_cli.ranks.budget import Point
     from pessa_cli.tuning.train import TrainingStep
+    from pessa_cli.workflow.inspect import InspectedBlock, Inspection
+    from pessa_cli.workflow.verify import Verification
+    from pessa_cli.workflow.written import WrittenModel
 
 
-# Lines wrap where the terminal does it, so that a pipe gets them whole.
+# The terminal wraps long lines, so that a pipe gets each line whole.
 OUT = Console(highlight=False, soft_wrap=True)
 ERR = Console(stderr=True, highlight=False, soft_wrap=True)
-PERCENT = ("accuracy", "word error rate")  # shown so
-MOST_STEPS = 12  # of a training run, in the moving table
+PERCENT = ("accuracy", "word error rate")  # metrics that are shown in percent
+MOST_STEPS = 12  # rows of the table during training
 BARS = "▁▂▃▄▅▆▇█" if "utf" in OUT.encoding.lower() else "_.-:=+*#"
 
 
@@ -44,7 +46,7 @@ def show_error(error: PessaError) -> None:
 
 
 def _plain(text: str) -> str:
-    """Text from files and names, without anything that a terminal or the printing library would obey."""
+    """Text from files and names, without control characters for the terminal or markup for rich."""
     return escape("".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text))
 
 
@@ -53,7 +55,7 @@ def note(text: str) -> None:
 
 
 def show_text(text: str) -> None:
-    """As it is, whatever the width of the terminal."""
+    """Print the text unchanged, whatever the width of the terminal."""
     print(text)
 
 
@@ -64,7 +66,7 @@ def show_json(value: Any) -> None:
 
 @contextmanager
 def progress(what: str, nbytes: int, blocks: int) -> Iterator[Callable[[int, int], None]]:
-    """A bar on stderr with bytes, blocks and the time left, gone when done."""
+    """A progress bar on stderr with bytes, blocks and the remaining time; it disappears at the end."""
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TextColumn("{task.fields[blocks]}"))
     times = (TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, *times, console=ERR, transient=True, disable=not ERR.is_terminal) as bar:
@@ -93,12 +95,30 @@ def show_architectures(rows: list[dict[str, Any]]) -> None:
     OUT.print(table)
 
 
-def show_model(folder: str, config: dict[str, Any], sites: list[Site], totals: dict[str, Any]) -> None:
-    """The header of `inspect`: what kinds of blocks there are, from the names and shapes alone."""
+def show_warnings(warnings: list[str]) -> None:
+    """The blocks with too little calibration data; nothing if there are none."""
+    if warnings:
+        note(
+            f"Too little calibration data for {len(warnings)} blocks: their weights partly decide their ranks.\n"
+            + listed(warnings, 3)
+        )
+
+
+def show_inspection(found: Inspection) -> None:
+    """The output of `inspect`: the model, its blocks or the curve, and what the rule would prune."""
+    _show_model(found)
+    if found.curve:
+        show_curve(found.curve, found.method)
+    else:
+        show_blocks(found.blocks)
+    show_totals(found.totals, _with_data(found.rule, found.method))
+
+
+def _show_model(found: Inspection) -> None:
+    """The header of `inspect`: the kinds of blocks, from names and shapes alone."""
+    totals, sites = found.totals, found.sites
     attention = totals["attention_parameters"] / totals["parameters"]
-    OUT.print(
-        f"[bold]{escape(folder)}[/]  {escape(str(config.get('model_type')))}, {totals['blocks']} attention blocks"
-    )
+    OUT.print(f"[bold]{escape(found.model)}[/]  {escape(found.model_type)}, {totals['blocks']} attention blocks")
     OUT.print(
         f"{totals['parameters']:,} parameters in {size(totals['bytes'])}, {attention:.1%} of them in "
         f"{'these' if totals['blocks_chosen'] < totals['blocks'] else 'the'} attention blocks"
@@ -124,7 +144,7 @@ def show_model(folder: str, config: dict[str, Any], sites: list[Site], totals: d
     OUT.print(table)
 
 
-def show_blocks(blocks: list[dict[str, Any]]) -> None:
+def show_blocks(blocks: list[InspectedBlock]) -> None:
     """The table of `inspect`: for each block the spectra of all its heads together, Q-K and V-O."""
     table = Table(box=None, pad_edge=False)
     for heading in ("block", "", "largest", "median", "smallest", "kept", "spectrum, log"):
@@ -132,14 +152,14 @@ def show_blocks(blocks: list[dict[str, Any]]) -> None:
             heading, justify="left" if heading in ("block", "") or heading.startswith("spectrum") else "right"
         )
     for block in blocks:
-        name = f"{block['kind']}.{block['layer']}"
-        for label, side in (("Q-K", "qk"), ("V-O", "vo")):
-            spectrum, kept = block[f"{side}_spectrum"], sum(block[f"{side}_ranks"])
-            if spectrum is None and block["qk_pairs"] is None:  # norms between, say
+        name = f"{block.kind}.{block.layer}"
+        sides = (("Q-K", block.qk_spectrum, sum(block.qk_ranks)), ("V-O", block.vo_spectrum, sum(block.vo_ranks)))
+        for label, spectrum, kept in sides:
+            if spectrum is None and block.qk_pairs is None:  # norms in between, for example
                 continue
-            if spectrum is None:  # RoPE: pairs of directions, in the units of singular values and sorted as they are
+            if spectrum is None:  # RoPE: pairs of directions, in the units of singular values and sorted like them
                 label, kept = f"{label} pairs", kept // 2
-                spectrum = [sorted((pair**0.5 for pair in head), reverse=True) for head in block["qk_pairs"]]
+                spectrum = [sorted((pair**0.5 for pair in head), reverse=True) for head in block.qk_pairs or []]
             values = sorted(value for head in spectrum for value in head)
             numbers = (f"{value:.3g}" for value in (values[-1], median(values), values[0]))
             table.add_row(name, label, *numbers, f"{kept}/{len(values)}", sparkline(spectrum))
@@ -148,7 +168,7 @@ def show_blocks(blocks: list[dict[str, Any]]) -> None:
 
 
 def show_curve(points: list[Point], method: str) -> None:
-    """What budgets would keep, and the errors to expect."""
+    """What budgets keep, and the errors to expect."""
     whole = points[0]
     calibrated = method == "calibrated"
     error = "worst block, relative error" if calibrated else "worst product, relative error"
@@ -163,7 +183,7 @@ def show_curve(points: list[Point], method: str) -> None:
 
 
 def show_search(found: SearchResult) -> None:
-    """What a search has tried."""
+    """The budgets that a search has tried."""
     percent = 100 if found.metric in PERCENT else 1
     table = Table("attention kept", found.metric, "", box=None, pad_edge=False)
     table.add_row("100%", f"{percent * found.original:.3f}", "the original")
@@ -173,8 +193,13 @@ def show_search(found: SearchResult) -> None:
     OUT.print(table)
 
 
-def show_totals(totals: dict[str, Any], rule: str) -> None:
-    """What the ranks remove, counted as the paper does."""
+def _with_data(rule: str, method: str) -> str:
+    """A rule in words, and whether it was applied to calibrated spectra."""
+    return f"{rule}, calibrated" if method == "calibrated" else rule
+
+
+def show_totals(totals: Mapping[str, Any], rule: str) -> None:
+    """The shares that the ranks remove, counted as in the paper."""
     OUT.print(
         f"[bold]{escape(rule)}[/] prunes {totals['qk_pruned']:.2%} of Q-K and {totals['vo_pruned']:.2%} of V-O "
         f"= {totals['attention_pruned']:.2%} of this attention = {totals['model_pruned']:.2%} of the model"
@@ -185,18 +210,38 @@ def show_totals(totals: dict[str, Any], rule: str) -> None:
     )
 
 
-def show_plan(document: dict[str, Any]) -> None:
-    """What a dry run has found: the ranks of each block and the files to come."""
+def show_written(written: WrittenModel, check: bool = True) -> None:
+    """What was written, and with `check` how to verify it."""
+    rule = _show_pruned(written)
+    how = f"; check it with: pessa verify {written.source} {written.out}" if check else ""
+    note(f"{written.out} written, {rule}, {written.layout}{how}")
+
+
+def show_plan(written: WrittenModel) -> None:
+    """What a dry run would have written: the ranks of each block, and the files."""
+    rule = _show_pruned(written)
     table = Table("block", "ranks of Q-K", "ranks of V-O", box=None, pad_edge=False)
-    for name, ranks in document["ranks"].items():
+    for name, ranks in written.ranks.items():
         table.add_row(name, ranks["qk"], ranks["vo"])
     OUT.print(table)
-    for file, nbytes in document["shards"].items():
+    for file, nbytes in written.shards.items():
         OUT.print(f"{file}  {size(nbytes)}")
+    note(f"dry run: {written.out} would be written, {rule}, {written.layout}; nothing was written")
 
 
-def show_report(report: Report, names: tuple[str, str]) -> None:
-    """What `verify` found, level by level, the worst places first, and the verdict last."""
+def _show_pruned(written: WrittenModel) -> str:
+    """The search, if there was one, and the totals of a pruned model; returns the rule in words."""
+    rule = _with_data(written.rule, written.method)
+    if written.search is not None:
+        show_search(written.search)
+    if written.command == "prune":
+        show_totals(written.totals, rule)
+    return rule
+
+
+def show_report(found: Verification) -> None:
+    """What `verify` found: the worst place of each level, the texts, and the verdict."""
+    report, names = found.report, (found.reference, found.candidate)
     width = max(map(len, names))
     for name, parameters, nbytes in zip(names, report.parameters, report.nbytes, strict=True):
         OUT.print(f"{escape(name.ljust(width))}  {parameters:,} parameters, {size(nbytes)}")
@@ -221,7 +266,7 @@ def show_report(report: Report, names: tuple[str, str]) -> None:
 
 @contextmanager
 def training() -> Iterator[Callable[[TrainingStep], None]]:
-    """The last steps of a training run as a table that moves, on stderr; in a file or a pipe a line for each."""
+    """The last steps of a training run as a live table on stderr; in a file or a pipe one line for each step."""
     shown: deque[TrainingStep] = deque(maxlen=MOST_STEPS)
     with Live(console=ERR, auto_refresh=False) as live:
 
@@ -260,7 +305,7 @@ def _step_row(step: TrainingStep) -> dict[str, str]:
 
 
 def show_tuned(record: dict[str, Any]) -> None:
-    """What a training run came to."""
+    """The result of a training run."""
     share = record["trainable_parameters"] / record["parameters"]
     OUT.print(
         f"[bold]{escape(record['options']['adapter']['method'])}[/] trained {record['trainable_parameters']:,} of "
@@ -271,7 +316,7 @@ def show_tuned(record: dict[str, Any]) -> None:
 
 
 def show_scores(scores: list[Scores]) -> None:
-    """The table of `eval`: above it what was measured on how much, then a row a model."""
+    """The table of `eval`, one row for each model; above it what was measured on how much data."""
     captions: dict[str, dict[str, None]] = {}
     for score in (score for model in scores for found in model.found.values() for score in found):
         unit, amount = next(iter(score.counts.items()))
@@ -300,7 +345,7 @@ def _measured(metric: str, value: float) -> str:
 
 
 def show_bench(bench: Bench, names: tuple[str, str]) -> None:
-    """The table of `bench`: the reference, the candidate, and the candidate's share of the reference."""
+    """The table of `bench`: the reference, the candidate, and their ratio."""
     settings = bench.settings
     rounds = f"medians of {settings.rounds} alternating runs"
     how = f"{settings.device}, {settings.dtype}, {bench.threads} threads, batch {settings.batch}, {rounds}"
@@ -324,7 +369,7 @@ def _quantity(value: float, unit: str) -> str:
 
 
 def sparkline(spectrum: list[list[float]], width: int = 20) -> str:
-    """The heads' geometric mean along the sorted directions, log scale, from the largest value down by 1e-4."""
+    """The geometric mean of the heads along the sorted directions, on a log scale of four decades."""
     top = max(max(head) for head in spectrum)
     if top == 0:
         return BARS[0] * width
@@ -338,7 +383,7 @@ def sparkline(spectrum: list[list[float]], width: int = 20) -> str:
 
 
 def size(count: float) -> str:
-    """Bytes in the decimal units of file managers and hubs."""
+    """Bytes in decimal units, like those of file managers and hubs."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"

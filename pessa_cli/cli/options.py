@@ -1,67 +1,84 @@
-"""Options that several commands have, and what they say together."""
+"""Arguments and options that several commands have."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TypedDict
 
 import typer
 
 from pessa_cli.cli.console import progress
+from pessa_cli.common.options import option
+from pessa_cli.common.values import size_of
 
 if TYPE_CHECKING:
     from pessa_cli.surgery.run import Run
 
-
 MODEL = Annotated[
-    str, typer.Argument(metavar="MODEL", help="A folder, a .pt or GGUF file, or a name: owner/name, tiny.en.")
+    str,
+    typer.Argument(metavar="MODEL", help="A folder, a .pt or GGUF file, or a name such as owner/name or tiny.en."),
 ]
-REVISION = Annotated[
-    str | None, typer.Option(metavar="NAME", help="Branch, tag or commit of a MODEL that comes from a hub.")
-]
-ALLOW_PICKLE = Annotated[
-    bool, typer.Option("--allow-pickle", help="Convert pickled weights too: tensors are taken, code is refused.")
-]
-OUT = Annotated[Path, typer.Option("-o", "--out", help="What to write; must not exist.")]
-FORCE = Annotated[bool, typer.Option("--force", help="Replace the output if it exists.")]
+REFERENCE = Annotated[str, typer.Argument(metavar="REFERENCE", help="The original model.")]
+OUT = Annotated[Path, typer.Option("-o", "--out", help="Where to write the result; it must not exist yet.")]
 JSON = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
-AS = Annotated[
-    str | None,
-    typer.Option("--as", metavar="TYPE", help="Treat the model as this architecture, whatever its config says."),
-]
-RESUME = Annotated[bool, typer.Option("--resume", help="Go on with the finished shards of a killed run.")]
-DRY_RUN = Annotated[bool, typer.Option("--dry-run", help="Only say what would be written: ranks, sizes, shards.")]
-JOBS = Annotated[int, typer.Option(help="Blocks worked on at a time; 0 for one a core. Changes no byte.")]
-DEVICE = Annotated[str, typer.Option(help="Where the algebra runs, as cuda.")]
-SHARD_SIZE = Annotated[str, typer.Option(metavar="SIZE", help="Largest file of weights, as 5GB or 500MB.")]
-CALIBRATE = Annotated[
-    list[Path] | None,
-    typer.Option(metavar="DATA", help="Go by what this makes of the weights: audio, text, folders, JSONL; repeatable."),
-]
-STATISTICS = Annotated[
-    list[Path] | None,
-    typer.Option(metavar="FILE", help="Where --calibrate keeps what it finds; alone, what to use; repeatable."),
-]
-SEQUENTIAL = Annotated[
-    bool, typer.Option("--sequential", help="Calibrate later blocks on what the pruned earlier ones produce; slower.")
-]
 
 
-def run_of(
-    model: str,
-    force: bool = False,
-    resume: bool = False,
-    dry_run: bool = False,
-    jobs: int = 0,
-    device: str = "cpu",
-    max_shard_size: str = "5GB",
-) -> Run:
-    """How a command is to be carried out."""
-    from pessa_cli.ranks.rule import size_of
-    from pessa_cli.surgery.run import Run
+class Opening(TypedDict):
+    """How a model is opened, as keyword arguments of the functions in `workflow`."""
 
-    shard_bytes = size_of(max_shard_size, "--max-shard-size")
+    architecture: str | None
+    revision: str | None
+    allow_pickle: bool
 
-    path = Path(model)
-    name = path.resolve().name if path.exists() else model  # where it lies on this machine is nobody's business
-    return Run(name, force, resume, dry_run, jobs, device, shard_bytes, progress)
+
+@dataclass(frozen=True)
+class SourceOptions:
+    """How a model is opened."""
+
+    architecture: str | None = option(
+        None,
+        "Treat the model as this architecture, whatever its config.json says; see `pessa architectures`.",
+        flags=("--as",),
+        metavar="TYPE",
+    )
+    revision: str | None = option(
+        None, "Branch, tag or commit of a MODEL that is downloaded from a hub.", metavar="NAME"
+    )
+    allow_pickle: bool = option(
+        False, "Also convert pickled weights: tensors are read, code in the file is never executed."
+    )
+
+    @property
+    def opening(self) -> Opening:
+        return Opening(architecture=self.architecture, revision=self.revision, allow_pickle=self.allow_pickle)
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How a command is carried out."""
+
+    dry_run: bool = option(False, "Write nothing: show the ranks, sizes and files that would be written.")
+    resume: bool = option(False, "Continue a run that was stopped, with what it has finished.")
+    jobs: int = option(0, "Blocks computed at the same time; 0 for one per core. The output does not depend on it.")
+    device: str = option("cpu", "Device for the computations, e.g. cuda.")
+    max_shard_size: int | None = option(
+        None, "Maximum size of one file of weights, e.g. 5GB or 500MB.", metavar="SIZE", parse=size_of, shown="5GB"
+    )
+    force: bool = option(False, "Replace the output if it exists.")
+
+    def run(self) -> Run:
+        """The same for `surgery`, with a progress bar. Raises UsageError for values that cannot be."""
+        from pessa_cli.surgery.rewrite import SHARD_BYTES
+        from pessa_cli.surgery.run import Run
+
+        shard_bytes = SHARD_BYTES if self.max_shard_size is None else self.max_shard_size
+        return Run(
+            force=self.force,
+            resume=self.resume,
+            dry=self.dry_run,
+            jobs=self.jobs,
+            device=self.device,
+            shard_bytes=shard_bytes,
+            progress=progress,
+        )

@@ -1,4 +1,4 @@
-"""Pictures: the paper's figure 2, how much faster spectra fall than norms, and the trade-off of budgets."""
+"""Plots: spectra against norms, as in figure 2 of the paper, and the trade-off of budgets."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ MOST_COLUMNS = 4
 def plot_spectra(path: Path, sites: list[Site], spectra: Mapping[str, Spectra], norms: Mapping[str, Spectra]) -> None:
     """Draw each block's sorted singular values against its sorted products of L2 norms, to a PNG, SVG or PDF.
 
-    One row a kind of block and side (Q-K, V-O), one column a layer; at most four layers, spread evenly. Thin
-    lines are heads, thick ones their geometric mean. Source: PESSA/CLOVER, arXiv 2411.17426, figure 2.
+    One row for each kind of block and side (Q-K, V-O), one column for each layer, at most four of them, evenly spaced.
+    Thin lines are heads, thick lines their geometric mean. Source: PESSA/CLOVER, arXiv 2411.17426, figure 2.
     """
     check_plot(path)
     import matplotlib as mpl
@@ -92,13 +92,15 @@ def plot_curve(path: Path, points: list[Point]) -> None:
 
 
 def check_plot(path: Path) -> None:
-    """Raise before any long work what would stop the plot at its end."""
+    """Raise the errors that would prevent the plot, before any long work."""
     if path.suffix.lower() not in (".png", ".svg", ".pdf"):
-        raise UsageError(f"--plot {path}: {path.suffix or 'no suffix'} is no picture format", "name it .png or .svg")
+        raise UsageError(
+            f"--plot {path}: {path.suffix or 'no suffix'} is not an image format", "give a .png, .svg or .pdf file"
+        )
     if path.is_dir():
         raise UsageError(f"--plot {path} is a folder", "give the name of a file in it")
     if not path.resolve().parent.is_dir():
-        raise UsageError(f"--plot {path}: {path.parent} is no folder", "make it first")
+        raise UsageError(f"--plot {path}: {path.parent} is not a folder", "create it first")
     try:
         import matplotlib  # noqa: F401
     except ImportError:
@@ -108,7 +110,7 @@ def check_plot(path: Path) -> None:
 def _draw(axis: object, values: Spectrum, colour: str, label: str) -> None:
     import numpy as np
 
-    seen = values.clip(values.max() * 1e-9 or 1e-300, None)  # a logarithm has no place for zero
+    seen = values.clip(values.max() * 1e-9 or 1e-300, None)  # zero has no logarithm
     axis.plot(seen.T, color=colour, linewidth=0.4, alpha=0.4)  # type: ignore[attr-defined]
     axis.plot(np.exp(np.log(seen).mean(0)), color=colour, linewidth=1.8, label=label)  # type: ignore[attr-defined]
 

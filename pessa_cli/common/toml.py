@@ -1,22 +1,21 @@
-"""TOML files with known tables and keys."""
+"""TOML files with known tables, whose keys, types and choices are the options of a dataclass."""
 
 from __future__ import annotations
 
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, get_origin
 
 from pessa_cli.common.errors import PessaError, UsageError
 from pessa_cli.common.files import file_size
+from pessa_cli.common.options import Setting, made, settings_of
 from pessa_cli.common.text import shortened
 
-MOST_BYTES = 2**20  # the largest recipe that is read
-_CHOICES = {
-    ("prune", "method"): ("svd", "vanilla"),
-    ("prune", "layout"): ("compact", "dense"),
-    ("verify", "level"): ("weights", "blocks", "outputs"),
-}
+MOST_BYTES = 2**20  # of a recipe
+PLAIN: Mapping[Any, tuple[type, ...]] = {float: (float, int), int: (int,), bool: (bool,), str: (str,), Path: (str,)}
+EXAMPLES = "see the examples in configs/"
+T = TypeVar("T")
 
 
 def read_toml(path: Path, *tables: str) -> dict[str, Any]:
@@ -30,7 +29,7 @@ def read_toml(path: Path, *tables: str) -> dict[str, Any]:
             raise ValueError(f"it has {size:,} bytes, more than {MOST_BYTES:,}")
         content = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:  # UnicodeDecodeError and TOMLDecodeError are ValueErrors
-        raise PessaError(f"{path} is not a readable recipe: {error}", "see the examples in configs/") from None
+        raise PessaError(f"{path} is not a readable recipe: {error}", EXAMPLES) from None
     unknown = [key for key in content if key not in tables]
     if unknown:
         known = " and ".join(f"[{table}]" for table in tables)
@@ -38,31 +37,50 @@ def read_toml(path: Path, *tables: str) -> dict[str, Any]:
     return content
 
 
-def checked(path: Path, table: str, values: Any, known: Mapping[str, type | tuple[type, ...]]) -> dict[str, Any]:
-    """Return `values`, one table of a recipe, after checking it against `known`, which maps each key to its type.
+def from_table(kind: type[T], path: Path, table: str, values: Any) -> T:
+    """The dataclass that a table describes; what the table does not name has its default.
 
-    Raises UsageError if the table has an unknown key, or a value of another type, too large or not among the choices.
+    Raises UsageError, with the path, for unknown keys, wrong types, and what the dataclass itself refuses.
     """
     if not isinstance(values, dict):
         raise UsageError(f"{path}: {table} is not a table", f"write [{table}] above its keys")
-    for key, value in values.items():
+    known = {setting.name: setting for setting in settings_of(kind)}
+    for key in values:
         if key not in known:
             raise UsageError(f"{path}: [{table}] has no key {shortened(key)}", f"it has {', '.join(known)}")
-        if not isinstance(value, known[key]) or (isinstance(value, bool) and known[key] is not bool):
-            kind = type(value).__name__
+    try:
+        return made(kind, {key: _value(known[key], value) for key, value in values.items()})
+    except UsageError as error:
+        raise UsageError(f"{path}: {error.message}", error.hint) from None
+
+
+def toml_types(setting: Setting) -> tuple[type, ...]:
+    """The types that TOML may give an option: text for paths and choices, lists for tuples."""
+    if setting.choices:
+        return (str,)
+    if setting.items is not None:
+        return (list,)
+    if get_origin(setting.kind) is Mapping:
+        return (dict,)
+    plain = PLAIN.get(setting.kind, ())
+    return plain if setting.option.parse is None else (*plain, str)
+
+
+def _value(setting: Setting, value: Any) -> Any:
+    """What a field holds for what TOML says."""
+    key, types = setting.name, toml_types(setting)
+    if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
+        raise UsageError(f"{key} = {shortened(value)} is a {type(value).__name__}", EXAMPLES)
+    if isinstance(value, int) and abs(value) > 2**53:
+        raise UsageError(f"{key} = {shortened(value)} is too large", EXAMPLES)
+    if setting.choices and value not in setting.choices:
+        raise UsageError(f"{key} = {shortened(value)} is not known", f"give one of {', '.join(setting.choices)}")
+    if isinstance(value, list):
+        if {type(item) for item in value} != {str}:
             raise UsageError(
-                f"{path}: {key} = {shortened(value)} has the wrong type, {kind}", "see the examples in configs/"
+                f"{key} = {shortened(value)} is not a list of texts", f'write it like ["{setting.option.example}"]'
             )
-        if isinstance(value, int) and abs(value) > 2**53:
-            raise UsageError(f"{path}: {key} = {shortened(value)} is too large", "see the examples in configs/")
-        choices = _CHOICES.get((table, key))
-        if choices is not None and value not in choices:
-            raise UsageError(
-                f"{path}: {key} = {shortened(value)} is not a known value", f"it is one of {', '.join(choices)}"
-            )
-        if isinstance(value, list) and {type(site) for site in value} != {str}:
-            example = {"sites": "encoder.self", "targets": "q_proj"}.get(key, "speech/")
-            raise UsageError(
-                f"{path}: {key} = {shortened(value)} is not a list of strings", f'write it as ["{example}"]'
-            )
-    return values
+        return tuple(setting.items(item) for item in value)
+    if setting.option.parse is not None and isinstance(value, str):
+        return setting.option.parse(value, key)
+    return Path(str(value)) if setting.kind is Path else value

@@ -1,17 +1,29 @@
-"""Checks of the limits that `pessa verify` takes."""
+"""What `pessa verify` compares, and within which limits: the one definition of its options."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from typing import Literal
 
-from pessa_cli.common.errors import UsageError
+from pessa_cli.common.options import Range, check_options, option
+
+Level = Literal["weights", "blocks", "outputs"]
+ERROR = Range(lambda value: 0 <= value < math.inf, "is not an error limit", "give a number from 0 up, e.g. 1e-3")
+SHARE = Range(lambda value: 0 <= value <= 1, "is not a share", "give a number from 0 to 1, e.g. 0.99")
 
 
-def check_limits(tolerance: float | None, min_agreement: float | None) -> None:
-    """Raise UsageError for a limit that every model or no model could meet."""
-    if tolerance is not None and not 0 <= tolerance < math.inf:
-        raise UsageError(
-            f"--tolerance {tolerance:g} is not a relative error", "give a finite number of 0 or more, for example 1e-3"
-        )
-    if min_agreement is not None and not 0 <= min_agreement <= 1:
-        raise UsageError(f"--min-agreement {min_agreement:g} is not a share", "give a number from 0 to 1, as 0.99")
+@dataclass(frozen=True)
+class VerifyOptions:
+    """How deep two models are compared, and how far apart they may be. Raises UsageError for values out of range."""
+
+    level: Level = option("outputs", "What is compared; each level includes the ones before it.")
+    tolerance: float | None = option(
+        None, "Largest allowed relative error; the default depends on the dtype.", allowed=ERROR
+    )
+    min_agreement: float | None = option(
+        None, "Smallest allowed share of equal top-1 predictions; the default depends on the dtype.", allowed=SHARE
+    )
+
+    def __post_init__(self) -> None:
+        check_options(self)

@@ -27,12 +27,10 @@ from pessa_cli.common.errors import PessaError, UsageError
 from pessa_cli.common.progress import Progress, Tick, quietly
 from pessa_cli.common.text import badness
 from pessa_cli.evaluation.compare import GeneratedText, OutputDifference, run_both
-from pessa_cli.evaluation.limits import check_limits
+from pessa_cli.evaluation.limits import Level, VerifyOptions
 from pessa_cli.surgery.block_io import NotFiniteError, read_site
 from pessa_cli.surgery.card import CARD_FILE
 from pessa_cli.surgery.model import MANIFEST_FILE, Model
-
-Level = Literal["weights", "blocks", "outputs"]
 
 
 @dataclass(frozen=True)
@@ -185,7 +183,7 @@ def verify_models(
     the stored dtype. Raises UsageError for options that do not fit the level or the models, PessaError when the models
     have different blocks, weights that are not finite, or cannot be run.
     """
-    check_limits(tolerance, min_agreement)
+    VerifyOptions(level, tolerance, min_agreement)  # raises UsageError
     if level != "outputs" and (audio or text):
         raise UsageError(
             f"--audio and --text need --level outputs, not {level}", "leave them out, or leave --level out"

@@ -1,106 +1,98 @@
-"""The options of a fine-tuning run, from the command line and a recipe, checked before anything is loaded."""
+"""A fine-tuning run as data: the one definition of the options of `pessa tune` and of the keys of its recipes."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from pessa_cli.common.errors import UsageError
-from pessa_cli.common.toml import checked, read_toml
+from pessa_cli.common.options import Range, at_least, check_options, option
+from pessa_cli.common.toml import from_table, read_toml
 
-SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup")
-DTYPES = ("auto", "float32", "bfloat16", "float16")
-TEMPLATES = ("alpaca", "chat")
-_NUMBER = (int, float)
-
-
-def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise UsageError(f"{name} {value!r} is unknown", f"give one of {', '.join(choices)}")
-
-
-def _at_least(name: str, value: float, least: int) -> None:
-    if not least <= value < math.inf:
-        raise UsageError(f"{name} {value:g} is out of range", f"give a finite number of {least} or more")
+POSITIVE = Range(lambda value: 0 < value < math.inf, "is not above 0", "give a positive number")
 
 
 @dataclass(frozen=True)
 class AdapterOptions:
-    """What is trained: a method of `tuning.registry`, its rank, the modules to adapt, and options of the method."""
+    """Which parameters are trained."""
 
-    method: str = "pessa"
-    rank: int | None = None
-    targets: tuple[str, ...] | None = None
-    options: Mapping[str, Any] = field(default_factory=dict)
+    method: str = option("pessa", "Fine-tuning method: pessa (the default), sorsa, pica, svft, lora, dora, ...")
+    rank: int | None = option(None, "Rank of the adapter, for methods that have one.")
+    targets: tuple[str, ...] | None = option(
+        None,
+        "Names of the modules to adapt, e.g. q_proj,v_proj; the default depends on the method.",
+        metavar="NAMES",
+        example="q_proj",
+    )
+    options: Mapping[str, Any] = option(
+        None, "Options of the method's own configuration class.", factory=dict, recipe_only=True
+    )
 
 
 @dataclass(frozen=True)
 class DataOptions:
-    """How examples are encoded.
+    """How examples become tokens. Raises UsageError for values out of range."""
 
-    template: the prompt template of instructions. max_length: tokens per example; longer ones are truncated.
-    mask_prompt: whether the loss ignores the prompt. packing: whether several examples share a row without attending to
-    each other. language: of the speech, for a multilingual Whisper. Raises UsageError for values out of range.
-    """
-
-    template: str = "alpaca"
-    max_length: int = 512
-    mask_prompt: bool = True
-    packing: bool = False
-    language: str | None = None
+    template: Literal["alpaca", "chat"] = option("alpaca", "Prompt format for instructions.")
+    max_length: int = option(
+        512, "Maximum number of tokens in an example; longer ones are cut at the end.", allowed=at_least(2)
+    )
+    mask_prompt: bool = option(True, "Compute the loss on the answers only.", recipe_only=True)
+    packing: bool = option(False, "Put several examples into one row of max-length tokens; they do not see each other.")
+    language: str | None = option(None, "Spoken language, for a multilingual Whisper.")
 
     def __post_init__(self) -> None:
-        _one_of("template", self.template, TEMPLATES)
-        _at_least("max_length", self.max_length, 2)
+        check_options(self)
 
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """Schedule, batch sizes, dtype and device of the training.
+    """How long, how fast and on what a model is trained. Raises UsageError for values out of range."""
 
-    learning_rate: its peak. batch: examples per optimizer step, over all processes. micro_batch: examples per forward
-    pass in one process; 0 for all of its step. warmup: a number of steps or, below 1, a share of all steps. max_steps:
-    0 for as many as the epochs need. eval_steps: 0 for once per epoch. save_steps: 0 for no checkpoints. dtype: of the
-    frozen weights; auto is bfloat16 on an accelerator and float32 on the CPU. Raises UsageError for other values.
-    """
-
-    learning_rate: float = 1e-4
-    schedule: str = "linear"
-    warmup: float = 0.03
-    epochs: float = 1.0
-    max_steps: int = 0
-    batch: int = 16
-    micro_batch: int = 0
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
-    seed: int = 0
-    dtype: str = "auto"
-    device: str = "auto"
-    gradient_checkpointing: bool = False
-    log_steps: int = 10
-    eval_steps: int = 0
-    save_steps: int = 500
+    learning_rate: float = option(1e-4, "Peak learning rate.", flags=("--learning-rate", "--lr"), allowed=POSITIVE)
+    schedule: Literal["linear", "cosine", "constant", "constant_with_warmup"] = option(
+        "linear", "How the learning rate changes after the warm-up."
+    )
+    warmup: float = option(
+        0.03, "Warm-up steps; a number below 1 is a share of all training steps.", allowed=at_least(0)
+    )
+    epochs: float = option(1.0, "Number of passes over the training data.", allowed=POSITIVE)
+    max_steps: int = option(
+        0, "Stop after this many training steps; 0 for as many as the epochs have.", allowed=at_least(0)
+    )
+    batch: int = option(16, "Examples in each training step, over all processes.", allowed=at_least(1))
+    micro_batch: int = option(
+        0,
+        "Examples that one process computes at the same time; fewer need less memory. 0 for all of a step.",
+        allowed=at_least(0),
+    )
+    weight_decay: float = option(0.0, "Weight decay of AdamW.", allowed=at_least(0), recipe_only=True)
+    max_grad_norm: float = option(1.0, "Gradients are clipped to this norm.", allowed=at_least(0), recipe_only=True)
+    seed: int = option(0, "Random seed for the order of the data and the initial adapter.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
+        "auto", "Dtype of the frozen weights; auto is bfloat16 on an accelerator and float32 on a CPU."
+    )
+    device: Literal["auto", "cpu"] = option("auto", "Device to train on; auto is an accelerator if there is one.")
+    gradient_checkpointing: bool = option(
+        False, "Recompute activations in the backward pass: less memory, about a third more time."
+    )
+    log_steps: int = option(10, "Training steps between progress reports.", allowed=at_least(1))
+    eval_steps: int = option(
+        0, "Training steps between evaluations on --eval-data; 0 for one after each epoch.", allowed=at_least(0)
+    )
+    save_steps: int = option(
+        500, "Training steps between checkpoints for --resume; 0 for no checkpoints.", allowed=at_least(0)
+    )
 
     def __post_init__(self) -> None:
-        _one_of("schedule", self.schedule, SCHEDULES)
-        _one_of("dtype", self.dtype, DTYPES)
-        _one_of("device", self.device, ("auto", "cpu"))
-        for name in ("batch", "log_steps"):
-            _at_least(name, getattr(self, name), 1)
-        for name in ("max_steps", "micro_batch", "warmup", "weight_decay", "max_grad_norm", "eval_steps", "save_steps"):
-            _at_least(name, getattr(self, name), 0)
-        for name in ("learning_rate", "epochs"):
-            value = getattr(self, name)
-            if not 0 < value < math.inf:
-                raise UsageError(f"{name} {value:g} is not above 0", "give a finite number above 0")
+        check_options(self)
 
 
 @dataclass(frozen=True)
 class Tuning:
-    """All options of a run, in the three tables of a recipe."""
+    """All options of a run: its fields are the tables of a recipe."""
 
     adapter: AdapterOptions = AdapterOptions()
     data: DataOptions = DataOptions()
@@ -118,29 +110,12 @@ class Tuning:
         )
 
     def to_dict(self) -> dict[str, Any]:
+        """The tables and their values, as pessa-tune.json has them."""
         return asdict(self)
 
 
-_Types = Mapping[str, type | tuple[type, ...]]
-_ADAPTER: _Types = {"method": str, "rank": int, "targets": list, "options": dict}
-_DATA: _Types = {"template": str, "max_length": int, "mask_prompt": bool, "packing": bool, "language": str}
-_FLOATS = ("learning_rate", "warmup", "epochs", "weight_decay", "max_grad_norm")
-_WORDS = ("schedule", "dtype", "device")
-_TRAIN: _Types = {
-    **{f.name: _NUMBER if f.name in _FLOATS else str if f.name in _WORDS else int for f in fields(TrainOptions)},
-    "gradient_checkpointing": bool,
-}
-
-
 def load_tuning(path: Path) -> Tuning:
-    """Read a recipe from a TOML file. Raises UsageError for unknown keys, wrong types and values out of range."""
-    content = read_toml(path, "adapter", "data", "train")
-    adapter = checked(path, "adapter", content.get("adapter", {}), _ADAPTER)
-    if "targets" in adapter:
-        adapter["targets"] = tuple(adapter["targets"])
-    data = checked(path, "data", content.get("data", {}), _DATA)
-    train = checked(path, "train", content.get("train", {}), _TRAIN)
-    try:
-        return Tuning(AdapterOptions(**adapter), DataOptions(**data), TrainOptions(**train))
-    except UsageError as error:
-        raise UsageError(f"{path}: {error.message}", error.hint) from None
+    """The recipe in a TOML file. Raises UsageError for keys that do not exist and values that make no sense."""
+    tables = {"adapter": AdapterOptions, "data": DataOptions, "train": TrainOptions}
+    content = read_toml(path, *tables)
+    return Tuning(**{name: from_table(kind, path, name, content.get(name, {})) for name, kind in tables.items()})

@@ -1,1 +1,1 @@
-"""One command as one function: open a model, calibrate, plan, write, verify; recipes, and what they may hold."""
+"""One command as one function, for the command line and for Python: open a model, calibrate, plan, write, verify."""

@@ -29,7 +29,7 @@ from harness import (
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
-from pessa_cli.cli.recipe import load_recipe
+from pessa_cli.workflow.recipe import load_recipe
 
 Array = NDArray[np.float64]
 COMMANDS = ("inspect", "decompose", "prune", "export", "verify", "run")

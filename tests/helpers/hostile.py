@@ -23,12 +23,12 @@ from hypothesis.strategies import DrawFn, SearchStrategy
 from safetensors.torch import save
 
 from pessa_cli.blocks.site import select
-from pessa_cli.cli.recipe import Recipe, load_recipe
 from pessa_cli.common.errors import PessaError
 from pessa_cli.ranks.rule import Rule
 from pessa_cli.surgery.model import Model, open_model
 from pessa_cli.surgery.passes import decompose_model, export_model, measure, prune_model
 from pessa_cli.surgery.run import Run
+from pessa_cli.workflow.recipe import Recipe, load_recipe
 
 WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
 SPECTRA, MANIFEST, RECIPE = "spectra.safetensors", "pessa.json", "recipe.toml"

@@ -37,13 +37,13 @@ from safetensors.torch import load_file, save
 
 from pessa_cli.checkpoint.files import MOST_JSON, read_json, write_json
 from pessa_cli.checkpoint.reader import CheckpointReader
-from pessa_cli.cli.recipe import load_recipe
 from pessa_cli.common.errors import PessaError
 from pessa_cli.evaluation.verify import verify_models
 from pessa_cli.ranks.rule import Rule
 from pessa_cli.surgery.model import open_model
 from pessa_cli.surgery.passes import prune_model
 from pessa_cli.surgery.run import Run
+from pessa_cli.workflow.recipe import load_recipe
 
 TARGETS = ("header", "bytes", "index", "config", "manifest", "spectra", "recipe")
 Bases = dict[str, Path]

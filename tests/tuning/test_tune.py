@@ -238,9 +238,9 @@ def test_data_that_does_not_fit(
     [
         ("--method nonsense", "nonsense", 2),
         ("--targets nothing_here", "--targets", 2),
-        ("--batch 0", "batch 0", 2),
+        ("--batch 0", "--batch 0", 2),
         ("--batch 4 --micro-batch 3", "--batch 4", 2),
-        ("--lr -1", "learning_rate -1", 2),
+        ("--lr -1", "--learning-rate -1", 2),
         ("--recipe missing.toml", "missing.toml", 1),
         ("--data missing.jsonl", "missing.jsonl", 1),
     ],

@@ -1,0 +1,41 @@
+"""Writing a model in decomposed form, at full rank."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pessa_cli.surgery.passes import decompose_model
+from pessa_cli.surgery.run import Run
+from pessa_cli.workflow.recipe import Recipe
+from pessa_cli.workflow.steps import calibrated, chosen, named, opened
+from pessa_cli.workflow.written import WrittenModel
+
+
+def decompose(
+    model: str | Path,
+    out: str | Path,
+    recipe: Recipe = Recipe(),
+    run: Run = Run(),
+    *,
+    architecture: str | None = None,
+    revision: str | None = None,
+    allow_pickle: bool = False,
+) -> WrittenModel:
+    """Write the model to the folder `out` with every head as balanced factors at full rank, and with its spectra.
+
+    The result computes the same function with tensors of the same names and shapes; pruning it needs no further SVD.
+
+    model: a folder, a file, or a name on a hub. recipe: its fields `sites`, `layers`, `calibrate` and `statistics`; the
+    others are ignored. run: how the work is done, and whether an existing `out` is replaced. architecture: treat the
+    model as this `model_type`. revision: branch, tag or commit of a model from a hub. allow_pickle: also convert
+    pickled weights.
+
+    Returns what was written. Raises UsageError for options that do not fit the model, and PessaError when the model
+    cannot be read, and when `out` exists or cannot be written.
+    """
+    run, out = named(run, model), Path(out)
+    with opened(model, architecture, revision, allow_pickle) as found:
+        sites = chosen(found, recipe)
+        with calibrated(found, sites, recipe, run) as known:
+            rewrite = decompose_model(found, out, sites, run, known.statistics)
+        return WrittenModel.of(rewrite, model, out, warnings=known.warnings)

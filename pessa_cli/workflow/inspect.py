@@ -1,0 +1,133 @@
+"""Looking at a model: its attention blocks, their spectra, and what a rule would prune."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pessa_cli.blocks.site import Site
+from pessa_cli.ranks.budget import Point, ranks_for, trade_off
+from pessa_cli.ranks.plan import RankPlan
+from pessa_cli.ranks.rule import Rule
+from pessa_cli.ranks.spectra import Spectra
+from pessa_cli.surgery.passes import measure
+from pessa_cli.surgery.run import Run
+from pessa_cli.surgery.totals import totals
+from pessa_cli.workflow.recipe import Recipe
+from pessa_cli.workflow.steps import calibrated, chosen, named, opened
+
+Rows = list[list[float]]
+
+
+@dataclass(frozen=True)
+class InspectedBlock:
+    """One attention block: its spectra (key/value heads x directions, descending) and the ranks that the rule gives.
+
+    Where something prevents merging Q and K, `qk_spectrum` is None, or the spectrum of the other directions. Where that
+    is RoPE of whole heads, `qk_pairs` has the contributions of the frequency pairs (key/value heads x head_dim / 2,
+    squared, in the order of the file).
+    """
+
+    kind: str
+    layer: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    qk_spectrum: Rows | None
+    qk_pairs: Rows | None
+    vo_spectrum: Rows
+    qk_ranks: list[int]
+    vo_ranks: list[int]
+
+    @staticmethod
+    def of(site: Site, spectra: Spectra, plan: RankPlan) -> InspectedBlock:
+        """The block of a site."""
+        return InspectedBlock(
+            kind=site.spec.kind,
+            layer=site.layer,
+            heads=site.heads,
+            kv_heads=site.kv_heads,
+            head_dim=site.head_dim,
+            qk_spectrum=None if spectra.qk is None else spectra.qk.tolist(),
+            qk_pairs=None if spectra.pairs is None else spectra.pairs.tolist(),
+            vo_spectrum=spectra.vo.tolist(),
+            qk_ranks=list(plan.qk[site.name]),
+            vo_ranks=list(plan.vo[site.name]),
+        )
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """The attention of a model, and what a rule would prune of it.
+
+    model: as the user called it. method: "svd" or "calibrated". rule: in words. totals: blocks, parameters and bytes
+    before and after, and the pruned shares, from 0 to 1. sites and spectra: the blocks, and their spectra by name.
+    norms: by name the products of the L2 norms of the original dimensions; empty unless asked for, like the curve.
+    curve: what budgets keep, and the errors to expect. warnings: a line for each block that has too little calibration
+    data.
+    """
+
+    model: str
+    model_type: str
+    method: str
+    rule: str
+    blocks: list[InspectedBlock]
+    totals: Mapping[str, Any]
+    sites: list[Site]
+    spectra: Mapping[str, Spectra]
+    norms: Mapping[str, Spectra] = field(default_factory=dict)
+    curve: list[Point] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The document of `--json`."""
+        about = {"model": self.model, "method": self.method, "rule": self.rule}
+        found = {"blocks": [dict(vars(block)) for block in self.blocks], "totals": dict(self.totals)}
+        return about | found | ({"curve": [asdict(point) for point in self.curve]} if self.curve else {})
+
+
+def inspect(
+    model: str | Path,
+    recipe: Rule | Recipe = Rule(),
+    run: Run = Run(),
+    *,
+    curve: bool = False,
+    norms: bool = False,
+    architecture: str | None = None,
+    revision: str | None = None,
+    allow_pickle: bool = False,
+) -> Inspection:
+    """Compute the spectra of a model's attention heads, and what a rule would prune; nothing is written.
+
+    model: a folder, a file, or a name on a hub. recipe: a rule alone, or with the fields `sites`, `layers`, `calibrate`
+    and `statistics`; the others are ignored. run: its fields `jobs`, `device` and `progress`. curve: also predict the
+    errors of budgets, from all of the attention to none. norms: also compute the products of the L2 norms of the
+    original dimensions. architecture: treat the model as this `model_type`. revision: branch, tag or commit of a model
+    from a hub. allow_pickle: also convert pickled weights.
+
+    Returns the blocks with their spectra and ranks, and the totals. Raises UsageError for options that do not fit the
+    model, and PessaError when it cannot be read, and for a rule that would prune everything.
+    """
+    if isinstance(recipe, Rule):
+        recipe = Recipe(recipe)
+    run, rule = named(run, model), recipe.rule
+    with opened(model, architecture, revision, allow_pickle) as found:
+        sites = chosen(found, recipe)
+        with calibrated(found, sites, recipe, run) as known:
+            spectra = measure(found, sites, run=run, statistics=known.statistics)
+        plan = ranks_for(sites, spectra, rule, found.size)
+        return Inspection(
+            model=str(model),
+            model_type=str(found.reader.config.get("model_type")),
+            method="calibrated" if any(each.calibrated for each in spectra.values()) else "svd",
+            rule=str(rule),
+            blocks=[InspectedBlock.of(site, spectra[site.name], plan) for site in sites],
+            totals=totals(found.reader.header, found.sites, sites, plan),
+            sites=sites,
+            spectra=spectra,
+            norms=measure(found, sites, "vanilla", run) if norms else {},
+            curve=trade_off(sites, spectra, rule, found.size) if curve else [],
+            warnings=known.warnings,
+        )

@@ -1,0 +1,65 @@
+"""The steps that several commands begin with: open the model, choose its blocks, collect or read statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from pessa_cli.blocks.site import Site, select
+from pessa_cli.ranks.rule import Rule
+from pessa_cli.sources.open import open_source
+from pessa_cli.statistics.file import Statistics
+from pessa_cli.surgery.model import Model, open_model
+from pessa_cli.surgery.run import Run
+from pessa_cli.workflow.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What is known from calibration data.
+
+    statistics: None where the recipe uses the weights alone. warnings: a line for each block that has too little data.
+    """
+
+    statistics: Statistics | None = None
+    warnings: list[str] = field(default_factory=list)
+
+
+@contextmanager
+def opened(
+    model: str | Path, architecture: str | None = None, revision: str | None = None, allow_pickle: bool = False
+) -> Iterator[Model]:
+    """A model, by whatever name the user has for it; a converted copy lives as long as the `with` block."""
+    with open_source(str(model), revision, allow_pickle) as folder:
+        yield open_model(folder, architecture)
+
+
+def named(run: Run, model: str | Path) -> Run:
+    """The run with the model's name for the files of the output: without the path on this machine."""
+    path = Path(model)
+    return replace(run, source=run.source or (path.resolve().name if path.exists() else str(model)))
+
+
+def chosen(model: Model, recipe: Recipe) -> list[Site]:
+    """The blocks that a recipe applies to. Raises UsageError when there are none."""
+    return select(model.sites, recipe.sites, recipe.layers)
+
+
+@contextmanager
+def calibrated(
+    model: Model, sites: list[Site], recipe: Recipe, run: Run, rule: Rule | None = None
+) -> Iterator[Calibration]:
+    """The statistics of a recipe, read or collected; a temporary file of them lives as long as the `with` block.
+
+    With `rule` each block is calibrated on the outputs of the pruned blocks before it.
+    """
+    if not recipe.calibrate and not recipe.statistics and rule is None:
+        yield Calibration()
+        return
+    from pessa_cli.calibration.collect import statistics_for  # it imports transformers, which takes seconds
+
+    data, files = recipe.calibrate, recipe.statistics
+    with statistics_for(model, sites, data, files, rule, run.progress, run.device) as found:
+        yield Calibration(found, [] if found is None else found.warnings(sites))
