@@ -187,10 +187,12 @@ def test_the_commands(tiny_folder: TinyFolder, data: list[Path], tmp_path: Path,
     points = json.loads(pessa("inspect", folder, "--statistics", file, "--curve", "--json").out)["curve"]
     assert points[0]["harm"] == 0 < points[-1]["harm"]
     whole = open_model(folder)
-    for options in (["--target-params", "0.9"], ["--target-size", f"{whole.nbytes // 1000 - 10}kB"]):
-        assert pessa("prune", folder, "-o", out, "--force", "--statistics", file, *options).code == 0
-        made = open_model(out)
-        assert made.parameters <= 0.9 * whole.parameters or made.nbytes <= whole.nbytes - 10_000
+    most = whole.nbytes // 1000 - 10  # kB
+    assert pessa("prune", folder, "-o", out, "--force", "--statistics", file, "--target-params", "0.9").code == 0
+    largest = 32 + 32  # parameters of one direction, which is what may be cut too much
+    assert 0.9 * whole.parameters - largest < open_model(out).parameters <= 0.9 * whole.parameters
+    assert pessa("prune", folder, "-o", out, "--force", "--statistics", file, "--target-size", f"{most}kB").code == 0
+    assert 1000 * most - 4 * largest < open_model(out).nbytes <= 1000 * most
     assert pessa("prune", folder, "-o", out, "--force", "--statistics", file, "--max-error", "0.2").code == 0
     assert pessa("decompose", folder, "-o", tmp_path / "full", "--statistics", file).code == 0
     again = pessa("prune", tmp_path / "full", "-o", tmp_path / "cut", "--max-error", "0.2")
