@@ -14,10 +14,16 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from pessa_cli.ranks.rule import Rule
+
 Tensors = dict[str, torch.Tensor]
 Pessa = Callable[..., "Result"]
 TinyFolder = Callable[..., Path]
+Real = Callable[[str], Path]
+RealPruned = Callable[..., Path]
+Once = Callable[[str, Callable[[Path], object]], Path]
 
+NEARLY_ALL = Rule(energy=0.98, rope_ratio=0.05)  # what tests of a pruned SmolLM2 keep, and so share
 PESSA = Path(sys.executable).with_name("pessa")  # the command as pip installed it, for the tests that want a process
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
