@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable
@@ -14,7 +16,8 @@ import tiny
 import torch
 import transformers
 from calibrating import data  # noqa: F401  # a fixture
-from harness import Pessa, Result, TinyFolder
+from fetch_models import fetch
+from harness import Once, Pessa, Real, RealPruned, Result, TinyFolder
 from tuned import with_tokenizer
 
 from pessa_cli.cli.main import main
@@ -25,6 +28,13 @@ from pessa_cli.surgery.passes import prune_model
 # One thread a test process: for tiny matrices more are slower, and the cores are for other tests.
 os.environ["OMP_NUM_THREADS"] = "1"  # of the commands that tests start
 torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of real models are marked by what they take, so that none can be forgotten."""
+    for item in items:
+        if "real" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.real)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -65,6 +75,50 @@ def pruned(tiny_folder: TinyFolder, tmp_path_factory: pytest.TempPathFactory) ->
         return made[name, layout]
 
     return get
+
+
+@pytest.fixture(scope="session")
+def real() -> Real:
+    """`real("minilm")`: the folder of a real model, fetched on first use; a test that takes this is marked `real`."""
+    return fetch
+
+
+@pytest.fixture(scope="session")
+def once(tmp_path_factory: pytest.TempPathFactory) -> Once:
+    """`once("name", make)`: the folder that `make(folder)` writes, written by one test process for all of them."""
+    here = tmp_path_factory.getbasetemp()
+    shared = (here.parent if "PYTEST_XDIST_WORKER" in os.environ else here) / "shared"
+    shared.mkdir(exist_ok=True)
+
+    def folder(name: str, make: Callable[[Path], object]) -> Path:
+        with (shared / f".{name}.lock").open("a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not (shared / name).exists():
+                shutil.rmtree(shared / f".{name}", ignore_errors=True)  # where making it failed before
+                make(shared / f".{name}")
+                (shared / f".{name}").rename(shared / name)
+        return shared / name
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def real_pruned(real: Real, once: Once) -> RealPruned:
+    """`real_pruned("minilm", Rule(rank=3), "dense")`: a real model pruned, made once; copy it before changing it."""
+
+    def get(name: str, rule: Rule, layout: Literal["compact", "dense"] = "compact") -> Path:
+        def make(out: Path) -> None:
+            prune_model(open_model(real(name)), out, rule, layout=layout)
+
+        return once(f"{name} {rule} {layout}", make)
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def clip(real: Real) -> Path:
+    """Ten seconds of English: "Ever tried. Ever failed. No matter. Try again. Fail again. Fail better." """
+    return real("speech") / "beckett.wav"
 
 
 @pytest.fixture

@@ -13,8 +13,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from fetch_models import fetch
-from harness import Pessa, TinyFolder, copy_of, edit_json, edit_weights, is_refusal, raw_tensors
+from harness import Pessa, Real, TinyFolder, copy_of, edit_json, edit_weights, is_refusal, raw_tensors
 from peft import get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -519,8 +518,8 @@ def test_export_formats_of_other_programs_are_refused(tiny_folder: TinyFolder, t
 
 
 @pytest.mark.skipif(not os.environ.get("PESSA_DATA"), reason="PESSA_DATA names no folder with text/wikitext2-valid.txt")
-def test_smollm2_loses_little_without_a_tenth_of_its_pairs(tmp_path: Path) -> None:
-    source = fetch("smollm2-135m")
+def test_smollm2_loses_little_without_a_tenth_of_its_pairs(real: Real, tmp_path: Path) -> None:
+    source = real("smollm2-135m")
     text = (Path(os.environ["PESSA_DATA"]) / "text" / "wikitext2-valid.txt").read_text()
     (tmp_path / "last.txt").write_text(text[-6_000:])
     model = open_model(source)

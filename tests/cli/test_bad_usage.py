@@ -416,6 +416,7 @@ INTERRUPTED = """
 import os, signal, sys
 from pessa_cli.cli.main import main
 from pessa_cli.checkpoint.shards import ShardWriter
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell has its background jobs ignore
 ShardWriter.put = lambda *_: (os.kill(os.getpid(), signal.{}), os.read(os.pipe()[0], 1))
 sys.argv = "pessa prune whisper -o some/out".split()
 main()
@@ -427,7 +428,8 @@ def test_signals_that_end_it_leave_nothing(name: str, place: Path, tiny_folder: 
     """Ctrl-C, and what a machine sends that shuts down: in a process of its own, while it waits in a write."""
     copy_of(tiny_folder("whisper"), place / "whisper")
     before = snapshot(place)
-    done = subprocess.run([sys.executable, "-c", INTERRUPTED.format(name)], cwd=place, capture_output=True, check=False)
+    line = [sys.executable, "-c", INTERRUPTED.format(name)]
+    done = subprocess.run(line, cwd=place, capture_output=True, check=False, timeout=120)
     assert done.returncode == 128 + getattr(signal, name)
     assert b"Traceback" not in done.stderr
     assert snapshot(place) == before

@@ -11,8 +11,7 @@ import pytest
 import soundfile
 import torch
 from compare_methods import heard
-from fetch_models import fetch
-from harness import Pessa, is_refusal
+from harness import NEARLY_ALL, Once, Pessa, Real, RealPruned, is_refusal
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoProcessor, AutoTokenizer, WhisperForConditionalGeneration
 
@@ -30,23 +29,19 @@ NAMES = ("whisper-tiny.en", "minilm", "smollm2-135m")
 
 
 @pytest.fixture(scope="session")
-def clip() -> Path:
-    return fetch("speech") / "beckett.wav"
-
-
-@pytest.fixture(scope="session")
-def float32(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+def float32(real: Real, once: Once) -> Callable[[str], Path]:
     """A real model in float32: as it is stored, but for tiny.en, whose float16 weights are widened."""
 
     def folder(name: str) -> Path:
-        source = fetch(name)
+        source = real(name)
         if name != "whisper-tiny.en":
             return source
-        wide = tmp_path_factory.getbasetemp() / "whisper-tiny.en-float32"
-        if not wide.exists():
-            WhisperForConditionalGeneration.from_pretrained(source, dtype=torch.float32).save_pretrained(wide)
-            AutoProcessor.from_pretrained(source).save_pretrained(wide)
-        return wide
+
+        def widened(into: Path) -> None:
+            WhisperForConditionalGeneration.from_pretrained(source, dtype=torch.float32).save_pretrained(into)
+            AutoProcessor.from_pretrained(source).save_pretrained(into)
+
+        return once("whisper-tiny.en-float32", widened)
 
     return folder
 
@@ -89,19 +84,19 @@ def test_negative_control_one_head_a_hundredth_too_large(
     assert any(line.startswith("outputs:") for line in report.failures)
 
 
-def test_biases_are_where_the_issue_says_they_are() -> None:
-    found = {name: {frozenset(site.biases) for site in open_model(fetch(name)).sites} for name in NAMES}
+def test_biases_are_where_the_issue_says_they_are(real: Real) -> None:
+    found = {name: {frozenset(site.biases) for site in open_model(real(name)).sites} for name in NAMES}
     assert found == {
         "whisper-tiny.en": {frozenset("qvo")},
         "minilm": {frozenset("qkvo")},
         "smollm2-135m": {frozenset()},
     }
-    llama = open_model(fetch("smollm2-135m")).sites[0]
+    llama = open_model(real("smollm2-135m")).sites[0]
     assert (llama.heads, llama.kv_heads, llama.head_dim) == (9, 3, 64)
 
 
-def test_lossless_shrinks_tiny_en_and_keeps_its_transcript(clip: Path, tmp_path: Path) -> None:
-    model = open_model(fetch("whisper-tiny.en"))
+def test_lossless_shrinks_tiny_en_and_keeps_its_transcript(real: Real, clip: Path, tmp_path: Path) -> None:
+    model = open_model(real("whisper-tiny.en"))
     written = prune_model(model, tmp_path / "out", Rule())
     counts = totals(model.reader.header, model.sites, written.sites, written.ranks)
     assert counts["attention_pruned"] > 0.015
@@ -119,8 +114,8 @@ def test_lossless_shrinks_tiny_en_and_keeps_its_transcript(clip: Path, tmp_path:
     assert report.outputs.error < 2 * whole.outputs.error
 
 
-def test_vanilla_is_clearly_worse_at_the_same_ratio(clip: Path, tmp_path: Path) -> None:
-    source = fetch("whisper-tiny.en")
+def test_vanilla_is_clearly_worse_at_the_same_ratio(real: Real, clip: Path, tmp_path: Path) -> None:
+    source = real("whisper-tiny.en")
     model = open_model(source)
     processor = AutoProcessor.from_pretrained(source)
     inputs = clip_features(processor, load_audio(clip))
@@ -134,32 +129,34 @@ def test_vanilla_is_clearly_worse_at_the_same_ratio(clip: Path, tmp_path: Path) 
     assert rates["vanilla"] > 0.3
 
 
-def test_compact_smollm2_generates_with_its_cache_as_the_dense_one(tmp_path: Path) -> None:
-    source = fetch("smollm2-135m")
+def test_compact_smollm2_generates_with_its_cache_as_the_dense_one(
+    real: Real, real_pruned: RealPruned, tmp_path: Path
+) -> None:
+    source = real("smollm2-135m")
     tokenizer = AutoTokenizer.from_pretrained(source)
     prompt = tokenizer("The capital of France is", return_tensors="pt")
     written = {}
-    for layout in ("compact", "dense"):
-        prune_model(open_model(source), tmp_path / layout, Rule(energy=0.98, rope_ratio=0.05), layout=layout)
-        model = AutoModelForCausalLM.from_pretrained(tmp_path / layout).eval()
+    folders = {layout: real_pruned("smollm2-135m", NEARLY_ALL, layout) for layout in ("compact", "dense")}
+    for layout, folder in folders.items():
+        model = AutoModelForCausalLM.from_pretrained(folder).eval()
         written[layout] = model.generate(**prompt, max_new_tokens=20, do_sample=False).tolist()
         if layout == "compact":
             model.save_pretrained(tmp_path / "saved")
             again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved").eval()
             assert again.generate(**prompt, max_new_tokens=20, do_sample=False).tolist() == written["compact"]
     assert written["compact"] == written["dense"]
-    sizes = {layout: (tmp_path / layout / "model.safetensors").stat().st_size for layout in written}
+    sizes = {layout: (folder / "model.safetensors").stat().st_size for layout, folder in folders.items()}
     assert sizes["compact"] < sizes["dense"] - 1_000_000
 
 
 @pytest.mark.skipif(not os.environ.get("PESSA_DATA"), reason="PESSA_DATA names no folder with speech/clips.jsonl")
-def test_lossless_keeps_the_transcripts_of_other_speech(tmp_path: Path) -> None:
+def test_lossless_keeps_the_transcripts_of_other_speech(real: Real, tmp_path: Path) -> None:
     clips = [
         path
         for path in sorted((Path(os.environ["PESSA_DATA"]) / "speech").iterdir())
         if path.suffix in (".wav", ".flac")
     ]
-    model = open_model(fetch("whisper-tiny.en"))
+    model = open_model(real("whisper-tiny.en"))
     prune_model(model, tmp_path / "out", Rule())
     report = verify_models(model, open_model(tmp_path / "out"), audio=clips)
     assert len(report.texts) == len(clips)
@@ -167,7 +164,7 @@ def test_lossless_keeps_the_transcripts_of_other_speech(tmp_path: Path) -> None:
     assert different == []
 
 
-def test_a_recipe_prunes_as_far_as_other_speech_allows(clip: Path, tmp_path: Path, pessa: Pessa) -> None:
+def test_a_recipe_prunes_as_far_as_other_speech_allows(real: Real, clip: Path, tmp_path: Path, pessa: Pessa) -> None:
     """Calibrated on one half of the clip, scored on the other, which says "try again, fail again, fail better"."""
     samples, rate = soundfile.read(clip)
     for name, part in (("first", samples[: len(samples) // 2]), ("second", samples[len(samples) // 2 :])):
@@ -178,7 +175,7 @@ def test_a_recipe_prunes_as_far_as_other_speech_allows(clip: Path, tmp_path: Pat
     keys = {"sites": ["encoder.self"], "calibrate": [str(tmp_path / "first.wav")], "round_to": 4}
     keys |= {"evaluate": str(tmp_path / "held-out.jsonl"), "max_wer_increase": 20.0}
     recipe.write_text("[prune]\n" + "\n".join(f"{key} = {json.dumps(value)}" for key, value in keys.items()))
-    done = pessa("run", recipe, fetch("whisper-tiny.en"), "-o", tmp_path / "out", "--json")
+    done = pessa("run", recipe, real("whisper-tiny.en"), "-o", tmp_path / "out", "--json")
     assert done.code == 0, done
     searched = json.loads(done.out)["search"]
     within = [trial["target_attention"] for trial in searched["tried"] if trial["value"] <= searched["limit"]]
@@ -188,5 +185,5 @@ def test_a_recipe_prunes_as_far_as_other_speech_allows(clip: Path, tmp_path: Pat
     scored = pessa("eval", tmp_path / "out", "--speech", tmp_path / "held-out.jsonl", "--json")
     assert json.loads(scored.out)["models"][0]["speech"]["value"] <= searched["limit"]
     again = [*("--calibrate", tmp_path / "second.wav"), *("--evaluate", tmp_path / "held-out.jsonl")]
-    same = pessa("prune", fetch("whisper-tiny.en"), "-o", tmp_path / "no", "--max-wer-increase", "1", *again)
+    same = pessa("prune", real("whisper-tiny.en"), "-o", tmp_path / "no", "--max-wer-increase", "1", *again)
     is_refusal(same, "calibrated on", code=2)

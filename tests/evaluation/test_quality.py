@@ -16,8 +16,7 @@ import pytest
 import soundfile
 import tiny
 import torch
-from fetch_models import fetch
-from harness import Pessa, TinyFolder, is_refusal
+from harness import Pessa, Real, TinyFolder, is_refusal
 from peft import get_peft_model
 from transformers import AutoModel, AutoProcessor, AutoTokenizer, WhisperForConditionalGeneration
 from tuned import disturb, tokenizer, with_tokenizer, write_lines
@@ -58,14 +57,13 @@ def bert(tiny_folder: TinyFolder, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def clips(tmp_path: Path) -> Path:
+def clips(clip: Path, tmp_path: Path) -> Path:
     """A clip, its fourfold repetition, which is longer than Whisper's window, and a silent clip without a text."""
-    file = fetch("speech") / "beckett.wav"
-    samples = load_audio(file)
+    samples = load_audio(clip)
     soundfile.write(tmp_path / "long.wav", np.tile(samples, 4), SAMPLE_RATE)
     soundfile.write(tmp_path / "silent.wav", samples * 0, SAMPLE_RATE)
     rows: list[dict[str, Any]] = [
-        {"file": str(file), "text": BECKETT},
+        {"file": str(clip), "text": BECKETT},
         {"audio": "silent.wav", "text": None},
         {"audio": "long.wav", "text": " ".join([BECKETT] * 4)},
     ]
@@ -81,8 +79,8 @@ def test_word_counts_by_hand() -> None:
     assert compare_words(["Grüße, Jürgen!"], ["grusse jürgen"], english=False) == (1, 2)
 
 
-def test_speech(pessa: Pessa, clips: Path) -> None:
-    result = pessa("eval", fetch("whisper-tiny.en"), "--speech", clips, "--batch", 2, "--json")
+def test_speech(pessa: Pessa, real: Real, clip: Path, clips: Path) -> None:
+    result = pessa("eval", real("whisper-tiny.en"), "--speech", clips, "--batch", 2, "--json")
     assert result.code == 0, result
     found = json.loads(result.out)
     score = found["models"][0]["speech"]
@@ -90,13 +88,13 @@ def test_speech(pessa: Pessa, clips: Path) -> None:
     assert score["value"] == score["errors"] / 60 <= 0.02
     assert "English" in score["how"]
     assert "1 without a text left out" in score["how"]
-    paths = [fetch("speech") / "beckett.wav", clips.with_name("long.wav")]
+    paths = [clip, clips.with_name("long.wav")]
     assert found["sha256"] == {str(path): sha256_of(path) for path in paths}
 
 
-def test_speech_is_scored_from_memory(clips: Path) -> None:
+def test_speech_is_scored_from_memory(real: Real, clips: Path) -> None:
     """Scoring needs no file. Negative control: a model with damaged attention has a higher error rate."""
-    source = fetch("whisper-tiny.en")
+    source = real("whisper-tiny.en")
     model = WhisperForConditionalGeneration.from_pretrained(source, dtype=torch.float32).eval()
     speech = WordErrors.load(clips, AutoProcessor.from_pretrained(source), ScoreSettings(limit=1, new_tokens=30))
     clips.unlink()
@@ -113,9 +111,9 @@ def test_speech_is_scored_from_memory(clips: Path) -> None:
         WordErrors.of("clips", speech.clips, processor, ScoreSettings(language="klingon"))
 
 
-def test_other_languages() -> None:
+def test_other_languages(real: Real, clip: Path) -> None:
     """The language goes to a multilingual Whisper and chooses the text normaliser."""
-    processor, asked = AutoProcessor.from_pretrained(fetch("whisper-tiny.en")), []
+    processor, asked = AutoProcessor.from_pretrained(real("whisper-tiny.en")), []
 
     class Parrot:
         device, dtype = torch.device("cpu"), torch.float32
@@ -127,7 +125,7 @@ def test_other_languages() -> None:
             ids = processor.tokenizer("Grusse Jurgen, Mister", add_special_tokens=False).input_ids
             return torch.tensor([ids] * len(input_features))
 
-    clips = [Clip(fetch("speech") / "beckett.wav", "", "Grüße, Jürgen, Mr.")] * 3
+    clips = [Clip(clip, "", "Grüße, Jürgen, Mr.")] * 3
     found = [
         WordErrors.of("clips", clips, processor, ScoreSettings(language=language, batch=2)).score(Parrot())
         for language in (None, "German", "en")
@@ -257,8 +255,8 @@ def test_pairs(pooling: str, pessa: Pessa, bert: Path, tmp_path: Path) -> None:
     assert pooling in score["how"]
 
 
-def test_minilm_correlates_with_human_ratings(tmp_path: Path) -> None:
-    source = fetch("minilm")
+def test_minilm_correlates_with_human_ratings(real: Real, tmp_path: Path) -> None:
+    source = real("minilm")
     embedding = embedding_of(source, tiny.read_config(source))
     assert embedding == Embedding("mean", 256)
     pairs = Similarity.load(csv_of(tmp_path / "pairs.csv"), AutoTokenizer.from_pretrained(source), embedding=embedding)
@@ -286,7 +284,7 @@ def test_one_row_a_model(pessa: Pessa, llama: Path, bert: Path, tmp_path: Path) 
     )
 
 
-def test_refusals(pessa: Pessa, llama: Path, bert: Path, tiny_folder: TinyFolder, tmp_path: Path) -> None:
+def test_refusals(pessa: Pessa, llama: Path, bert: Path, clip: Path, tiny_folder: TinyFolder, tmp_path: Path) -> None:
     story, pairs, file = tmp_path / "story.txt", csv_of(tmp_path / "pairs.csv"), tmp_path / "file"
     story.write_text(STORY)
     is_refusal(pessa("eval", llama), "--speech", code=2)
@@ -295,7 +293,7 @@ def test_refusals(pessa: Pessa, llama: Path, bert: Path, tiny_folder: TinyFolder
     is_refusal(pessa("eval", llama, "--text", story, "--window", 8, "--stride", 9), "8", "--stride 9", code=2)
     is_refusal(pessa("eval", llama, "--text", story, "--limit", -1), "--limit -1", code=2)
     is_refusal(pessa("eval", llama, "--text", tmp_path / "none.txt"), "none.txt")
-    is_refusal(pessa("eval", llama, "--text", fetch("speech") / "beckett.wav"), "beckett.wav")
+    is_refusal(pessa("eval", llama, "--text", clip), "beckett.wav")
     is_refusal(pessa("eval", llama, "--text", write_lines(tmp_path / "empty.jsonl", [{"text": ""}])), "too short")
     file.write_text("a,b\n")
     is_refusal(pessa("eval", bert, "--pairs", file), "row 1")
@@ -309,20 +307,20 @@ def test_refusals(pessa: Pessa, llama: Path, bert: Path, tiny_folder: TinyFolder
     is_refusal(pessa("eval", bert, "--pairs", pairs), "sentence-transformers", "modules.json")
 
 
-def test_refused_clips(pessa: Pessa, clips: Path, tmp_path: Path) -> None:
-    model = fetch("whisper-tiny.en")
+def test_refused_clips(pessa: Pessa, real: Real, clips: Path, tmp_path: Path) -> None:
+    model = real("whisper-tiny.en")
     is_refusal(pessa("eval", model, "--speech", tmp_path / "none.jsonl"), "none.jsonl")
     is_refusal(pessa("eval", model, "--speech", tmp_path / "silent.wav"), "none of the 1 clips")
     is_refusal(pessa("eval", model, "--speech", write_lines(clips, [{"text": "hello"}])), "1 lines", "audio")
 
 
 @pytest.mark.skipif(not os.environ.get("PESSA_DATA"), reason="PESSA_DATA names no folder with speech/ and text/")
-def test_other_data(pessa: Pessa) -> None:
-    """The scores of the real models that the README states."""
+def test_other_data(pessa: Pessa, real: Real) -> None:
+    """The scores of the real models that the documentation states."""
     data = Path(os.environ["PESSA_DATA"])
 
     def value(model: str, option: str, path: str, *more: object) -> float:
-        result = pessa("eval", fetch(model), f"--{option}", data / path, *more, "--json")
+        result = pessa("eval", real(model), f"--{option}", data / path, *more, "--json")
         assert result.code == 0, result
         return float(json.loads(result.out)["models"][0][option]["value"])
 

@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 import torch
 import whisper
-from fetch_models import fetch
 from harness import (
     PESSA,
     WEIGHTS,
     Pessa,
+    Real,
+    RealPruned,
     TinyFolder,
     copy_of,
     edit_json,
@@ -374,17 +375,18 @@ def test_without_openai_whisper_the_extra_is_named(shaped: Path, monkeypatch: py
 # --- the real model, on real speech
 
 
-def test_the_real_model_transcribes_alike_in_both_libraries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_real_model_transcribes_alike_in_both_libraries(
+    real: Real, real_pruned: RealPruned, clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """transcribe() and transformers give equal tokens under greedy decoding, and word times equal the stock file's."""
     for name in ("backtrace", "dtw_cpu"):  # compiling them takes longer than running them in Python
         monkeypatch.setattr(timing, name, getattr(timing, name).py_func)
-    source, clip = fetch("whisper-tiny.en"), load_audio(fetch("speech") / "beckett.wav")
-    prune_model(open_model(source), tmp_path / "out", Rule(ratio=0.05))
-    ours = pessa_cli.load_whisper(tmp_path / "out")
+    source, out = real("whisper-tiny.en"), real_pruned("whisper-tiny.en", Rule(ratio=0.05))
+    ours = pessa_cli.load_whisper(out)
     assert len(ragged(ours)) > 6
-    theirs = WhisperForConditionalGeneration.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
+    theirs = WhisperForConditionalGeneration.from_pretrained(out, dtype=torch.float32).eval()
     # Padded to 30 s here, because transcribe() and transformers pad features differently.
-    audio = whisper.pad_or_trim(clip)
+    audio = whisper.pad_or_trim(load_audio(clip))
     processor = WhisperProcessor.from_pretrained(source)
     features = processor(audio, sampling_rate=SAMPLE_RATE, return_tensors="pt")["input_features"]
     expected = theirs.generate(features, do_sample=False, num_beams=1, return_timestamps=True, max_new_tokens=60)[0]
@@ -393,7 +395,7 @@ def test_the_real_model_transcribes_alike_in_both_libraries(tmp_path: Path, monk
     tokens = [token for segment in transcript["segments"] for token in segment["tokens"]]
     assert tokens == expected.tolist()
     assert "Fail again" in transcript["text"]
-    export_openai(tmp_path / "out", tmp_path / "out.pt")
+    export_openai(out, tmp_path / "out.pt")
     stock = whisper.load_model(str(tmp_path / "out.pt"))
     guessed = stock.transcribe(audio, word_timestamps=True, **options)
     stock.set_alignment_heads(torch.load(tmp_path / "out.pt", weights_only=True)["alignment_heads"])

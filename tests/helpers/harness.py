@@ -14,13 +14,17 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from pessa_cli.ranks.rule import Rule
+
 Tensors = dict[str, torch.Tensor]
 Pessa = Callable[..., "Result"]
 TinyFolder = Callable[..., Path]
+Real = Callable[[str], Path]
+RealPruned = Callable[..., Path]
+Once = Callable[[str, Callable[[Path], object]], Path]
 
-PESSA = Path(sys.executable).with_name(
-    "pessa"
-)  # the command that pip installed, for tests that need a separate process
+NEARLY_ALL = Rule(energy=0.98, rope_ratio=0.05)  # the rule of the tests of a pruned SmolLM2, which share its output
+PESSA = Path(sys.executable).with_name("pessa")  # the command that pip installed, for tests that need a separate process
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 

@@ -13,8 +13,7 @@ import pytest
 import tiny
 import torch
 import transformers
-from fetch_models import fetch
-from harness import TinyFolder
+from harness import Real, TinyFolder
 from torch import Tensor, nn
 from transformers.models.whisper.modeling_whisper import WhisperAttention
 
@@ -224,9 +223,9 @@ def test_the_cache_is_smaller_with_buckets_only(folders: dict[str, Path]) -> Non
     assert layer.values.shape == (1, 1, 70, 6 * 16)
 
 
-def test_the_real_tiny_en_pruned_by_half(tmp_path: Path) -> None:
+def test_the_real_tiny_en_pruned_by_half(real: Real, tmp_path: Path) -> None:
     """The backends agree in the encoder, a prompt and decoding steps; the control is the original, which differs."""
-    source = fetch("whisper-tiny.en")
+    source = real("whisper-tiny.en")
     prune_model(open_model(source), tmp_path / "half", Rule(ratio=0.5))
     features = torch.randn(1, 80, 3000, generator=torch.Generator().manual_seed(0)).clamp(-1, 1.5)
     found: dict[str, list[Tensor]] = {}

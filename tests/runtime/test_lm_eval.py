@@ -11,8 +11,7 @@ from typing import Any
 
 import pytest
 import tiny
-from fetch_models import fetch
-from harness import TinyFolder
+from harness import NEARLY_ALL, Real, RealPruned, TinyFolder
 from transformers import AutoTokenizer
 from tuned import with_tokenizer, write_lines
 
@@ -107,13 +106,13 @@ def test_tiny(tiny_folder: TinyFolder, task: Path, tmp_path: Path) -> None:
     assert [value for key in sorted(found) for value in found[key]] == pytest.approx(likelihoods, abs=1e-4)
 
 
-def test_smollm2(task: Path, tmp_path: Path) -> None:
-    source = fetch("smollm2-135m")
+def test_smollm2(task: Path, real: Real, real_pruned: RealPruned) -> None:
+    source = real("smollm2-135m")
     reader = AutoTokenizer.from_pretrained(source)
     whole, _ = run(tiny.load(source), reader, task)
     assert whole > 0.8
     (compact, likelihoods), (dense, dense_likelihoods) = (
-        run(tiny.load(folder), reader, task) for folder in pruned_twice(source, Rule(energy=0.98), tmp_path)
+        run(tiny.load(real_pruned("smollm2-135m", NEARLY_ALL, layout)), reader, task) for layout in ("compact", "dense")
     )
     assert compact == dense
     assert likelihoods == pytest.approx(dense_likelihoods, abs=1e-3)

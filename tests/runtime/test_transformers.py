@@ -15,8 +15,7 @@ import pytest
 import tiny
 import torch
 import transformers
-from fetch_models import fetch
-from harness import TinyFolder
+from harness import RealPruned, TinyFolder
 from tiny import close, load
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -26,7 +25,7 @@ from pessa_cli.blocks.compact_format import LOAD_HINT
 from pessa_cli.models.audio import SAMPLE_RATE, load_audio
 from pessa_cli.ranks.rule import Rule
 from pessa_cli.surgery.model import open_model
-from pessa_cli.surgery.passes import export_model, prune_model
+from pessa_cli.surgery.passes import export_model
 
 Pruned = Callable[..., Path]
 Three = tuple[Any, Any, Any]  # dense, compact, original
@@ -320,12 +319,10 @@ def test_the_fill_mask_pipeline(pruned: Pruned, tiny_folder: TinyFolder, tokeniz
 
 
 @pytest.fixture(scope="module")
-def speech(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Return Whisper tiny.en pruned by a tenth, dense and compact."""
-    place = tmp_path_factory.mktemp("speech")
-    for layout in ("dense", "compact"):
-        prune_model(open_model(fetch("whisper-tiny.en")), place / layout, Rule(ratio=0.1), layout=layout)
-    return place / "dense", place / "compact"
+def speech(real_pruned: RealPruned) -> tuple[Path, Path]:
+    """Whisper tiny.en pruned by a tenth, dense and compact."""
+    rule = Rule(ratio=0.1)
+    return real_pruned("whisper-tiny.en", rule, "dense"), real_pruned("whisper-tiny.en", rule)
 
 
 @pytest.mark.parametrize(
@@ -333,8 +330,8 @@ def speech(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     [{}, {"return_timestamps": "word"}, {"return_timestamps": True, "chunk_length_s": 6}],
     ids=["plain", "words", "chunks"],
 )
-def test_the_speech_pipeline(speech: tuple[Path, Path], options: dict[str, Any]) -> None:
-    samples = load_audio(fetch("speech") / "beckett.wav")
+def test_the_speech_pipeline(speech: tuple[Path, Path], clip: Path, options: dict[str, Any]) -> None:
+    samples = load_audio(clip)
     heard = []
     for folder in speech:
         listen = transformers.pipeline("automatic-speech-recognition", str(folder), dtype=torch.float32)

@@ -5,13 +5,11 @@ The writer below was written from the format's description and shares no code wi
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import random
 import shutil
 import struct
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from harness import Real
 from numpy.typing import NDArray
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import WhisperConfig, WhisperForConditionalGeneration, WhisperProcessor
@@ -29,7 +28,6 @@ from pessa_cli.sources.ctranslate2 import convert, read_model
 from pessa_cli.sources.open import open_source
 
 Array = NDArray[Any]
-ROOT = Path(__file__).parents[2]
 DTYPE_NUMBERS = {"float32": 0, "int8": 1, "int16": 2, "int32": 3, "float16": 4}
 LANGUAGES = ["en", "zh", *(f"l{i}" for i in range(97))]
 
@@ -421,25 +419,13 @@ def test_open_source(english: Case, tmp_path: Path) -> None:
         pass
 
 
-@pytest.fixture(scope="module")
-def fetch() -> Iterator[Callable[[str], Path]]:
-    spec = importlib.util.spec_from_file_location("fetch_models", ROOT / "scripts" / "fetch_models.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    yield module.fetch
-    del sys.modules[spec.name]
-
-
-def test_real_whisper_transcribes(fetch: Callable[[str], Path]) -> None:
+def test_real_whisper_transcribes(real: Real, clip: Path) -> None:
     import soundfile
 
-    folder = fetch("whisper-tiny.en")
+    folder = real("whisper-tiny.en")
     processor = WhisperProcessor.from_pretrained(folder)
     model = WhisperForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
-    samples, rate = soundfile.read(fetch("speech") / "beckett.wav", dtype="float32")
+    samples, rate = soundfile.read(clip, dtype="float32")
     inputs = processor(samples, sampling_rate=rate, return_tensors="pt")
     heard = processor.decode(model.generate(**inputs)[0], skip_special_tokens=True)
     assert heard == " Ever tried, ever failed. No matter, try again. Fail again. Fail better."

@@ -20,11 +20,11 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from fetch_models import fetch
 from harness import (
     PESSA,
     WEIGHTS,
     Pessa,
+    Real,
     Result,
     TinyFolder,
     copy_of,
@@ -371,11 +371,11 @@ def test_an_openai_file_is_the_same_model(openai_file: Path, pessa: Pessa, place
     assert list((place / "tmp").iterdir()) == []
 
 
-def test_the_real_tiny_en_as_an_openai_file(place: Path) -> None:
+def test_the_real_tiny_en_as_an_openai_file(real: Real, place: Path) -> None:
     """A round trip keeps the weights bit for bit, and the config, merges, suppressed tokens and alignment heads."""
     from safetensors.torch import load_file
 
-    source = fetch("whisper-tiny.en")
+    source = real("whisper-tiny.en")
     ours = load_file(source / WEIGHTS)
     dims = {"n_mels": 80, "n_vocab": 51864, "n_audio_ctx": 1500, "n_text_ctx": 448}
     for side in ("audio", "text"):

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from harness import Pessa, is_refusal, snapshot
+from harness import Pessa, Real, is_refusal, snapshot
 from peft import PeftModel
 from tuned import history, losses, sums, tokenizer, with_tokenizer, write_lines
 
@@ -25,8 +25,6 @@ from pessa_cli.tuning.options import DataOptions, Tuning, load_tuning
 from pessa_cli.tuning.train import Job, TrainingStep, tune
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("tune-*.toml"))
-SPEECH = Path(__file__).parents[2] / "models" / "speech"
-WHISPER = Path(__file__).parents[2] / "models" / "whisper-tiny.en"
 QUICK = ("--max-steps", 4, "--batch", 4, "--log-steps", 1, "--lr", "1e-2", "--device", "cpu")
 HELLO = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}]
 
@@ -292,10 +290,9 @@ def test_invalid_recipes_are_refused(text: str, culprit: str, tmp_path: Path) ->
         load_tuning(path)
 
 
-@pytest.mark.skipif(not (SPEECH / "beckett.wav").exists() or not WHISPER.exists(), reason="scripts/fetch_models.py")
-def test_whisper_learns_from_clips(pessa: Pessa, place: Path) -> None:
-    clip = str(SPEECH.resolve() / "beckett.wav")
-    data = write_lines(place / "clips.jsonl", [{"audio": clip, "text": "Ever tried, ever failed, no matter."}] * 2)
+def test_whisper_learns_from_clips(real: Real, clip: Path, pessa: Pessa, place: Path) -> None:
+    whisper = real("whisper-tiny.en")
+    data = write_lines(place / "clips.jsonl", [{"audio": str(clip), "text": "Ever tried, ever failed, no matter."}] * 2)
     more = (
         "--targets",
         "q_proj,v_proj",
@@ -312,12 +309,12 @@ def test_whisper_learns_from_clips(pessa: Pessa, place: Path) -> None:
         "--device",
         "cpu",
     )
-    result = pessa("tune", WHISPER, "--method", "lora", "--data", data, "-o", place / "adapter", *more)
+    result = pessa("tune", whisper, "--method", "lora", "--data", data, "-o", place / "adapter", *more)
     assert result.code == 0, result
     found = losses(place / "adapter")
     assert found[-1] < 0.9 * found[0]
     is_refusal(
-        pessa("tune", WHISPER, "--method", "lora", "--data", data, "-o", place / "b", "--packing"), "--packing", code=2
+        pessa("tune", whisper, "--method", "lora", "--data", data, "-o", place / "b", "--packing"), "--packing", code=2
     )
     write_lines(data, [{"audio": "gone.wav", "text": "x"}])
-    is_refusal(pessa("tune", WHISPER, "--method", "lora", "--data", data, "-o", place / "b"), "gone.wav")
+    is_refusal(pessa("tune", whisper, "--method", "lora", "--data", data, "-o", place / "b"), "gone.wav")

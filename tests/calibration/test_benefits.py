@@ -1,0 +1,154 @@
+"""What each part of calibration is for: without it the pruned block is worse, or a number is off by orders.
+
+Each test measures what blocks put out on the inputs they were calibrated on, so that a part that is left out, or that
+no longer does anything, shows.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from calibrating import batches, collected
+from harness import TinyFolder
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from pessa_cli.blocks.site import Site
+from pessa_cli.calibration import trial_cuts
+from pessa_cli.models.hooks import block_squares, modules_of, output_of
+from pessa_cli.ranks.rule import Rule
+from pessa_cli.statistics.file import Statistics
+from pessa_cli.surgery.model import Model, open_model
+from pessa_cli.surgery.passes import decompose_model, measure, prune_model
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    folder: Path
+    model: Model
+    statistics: Statistics
+
+    def block(self, name: str) -> Site:
+        return next(site for site in self.model.sites if site.name == name)
+
+
+@pytest.fixture
+def calibrated(request: pytest.FixtureRequest, tiny_folder: TinyFolder, data: list[Path], tmp_path: Path) -> Calibrated:
+    folder = tiny_folder(request.param)
+    model = open_model(folder)
+    return Calibrated(folder, model, collected(model, data, tmp_path / "statistics"))
+
+
+def block_error(site: Site, ours: Any, theirs: Any) -> float:
+    """The relative squared error of one block of theirs on the inputs that it has in ours."""
+    with ExitStack() as hooks, torch.no_grad():
+        squares = block_squares([site], ours, theirs, hooks)
+        for given in batches(ours):
+            output_of(ours, given)
+    off, whole = squares[site.name]
+    return off / whole
+
+
+@pytest.mark.parametrize(
+    ("calibrated", "block", "most"),
+    [("whisper", "encoder.self.0", 0.5), ("bert", "encoder.self.0", 0.98), ("llama", "decoder.self.0", 0.98)],
+    indirect=["calibrated"],
+)
+def test_the_output_projection_is_fitted_anew(calibrated: Calibrated, block: str, most: float, tmp_path: Path) -> None:
+    """Against slices of the calibrated decomposition: those keep the same directions with the output projection as is.
+
+    Only V-O is cut, so that the inputs of the output projection are the original's.
+    """
+    site, model = calibrated.block(block), calibrated.model
+    decompose_model(model, tmp_path / "full", statistics=calibrated.statistics)
+    spectrum = measure(model, [site], statistics=calibrated.statistics)[block].vo
+    rule = Rule(qk_thr=0.0, vo_thr=float(np.quantile(spectrum, 0.5)))
+    fitted = prune_model(model, tmp_path / "fitted", rule, [site], layout="dense", statistics=calibrated.statistics)
+    full = open_model(tmp_path / "full")
+    same = [other for other in full.sites if other.name == block]
+    sliced = prune_model(full, tmp_path / "sliced", rule, same, layout="dense")
+    assert fitted.ranks.vo == sliced.ranks.vo
+    assert 0 < sum(fitted.ranks.vo[block]) < site.kv_heads * site.head_dim
+    original = tiny.load(calibrated.folder)
+    errors = [block_error(site, original, tiny.load(tmp_path / name)) for name in ("fitted", "sliced")]
+    assert 0 < errors[0] < most * errors[1]
+
+
+@pytest.mark.parametrize(
+    ("calibrated", "block", "most"),
+    [("whisper", "encoder.self.0", 0.5), ("bert", "encoder.self.0", 0.97)],
+    indirect=["calibrated"],
+)
+def test_keys_are_weighed_by_what_they_do_to_the_output(
+    calibrated: Calibrated, block: str, most: float, tmp_path: Path
+) -> None:
+    """Against the same statistics without the influence of the keys, when a quarter of Q-K is cut, and V-O is not."""
+    site, model, without = calibrated.block(block), calibrated.model, tmp_path / "without"
+    with safe_open(calibrated.statistics.paths[0], framework="pt") as file:
+        about = file.metadata()
+    sums = load_file(calibrated.statistics.paths[0])
+    save_file({n: t * 0 if n.endswith(".influence") else t for n, t in sums.items()}, without, about)
+    errors = []
+    for name, statistics in (("all", calibrated.statistics), ("keys", Statistics(without))):
+        spectrum = measure(model, [site], statistics=statistics)[block].qk
+        assert spectrum is not None
+        rule = Rule(qk_thr=float(np.quantile(spectrum, 0.25)), vo_thr=0.0)
+        written = prune_model(model, tmp_path / name, rule, [site], layout="dense", statistics=statistics)
+        assert sum(written.ranks.qk[block]) == 0.75 * spectrum.size
+        errors.append(block_error(site, tiny.load(calibrated.folder), tiny.load(tmp_path / name)))
+    assert 0 < errors[0] < most * errors[1]
+
+
+@pytest.mark.parametrize("calibrated", ["whisper"], indirect=True)
+def test_the_harm_of_a_cut_is_the_divergence_that_it_makes(
+    calibrated: Calibrated, data: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For each block cut by half, alone: the KL divergence of the model's tokens over the error of the block."""
+    monkeypatch.setattr(trial_cuts, "SAMPLES", 200)  # with 4 the estimate is within a factor of 3
+    model = calibrated.model
+    spectra = measure(model, model.sites, statistics=collected(model, data, tmp_path / "many"))
+    original = tiny.load(calibrated.folder)
+    for site in model.sites:
+        folder = tmp_path / site.name
+        prune_model(model, folder, Rule(ratio=0.5), [site], layout="dense", statistics=calibrated.statistics)
+        cut = tiny.load(folder)
+        divergence = []
+        with torch.no_grad():
+            for given in batches(original):
+                before, after = (output_of(m, given)[1].double().log_softmax(-1) for m in (original, cut))
+                divergence.append(float((before.exp() * (before - after)).sum(-1).mean()))
+        trials = spectra[site.name].trials
+        assert trials is not None
+        expected = float(np.mean(divergence)) / block_error(site, original, cut)
+        assert 0.3 < trials.harm / expected < 3.5, site.name
+
+
+@pytest.mark.parametrize(
+    ("calibrated", "block"),
+    [
+        ("whisper", "encoder.self.1"),
+        ("bert", "encoder.self.1"),
+        ("llama", "decoder.self.1"),
+        ("llama-biased", "decoder.self.1"),
+    ],
+    indirect=["calibrated"],
+)
+def test_in_sequence_a_block_is_better_on_what_the_pruned_ones_before_it_produce(
+    calibrated: Calibrated, block: str, data: list[Path], tmp_path: Path
+) -> None:
+    """Behind the same pruned first block: the second as cut in sequence, and as cut by what the original produces."""
+    model, rule, site = calibrated.model, Rule(rank=3), calibrated.block(block)
+    chain = collected(model, data, tmp_path / "in sequence", rule)
+    for name, statistics in (("apart", calibrated.statistics), ("chain", chain)):
+        prune_model(model, tmp_path / name, rule, layout="dense", statistics=statistics)
+    original, behind = tiny.load(calibrated.folder), tiny.load(tmp_path / "chain")
+    modules_of(site, behind)[0].load_state_dict(modules_of(site, original)[0].state_dict())
+    apart, in_sequence = (block_error(site, behind, tiny.load(tmp_path / name)) for name in ("apart", "chain"))
+    assert 0 < in_sequence < 0.85 * apart

@@ -1,0 +1,169 @@
+"""Calibration of data as people have it: files of text through a tokenizer, clips through a processor.
+
+The other tests of calibration hand tokens over in place of `inputs_of`; here nothing is replaced.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+import tiny
+import tiny_models
+import torch
+import whisper
+from harness import Pessa, Real, TinyFolder, edit_json
+from transformers import AutoTokenizer, WhisperConfig, WhisperForConditionalGeneration
+from tuned import tokenizer, with_tokenizer
+from whisper.model import ModelDimensions
+
+from pessa_cli.models.audio import SAMPLE_RATE, load_audio
+from pessa_cli.sources.open import open_source
+from pessa_cli.statistics.file import Statistics
+from pessa_cli.surgery.model import open_model
+
+STORY = "the keeper lit the lamp on the ninth of march, and it burned until three sails came home. " * 3
+
+
+def read_by(model: Path, limit: int) -> list[torch.Tensor]:
+    """The windows that a tokenizer makes of the story, without ours: as many tokens as a window takes, <s> in each."""
+    ids = tokenizer()(STORY, add_special_tokens=False).input_ids
+    room = limit - 1
+    parts = [ids[start : start + room] for start in range(0, len(ids), room)]
+    assert tiny.read_config(model)["vocab_size"] > max(ids)
+    return [torch.tensor([[1, *part]]) for part in parts]
+
+
+def check_queries(folder: Path, statistics: Path, windows: list[torch.Tensor]) -> None:
+    """The sums of the first block's queries, against a plain run of the model over these windows."""
+    site = open_model(folder).sites[0]
+    found = Statistics(statistics).of(site)
+    assert int(found.frames) == sum(window.shape[1] for window in windows)
+    model = tiny.load(folder)
+    seen: list[torch.Tensor] = []
+    query = next(module for name, module in model.named_modules() if name.endswith(site.q))
+    query.register_forward_hook(lambda _module, _args, output: seen.append(output[0].double()))
+    with torch.no_grad():
+        for window in windows:
+            model(input_ids=window)
+    heads = torch.cat(seen).reshape(-1, site.kv_heads, site.group, site.head_dim).permute(1, 2, 0, 3).flatten(1, 2)
+    expected = heads.mT @ heads
+    assert torch.allclose(found.queries, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize(("name", "window"), [("bert", 40), ("llama", 64)])
+def test_a_long_text_is_read_in_windows(
+    name: str, window: int, tiny_folder: TinyFolder, place: Path, pessa: Pessa
+) -> None:
+    folder = with_tokenizer(tiny_folder(name), place / name)
+    (place / "story.txt").write_text(STORY)
+    given = ("--calibrate", place / "story.txt", "--statistics", place / "s.safetensors")
+    done = pessa("prune", folder, "-o", place / "out", "--ratio", "0.3", *given)
+    assert done.code == 0, done
+    windows = read_by(folder, window)
+    assert len(windows) > 3
+    check_queries(folder, place / "s.safetensors", windows)
+
+
+@pytest.fixture
+def roberta(place: Path) -> Path:
+    """Positions count from 2 in a RoBERTa: of the 40 in its table 38 are for tokens."""
+    model = tiny_models.build("roberta")
+    model.save_pretrained(place / "roberta")
+    tokenizer().save_pretrained(place / "roberta")
+    return place / "roberta"
+
+
+def test_a_roberta_reads_a_text_that_it_has_room_for(roberta: Path, place: Path, pessa: Pessa) -> None:
+    (place / "short.txt").write_text(STORY[:30])
+    (place / "other.txt").write_text(STORY[40:70])
+    data = ("--calibrate", place / "short.txt", "--calibrate", place / "other.txt")
+    done = pessa("prune", roberta, "-o", place / "out", "--ratio", "0.3", *data, "--statistics", place / "s")
+    assert done.code == 0, done
+    texts = (STORY[:30], STORY[40:70])
+    ids = [tokenizer()(text, return_tensors="pt").input_ids for text in texts]
+    check_queries(roberta, place / "s", ids)
+
+
+@pytest.mark.xfail(strict=True, raises=RuntimeError, reason="inputs_of cuts windows of two tokens more than it takes")
+def test_a_roberta_reads_a_long_text_in_windows(roberta: Path, place: Path, pessa: Pessa) -> None:
+    (place / "story.txt").write_text(STORY)
+    given = ("--calibrate", place / "story.txt", "--statistics", place / "s")
+    done = pessa("prune", roberta, "-o", place / "out", "--ratio", "0.3", *given)
+    assert done.code == 0, done
+    positions = tiny.read_config(roberta)["max_position_embeddings"]
+    check_queries(roberta, place / "s", read_by(roberta, positions - 2))
+
+
+@pytest.fixture
+def english(real: Real, place: Path) -> Path:
+    """A tiny Whisper that hears and reads as the real tiny.en does, and writes no more than 40 tokens."""
+    source, folder = real("whisper-tiny.en"), place / "english"
+    theirs = tiny.read_config(source)
+    kept = [key for key in theirs if key.endswith(("_id", "_tokens")) or key in ("vocab_size", "num_mel_bins")]
+    torch.manual_seed(0)
+    sizes = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48}
+    heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "max_target_positions": 40}
+    WhisperForConditionalGeneration(
+        WhisperConfig(**sizes, **heads, **{key: theirs[key] for key in kept})
+    ).save_pretrained(folder)
+    for name in ("preprocessor_config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        shutil.copy(source / name, folder / name)
+    edit_json(lambda config: config.update(max_length=40), "generation_config.json")(folder)
+    return folder
+
+
+def heard(folder: Path, statistics: Path) -> dict[str, int]:
+    """How many queries each kind of block had."""
+    found = Statistics(statistics)
+    return {site.spec.kind: int(found.of(site).frames) for site in open_model(folder).sites if site.layer == 0}
+
+
+def test_clips_through_the_real_processor(english: Path, clip: Path, place: Path, pessa: Pessa) -> None:
+    """A clip with its transcript, and one of two windows without, which the model itself has to write down."""
+    text = "Ever tried. Ever failed."
+    samples = load_audio(clip)
+    soundfile.write(place / "long.wav", np.tile(samples, 4)[: 40 * SAMPLE_RATE], SAMPLE_RATE)
+    rows: list[dict[str, Any]] = [{"audio": str(clip), "text": text}, {"audio": "long.wav"}]
+    (place / "clips.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    given = ("--calibrate", place / "clips.jsonl", "--statistics", place / "s")
+    done = pessa("prune", english, "-o", place / "out", "--ratio", "0.3", *given)
+    assert done.code == 0, done
+    frames = heard(english, place / "s")
+    assert frames["encoder.self"] == 3 * 1500
+    assert frames["decoder.self"] == frames["decoder.cross"]
+    (place / "told.jsonl").write_text(json.dumps(rows[0]))
+    assert pessa("inspect", english, "--calibrate", place / "told.jsonl", "--statistics", place / "t").code == 0
+    prompt = AutoTokenizer.from_pretrained(english)(text).input_ids[:-1]  # the last token is never an input
+    assert heard(english, place / "t") == {
+        "encoder.self": 1500,
+        "decoder.self": len(prompt),
+        "decoder.cross": len(prompt),
+    }
+
+
+@pytest.mark.slow
+def test_a_multilingual_whisper_with_its_own_processor(clip: Path, place: Path, pessa: Pessa) -> None:
+    """Converted from an openai-whisper file, with the tokenizer that comes with that package."""
+    torch.manual_seed(0)
+    model = whisper.model.Whisper(ModelDimensions(80, 1500, 32, 4, 1, 51865, 448, 32, 4, 1))
+    torch.nn.init.normal_(model.decoder.positional_embedding, std=0.1)  # which it leaves as the memory was
+    state = {name: tensor for name, tensor in model.state_dict().items() if tensor.dtype.is_floating_point}
+    torch.save({"dims": vars(model.dims), "model_state_dict": state}, place / "m.pt")
+    with open_source(str(place / "m.pt")) as converted:
+        folder = Path(shutil.copytree(converted, place / "multilingual"))
+    edit_json(lambda config: config.update(max_length=40), "generation_config.json")(folder)
+    rows = [{"audio": str(clip), "text": "Ever tried."}]
+    (place / "clips.jsonl").write_text(json.dumps(rows[0]))
+    given = ("--calibrate", place / "clips.jsonl", "--statistics", place / "s")
+    done = pessa("prune", folder, "-o", place / "out", "--ratio", "0.3", *given)
+    assert done.code == 0, done
+    assert pessa("inspect", folder, "--calibrate", clip, "--statistics", place / "t").code == 0
+    assert heard(folder, place / "s")["encoder.self"] == heard(folder, place / "t")["encoder.self"] == 1500
+    prompt = AutoTokenizer.from_pretrained(folder)("Ever tried.").input_ids[:-1]
+    assert heard(folder, place / "s")["decoder.self"] == len(prompt)
