@@ -32,7 +32,7 @@ from pessa_cli.runtime.bucketed_attention import HeadRun
 from pessa_cli.runtime.compact_linear import RaggedIn, RaggedOut
 from pessa_cli.runtime.patched_attention import patch_attention
 from pessa_cli.surgery.model import open_model
-from pessa_cli.surgery.passes import prune_model
+from pessa_cli.surgery.prune import prune_model
 
 WIDTH, HEADS, HEAD_DIM, FRAMES = 1280, 20, 64, 1500
 BACKENDS = ("scatter", "bucketed", "auto")

@@ -25,7 +25,7 @@ from pessa_cli.models.audio import load_audio
 from pessa_cli.models.inputs import Inputs, clip_features
 from pessa_cli.ranks.rule import Rule
 from pessa_cli.surgery.model import open_model
-from pessa_cli.surgery.passes import prune_model
+from pessa_cli.surgery.prune import prune_model
 from pessa_cli.surgery.totals import totals
 
 

@@ -25,7 +25,7 @@ from pessa_cli.evaluation.measures import ScoreSettings
 from pessa_cli.evaluation.word_errors import WordErrors, read_clips, transcribe
 from pessa_cli.ranks.rule import Rule
 from pessa_cli.surgery.model import open_model
-from pessa_cli.surgery.passes import prune_model
+from pessa_cli.surgery.prune import prune_model
 from pessa_cli.tuning.options import AdapterOptions, DataOptions, TrainOptions, Tuning
 from pessa_cli.tuning.train import Job, tune
 

@@ -49,9 +49,9 @@ from pessa_cli.evaluation.similarity import Similarity, embedding_of
 from pessa_cli.evaluation.word_errors import WordErrors, read_clips
 from pessa_cli.models.load import load, quiet_transformers
 from pessa_cli.ranks.rule import Rule
-from pessa_cli.statistics.file import Statistics
+from pessa_cli.statistics.file import SavedStatistics, Statistics
 from pessa_cli.surgery.model import Model, open_model
-from pessa_cli.surgery.passes import prune_model
+from pessa_cli.surgery.prune import prune_model
 from pessa_cli.surgery.rewrite import Ranking
 from pessa_cli.surgery.run import Run
 from pessa_cli.surgery.totals import totals
@@ -252,7 +252,7 @@ class Results:
             with ProcessPoolExecutor(1, context) as pool:
                 arguments = (subject.model, subject.kinds, fold.calibration, file, rule, self._threads)
                 self._add(pool.submit(calibrate, *arguments).result())
-        found = Statistics(file)
+        found = SavedStatistics(file)
         if common := set(found.data) & set(fold.measure.sources.values()):
             raise SystemExit(f"{name}: calibrated on what it is scored on, {common}")
         return found

@@ -176,7 +176,7 @@ def record(main: Callable[[], None], names: Sequence[str]) -> dict[str, Any]:
                     print(f"{name}: {case.name}: {printed}", file=sys.stderr)
         done = sum("exit code" not in files for files in found[name].values())
         print(f"{name}: {done} of {len(found[name])} commands wrote a model", file=sys.stderr, flush=True)
-    return found
+        file.write_text(json.dumps(found, indent=1))
 
 
 def plan(names: Sequence[str]) -> Iterator[tuple[str, Callable[[Path], Path], list[Case]]]:
@@ -276,8 +276,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.command == "compare":
         sys.exit(bool(compare(*(json.loads(path.read_text()) for path in args.records))))
-    found = record(entry_point(args.checkout), args.models)
-    args.out.write_text(json.dumps(found, indent=1))
+    record(entry_point(args.checkout), args.models, args.out)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from tuned import with_tokenizer
 from pessa_cli.cli.main import main
 from pessa_cli.ranks.rule import Rule
 from pessa_cli.surgery.model import open_model
-from pessa_cli.surgery.passes import prune_model
+from pessa_cli.surgery.prune import prune_model
 
 # One thread a test process: for tiny matrices more are slower, and the cores are for other tests.
 os.environ["OMP_NUM_THREADS"] = "1"  # of the commands that tests start

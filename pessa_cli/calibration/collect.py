@@ -22,7 +22,7 @@ from pessa_cli.calibration.listeners import collect_statistics
 from pessa_cli.calibration.sequential import collect_in_sequence
 from pessa_cli.calibration.trial_cuts import PASSES, try_out
 from pessa_cli.common.errors import PessaError, UsageError
-from pessa_cli.models.data import read_data
+from pessa_cli.models.data import CalibrationData, read_data
 from pessa_cli.models.inputs import Inputs
 from pessa_cli.models.load import load, quiet_transformers
 from pessa_cli.models.windows import on_device, windows
@@ -54,7 +54,7 @@ class Calibration:
 def calibration_for(
     model: Model,
     sites: Sequence[Site],
-    data: Sequence[Path],
+    data: CalibrationData | None,
     files: Sequence[Path],
     rule: Rule | None = None,
     run: Run | None = None,
@@ -64,10 +64,10 @@ def calibration_for(
     With both, what is collected is also saved to the one file. With `rule` the statistics are collected in sequence.
     Raises UsageError for options that do not go together, and what `calibrate` raises.
     """
-    if rule is not None and not data:
+    if rule is not None and data is None:
         raise UsageError("--sequential depends on the rule", "give it the data itself: --calibrate")
     run = run or Run()
-    if not data:
+    if data is None:
         yield Calibration(SavedStatistics(*files), BlockReader(model.reader)) if files else None
         return
     if len(files) > 1:
@@ -81,10 +81,15 @@ def calibration_for(
 
 
 def collect(
-    model: Model, sites: Sequence[Site], data: Sequence[Path], out: Path, rule: Rule | None = None, run: Run | None = None
+    model: Model,
+    sites: Sequence[Site],
+    data: Sequence[Path],
+    out: Path,
+    rule: Rule | None = None,
+    run: Run | None = None,
 ) -> None:
     """Collect the statistics of blocks, and save them to a file; see `calibrate`."""
-    with calibrate(model, sites, data, rule, run or Run()) as found:
+    with calibrate(model, sites, read_data(data), rule, run or Run()) as found:
         save(out, found, sites)
 
 
@@ -98,17 +103,17 @@ def save(path: Path, found: Calibration, sites: Sequence[Site]) -> None:
 
 @contextmanager
 def calibrate(
-    model: Model, sites: Sequence[Site], data: Sequence[Path], rule: Rule | None, run: Run
+    model: Model, sites: Sequence[Site], data: CalibrationData, rule: Rule | None, run: Run
 ) -> Iterator[Calibration]:
     """Run the data through the model and collect the statistics of the given blocks, in memory.
 
     Takes a float64 matrix of a block's width for each block, and the attention of one input at a time. Weights that do
-    not fit into memory twice are read from disk block by block, at every input, and there are no trial cuts. With `rule`
-    each block is calibrated on what the blocks before it produce when they are pruned by it: one more pass for each
-    block. Raises UsageError for models and data that do not fit one another, and PessaError for a model that cannot be
-    calibrated, or data that cannot be read.
+    not fit into memory twice are read from disk block by block, at every input, and there are no trial cuts. With
+    `rule` each block is calibrated on what the blocks before it produce when they are pruned by it: one more pass for
+    each block. Raises UsageError for a model and data that do not fit each other, and PessaError for a model that
+    cannot be calibrated.
     """
-    items, hashes = read_data(data)
+    items, hashes = data
     free = free_memory()
     fits = free is None or 2 * 4 * model.parameters < free  # in float32, and the cut one of the trials
     if rule is not None and not fits:
@@ -130,7 +135,9 @@ def calibrate(
             samples: list[Inputs] = []
             with torch.inference_mode():
                 transcribed = any(not site.spec.kind.startswith("encoder") for site in sites)
-                inputs = _sampled(windows(model.reader.folder, loaded, items, transcribed), samples)
+                inputs: Iterable[tuple[Inputs, int]] = _sampled(
+                    windows(model.reader.folder, loaded, items, transcribed), samples
+                )
                 if sequence is not None:  # which goes over the inputs again for each block
                     inputs = list(inputs)
                 total = sum(item.nbytes for item in items)

@@ -36,9 +36,9 @@ def collect_statistics(
     `folds` inputs, the second one those over the others; without folds there is one result, over all inputs.
     """
     with ExitStack() as hooks, progress as tick:
-        masks, modules = VisibleKeys(), block_modules(sites, loaded)
+        masks, modules, device = VisibleKeys(), block_modules(sites, loaded), device_of(loaded)
         listeners = [
-            BlockListener(site, modules[site.name], blocks.weights(site).o, device_of(loaded), hooks, masks, min(folds, 2))
+            BlockListener(site, modules[site.name], blocks.weights(site).o, hooks, device, masks, min(folds, 2))
             for site in sites
         ]
         for number, (given, nbytes) in enumerate(inputs):
@@ -88,8 +88,8 @@ class BlockListener:
         site: Site,
         modules: BlockModules,
         o: Tensor,
-        device: torch.device,
         hooks: ExitStack,
+        device: torch.device | str = "cpu",
         masks: VisibleKeys | None = None,
         folds: int = 1,
     ) -> None:
@@ -185,7 +185,7 @@ class BlockListener:
         cos, sin = (angle[0] for angle in rotation)
         if cos.shape[-1] != self.site.head_dim:
             raise PessaError(
-                f"{self.site.name} is given rotations of width {cos.shape[-1]}, and its heads have {self.site.head_dim}",
+                f"{self.site.name}: rotations of width {cos.shape[-1]} for heads of width {self.site.head_dim}",
                 "prune by the weights alone: leave out --calibrate and --statistics",
             )
         return rotated(queries, cos, sin), rotated(keys, cos, sin)

@@ -8,7 +8,7 @@ depths, and run on inputs that its decomposition has not seen.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -121,8 +121,8 @@ def _run_and_harm(
     """Run the model on one input, add up the harm of each cut block alone, and return the calls of all blocks.
 
     The harm is what the difference of the block does to the output of the model, to second order: for logits the KL
-    divergence, which is half the variance that the difference gives to the log-likelihood of tokens drawn from the model
-    itself; for hidden states their relative squared error, likewise by random projections.
+    divergence, which is half the variance that the difference gives to the log-likelihood of tokens drawn from the
+    model itself; for hidden states their relative squared error, likewise by random projections.
     """
     probes: dict[str, list[Tensor]] = {site.name: [] for site in sites}
     calls: dict[str, list[Call]] = {site.name: [] for site in sites}

@@ -135,7 +135,7 @@ def new_folder(
     folder = partial_folder(out)
     made: list[Path] = []
     try:
-        _check_free(out, source, force)
+        check_free(out, source, force)
         made = _make_parents(out)
         folder.mkdir(exist_ok=True)
         lock = _lock(folder)
@@ -203,7 +203,7 @@ def _lock(folder: Path) -> int:
     return descriptor
 
 
-def _check_free(out: Path, source: Path, force: bool) -> None:
+def check_free(out: Path, source: Path, force: bool) -> None:
     """Raise PessaError if `out` is inside `source`, or exists and must not be replaced."""
     place, read = out.resolve(), source.resolve()
     if read in place.parents:

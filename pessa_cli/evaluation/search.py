@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import re
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,17 +18,17 @@ import torch
 from pessa_cli.blocks.site import Site
 from pessa_cli.calibration.trial_cuts import set_block
 from pessa_cli.common.errors import PessaError, UsageError
-from pessa_cli.common.progress import Progress, quietly
 from pessa_cli.common.text import listed
 from pessa_cli.evaluation.evaluate import EvaluationData, EvaluationItems, fitting, prepare, read_items
 from pessa_cli.evaluation.measures import ScoreSettings
+from pessa_cli.models.hooks import block_modules
 from pessa_cli.models.load import load, quiet_transformers
 from pessa_cli.ranks.budget import ranks_for
 from pessa_cli.ranks.rule import Rule
 from pessa_cli.statistics.file import Statistics
+from pessa_cli.surgery.decomposition import Decomposition
 from pessa_cli.surgery.model import Model
-from pessa_cli.surgery.passes import Cuts, measure
-from pessa_cli.surgery.scratch import Spool
+from pessa_cli.surgery.run import Run
 
 STEPS = 7  # bisections of the range of shares, to less than 1% of the attention
 
@@ -95,35 +94,36 @@ def search(
     limit: QualityLimit,
     items: EvaluationItems,
     rule: Rule,
-    statistics: Statistics | None = None,
-    progress: Progress = quietly,
-    device: str = "cpu",
+    decomposition: Decomposition,
+    statistics: Statistics | None,
+    run: Run,
 ) -> SearchResult:
     """Find the smallest share of the attention that keeps a model within a limit, by bisection.
 
-    items: the evaluation data, from `read_quality_data`. rule: gives round_to and min_rank. Raises UsageError for data
-    that the model was calibrated on, PessaError when every trial exceeds the limit.
+    items: the evaluation data, from `read_quality_data`. rule: gives round_to and min_rank. decomposition: takes up the
+    blocks, as `statistics` weigh them, and can be used to write the result. Raises UsageError for data that the model
+    was calibrated on, PessaError when every trial exceeds the limit.
     """
     with quiet_transformers():
-        (scorer,) = prepare(model, items, ScoreSettings(device=device)).measures[limit.kind]
+        (scorer,) = prepare(model, items, ScoreSettings(device=run.device)).measures[limit.kind]
         check_apart(items, [] if statistics is None else statistics.data)
-        loaded = load(model).to(device)
-        first = scorer.score(loaded, progress)
+        loaded = load(model).to(run.device)
+        first = scorer.score(loaded, run.progress)
         most = limit.above(first.value)
         low, high, tried = 0.0, 1.0, list[tuple[float, float]]()
-        with tempfile.TemporaryDirectory() as folder, Spool(Path(folder)) as spool, torch.no_grad():
-            spectra = measure(model, sites, spool=spool, statistics=statistics)
-            cuts = Cuts(model, spool, statistics)
+        decomposition.decompose(sites, statistics)
+        modules = block_modules(sites, loaded)
+        with torch.no_grad():
             for _ in range(STEPS):
                 share = (low + high) / 2
                 try:
-                    plan = ranks_for(sites, spectra, replace(rule, target_attention=share), model.size)
+                    plan = ranks_for(sites, decomposition.spectra, replace(rule, target_attention=share), model.size)
                 except PessaError:  # the budget is below the smallest possible size
                     low = share
                     continue
                 for site in sites:
-                    set_block(loaded, site, cuts.tensors(site, plan.kept(site)))
-                tried.append((share, scorer.score(loaded, progress).value))
+                    set_block(site, modules[site.name], decomposition.cut(plan.kept(site), "dense"))
+                tried.append((share, scorer.score(loaded, run.progress).value))
                 low, high = (low, share) if tried[-1][1] <= most else (share, high)
     if high == 1.0:
         best = min((value for _, value in tried), default=first.value)

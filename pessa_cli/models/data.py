@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from pessa_cli.checkpoint.files import sha256_of
 from pessa_cli.common.errors import PessaError
@@ -26,7 +27,14 @@ class DataItem:
         return len(self.text or "") if self.audio is None else self.audio.stat().st_size
 
 
-def read_data(paths: Sequence[Path]) -> tuple[list[DataItem], list[str]]:
+class CalibrationData(NamedTuple):
+    """Data to calibrate on, and the SHA-256 of each of its files."""
+
+    items: list[DataItem]
+    sha256: list[str]
+
+
+def read_data(paths: Sequence[Path]) -> CalibrationData:
     """Read the data in files and folders, and compute the SHA-256 of each audio or text file.
 
     Files with equal contents count once. Raises PessaError for files that are missing, unreadable or malformed, and for
@@ -52,7 +60,7 @@ def read_data(paths: Sequence[Path]) -> tuple[list[DataItem], list[str]]:
                 found[sha256_of(path)] = texts
         else:
             found[sha256_of(path)] = [DataItem(text=read_text(path, "give audio, UTF-8 text or JSON lines"))]
-    return [item for items in found.values() for item in items], list(found)
+    return CalibrationData([item for items in found.values() for item in items], list(found))
 
 
 def _lines(path: Path) -> Iterator[DataItem]:

@@ -1,4 +1,4 @@
-"""Hooks on the attention blocks of loaded models: recording their calls, and running other blocks on the same inputs."""
+"""Hooks on the attention blocks of loaded models: recording their calls, and replaying them in other blocks."""
 
 from __future__ import annotations
 
@@ -48,9 +48,7 @@ def block_squares(sites: Sequence[Site], ours: Any, theirs: Any, hooks: ExitStac
     first, second = block_modules(sites, ours), block_modules(sites, theirs)
     for site in sites:
 
-        def add(
-            call: Call, sums: list[float] = squares[site.name], other: BlockModules = second[site.name]
-        ) -> None:
+        def add(call: Call, sums: list[float] = squares[site.name], other: BlockModules = second[site.name]) -> None:
             found, expected = replay(other, call).double(), call.output.double()
             sums[0] += float((expected - found).square().sum())
             sums[1] += float(expected.square().sum())

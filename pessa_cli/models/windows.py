@@ -20,26 +20,47 @@ from pessa_cli.models.load import from_folder
 TEXT_TOKENS = 512  # per window, unless the model has fewer positions
 
 
-def item_windows(folder: Path, model: Any, item: DataItem, transcribed: bool) -> Iterator[tuple[Inputs, int]]:
-    """The windows of an item, each with its share of the item's bytes; see `inputs_of`."""
-    windows = list(inputs_of(folder, model, item, transcribed))
-    for window in windows:
-        yield window, item.nbytes // len(windows)
+def windows(folder: Path, model: Any, items: Sequence[DataItem], transcribed: bool) -> Iterator[tuple[Inputs, int]]:
+    """The windows of all items in turn, each with its share of the item's bytes.
 
-
-def inputs_of(folder: Path, model: Any, item: DataItem, transcribed: bool = True) -> Iterator[Inputs]:
-    """Encode an item as inputs of batch size 1, cut into windows of at most the model's input length.
-
-    transcribed: whether the decoder of a speech model gets the transcript of each window. Where the data give none, the
-    model transcribes the window. False gives the start token alone, for when no decoder block is calibrated. Raises
-    UsageError when the item does not fit the model, PessaError for a slow (pure Python) tokenizer.
+    folder: that of the model, for its tokenizer or processor. transcribed: see `inputs_of`, also for what raises.
     """
-    speech = model.config.model_type == "whisper"
-    if not speech and (model.config.is_encoder_decoder or model.main_input_name != "input_ids"):
+    encoder = encoder_for(folder, model)
+    for item in items:
+        found = list(inputs_of(folder, model, encoder, item, transcribed))
+        for window in found:
+            yield window, item.nbytes // len(found)
+
+
+def encoder_for(folder: Path, model: Any) -> Any:
+    """The processor of a speech model, or the tokenizer of a text model.
+
+    Raises UsageError for a model that takes something else, PessaError for a slow (pure Python) tokenizer.
+    """
+    if model.config.model_type == "whisper":
+        return from_folder(transformers.AutoProcessor, folder, "preprocessor and tokenizer")
+    if model.config.is_encoder_decoder or model.main_input_name != "input_ids":
         raise UsageError(
             f"{folder}: a {model.config.model_type} cannot be calibrated: it is not Whisper and needs more than text",
             "leave --calibrate out: the weights then decide the ranks",
         )
+    tokenizer = from_folder(transformers.AutoTokenizer, folder, "tokenizer")
+    if not tokenizer.is_fast:
+        raise PessaError(
+            f"{folder}: its tokenizer is a slow (pure Python) one, which cannot cut a text into windows",
+            "add the tokenizer.json of the original model",
+        )
+    return tokenizer
+
+
+def inputs_of(folder: Path, model: Any, encoder: Any, item: DataItem, transcribed: bool = True) -> Iterator[Inputs]:
+    """Encode an item as inputs of batch size 1, cut into windows of at most the model's input length.
+
+    encoder: from `encoder_for`. transcribed: whether the decoder of a speech model gets the transcript of each window.
+    Where the data give none, the model transcribes the window. False gives the start token alone, for when no decoder
+    block is calibrated. Raises UsageError when the item does not fit the model.
+    """
+    speech = model.config.model_type == "whisper"
     if speech != (item.audio is not None):
         what = ("a speech model", "text") if speech else ("a text model", "audio")
         raise UsageError(
@@ -47,25 +68,18 @@ def inputs_of(folder: Path, model: Any, item: DataItem, transcribed: bool = True
             "give audio to speech models and text to text models",
         )
     if item.audio is not None:
-        yield from _speech(folder, model, load_audio(item.audio), item.text, transcribed)
+        yield from _speech(model, encoder, load_audio(item.audio), item.text, transcribed)
         return
-    tokenizer = from_folder(transformers.AutoTokenizer, folder, "tokenizer")
     length = min(TEXT_TOKENS, getattr(model.config, "max_position_embeddings", TEXT_TOKENS))
-    if not tokenizer.is_fast:
-        raise PessaError(
-            f"{folder}: its tokenizer is a slow (pure Python) one, which cannot cut a text into windows",
-            "add the tokenizer.json of the original model",
-        )
-    cut = tokenizer(item.text, truncation=True, max_length=length, return_overflowing_tokens=True)
+    cut = encoder(item.text, truncation=True, max_length=length, return_overflowing_tokens=True)
     for ids in cut["input_ids"]:
         window = torch.tensor([ids])
         yield {"input_ids": window, "attention_mask": torch.ones_like(window)}
 
 
 def _speech(
-    folder: Path, model: Any, samples: NDArray[np.float32], text: str | None, transcribed: bool
+    model: Any, processor: Any, samples: NDArray[np.float32], text: str | None, transcribed: bool
 ) -> Iterator[Inputs]:
-    processor = from_folder(transformers.AutoProcessor, folder, "preprocessor and tokenizer")
     window = processor.feature_extractor.n_samples
     for start in range(0, len(samples), window):
         part = samples[start : start + window]

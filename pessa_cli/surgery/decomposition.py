@@ -50,9 +50,7 @@ class Decomposition:
         self._factors: dict[str, HeadWeights] = {}
         self._stored: set[str] = set()  # blocks that the file stores as factors already
 
-    def decompose(
-        self, sites: Sequence[Site], statistics: Statistics | None = None, ranking: Ranking = "svd"
-    ) -> None:
+    def decompose(self, sites: Sequence[Site], statistics: Statistics | None = None, ranking: Ranking = "svd") -> None:
         """Decompose blocks: by the spectra on file, by their weights, or by `statistics` of real inputs.
 
         With `statistics` the blocks are decomposed anew, whatever is on file. Blocks whose spectra are on file are not

@@ -1,8 +1,9 @@
-"""Rewriting a model that pessa made in the other layout: the same numbers, with zeros for what is cut or without them."""
+"""Rewriting a model that pessa made in the other layout: the same numbers, with zeros in the cut directions or not."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -78,7 +79,7 @@ def _known_ranks(model: Model) -> tuple[RankPlan, Ranking, str]:
         {name: vo for name, (_, vo) in ranks.items()},
         {name: each for name, each in pairs.items() if each},
     )
-    return known, method, rule
+    return known, cast(Ranking, method), rule
 
 
 def _fit(site: Site, qk_ranks: Ranks, vo_ranks: Ranks, pairs: tuple[PairRuns, ...] | None) -> bool:

@@ -53,9 +53,7 @@ def new_output(model: Model, out: Path, run: Run) -> Iterator[Staging]:
         yield staging
 
 
-def carry_out(
-    rewrite: Rewrite, staging: Staging, tensors_of: Callable[[Site], Mapping[str, Any]], run: Run
-) -> None:
+def carry_out(rewrite: Rewrite, staging: Staging, tensors_of: Callable[[Site], Mapping[str, Any]], run: Run) -> None:
     """Write everything into the staging folder; `tensors_of` makes the new tensors of one block, from any thread."""
     total = sum(info.nbytes for info in rewrite.header.values())
     jobs = run.jobs_for(rewrite.sites or rewrite.model.sites)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pessa_cli.surgery.passes import decompose_model
+from pessa_cli.checkpoint.staging import check_free
+from pessa_cli.surgery.prune import decompose_model
 from pessa_cli.surgery.run import Run
 from pessa_cli.workflow.recipe import Recipe
-from pessa_cli.workflow.steps import calibrated, chosen, named, opened
+from pessa_cli.workflow.steps import calibrated, calibration_data, chosen, named, opened
 from pessa_cli.workflow.written import WrittenModel
 
 
@@ -36,6 +37,10 @@ def decompose(
     run, out = named(run, model), Path(out)
     with opened(model, architecture, revision, allow_pickle) as found:
         sites = chosen(found, recipe)
-        with calibrated(found, sites, recipe, run) as known:
-            rewrite = decompose_model(found, out, sites, run, known.statistics)
+        if not run.dry:
+            check_free(out, found.reader.folder, run.force)  # before the minutes that calibration takes
+        with calibrated(found, sites, recipe, run, calibration_data(recipe)) as known:
+            rewrite = decompose_model(
+                found, out, sites, run, known.statistics, blocks=known.blocks, decomposition=known.decomposition
+            )
         return WrittenModel.of(rewrite, model, out, warnings=known.warnings)

@@ -9,7 +9,7 @@ from typing import Any, Literal, overload
 from pessa_cli.common.errors import PessaError, UsageError
 from pessa_cli.common.text import shortened
 from pessa_cli.sources.open import open_source
-from pessa_cli.surgery.passes import export_model
+from pessa_cli.surgery.export import export_model
 from pessa_cli.surgery.run import Run
 from pessa_cli.workflow.steps import named, opened
 from pessa_cli.workflow.written import WrittenModel

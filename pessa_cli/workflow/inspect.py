@@ -12,11 +12,11 @@ from pessa_cli.ranks.budget import Point, ranks_for, trade_off
 from pessa_cli.ranks.plan import RankPlan
 from pessa_cli.ranks.rule import Rule
 from pessa_cli.ranks.spectra import Spectra
-from pessa_cli.surgery.passes import measure
+from pessa_cli.surgery.decomposition import measure
 from pessa_cli.surgery.run import Run
 from pessa_cli.surgery.totals import totals
 from pessa_cli.workflow.recipe import Recipe
-from pessa_cli.workflow.steps import calibrated, chosen, named, opened
+from pessa_cli.workflow.steps import calibrated, calibration_data, chosen, named, opened
 
 Rows = list[list[float]]
 
@@ -115,8 +115,8 @@ def inspect(
     run, rule = named(run, model), recipe.rule
     with opened(model, architecture, revision, allow_pickle) as found:
         sites = chosen(found, recipe)
-        with calibrated(found, sites, recipe, run) as known:
-            spectra = measure(found, sites, run=run, statistics=known.statistics)
+        with calibrated(found, sites, recipe, run, calibration_data(recipe)) as known:
+            spectra = measure(found, sites, run=run, statistics=known.statistics, blocks=known.blocks)
         plan = ranks_for(sites, spectra, rule, found.size)
         return Inspection(
             model=str(model),

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from pessa_cli.checkpoint.staging import check_free
 from pessa_cli.ranks.rule import Rule
-from pessa_cli.surgery.passes import prune_model
+from pessa_cli.surgery.block_reader import BlockReader
+from pessa_cli.surgery.decomposition import decomposition_of
+from pessa_cli.surgery.model import Model
+from pessa_cli.surgery.prune import prune_model
 from pessa_cli.surgery.run import Run
 from pessa_cli.workflow.recipe import Recipe
-from pessa_cli.workflow.steps import calibrated, chosen, named, opened
+from pessa_cli.workflow.steps import calibrated, calibration_data, chosen, named, opened
 from pessa_cli.workflow.written import WrittenModel
+
+if TYPE_CHECKING:
+    from pessa_cli.evaluation.evaluate import EvaluationItems
+    from pessa_cli.evaluation.search import QualityLimit
+    from pessa_cli.models.data import CalibrationData
 
 
 def prune(
@@ -38,23 +49,39 @@ def prune(
     run, out = named(run, model), Path(out)
     with opened(model, architecture, revision, allow_pickle) as found:
         sites, rule, result = chosen(found, recipe), recipe.rule, None
-        _check_apart(recipe)
-        with calibrated(found, sites, recipe, run, rule if recipe.sequential else None) as known:
-            if recipe.evaluate is not None:
-                from pessa_cli.evaluation.search import QualityLimit, search  # it imports transformers
+        if not run.dry:
+            check_free(out, found.reader.folder, run.force)  # before the minutes that calibration takes
+        data = calibration_data(recipe)
+        quality = None if recipe.evaluate is None else _quality(found, recipe, recipe.evaluate, data)
+        with ExitStack() as resources:
+            in_sequence = rule if recipe.sequential else None
+            known = resources.enter_context(calibrated(found, sites, recipe, run, data, in_sequence))
+            statistics, decomposition = known.statistics, known.decomposition
+            if quality is not None:
+                from pessa_cli.evaluation.search import search
 
-                limit = QualityLimit.of(recipe.max_wer_increase, recipe.max_ppl_increase)
-                result = search(found, sites, limit, recipe.evaluate, rule, known.statistics, run.progress, run.device)
+                blocks = known.blocks or BlockReader(found.reader, keep=True)
+                decomposition = resources.enter_context(decomposition_of(found, run, blocks))
+                result = search(found, sites, *quality, rule, decomposition, statistics, run)
                 rule = result.rule
-            rewrite = prune_model(found, out, rule, sites, recipe.method, recipe.layout, run, known.statistics)
+            rewrite = prune_model(
+                *(found, out, rule, sites, recipe.method, recipe.layout, run, statistics),
+                blocks=known.blocks,
+                decomposition=decomposition,
+            )
         return WrittenModel.of(rewrite, model, out, result, known.warnings)
 
 
-def _check_apart(recipe: Recipe) -> None:
-    """Raise UsageError for data that are both calibrated and scored on, before the minutes that calibration takes."""
-    if recipe.evaluate is None or not recipe.calibrate:
-        return
-    from pessa_cli.evaluation.search import check_apart
-    from pessa_cli.models.data import read_data
+def _quality(
+    model: Model, recipe: Recipe, path: Path, data: CalibrationData | None
+) -> tuple[QualityLimit, EvaluationItems]:
+    """The limit of a search, and the data to score on.
 
-    check_apart(recipe.evaluate, read_data(recipe.calibrate)[1])
+    Raises UsageError for data that the model is also calibrated on, and that it cannot be scored on.
+    """
+    from pessa_cli.evaluation.search import QualityLimit, check_apart, read_quality_data  # it imports transformers
+
+    limit = QualityLimit.of(recipe.max_wer_increase, recipe.max_ppl_increase)
+    items = read_quality_data(model, limit, path)
+    check_apart(items, [] if data is None else data.sha256)
+    return limit, items

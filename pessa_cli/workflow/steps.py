@@ -6,24 +6,33 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pessa_cli.blocks.site import Site, select
 from pessa_cli.ranks.rule import Rule
 from pessa_cli.sources.open import open_source
-from pessa_cli.statistics.file import Statistics
+from pessa_cli.statistics.file import Statistics, shortages
+from pessa_cli.surgery.block_reader import BlockReader
+from pessa_cli.surgery.decomposition import Decomposition
 from pessa_cli.surgery.model import Model, open_model
 from pessa_cli.surgery.run import Run
 from pessa_cli.workflow.recipe import Recipe
 
+if TYPE_CHECKING:
+    from pessa_cli.models.data import CalibrationData
+
 
 @dataclass(frozen=True)
-class Calibration:
-    """What is known from calibration data.
+class Known:
+    """What is known of the blocks before they are pruned.
 
-    statistics: None where the recipe uses the weights alone. warnings: a line for each block that has too little data.
+    statistics: None where the recipe uses the weights alone. blocks, decomposition: what collecting the statistics has
+    read and decomposed already, for `surgery.prune`. warnings: a line for each block that has too little data.
     """
 
     statistics: Statistics | None = None
+    blocks: BlockReader | None = None
+    decomposition: Decomposition | None = None
     warnings: list[str] = field(default_factory=list)
 
 
@@ -47,19 +56,36 @@ def chosen(model: Model, recipe: Recipe) -> list[Site]:
     return select(model.sites, recipe.sites, recipe.layers)
 
 
+def calibration_data(recipe: Recipe) -> CalibrationData | None:
+    """The calibration data of a recipe, read once for the whole command; None where there are none."""
+    if not recipe.calibrate:
+        return None
+    from pessa_cli.models.data import read_data
+
+    return read_data(recipe.calibrate)
+
+
 @contextmanager
 def calibrated(
-    model: Model, sites: list[Site], recipe: Recipe, run: Run, rule: Rule | None = None
-) -> Iterator[Calibration]:
-    """The statistics of a recipe, read or collected; a temporary file of them lives as long as the `with` block.
+    model: Model,
+    sites: list[Site],
+    recipe: Recipe,
+    run: Run,
+    data: CalibrationData | None,
+    rule: Rule | None = None,
+) -> Iterator[Known]:
+    """The statistics of a recipe, read or collected; what they hold on disk is there as long as the `with` block.
 
-    With `rule` each block is calibrated on the outputs of the pruned blocks before it.
+    data: from `calibration_data`. With `rule` each block is calibrated on the outputs of the pruned blocks before it.
     """
-    if not recipe.calibrate and not recipe.statistics and rule is None:
-        yield Calibration()
+    if data is None and not recipe.statistics and rule is None:
+        yield Known()
         return
-    from pessa_cli.calibration.collect import statistics_for  # it imports transformers, which takes seconds
+    from pessa_cli.calibration.collect import calibration_for  # it imports transformers, which takes seconds
 
-    data, files = recipe.calibrate, recipe.statistics
-    with statistics_for(model, sites, data, files, rule, run.progress, run.device) as found:
-        yield Calibration(found, [] if found is None else found.warnings(sites))
+    with calibration_for(model, sites, data, recipe.statistics, rule, run) as found:
+        if found is None:
+            yield Known()
+        else:
+            warnings = shortages(found.statistics, sites)
+            yield Known(found.statistics, found.blocks, found.decomposition, warnings)

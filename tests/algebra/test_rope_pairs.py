@@ -32,10 +32,12 @@ from pessa_cli.models.data import DataItem
 from pessa_cli.ranks.plan import RankPlan, plan_ranks
 from pessa_cli.ranks.rule import Rule
 from pessa_cli.ranks.spectra import Spectra, largest_pairs
-from pessa_cli.statistics.file import Statistics
+from pessa_cli.statistics.file import SavedStatistics
 from pessa_cli.surgery.block_io import read_site, write_site
+from pessa_cli.surgery.decomposition import measure
+from pessa_cli.surgery.export import export_model
 from pessa_cli.surgery.model import open_model
-from pessa_cli.surgery.passes import decompose_model, export_model, measure, prune_model
+from pessa_cli.surgery.prune import decompose_model, prune_model
 from pessa_cli.tuning.registry import build_config
 
 HALF, DIRECTIONS = 4, 8
@@ -419,10 +421,13 @@ def test_a_manifest_with_other_pairs_is_refused(
 def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """Return files that stand for eight inputs, since the tiny model has no tokenizer."""
 
-    def inputs_of(_folder: Path, _model: Any, item: DataItem, _said: bool) -> Iterator[dict[str, Tensor]]:
+    def inputs_of(
+        _folder: Path, _model: Any, _encoder: Any, item: DataItem, _transcribed: bool
+    ) -> Iterator[dict[str, Tensor]]:
         ids = torch.randint(5, 90, (1, 40), generator=torch.Generator().manual_seed(int(item.text or "")))
         yield {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
+    monkeypatch.setattr(windows, "encoder_for", lambda *_: None)
     monkeypatch.setattr(windows, "inputs_of", inputs_of)
     paths = [tmp_path / f"{number}.txt" for number in range(8)]
     for number, path in enumerate(paths):
@@ -447,7 +452,7 @@ def test_calibrated_pairs_reduce_the_error(
     folder = tiny_folder(name)
     model = open_model(folder)
     collect(model, model.sites, data, tmp_path / "s")
-    found = Statistics(tmp_path / "s")
+    found = SavedStatistics(tmp_path / "s")
     rule = Rule(rope_ratio=0.25)
     prune_model(model, tmp_path / "plain", rule)
     written = prune_model(model, tmp_path / "calibrated", rule, statistics=found)
@@ -459,7 +464,7 @@ def test_calibrated_pairs_reduce_the_error(
     export_model(open_model(tmp_path / "calibrated"), tmp_path / "back", "dense")
     assert raw_tensors(tmp_path / "back") == raw_tensors(tmp_path / "dense")
     collect(model, model.sites, data, tmp_path / "s2", Rule(rope_ratio=0.5, rank=4))  # calibrated with --sequential
-    assert Statistics(tmp_path / "s2").of(model.sites[1]).pairs.isfinite().all()
+    assert SavedStatistics(tmp_path / "s2").of(model.sites[1]).pairs.isfinite().all()
 
 
 def test_on_the_command_line(tiny_folder: TinyFolder, tmp_path: Path, pessa: Pessa) -> None:
@@ -507,7 +512,7 @@ def test_tuned_and_merged(
 
 def test_pessa_does_not_tune_queries_and_keys_pruned_by_pairs(tiny_folder: TinyFolder, tmp_path: Path) -> None:
     prune_model(open_model(tiny_folder("llama")), tmp_path / "out", CUT)
-    with pytest.raises(ValueError, match="target v_proj alone"):
+    with pytest.raises(ValueError, match="target only v_proj"):
         get_peft_model(tiny.load(tmp_path / "out"), build_config("pessa", None, None))
 
 
@@ -525,7 +530,7 @@ def test_smollm2_loses_little_without_a_tenth_of_its_pairs(real: Real, tmp_path:
     model = open_model(source)
     collect(model, model.sites, [tmp_path / "last.txt"], tmp_path / "s")
     prune_model(model, tmp_path / "plain", Rule(rope_ratio=0.1))
-    prune_model(model, tmp_path / "calibrated", Rule(rope_ratio=0.1), statistics=Statistics(tmp_path / "s"))
+    prune_model(model, tmp_path / "calibrated", Rule(rope_ratio=0.1), statistics=SavedStatistics(tmp_path / "s"))
     ids = AutoTokenizer.from_pretrained(source)(text[:6_000], return_tensors="pt").input_ids[:, :512]
 
     def loss(folder: Path) -> float:

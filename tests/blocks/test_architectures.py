@@ -20,10 +20,12 @@ from pessa_cli.calibration.collect import load_for_calibration
 from pessa_cli.calibration.listeners import BlockListener, run_input
 from pessa_cli.common.errors import PessaError, UsageError
 from pessa_cli.evaluation.verify import verify_models
+from pessa_cli.models.hooks import block_modules
 from pessa_cli.ranks.rule import Rule
 from pessa_cli.surgery.block_io import read_site, write_site
+from pessa_cli.surgery.export import export_model
 from pessa_cli.surgery.model import Model, open_model
-from pessa_cli.surgery.passes import decompose_model, export_model, prune_model
+from pessa_cli.surgery.prune import decompose_model, prune_model
 
 EXACT = 1e-5
 
@@ -123,13 +125,14 @@ def test_calibration_works_or_is_refused(name: str, source: Path) -> None:
     try:
         loaded = load_for_calibration(model)
         with ExitStack() as hooks, torch.inference_mode():
-            outputs = [read_site(model.reader, site).o for site in model.sites]
-            collectors = [BlockListener(site, loaded, o, hooks) for site, o in zip(model.sites, outputs, strict=True)]
+            modules = block_modules(model.sites, loaded)
+            listeners = [
+                BlockListener(site, modules[site.name], read_site(model.reader, site).o, hooks) for site in model.sites
+            ]
             for row in range(2):
-                run_input(
-                    loaded, {key: value[row : row + 1] for key, value in tiny_models.inputs(name).items()}, collectors
-                )
-            found = [collector.found() for collector in collectors]
+                given = {key: value[row : row + 1] for key, value in tiny_models.inputs(name).items()}
+                run_input(loaded, given, listeners)
+            found = [listener.found() for listener in listeners]
     except PessaError:
         if name in ("whisper", "bert", "llama", "mistral", "qwen2"):
             raise

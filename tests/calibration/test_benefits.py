@@ -22,11 +22,12 @@ from safetensors.torch import load_file, save_file
 
 from pessa_cli.blocks.site import Site
 from pessa_cli.calibration import trial_cuts
-from pessa_cli.models.hooks import block_squares, modules_of, output_of
+from pessa_cli.models.hooks import block_modules, block_squares, output_of
 from pessa_cli.ranks.rule import Rule
-from pessa_cli.statistics.file import Statistics
+from pessa_cli.statistics.file import SavedStatistics, Statistics
+from pessa_cli.surgery.decomposition import measure
 from pessa_cli.surgery.model import Model, open_model
-from pessa_cli.surgery.passes import decompose_model, measure, prune_model
+from pessa_cli.surgery.prune import decompose_model, prune_model
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class Calibrated:
     folder: Path
     model: Model
     statistics: Statistics
+    file: Path
 
     def block(self, name: str) -> Site:
         return next(site for site in self.model.sites if site.name == name)
@@ -43,7 +45,8 @@ class Calibrated:
 def calibrated(request: pytest.FixtureRequest, tiny_folder: TinyFolder, data: list[Path], tmp_path: Path) -> Calibrated:
     folder = tiny_folder(request.param)
     model = open_model(folder)
-    return Calibrated(folder, model, collected(model, data, tmp_path / "statistics"))
+    file = tmp_path / "statistics"
+    return Calibrated(folder, model, collected(model, data, file), file)
 
 
 def block_error(site: Site, ours: Any, theirs: Any) -> float:
@@ -91,12 +94,12 @@ def test_keys_are_weighed_by_what_they_do_to_the_output(
 ) -> None:
     """Against the same statistics without the influence of the keys, when a quarter of Q-K is cut, and V-O is not."""
     site, model, without = calibrated.block(block), calibrated.model, tmp_path / "without"
-    with safe_open(calibrated.statistics.paths[0], framework="pt") as file:
+    with safe_open(calibrated.file, framework="pt") as file:
         about = file.metadata()
-    sums = load_file(calibrated.statistics.paths[0])
+    sums = load_file(calibrated.file)
     save_file({n: t * 0 if n.endswith(".influence") else t for n, t in sums.items()}, without, about)
     errors = []
-    for name, statistics in (("all", calibrated.statistics), ("keys", Statistics(without))):
+    for name, statistics in (("all", calibrated.statistics), ("keys", SavedStatistics(without))):
         spectrum = measure(model, [site], statistics=statistics)[block].qk
         assert spectrum is not None
         rule = Rule(qk_thr=float(np.quantile(spectrum, 0.25)), vo_thr=0.0)
@@ -149,6 +152,7 @@ def test_in_sequence_a_block_is_better_on_what_the_pruned_ones_before_it_produce
     for name, statistics in (("apart", calibrated.statistics), ("chain", chain)):
         prune_model(model, tmp_path / name, rule, layout="dense", statistics=statistics)
     original, behind = tiny.load(calibrated.folder), tiny.load(tmp_path / "chain")
-    modules_of(site, behind)[0].load_state_dict(modules_of(site, original)[0].state_dict())
+    ours, theirs = (block_modules([site], loaded)[site.name].block for loaded in (behind, original))
+    ours.load_state_dict(theirs.state_dict())
     apart, in_sequence = (block_error(site, behind, tiny.load(tmp_path / name)) for name in ("apart", "chain"))
     assert 0 < in_sequence < 0.85 * apart

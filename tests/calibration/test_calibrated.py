@@ -29,12 +29,14 @@ from pessa_cli.models import windows
 from pessa_cli.models.data import DataItem, read_data
 from pessa_cli.ranks.budget import ranks_for
 from pessa_cli.ranks.rule import Rule
-from pessa_cli.statistics.file import Statistics
+from pessa_cli.statistics.file import SavedStatistics, data_sha256, shortages
 from pessa_cli.statistics.sums import NAMES, BlockStatistics
 from pessa_cli.statistics.weighing import independent, weigh
 from pessa_cli.surgery.block_io import read_site
+from pessa_cli.surgery.decomposition import measure
+from pessa_cli.surgery.export import export_model
 from pessa_cli.surgery.model import Model, open_model
-from pessa_cli.surgery.passes import decompose_model, export_model, measure, prune_model
+from pessa_cli.surgery.prune import decompose_model, prune_model
 
 TRIED = ("output", "tried", "harm")
 
@@ -162,7 +164,7 @@ def test_statistics_are_those_of_the_inputs(
         keys = sum(k @ k.mT for k in each)
         assert isinstance(keys, Tensor)
         assert torch.allclose(sums.keys, keys, rtol=1e-4, atol=1e-3 * float(keys.abs().max()))
-    assert bool(found.warnings([site])) == (len(rows) < site.heads * site.head_dim)
+    assert bool(shortages(found, [site])) == (len(rows) < site.heads * site.head_dim)
 
 
 def test_influence_is_what_a_small_error_of_the_keys_does_to_the_output(
@@ -204,15 +206,15 @@ def test_statistics_of_parts_add_up_to_those_of_all(tiny_folder: TinyFolder, dat
     whole = collected(model, data, tmp_path / "all")
     collect(model, model.sites, data[:2], tmp_path / "a")
     collect(model, model.sites, data[2:], tmp_path / "b")
-    both = Statistics(tmp_path / "b", tmp_path / "a")
-    assert both.sha256 == whole.sha256 != Statistics(tmp_path / "a").sha256
+    both = SavedStatistics(tmp_path / "b", tmp_path / "a")
+    assert data_sha256(both) == data_sha256(whole) != data_sha256(SavedStatistics(tmp_path / "a"))
     for site in model.sites:
         one, sum_ = whole.of(site), both.of(site)
         added = [name for name in NAMES if name not in TRIED]  # those are of other inputs and decompositions
         assert all(torch.allclose(getattr(one, name), getattr(sum_, name)) for name in added)
         assert sum_.trials is not None
     with pytest.raises(PessaError, match="in common"):
-        Statistics(tmp_path / "all", tmp_path / "a")
+        SavedStatistics(tmp_path / "all", tmp_path / "a")
 
 
 @pytest.mark.parametrize("name", ["llama", "bert"])
@@ -238,7 +240,7 @@ def test_a_model_that_does_not_fit_is_read_from_disk_block_by_block(
         assert all(torch.allclose(getattr(one, n), getattr(other, n)) for n in NAMES if n not in TRIED)
         assert other.trials is None
         assert one.trials is not None
-    assert "no trials" in parts.warnings(model.sites)[-1] or "independent" in parts.warnings(model.sites)[-1]
+    assert "no trials" in shortages(parts, model.sites)[-1] or "independent" in shortages(parts, model.sites)[-1]
     assert ranks_for(model.sites, measure(model, model.sites, statistics=parts), Rule(target_attention=0.8), model.size)
     with pytest.raises(PessaError, match="do not fit twice"):
         collected(model, data, tmp_path / "no", Rule(rank=4))
@@ -258,7 +260,7 @@ def test_full_rank_is_the_same_model_and_less_is_nearer_than_the_plain_rule(
     written = prune_model(model, calibrated, Rule(rank=5), layout="dense", statistics=found)
     assert block_errors(calibrated, folder) < block_errors(plain, folder)
     assert written.summary["method"] == "calibrated"
-    assert written.summary["calibration_sha256"] == found.sha256
+    assert written.summary["calibration_sha256"] == data_sha256(found)
     again = tmp_path / "compact"
     export_model(open_model(calibrated), again, "compact")
     assert tiny.close(tiny.load(again), tiny.load(calibrated))
@@ -341,9 +343,9 @@ def test_statistics_of_other_weights_or_of_nothing_are_refused(
     with pytest.raises(PessaError, match="no statistics of"):
         found.of(open_model(tiny_folder("bert")).sites[0].__class__(**{**vars(model.sites[0]), "layer": 7}))
     with pytest.raises(PessaError, match="not a file of statistics"):
-        Statistics(tiny_folder("whisper") / "model.safetensors")
+        SavedStatistics(tiny_folder("whisper") / "model.safetensors")
     with pytest.raises(PessaError, match="not a file of statistics"):
-        Statistics(tmp_path / "nowhere")
+        SavedStatistics(tmp_path / "nowhere")
     prune_model(model, tmp_path / "compact", Rule(rank=4))
     with pytest.raises(UsageError, match="is compact"):
         collect(compact := open_model(tmp_path / "compact"), compact.sites, data, tmp_path / "t")
@@ -352,15 +354,18 @@ def test_statistics_of_other_weights_or_of_nothing_are_refused(
 def test_one_input_again_and_again_is_few_data_and_nothing_breaks(
     tiny_folder: TinyFolder, data: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def same(_folder: Path, _model: Any, _item: DataItem, _said: bool) -> Iterator[dict[str, Tensor]]:
+    def same(
+        _folder: Path, _model: Any, _encoder: Any, _item: DataItem, _transcribed: bool
+    ) -> Iterator[dict[str, Tensor]]:
         ids = torch.full((1, 9), 7)
         yield {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
+    monkeypatch.setattr(windows, "encoder_for", lambda *_: None)
     monkeypatch.setattr(windows, "inputs_of", same)
     for name in ("bert", "llama", "llama-biased"):
         model = open_model(tiny_folder(name))
         found = collected(model, data, tmp_path / name)
-        assert len(found.warnings(model.sites)) == len(model.sites)
+        assert len(shortages(found, model.sites)) == len(model.sites)
         spectra = measure(model, model.sites, statistics=found)
         assert all(np.isfinite(known.vo).all() and (known.vo > 0).any() for known in spectra.values())
         prune_model(model, tmp_path / f"{name}-out", Rule(ratio=0.3), statistics=found)

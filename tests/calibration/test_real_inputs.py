@@ -24,7 +24,7 @@ from whisper.model import ModelDimensions
 
 from pessa_cli.models.audio import SAMPLE_RATE, load_audio
 from pessa_cli.sources.open import open_source
-from pessa_cli.statistics.file import Statistics
+from pessa_cli.statistics.file import SavedStatistics
 from pessa_cli.surgery.model import open_model
 
 STORY = "the keeper lit the lamp on the ninth of march, and it burned until three sails came home. " * 3
@@ -42,7 +42,7 @@ def read_by(model: Path, limit: int) -> list[torch.Tensor]:
 def check_queries(folder: Path, statistics: Path, windows: list[torch.Tensor]) -> None:
     """The sums of the first block's queries, against a plain run of the model over these windows."""
     site = open_model(folder).sites[0]
-    found = Statistics(statistics).of(site)
+    found = SavedStatistics(statistics).of(site)
     assert int(found.frames) == sum(window.shape[1] for window in windows)
     model = tiny.load(folder)
     seen: list[torch.Tensor] = []
@@ -120,7 +120,7 @@ def english(real: Real, place: Path) -> Path:
 
 def heard(folder: Path, statistics: Path) -> dict[str, int]:
     """How many queries each kind of block had."""
-    found = Statistics(statistics)
+    found = SavedStatistics(statistics)
     return {site.spec.kind: int(found.of(site).frames) for site in open_model(folder).sites if site.layer == 0}
 
 

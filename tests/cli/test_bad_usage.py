@@ -283,7 +283,9 @@ def test_an_output_in_the_way_is_refused_before_any_work(
     command: str, refuse: Refuse, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (place / "recipe.toml").write_text("")
-    monkeypatch.setattr("pessa_cli.surgery.passes.measure", lambda *_, **__: pytest.fail("a long measurement began"))
+    monkeypatch.setattr(
+        "pessa_cli.surgery.decomposition.decompose_block", lambda *_, **__: pytest.fail("a long measurement began")
+    )
     refuse(f"{command} -o llama", "llama exists")
 
 

@@ -41,8 +41,8 @@ from pessa_cli.common.errors import PessaError, UsageError
 from pessa_cli.common.packages import need
 from pessa_cli.evaluation.measures import ScoreSettings
 from pessa_cli.evaluation.word_errors import WordErrors
-from pessa_cli.models.hooks import modules_of
-from pessa_cli.models.inputs import signal
+from pessa_cli.models.hooks import block_modules
+from pessa_cli.models.inputs import random_signal
 from pessa_cli.sources.openai_tokenizer import get_encoding
 from pessa_cli.sources.whisper_folder import read_vocabulary
 from pessa_cli.surgery.model import open_model
@@ -257,10 +257,11 @@ EXAMPLES: Mapping[str, Example] = {
     ),
     "no adapter to score": failure("eval llama --text story.txt --adapter whisper", "whisper", "adapter_config.json"),
     "no inputs that fit": usage(
-        lambda p: signal(p / "whisper", transformers.CLIPTextModel(transformers.CLIPTextConfig(**SMALL))), "input_ids"
+        lambda p: random_signal(p / "whisper", transformers.CLIPTextModel(transformers.CLIPTextConfig(**SMALL))),
+        "input_ids",
     ),
     "no such module": failure(
-        lambda p: modules_of(open_model(p / "bert").sites[0], tiny.load(p / "llama")), "LlamaForCausalLM"
+        lambda p: block_modules(open_model(p / "bert").sites[:1], tiny.load(p / "llama")), "LlamaForCausalLM"
     ),
     "no such backend": usage(lambda _: pessa_cli.set_backend("sparse"), "'sparse'", "scatter"),  # type: ignore[arg-type]
     "a class of another name": failure(

@@ -22,7 +22,7 @@ from pessa_cli.models.audio import load_audio
 from pessa_cli.models.inputs import clip_features
 from pessa_cli.ranks.rule import Rule
 from pessa_cli.surgery.model import open_model
-from pessa_cli.surgery.passes import decompose_model, prune_model
+from pessa_cli.surgery.prune import decompose_model, prune_model
 from pessa_cli.surgery.totals import totals
 
 NAMES = ("whisper-tiny.en", "minilm", "smollm2-135m")

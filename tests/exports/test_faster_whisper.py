@@ -15,8 +15,8 @@ from transformers import WhisperForConditionalGeneration, WhisperProcessor
 
 from pessa_cli.models.audio import SAMPLE_RATE, load_audio
 from pessa_cli.ranks.rule import Rule
+from pessa_cli.surgery.export import export_model
 from pessa_cli.surgery.model import open_model
-from pessa_cli.surgery.passes import export_model
 
 SIDE_FILES = ["tokenizer.json", "preprocessor_config.json"]
 

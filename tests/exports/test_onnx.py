@@ -23,7 +23,7 @@ from pessa_cli.models.load import load
 from pessa_cli.ranks.rule import Rule
 from pessa_cli.surgery.block_io import read_site
 from pessa_cli.surgery.model import open_model
-from pessa_cli.surgery.passes import prune_model
+from pessa_cli.surgery.prune import prune_model
 
 pytest.importorskip("onnxruntime")
 WHISPER_FILES = ("encoder_model.onnx", "decoder_model.onnx", "decoder_with_past_model.onnx")
@@ -236,7 +236,7 @@ def test_narrow_attention_is_attention(qk: list[int], vo: list[int], biases: boo
 
 
 def test_compact_and_dense_files_give_the_same_heads(pruned: Pruned, tmp_path: Path) -> None:
-    from pessa_cli.surgery.passes import export_model
+    from pessa_cli.surgery.export import export_model
 
     compact = open_model(pruned("whisper"))
     export_model(compact, tmp_path / "dense", "dense")

@@ -40,7 +40,7 @@ from pessa_cli.runtime.buckets import Cost
 from pessa_cli.runtime.openai_whisper import RaggedAttention, buckets_of
 from pessa_cli.sources.open import open_source
 from pessa_cli.surgery.model import open_model
-from pessa_cli.surgery.passes import prune_model
+from pessa_cli.surgery.prune import prune_model
 
 HEADS = 4
 ALIGNMENT = [[0, 1], [1, 0], [1, 3]]

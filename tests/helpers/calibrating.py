@@ -15,7 +15,7 @@ from pessa_cli.calibration.collect import collect
 from pessa_cli.models import windows
 from pessa_cli.models.data import DataItem
 from pessa_cli.ranks.rule import Rule
-from pessa_cli.statistics.file import Statistics
+from pessa_cli.statistics.file import SavedStatistics, Statistics
 from pessa_cli.surgery.model import Model
 
 
@@ -37,9 +37,12 @@ def batches(model: Any, count: int = 6) -> list[dict[str, Tensor]]:
 def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """Return files that stand for one input each, since tiny models have no tokenizers."""
 
-    def inputs_of(_folder: Path, model: Any, item: DataItem, _said: bool) -> Iterator[dict[str, Tensor]]:
+    def inputs_of(
+        _folder: Path, model: Any, _encoder: Any, item: DataItem, _transcribed: bool
+    ) -> Iterator[dict[str, Tensor]]:
         yield batches(model)[int(item.text or "")]
 
+    monkeypatch.setattr(windows, "encoder_for", lambda *_: None)
     monkeypatch.setattr(windows, "inputs_of", inputs_of)
     paths = [tmp_path / f"{number}.txt" for number in range(6)]
     for number, path in enumerate(paths):
@@ -49,7 +52,7 @@ def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
 
 def collected(model: Model, data: list[Path], out: Path, rule: Rule | None = None) -> Statistics:
     collect(model, model.sites, data, out, rule)
-    return Statistics(out)
+    return SavedStatistics(out)
 
 
 def block_errors(folder: Path, reference: Path) -> float:

@@ -24,7 +24,7 @@ RealPruned = Callable[..., Path]
 Once = Callable[[str, Callable[[Path], object]], Path]
 
 NEARLY_ALL = Rule(energy=0.98, rope_ratio=0.05)  # the rule of the tests of a pruned SmolLM2, which share its output
-PESSA = Path(sys.executable).with_name("pessa")  # the command that pip installed, for tests that need a separate process
+PESSA = Path(sys.executable).with_name("pessa")  # as pip installed it, for tests that need a process
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 

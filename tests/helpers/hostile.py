@@ -25,8 +25,10 @@ from safetensors.torch import save
 from pessa_cli.blocks.site import select
 from pessa_cli.common.errors import PessaError
 from pessa_cli.ranks.rule import Rule
+from pessa_cli.surgery.decomposition import measure
+from pessa_cli.surgery.export import export_model
 from pessa_cli.surgery.model import Model, open_model
-from pessa_cli.surgery.passes import decompose_model, export_model, measure, prune_model
+from pessa_cli.surgery.prune import decompose_model, prune_model
 from pessa_cli.surgery.run import Run
 from pessa_cli.workflow.recipe import Recipe, load_recipe
 

@@ -22,8 +22,9 @@ from pessa_cli.ranks.budget import ordered_steps, ranks_for, trade_off
 from pessa_cli.ranks.plan import RankPlan
 from pessa_cli.ranks.rule import Rule
 from pessa_cli.ranks.spectra import LEVELS, Size, Spectra, Trials
+from pessa_cli.surgery.decomposition import measure
 from pessa_cli.surgery.model import open_model
-from pessa_cli.surgery.passes import measure, prune_model
+from pessa_cli.surgery.prune import prune_model
 
 SITES = [SITE, replace(SITE, layer=1)]
 WHOLE = Size(1000, 4000)

@@ -25,7 +25,7 @@ from pessa_cli.runtime.buckets import Cost, plan
 from pessa_cli.runtime.compact_linear import RaggedIn, RaggedOut, Slots
 from pessa_cli.runtime.patched_attention import NarrowBertSelfAttention, NarrowWhisperAttention, patch_attention
 from pessa_cli.surgery.model import open_model
-from pessa_cli.surgery.passes import prune_model
+from pessa_cli.surgery.prune import prune_model
 
 WIDTH, HEADS, HEAD_DIM = 192, 6, 32
 RANKS: dict[str, tuple[Ranks, Ranks]] = {

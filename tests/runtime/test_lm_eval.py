@@ -17,7 +17,7 @@ from tuned import with_tokenizer, write_lines
 
 from pessa_cli.ranks.rule import Rule
 from pessa_cli.surgery.model import open_model
-from pessa_cli.surgery.passes import prune_model
+from pessa_cli.surgery.prune import prune_model
 
 pytest.importorskip("lm_eval")
 

@@ -20,7 +20,7 @@ from tiny import close, load
 from pessa_cli.ranks.rule import Rule
 from pessa_cli.runtime.compact_linear import RaggedIn, RaggedOut
 from pessa_cli.surgery.model import open_model
-from pessa_cli.surgery.passes import prune_model
+from pessa_cli.surgery.prune import prune_model
 
 
 @pytest.mark.parametrize("name", tiny.NAMES)

@@ -24,8 +24,8 @@ from tokenizers.pre_tokenizers import Whitespace
 from pessa_cli.blocks.compact_format import LOAD_HINT
 from pessa_cli.models.audio import SAMPLE_RATE, load_audio
 from pessa_cli.ranks.rule import Rule
+from pessa_cli.surgery.export import export_model
 from pessa_cli.surgery.model import open_model
-from pessa_cli.surgery.passes import export_model
 
 Pruned = Callable[..., Path]
 Three = tuple[Any, Any, Any]  # dense, compact, original

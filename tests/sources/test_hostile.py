@@ -41,7 +41,7 @@ from pessa_cli.common.errors import PessaError
 from pessa_cli.evaluation.verify import verify_models
 from pessa_cli.ranks.rule import Rule
 from pessa_cli.surgery.model import open_model
-from pessa_cli.surgery.passes import prune_model
+from pessa_cli.surgery.prune import prune_model
 from pessa_cli.surgery.run import Run
 from pessa_cli.workflow.recipe import load_recipe
 

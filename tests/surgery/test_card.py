@@ -11,8 +11,9 @@ from huggingface_hub import ModelCard
 
 from pessa_cli.ranks.rule import Rule
 from pessa_cli.surgery.card import BEGIN, END, front_matter, is_card, model_card
+from pessa_cli.surgery.export import export_model
 from pessa_cli.surgery.model import open_model
-from pessa_cli.surgery.passes import export_model, prune_model
+from pessa_cli.surgery.prune import prune_model
 from pessa_cli.surgery.run import Run
 
 SOURCE_CARD = """---

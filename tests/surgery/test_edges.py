@@ -23,7 +23,7 @@ from pessa_cli.common.errors import PessaError
 from pessa_cli.evaluation.verify import verify_models
 from pessa_cli.ranks.rule import Rule
 from pessa_cli.surgery.model import open_model
-from pessa_cli.surgery.passes import decompose_model, prune_model
+from pessa_cli.surgery.prune import decompose_model, prune_model
 from pessa_cli.surgery.run import Run
 
 Tensors = dict[str, Tensor]

@@ -17,8 +17,9 @@ import pessa_cli.algebra.absorb
 from pessa_cli.blocks.table import ARCHITECTURES
 from pessa_cli.evaluation.verify import Report, verify_models
 from pessa_cli.ranks.rule import Rule
+from pessa_cli.surgery.export import export_model
 from pessa_cli.surgery.model import Model, open_model
-from pessa_cli.surgery.passes import decompose_model, export_model, prune_model
+from pessa_cli.surgery.prune import decompose_model, prune_model
 from pessa_cli.surgery.run import Run
 
 
@@ -169,7 +170,7 @@ def test_negative_control_a_dropped_value_bias_is_caught(
         return replace(absorbed, o_bias=weights.o_bias.double())
 
     model = open_model(tiny_folder(name))
-    monkeypatch.setattr("pessa_cli.surgery.passes.absorb", forgetful)
+    monkeypatch.setattr("pessa_cli.surgery.decomposed_block.absorb", forgetful)
     decompose_model(model, tmp_path / "out")
     report = verify_models(model, open_model(tmp_path / "out"))
     assert not report.same

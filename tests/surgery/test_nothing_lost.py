@@ -23,7 +23,7 @@ from pessa_cli.checkpoint.staging import JOURNAL_FILE
 from pessa_cli.ranks.rule import Rule
 from pessa_cli.surgery.block_io import StorageLayout
 from pessa_cli.surgery.model import open_model
-from pessa_cli.surgery.passes import prune_model
+from pessa_cli.surgery.prune import prune_model
 from pessa_cli.surgery.run import Run
 
 OPTIONS = ("--ratio", "0.3", "--max-shard-size", "20kB")
