@@ -117,8 +117,8 @@ class PicaTuner(Tuner):
         # configuration instead of a dictionary. It discards the tuner, and the shared parameters with it.
         if isinstance(peft_config, PeftConfig) and getattr(peft_config, "share", False):
             raise ValueError(
-                "PiCa with sharing cannot be injected into a bare model, because the tuner holds its shared state: "
-                "use `get_peft_model` or `PeftModel.from_pretrained`, or PicaConfig(share=False)"
+                "PiCa with sharing cannot be injected into a bare model, because its shared state is stored on the "
+                "tuner: use `get_peft_model` or `PeftModel.from_pretrained`, or PicaConfig(share=False)"
             )
         super().__init__(model, peft_config, *args, **kwargs)
 
