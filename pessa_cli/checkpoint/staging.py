@@ -136,7 +136,7 @@ def new_folder(
         lock = _lock(folder)
     except OSError as error:
         _remove_empty(made)
-        raise PessaError(f"cannot write {out}: {error}", "give an -o in a folder you may write to") from None
+        raise _not_writable(out, error) from None
     staging = Staging(folder, out, resume, parts)
     try:
         yield staging
@@ -189,6 +189,18 @@ def _lock(folder: Path) -> int:
         os.close(descriptor)
         raise PessaError(f"another run is writing into {folder} just now", "wait for it, or give another -o") from None
     return descriptor
+
+
+def check_free(out: Path, source: Path, force: bool) -> None:
+    """Raise PessaError when `out` may not be written: it exists, or `force` would replace what must stay."""
+    try:
+        _check_free(out, source, force)
+    except OSError as error:
+        raise _not_writable(out, error) from None
+
+
+def _not_writable(out: Path, error: OSError) -> PessaError:
+    return PessaError(f"cannot write {out}: {error}", "give an -o in a folder you may write to")
 
 
 def _check_free(out: Path, source: Path, force: bool) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from pessa_cli.surgery.passes import decompose_model
 from pessa_cli.surgery.run import Run
 from pessa_cli.workflow.recipe import Recipe
-from pessa_cli.workflow.steps import calibrated, chosen, named, opened
+from pessa_cli.workflow.steps import calibrated, check_output, chosen, named, opened
 from pessa_cli.workflow.written import WrittenModel
 
 
@@ -36,6 +36,7 @@ def decompose(
     run, out = named(run, model), Path(out)
     with opened(model, architecture, revision, allow_pickle) as found:
         sites = chosen(found, recipe)
+        check_output(out, found, run)
         with calibrated(found, sites, recipe, run) as known:
             rewrite = decompose_model(found, out, sites, run, known.statistics)
         return WrittenModel.of(rewrite, model, out, warnings=known.warnings)

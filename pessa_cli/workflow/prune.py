@@ -8,7 +8,7 @@ from pessa_cli.ranks.rule import Rule
 from pessa_cli.surgery.passes import prune_model
 from pessa_cli.surgery.run import Run
 from pessa_cli.workflow.recipe import Recipe
-from pessa_cli.workflow.steps import calibrated, chosen, named, opened
+from pessa_cli.workflow.steps import calibrated, check_output, chosen, named, opened
 from pessa_cli.workflow.written import WrittenModel
 
 
@@ -38,6 +38,7 @@ def prune(
     run, out = named(run, model), Path(out)
     with opened(model, architecture, revision, allow_pickle) as found:
         sites, rule, result = chosen(found, recipe), recipe.rule, None
+        check_output(out, found, run)
         _check_apart(recipe)
         with calibrated(found, sites, recipe, run, rule if recipe.sequential else None) as known:
             if recipe.evaluate is not None:

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from pessa_cli.blocks.site import Site, select
+from pessa_cli.checkpoint.staging import check_free
+from pessa_cli.common.errors import UsageError
 from pessa_cli.ranks.rule import Rule
 from pessa_cli.sources.open import open_source
 from pessa_cli.statistics.file import Statistics
@@ -47,6 +49,12 @@ def chosen(model: Model, recipe: Recipe) -> list[Site]:
     return select(model.sites, recipe.sites, recipe.layers)
 
 
+def check_output(out: Path, model: Model, run: Run) -> None:
+    """Raise PessaError for an output that may not be written, before the minutes that calibration may take."""
+    if not run.dry:
+        check_free(out, model.reader.folder, run.force)
+
+
 @contextmanager
 def calibrated(
     model: Model, sites: list[Site], recipe: Recipe, run: Run, rule: Rule | None = None
@@ -61,5 +69,7 @@ def calibrated(
     from pessa_cli.calibration.collect import statistics_for  # it imports transformers, which takes seconds
 
     data, files = recipe.calibrate, recipe.statistics
+    if data and files and not files[0].resolve().parent.is_dir():
+        raise UsageError(f"--statistics {files[0]}: {files[0].parent} is not a folder", "create it first")
     with statistics_for(model, sites, data, files, rule, run.progress, run.device) as found:
         yield Calibration(found, [] if found is None else found.warnings(sites))
