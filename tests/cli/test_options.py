@@ -324,11 +324,12 @@ def test_rules_that_exclude_each_other(one: Setting, other: Setting) -> None:
 
 @pytest.mark.parametrize("name", ["qk_thr", "vo_thr", "ratio", "max_error"])
 def test_zero_is_a_value_that_is_given(name: str) -> None:
-    rule = Rule(**{name: 0})
+    zero: dict[str, Any] = {name: 0}
+    rule = Rule(**zero)
     assert rule.given == [name]
     assert str(rule) == f"{name} 0"
     with pytest.raises(UsageError, match="cannot be combined"):
-        Rule(**{name: 0, "rank": 3})
+        Rule(**zero, rank=3)
 
 
 @pytest.mark.parametrize("setting", settings_of(Rule), ids=lambda setting: setting.name)
