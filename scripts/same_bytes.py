@@ -158,8 +158,8 @@ def _graph(path: Path) -> bytes:
     return bytes(model.SerializeToString(deterministic=True))
 
 
-def record(main: Callable[[], None], names: Sequence[str]) -> dict[str, Any]:
-    """Return the digests of all outputs by model and case."""
+def record(main: Callable[[], None], names: Sequence[str], file: Path) -> None:
+    """Write the digests of all outputs, by model and case, to a file; after each model it holds those so far."""
     found: dict[str, Any] = {}
     for name, source, commands in plan(names):
         found[name] = {}

@@ -141,7 +141,7 @@ def new_folder(
         lock = _lock(folder)
     except OSError as error:
         _remove_empty(made)
-        raise PessaError(f"cannot write {out}: {error}", "give an -o in a folder that you can write to") from None
+        raise _not_writable(out, error) from None
     staging = Staging(folder, out, resume, parts)
     try:
         yield staging
@@ -204,7 +204,18 @@ def _lock(folder: Path) -> int:
 
 
 def check_free(out: Path, source: Path, force: bool) -> None:
-    """Raise PessaError if `out` is inside `source`, or exists and must not be replaced."""
+    """Raise PessaError when `out` may not be written: it exists, or `force` would replace what must stay."""
+    try:
+        _check_free(out, source, force)
+    except OSError as error:
+        raise _not_writable(out, error) from None
+
+
+def _not_writable(out: Path, error: OSError) -> PessaError:
+    return PessaError(f"cannot write {out}: {error}", "give an -o in a folder you may write to")
+
+
+def _check_free(out: Path, source: Path, force: bool) -> None:
     place, read = out.resolve(), source.resolve()
     if read in place.parents:
         raise PessaError(f"{out} is inside {source}, which is only read", "give an -o outside of it")

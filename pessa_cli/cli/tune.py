@@ -42,10 +42,12 @@ def tune(
     need("peft", "accelerate")
     from pessa_cli.tuning.train import Job
     from pessa_cli.tuning.train import tune as train
-    from pessa_cli.workflow.steps import named, opened
+    from pessa_cli.workflow.steps import check_output, named, opened
 
-    name = named(options.run(), model).source or model
+    run = options.run()
+    name = named(run, model).source or model
     with opened(model, **source.opening) as found, console.training() as watch:
+        check_output(out, found, run)
         job = Job(found, data, out, tuning, name, eval_data, options.force, options.resume, tensorboard, watch)
         record = train(job)
     if record is None:  # the first process shows the result

@@ -24,7 +24,9 @@ class Range(NamedTuple):
 
 def at_least(least: int) -> Range:
     """The finite numbers from `least` up."""
-    return Range(lambda value: least <= value < math.inf, "is out of range", f"give a number from {least} up")
+    return Range(
+        lambda value: least <= value < math.inf, "is out of range", f"give a finite number of at least {least}"
+    )
 
 
 @dataclass(frozen=True)

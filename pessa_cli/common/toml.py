@@ -12,7 +12,7 @@ from pessa_cli.common.files import file_size
 from pessa_cli.common.options import Setting, made, settings_of
 from pessa_cli.common.text import shortened
 
-MOST_BYTES = 2**20  # of a recipe
+MOST_BYTES = 2**20  # the largest recipe that is read
 PLAIN: Mapping[Any, tuple[type, ...]] = {float: (float, int), int: (int,), bool: (bool,), str: (str,), Path: (str,)}
 EXAMPLES = "see the examples in configs/"
 T = TypeVar("T")
@@ -38,9 +38,9 @@ def read_toml(path: Path, *tables: str) -> dict[str, Any]:
 
 
 def from_table(kind: type[T], path: Path, table: str, values: Any) -> T:
-    """The dataclass that a table describes; what the table does not name has its default.
+    """Make a dataclass from a table of a recipe; keys that are missing have their defaults.
 
-    Raises UsageError, with the path, for unknown keys, wrong types, and what the dataclass itself refuses.
+    Raises UsageError, with the path, for unknown keys, wrong types, and values that the dataclass itself refuses.
     """
     if not isinstance(values, dict):
         raise UsageError(f"{path}: {table} is not a table", f"write [{table}] above its keys")
@@ -55,7 +55,7 @@ def from_table(kind: type[T], path: Path, table: str, values: Any) -> T:
 
 
 def toml_types(setting: Setting) -> tuple[type, ...]:
-    """The types that TOML may give an option: text for paths and choices, lists for tuples."""
+    """The types of an option's value in TOML: strings for paths and choices, lists for tuples."""
     if setting.choices:
         return (str,)
     if setting.items is not None:
@@ -67,18 +67,20 @@ def toml_types(setting: Setting) -> tuple[type, ...]:
 
 
 def _value(setting: Setting, value: Any) -> Any:
-    """What a field holds for what TOML says."""
+    """The value of a field for a value in TOML. Raises UsageError if that has another type or is not a choice."""
     key, types = setting.name, toml_types(setting)
     if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
-        raise UsageError(f"{key} = {shortened(value)} is a {type(value).__name__}", EXAMPLES)
+        raise UsageError(f"{key} = {shortened(value)} has the wrong type, {type(value).__name__}", EXAMPLES)
     if isinstance(value, int) and abs(value) > 2**53:
         raise UsageError(f"{key} = {shortened(value)} is too large", EXAMPLES)
     if setting.choices and value not in setting.choices:
-        raise UsageError(f"{key} = {shortened(value)} is not known", f"give one of {', '.join(setting.choices)}")
+        raise UsageError(
+            f"{key} = {shortened(value)} is not a known value", f"it is one of {', '.join(setting.choices)}"
+        )
     if isinstance(value, list):
         if {type(item) for item in value} != {str}:
             raise UsageError(
-                f"{key} = {shortened(value)} is not a list of texts", f'write it like ["{setting.option.example}"]'
+                f"{key} = {shortened(value)} is not a list of strings", f'write it as ["{setting.option.example}"]'
             )
         return tuple(setting.items(item) for item in value)
     if setting.option.parse is not None and isinstance(value, str):

@@ -1,4 +1,4 @@
-"""Values as people write them: sizes and layers."""
+"""Parsers of option values: sizes and lists of layers."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ import re
 from pessa_cli.common.errors import UsageError
 from pessa_cli.common.text import shortened
 
-MOST_PARTS = 200  # of a list of layers, between its commas
+MOST_PARTS = 200  # the most commas in a list of layers
 
 
 def size_of(text: str, flag: str) -> int:
-    """Bytes of a size as people write it: 5GB, 1.5 MB. Raises UsageError for anything else."""
+    """Parse a size such as 5GB or "1.5 MB" into bytes, with decimal units. Raises UsageError for any other text."""
     match = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,9})?) ?(kB|KB|MB|GB|TB)", text)
     if match is None:
-        raise UsageError(f"{flag} {shortened(text)} is not a size", "write it like 5GB or 500MB")
+        raise UsageError(f"{flag} {shortened(text)} is not a size", "write it as 5GB or 500MB")
     return int(float(match[1]) * {"K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}[match[2][0].upper()])
 
 
 def parse_layers(text: str, flag: str = "--layers") -> frozenset[int]:
-    """Layers as people write them: "0-15", "3", "0-3,12,20-23". Raises UsageError for anything else."""
+    """Parse a list of layers such as "3", "0-15" or "0-3,12,20-23". Raises UsageError for any other text."""
     layers: set[int] = set()
-    wrong = UsageError(f"{flag} {shortened(text)} is not a list of layers", "write it like 0-15 or 0-3,12")
+    wrong = UsageError(f"{flag} {shortened(text)} is not a list of layers", "write it as 0-15 or 0-3,12")
     if text.count(",") > MOST_PARTS:
         raise wrong
     for part in text.split(","):

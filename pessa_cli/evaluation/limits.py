@@ -9,8 +9,10 @@ from typing import Literal
 from pessa_cli.common.options import Range, check_options, option
 
 Level = Literal["weights", "blocks", "outputs"]
-ERROR = Range(lambda value: 0 <= value < math.inf, "is not an error limit", "give a number from 0 up, e.g. 1e-3")
-SHARE = Range(lambda value: 0 <= value <= 1, "is not a share", "give a number from 0 to 1, e.g. 0.99")
+ERROR = Range(
+    lambda value: 0 <= value < math.inf, "is not a relative error", "give a number of at least 0, such as 1e-3"
+)
+SHARE = Range(lambda value: 0 <= value <= 1, "is not a share", "give a number from 0 to 1, such as 0.99")
 
 
 @dataclass(frozen=True)

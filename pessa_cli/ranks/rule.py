@@ -1,4 +1,4 @@
-"""The rule that says how many directions of each head to keep: the one definition of its options."""
+"""The rule that determines how many directions of each head are kept: the one definition of its options."""
 
 from __future__ import annotations
 
@@ -10,68 +10,75 @@ from pessa_cli.common.errors import UsageError
 from pessa_cli.common.options import Range, Setting, at_least, check_options, option, settings_of
 from pessa_cli.common.values import size_of
 
-THRESHOLD = Range(lambda value: 0 <= value < math.inf, "is not a threshold", "give a number from 0 up, e.g. 5e-3")
+THRESHOLD = Range(
+    lambda value: 0 <= value < math.inf, "is not a threshold", "give a number of at least 0, such as 5e-3"
+)
 SHARE_TO_DROP = Range(
-    lambda value: 0 <= value < 1, "would leave nothing", "give the share to drop, from 0 to below 1, e.g. 0.1"
+    lambda value: 0 <= value < 1, "is not a share to drop", "give a number from 0 to below 1, such as 0.3"
 )
 SHARE_TO_KEEP = Range(
-    lambda value: 0 < value <= 1, "is not a share", "give the share to keep, above 0 and at most 1, e.g. 0.99"
+    lambda value: 0 < value <= 1, "is not a share to keep", "give a number above 0 and at most 1, such as 0.99"
 )
-ERROR = Range(lambda value: 0 <= value < math.inf, "is not an error limit", "give a number from 0 up, e.g. 0.01")
+ERROR = Range(
+    lambda value: 0 <= value < math.inf, "is not a relative error", "give a number of at least 0, such as 0.01"
+)
 
 
-def _way(help: str, group: str = "way", **more: Any) -> Any:
-    """An option that chooses the ranks, alone or with those of a group; budgets are ways as well."""
+def _criterion(help: str, group: str = "criterion", **more: Any) -> Any:
+    """An option that chooses the ranks; only those of the group "thresholds" may be combined."""
     return option(None, help, group=group, **more)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rule:
-    """How many directions of each head to keep.
+    """The rule that determines how many directions of each head are kept. At most one criterion may be given.
 
-    At most one way of choosing them may be given; `qk_thr` and `vo_thr` count as one, and one of them alone leaves the
-    other product at full rank. None of them means lossless: drop the tail of each spectrum whose norm is no larger
-    than the rounding error of storing the head in its dtype. The fields say what each of them does.
+    `qk_thr` and `vo_thr` count as one criterion; with only one of them the other side is not pruned. `ratio` applies to
+    Q-K and V-O separately. The budgets `target_params`, `target_attention`, `target_size` (bytes) and `max_error` are
+    shared by all blocks and both sides: the directions with the lowest predicted cost per parameter are dropped first.
+    Without a criterion the rule is lossless: it drops the tail whose norm is at most the rounding error of storing the
+    head in its dtype.
 
-    `rope_ratio` goes with any way but a budget. Ranks above zero are then rounded up to a multiple of `round_to`, and
-    are at least `min_rank`. Raises UsageError for values out of range and for more than one way.
+    `rope_ratio` can be combined with a criterion that is not a budget. Ranks above zero are then rounded up to a
+    multiple of `round_to`, and every rank is at least `min_rank`. Raises UsageError if a value is out of range or the
+    options contradict each other.
     """
 
-    qk_thr: float | None = _way(
+    qk_thr: float | None = _criterion(
         "Keep the singular values of Q-K that are above this threshold.", "thresholds", allowed=THRESHOLD
     )
-    vo_thr: float | None = _way(
+    vo_thr: float | None = _criterion(
         "Keep the singular values of V-O that are above this threshold.", "thresholds", allowed=THRESHOLD
     )
-    ratio: float | None = _way(
+    ratio: float | None = _criterion(
         "Drop this share of all directions, those with the smallest singular values.", allowed=SHARE_TO_DROP
     )
-    rank: int | None = _way("Keep this many directions in every head.", allowed=at_least(1))
-    energy: float | None = _way(
+    rank: int | None = _criterion("Keep this many directions in every head.", allowed=at_least(1))
+    energy: float | None = _criterion(
         "Keep this share of the sum of squared singular values of each head.", allowed=SHARE_TO_KEEP
     )
-    target_params: float | None = _way(
+    target_params: float | None = _criterion(
         "Keep this share of the model's parameters; ranks are chosen for the smallest error.",
         "budget",
         allowed=SHARE_TO_KEEP,
     )
-    target_attention: float | None = _way(
+    target_attention: float | None = _criterion(
         "Keep this share of the parameters in the chosen attention blocks; ranks are chosen for the smallest error.",
         "budget",
         allowed=SHARE_TO_KEEP,
     )
-    target_size: int | None = _way(
+    target_size: int | None = _criterion(
         "Prune the weights to this size, e.g. 120MB; ranks are chosen for the smallest error.",
         "budget",
         metavar="SIZE",
         parse=size_of,
         allowed=at_least(1),
     )
-    max_error: float | None = _way(
+    max_error: float | None = _criterion(
         "Largest allowed relative error of any block's output on the calibration data.", "budget", allowed=ERROR
     )
     lossless: bool = option(
-        False, "Drop only directions below the rounding error of the dtype (the default).", group="way"
+        False, "Drop only directions below the rounding error of the dtype (the default).", group="criterion"
     )
     round_to: int = option(1, "Round ranks up to a multiple of this number.", allowed=at_least(1))
     min_rank: int = option(0, "Keep at least this many directions in every head.", allowed=at_least(0))
@@ -82,16 +89,19 @@ class Rule:
     )
 
     def __post_init__(self) -> None:
-        rules = list(dict.fromkeys(_title(setting) for setting in WAYS if self._has(setting)))
+        rules = list(dict.fromkeys(_title(setting) for setting in CRITERIA if self._has(setting)))
         if len(rules) > 1:
-            raise UsageError(f"{' and '.join(rules)} are different rules", "give one of them")
+            raise UsageError(f"{' and '.join(rules)} cannot be combined", "give one of them")
         check_options(self)
         if self.budgeted and self.rope_ratio is not None:
-            raise UsageError(f"{self}: a budget chooses the frequency pairs as well", "leave out --rope-ratio")
+            raise UsageError(
+                f"{self}: a budget also chooses the frequency pairs, so it excludes --rope-ratio",
+                "leave out --rope-ratio",
+            )
 
     def __str__(self) -> str:
-        ways = [f"{setting.name} {getattr(self, setting.name):.12g}" for setting in WAYS if self._has(setting)]
-        text = "lossless" if self.lossless or not ways else ", ".join(ways)
+        criteria = [f"{setting.name} {getattr(self, setting.name):.12g}" for setting in CRITERIA if self._has(setting)]
+        text = "lossless" if self.lossless or not criteria else ", ".join(criteria)
         return (
             text
             + (f", rope_ratio {self.rope_ratio:g}" if self.rope_ratio is not None else "")
@@ -100,24 +110,25 @@ class Rule:
         )
 
     def _has(self, setting: Setting) -> bool:
-        return getattr(self, setting.name) not in (None, False)
+        value = getattr(self, setting.name)
+        return value is not None and value is not False  # 0 is a value like any other
 
     @property
     def given(self) -> list[str]:
-        """The names of the fields that choose the ranks, as far as they are set."""
-        return [setting.name for setting in WAYS if self._has(setting)]
+        """The names of the criteria that are given."""
+        return [setting.name for setting in CRITERIA if self._has(setting)]
 
     @property
     def budgeted(self) -> bool:
-        """Whether ranks are chosen for all heads and blocks together."""
-        return any(setting.option.group == "budget" and self._has(setting) for setting in WAYS)
+        """Whether the criterion is a budget over all heads and blocks at once."""
+        return any(setting.option.group == "budget" and self._has(setting) for setting in CRITERIA)
 
 
 def _title(setting: Setting) -> str:
     """The options of one rule as messages name them: "--ratio", "--qk-thr/--vo-thr"."""
     if setting.option.group != "thresholds":
         return setting.flag
-    return "/".join(way.flag for way in WAYS if way.option.group == "thresholds")
+    return "/".join(each.flag for each in CRITERIA if each.option.group == "thresholds")
 
 
-WAYS = tuple(setting for setting in settings_of(Rule) if setting.option.group is not None)
+CRITERIA = tuple(setting for setting in settings_of(Rule) if setting.option.group is not None)

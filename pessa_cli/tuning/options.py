@@ -11,7 +11,7 @@ from typing import Any, Literal
 from pessa_cli.common.options import Range, at_least, check_options, option
 from pessa_cli.common.toml import from_table, read_toml
 
-POSITIVE = Range(lambda value: 0 < value < math.inf, "is not above 0", "give a positive number")
+POSITIVE = Range(lambda value: 0 < value < math.inf, "is not above 0", "give a finite number above 0")
 
 
 @dataclass(frozen=True)

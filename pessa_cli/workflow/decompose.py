@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pessa_cli.checkpoint.staging import check_free
 from pessa_cli.surgery.prune import decompose_model
 from pessa_cli.surgery.run import Run
 from pessa_cli.workflow.recipe import Recipe
-from pessa_cli.workflow.steps import calibrated, calibration_data, chosen, named, opened
+from pessa_cli.workflow.steps import calibrated, calibration_data, check_output, chosen, named, opened
 from pessa_cli.workflow.written import WrittenModel
 
 
@@ -37,8 +36,7 @@ def decompose(
     run, out = named(run, model), Path(out)
     with opened(model, architecture, revision, allow_pickle) as found:
         sites = chosen(found, recipe)
-        if not run.dry:
-            check_free(out, found.reader.folder, run.force)  # before the minutes that calibration takes
+        check_output(out, found, run)
         with calibrated(found, sites, recipe, run, calibration_data(recipe)) as known:
             rewrite = decompose_model(
                 found, out, sites, run, known.statistics, blocks=known.blocks, decomposition=known.decomposition

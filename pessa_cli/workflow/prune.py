@@ -6,7 +6,6 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pessa_cli.checkpoint.staging import check_free
 from pessa_cli.ranks.rule import Rule
 from pessa_cli.surgery.block_reader import BlockReader
 from pessa_cli.surgery.decomposition import decomposition_of
@@ -14,7 +13,7 @@ from pessa_cli.surgery.model import Model
 from pessa_cli.surgery.prune import prune_model
 from pessa_cli.surgery.run import Run
 from pessa_cli.workflow.recipe import Recipe
-from pessa_cli.workflow.steps import calibrated, calibration_data, chosen, named, opened
+from pessa_cli.workflow.steps import calibrated, calibration_data, check_output, chosen, named, opened
 from pessa_cli.workflow.written import WrittenModel
 
 if TYPE_CHECKING:
@@ -49,8 +48,7 @@ def prune(
     run, out = named(run, model), Path(out)
     with opened(model, architecture, revision, allow_pickle) as found:
         sites, rule, result = chosen(found, recipe), recipe.rule, None
-        if not run.dry:
-            check_free(out, found.reader.folder, run.force)  # before the minutes that calibration takes
+        check_output(out, found, run)
         data = calibration_data(recipe)
         quality = None if recipe.evaluate is None else _quality(found, recipe, recipe.evaluate, data)
         with ExitStack() as resources:

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pessa_cli.blocks.site import Site, select
+from pessa_cli.checkpoint.staging import check_free
+from pessa_cli.common.errors import UsageError
 from pessa_cli.ranks.rule import Rule
 from pessa_cli.sources.open import open_source
 from pessa_cli.statistics.file import Statistics, shortages
@@ -65,6 +67,12 @@ def calibration_data(recipe: Recipe) -> CalibrationData | None:
     return read_data(recipe.calibrate)
 
 
+def check_output(out: Path, model: Model, run: Run) -> None:
+    """Raise PessaError for an output that may not be written, before the minutes that calibration may take."""
+    if not run.dry:
+        check_free(out, model.reader.folder, run.force)
+
+
 @contextmanager
 def calibrated(
     model: Model,
@@ -83,7 +91,10 @@ def calibrated(
         return
     from pessa_cli.calibration.collect import calibration_for  # it imports transformers, which takes seconds
 
-    with calibration_for(model, sites, data, recipe.statistics, rule, run) as found:
+    files = recipe.statistics
+    if data is not None and files and not files[0].resolve().parent.is_dir():
+        raise UsageError(f"--statistics {files[0]}: {files[0].parent} is not a folder", "create it first")
+    with calibration_for(model, sites, data, files, rule, run) as found:
         if found is None:
             yield Known()
         else:

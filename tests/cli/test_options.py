@@ -27,7 +27,7 @@ from pessa_cli.common.errors import UsageError
 from pessa_cli.common.options import Setting, option, settings_of
 from pessa_cli.common.toml import from_table
 from pessa_cli.evaluation.limits import VerifyOptions
-from pessa_cli.ranks.rule import WAYS, Rule
+from pessa_cli.ranks.rule import CRITERIA, Rule
 from pessa_cli.tuning.options import AdapterOptions, DataOptions, TrainOptions, Tuning, load_tuning
 from pessa_cli.workflow.recipe import Recipe, load_recipe
 
@@ -172,7 +172,7 @@ def test_every_field_is_a_key_of_recipes(table: str, name: str, tmp_path: Path) 
     assert getattr(owner, name) == value
     assert value != setting.default
     wrong = "[1]" if setting.items is None else "3"
-    with pytest.raises(UsageError, match=rf"recipe\.toml: {name} = {re.escape(wrong)} is"):
+    with pytest.raises(UsageError, match=rf"recipe\.toml: {name} = {re.escape(wrong)} has the wrong type"):
         loaded(table, f"{name} = {wrong}", tmp_path)
 
 
@@ -311,15 +311,25 @@ def test_a_field_that_does_not_exist_is_refused() -> None:
 # Rules
 
 
-@pytest.mark.parametrize(("one", "other"), list(combinations(WAYS, 2)), ids=lambda setting: setting.name)
+@pytest.mark.parametrize(("one", "other"), list(combinations(CRITERIA, 2)), ids=lambda setting: setting.name)
 def test_rules_that_exclude_each_other(one: Setting, other: Setting) -> None:
     values = {setting.name: example_of(setting)[1] for setting in (one, other)}
     if {one.name, other.name} == {"qk_thr", "vo_thr"}:
         assert Rule(**values).given == ["qk_thr", "vo_thr"]
         return
-    with pytest.raises(UsageError, match="are different rules") as refused:
+    with pytest.raises(UsageError, match="cannot be combined") as refused:
         Rule(**values)
     assert all(setting.flag in refused.value.message for setting in (one, other))
+
+
+@pytest.mark.parametrize("name", ["qk_thr", "vo_thr", "ratio", "max_error"])
+def test_zero_is_a_value_that_is_given(name: str) -> None:
+    zero: dict[str, Any] = {name: 0}
+    rule = Rule(**zero)
+    assert rule.given == [name]
+    assert str(rule) == f"{name} 0"
+    with pytest.raises(UsageError, match="cannot be combined"):
+        Rule(**zero, rank=3)
 
 
 @pytest.mark.parametrize("setting", settings_of(Rule), ids=lambda setting: setting.name)
@@ -327,7 +337,7 @@ def test_a_rule_in_words_names_every_field(setting: Setting) -> None:
     """pessa.json holds these words, so they stay as they are."""
     value = example_of(setting)[1]
     alone = {setting.name: value}
-    if setting in WAYS and setting.name != "lossless":
+    if setting in CRITERIA and setting.name != "lossless":
         assert str(Rule(**alone)) == f"{setting.name} {value:.12g}"
     elif setting.name == "lossless":
         assert str(Rule(lossless=True)) == str(Rule()) == "lossless"

@@ -263,7 +263,7 @@ def test_errors_are_those_of_the_command_line(tiny_folder: TinyFolder, tmp_path:
     folder = copy_of(tiny_folder("whisper"), tmp_path / "model")
     before = snapshot(tmp_path)
     refused: list[tuple[type[Exception], str, Callable[[], Any]]] = [
-        (UsageError, "--ratio 2 would leave nothing", lambda: Rule(ratio=2)),
+        (UsageError, "--ratio 2 is not a share to drop", lambda: Rule(ratio=2)),
         (UsageError, "--sites nowhere", lambda: pessa_cli.prune(folder, tmp_path / "o", Recipe(sites=("nowhere",)))),
         (UsageError, "--device nonsense", lambda: Run(device="nonsense")),
         (UsageError, "go together", lambda: Recipe(max_wer_increase=1.0)),
@@ -281,6 +281,21 @@ def test_errors_are_those_of_the_command_line(tiny_folder: TinyFolder, tmp_path:
         assert error.type is kind
         assert error.value.hint  # type: ignore[attr-defined]
     assert snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize("command", ["prune", "decompose"])
+def test_what_cannot_be_written_is_refused_before_calibration(
+    command: str, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "text.txt").write_text("some words")
+    monkeypatch.setattr("pessa_cli.calibration.collect.collect", lambda *_: pytest.fail("calibration began"))
+    call = getattr(pessa_cli, command)
+    with pytest.raises(pessa_cli.PessaError, match="llama exists"):
+        call(llama, llama, Recipe(calibrate=(tmp_path / "text.txt",)))
+    recipe = Recipe(calibrate=(tmp_path / "text.txt",), statistics=(tmp_path / "nowhere" / "s.safetensors",))
+    with pytest.raises(UsageError, match="nowhere is not a folder"):
+        call(llama, tmp_path / "out", recipe)
+    assert not (tmp_path / "out").exists()
 
 
 # Types
