@@ -86,9 +86,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     if "<!-- generated: architectures -->" in markdown:
         markdown = markdown.replace("<!-- generated: architectures -->", pessa("architectures", "--markdown"))
     if "<!-- generated: packages -->" in markdown:
-        markdown = markdown.replace("<!-- generated: packages -->", packages_table(packages()))
-    if "<!-- generated: packages picture -->" in markdown:
-        markdown = markdown.replace("<!-- generated: packages picture -->", packages_picture(packages()))
+        markdown = markdown.replace("<!-- generated: packages -->", packages_picture(packages()))
     if not API_FILE.exists():  # until the public API is merged; remove these lines then
         markdown = re.sub(r"^::: pessa_cli\.api\.(\w+)\n(?:    .*\n)*", r"### `\1`\n", markdown, flags=re.MULTILINE)
     return markdown
@@ -104,7 +102,7 @@ def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -
 
 def _mathml(found: re.Match[str]) -> str:
     display = "block" if found[2] == "[" else "inline"
-    return latex2mathml.converter.convert(unescape(found[3]), display=display)
+    return str(latex2mathml.converter.convert(unescape(found[3]), display=display))
 
 
 # Commands
@@ -121,12 +119,13 @@ def _overview(text: str, commands: Mapping[str, str]) -> str:
     """The commands, each with the first sentence of its help, and the options of `pessa` itself."""
     about, _, options = text.partition("**Options**:")
     options = "**Options**:" + options.partition("**Commands**:")[0]
-    rows = [f"| [`pessa {name}`]({name}.md) | {help_.strip().partition(chr(10))[0]} |" for name, help_ in commands.items()]
+    first = {name: text.strip().partition("\n")[0] for name, text in commands.items()}
+    rows = [f"| [`pessa {name}`]({name}.md) | {sentence} |" for name, sentence in first.items()]
     parts = [
         about.replace("# `pessa`", "# Commands").replace("**Usage**:", "## Usage"),
         "\n".join(["| command | what it does |", "|---|---|", *rows]),
         "Results go to stdout (`--json` prints them for programs), progress and messages to stderr. The exit code is 0 "
-        "when a command is done, 1 when it failed or when `verify` finds that the models differ, and 2 for wrong usage. "
+        "when a command is done, 1 when it failed or when `verify` finds that the models differ, 2 for wrong usage. "
         "These pages are generated from the program; `pessa COMMAND --help` shows the same.",
         _as_tables(options),
     ]
@@ -169,11 +168,6 @@ def packages() -> tuple[tuple[str, str], ...]:
     return found
 
 
-def packages_table(rows: tuple[tuple[str, str], ...]) -> str:
-    """Markdown, the highest package first, as the picture shows them."""
-    return "\n".join(["| package | what is in it |", "|---|---|", *(f"| `{name}` | {text} |" for name, text in reversed(rows))])
-
-
 def packages_picture(rows: tuple[tuple[str, str], ...]) -> str:
     """An SVG of the packages, one upon the other, in the colours of the page."""
     height, gap, left, width = 44, 8, 24, 660
@@ -187,8 +181,9 @@ def packages_picture(rows: tuple[tuple[str, str], ...]) -> str:
             for i, line in enumerate(lines)
         )
         boxes.append(
-            f'<rect x="{left}" y="{top + 1}" width="{width - left - 1}" height="{height}" rx="6" fill="none" stroke="currentColor" '
-            f'stroke-opacity="0.45"/><text x="{left + 12}" y="{top + height / 2 + 6:g}" font-size="14" '
+            f'<rect x="{left}" y="{top + 1}" width="{width - left - 1}" height="{height}" rx="6" fill="none" '
+            f'stroke="currentColor" stroke-opacity="0.45"/>'
+            f'<text x="{left + 12}" y="{top + height / 2 + 6:g}" font-size="14" '
             f'font-weight="bold">{escape(name)}</text>{words}'
         )
     total = len(rows) * (height + gap)

@@ -1,6 +1,6 @@
 """Draw the picture of the README: the spectra of Whisper tiny.en, from `pessa inspect --json`.
 
-    python scripts/draw_readme.py [-o docs/images/spectra.svg]
+python scripts/draw_readme.py [-o docs/images/spectra.svg]
 """
 
 from __future__ import annotations
