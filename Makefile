@@ -1,4 +1,5 @@
 # Two commands: `make demo` shows what pessa does on a real model, `make test` runs every check there is.
+# `make help` lists the others: the targets with a comment behind two number signs.
 # Real models are cached outside the clone, in $PESSA_CACHE (default ~/.cache/pessa/models).
 
 PYTHON ?= python3
@@ -9,22 +10,29 @@ CLIP = models/speech/beckett.wav
 THRESHOLDS = --qk-thr 5e-3 --vo-thr 6e-3
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint clean
+.PHONY: help demo test lint docs clean
 
-demo: $(VENV)/.demo
+help: ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/\1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 10
+
+demo: $(VENV)/.demo ## see what pessa does on a real model: inspect, prune, verify, transcribe
 	$(BIN)/python scripts/fetch_models.py whisper-tiny.en speech
 	$(BIN)/pessa inspect $(MODEL) $(THRESHOLDS)
 	$(BIN)/pessa prune $(MODEL) $(THRESHOLDS) -o out/whisper-tiny.en --force
 	$(BIN)/pessa verify $(MODEL) out/whisper-tiny.en --audio $(CLIP) --tolerance 0.02
 
-test: lint
+test: lint docs ## run everything that CI runs, the real models included
 	$(BIN)/python scripts/fetch_models.py --all
 	$(BIN)/python -m pytest
 
-lint: $(VENV)/.test
+lint: $(VENV)/.test ## run ruff and mypy
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+
+docs: $(VENV)/.docs ## build the documentation into site/, and fail on any warning
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "the documentation is in site/index.html"
 
 # The stamps are made anew when what is to be installed changes.
 $(VENV)/.demo: pyproject.toml constraints.txt
@@ -37,7 +45,13 @@ $(VENV)/.test: pyproject.toml constraints.txt
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
 	@echo "installing pessa and what its tests need into $(VENV) (a few minutes the first time)"
 	$(INSTALL) -e '.[dev]'
-	touch $@ $(VENV)/.demo
+	touch $@ $(VENV)/.demo $(VENV)/.docs
 
-clean:
-	rm -rf $(VENV) out
+$(VENV)/.docs: pyproject.toml constraints.txt
+	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	@echo "installing pessa and what its documentation needs into $(VENV) (a few minutes the first time)"
+	$(INSTALL) -e '.[docs]'
+	touch $@
+
+clean: ## remove the virtual environment and what was built
+	rm -rf $(VENV) out site

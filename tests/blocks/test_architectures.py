@@ -188,14 +188,9 @@ def test_negative_control_a_wrong_flag(
         assert off(name, said, tiny.load(tmp_path / field)) > 1e-3, field
 
 
-def test_the_readme_has_the_table(pessa: Pessa) -> None:
-    readme = Path(__file__).parents[2] / "README.md"
-    printed = pessa("architectures", "--markdown")
-    assert (printed.code, printed.err) == (0, "")
-    assert printed.out.strip() in readme.read_text(encoding="utf-8")
-
-
 def test_the_command_lists_every_row(pessa: Pessa) -> None:
+    table = pessa("architectures", "--markdown").out
+    assert all(f"`{name}`" in table for name in KNOWN)
     rows = json.loads(pessa("architectures", "--json").out)
     assert [row["model_type"] for row in rows] == list(KNOWN)
     assert all(row["merges"] and row["checked"] and row["since"] for row in rows)

@@ -1,0 +1,198 @@
+"""What mkdocs builds from the program itself: a page for each command, the table of architectures, the packages.
+
+mkdocs calls the `on_...` functions. The commands come from `python -m typer MODULE utils docs`, the documented way to
+get the help of a typer app as Markdown; MODULE is that of the entry point in pyproject.toml. Formulas become MathML
+while building, so the site needs no script from elsewhere to show them.
+"""
+
+from __future__ import annotations
+
+import re
+import runpy
+import subprocess
+import sys
+import tomllib
+from collections.abc import Mapping
+from html import escape, unescape
+from pathlib import Path
+from textwrap import wrap
+from typing import TYPE_CHECKING, Any
+
+import latex2mathml.converter
+from mkdocs.structure.files import File
+
+if TYPE_CHECKING:
+    from mkdocs.config.defaults import MkDocsConfig
+    from mkdocs.structure.files import Files
+    from mkdocs.structure.pages import Page
+
+ROOT = Path(__file__).resolve().parents[1]
+COMMANDS = "reference/commands"
+OVERVIEW = f"{COMMANDS}/index.md"
+API_FILE = ROOT / "pessa_cli" / "api.py"
+
+
+def entry_point() -> tuple[str, str]:
+    """The module and function of the `pessa` command, from pyproject.toml."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    module, _, function = project["scripts"]["pessa"].partition(":")
+    return module, function
+
+
+def run_python(*arguments: str) -> str:
+    """What a Python of this environment prints, started in the root so that it imports this checkout."""
+    done = subprocess.run(
+        [sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, encoding="utf-8", check=False
+    )
+    if done.returncode:
+        raise RuntimeError(f"python {' '.join(arguments)} failed:\n{done.stderr}")
+    return done.stdout
+
+
+def pessa(*arguments: str) -> str:
+    """What a command of pessa prints."""
+    module, function = entry_point()
+    return run_python("-c", f"import sys; from {module} import {function}; {function}()", *arguments)
+
+
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    """Ask the program for its commands, and put their pages into the navigation."""
+    pages = command_pages(run_python("-m", "typer", entry_point()[0], "utils", "docs", "--name", "pessa"))
+    config["extra"]["pessa_commands"] = pages
+    names = [{name: f"{COMMANDS}/{name}.md"} for name in pages if name]
+    _replace(config["nav"], OVERVIEW, [OVERVIEW, *names])
+    return config
+
+
+def _replace(nav: Any, page: str, by: Any) -> None:
+    for entry in nav:
+        for title, content in entry.items() if isinstance(entry, dict) else ():
+            if content == page:
+                entry[title] = by
+            elif isinstance(content, list):
+                _replace(content, page, by)
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Add the page of each command."""
+    for name, text in config["extra"]["pessa_commands"].items():
+        files.append(File.generated(config, f"{COMMANDS}/{name or 'index'}.md", content=text))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Fill in what a page asks for by a comment `<!-- generated: NAME -->`."""
+    del page, config, files
+    if "<!-- generated: architectures -->" in markdown:
+        markdown = markdown.replace("<!-- generated: architectures -->", pessa("architectures", "--markdown"))
+    if "<!-- generated: packages -->" in markdown:
+        markdown = markdown.replace("<!-- generated: packages -->", packages_picture(packages()))
+    if not API_FILE.exists():  # until the public API is merged; remove these lines then
+        markdown = re.sub(r"^::: pessa_cli\.api\.(\w+)\n(?:    .*\n)*", r"### `\1`\n", markdown, flags=re.MULTILINE)
+    return markdown
+
+
+def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Formulas as MathML."""
+    del page, config, files
+    return re.sub(
+        r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', _mathml, html, flags=re.DOTALL
+    )  # arithmatex has escaped what is between them
+
+
+def _mathml(found: re.Match[str]) -> str:
+    display = "block" if found[2] == "[" else "inline"
+    return str(latex2mathml.converter.convert(unescape(found[3]), display=display))
+
+
+# Commands
+
+
+def command_pages(document: str) -> dict[str, str]:
+    """The pages of the commands by name, and under "" the overview, from what typer says about an app."""
+    overview, *parts = re.split(r"^## `pessa ([\w-]+)`\n", document, flags=re.MULTILINE)
+    texts = dict(zip(parts[::2], parts[1::2], strict=True))
+    return {"": _overview(overview, texts)} | {name: f"# pessa {name}\n" + _as_tables(t) for name, t in texts.items()}
+
+
+def _overview(text: str, commands: Mapping[str, str]) -> str:
+    """The commands, each with the first sentence of its help, and the options of `pessa` itself."""
+    about, _, options = text.partition("**Options**:")
+    options = "**Options**:" + options.partition("**Commands**:")[0]
+    first = {name: text.strip().partition("\n")[0] for name, text in commands.items()}
+    rows = [f"| [`pessa {name}`]({name}.md) | {sentence} |" for name, sentence in first.items()]
+    parts = [
+        about.replace("# `pessa`", "# Commands").replace("**Usage**:", "## Usage"),
+        "\n".join(["| command | what it does |", "|---|---|", *rows]),
+        "Results go to stdout (`--json` prints them for programs), progress and messages to stderr. The exit code is 0 "
+        "when a command is done, 1 when it failed or when `verify` finds that the models differ, 2 for wrong usage. "
+        "These pages are generated from the program; `pessa COMMAND --help` shows the same.",
+        _as_tables(options),
+    ]
+    return "\n\n".join(part.strip() for part in parts) + "\n"
+
+
+def _as_tables(text: str) -> str:
+    """Typer's lists of arguments and options as tables: what it is called, what it does, and its default."""
+
+    def table(found: re.Match[str]) -> str:
+        rows = [_row(item) for item in found[2].strip().split("\n* ")]
+        lines = [f"| {found[1].removesuffix('s').lower()} | meaning | default |", "|---|---|---|", *rows]
+        return f"## {found[1]}\n\n" + "\n".join(lines) + "\n"
+
+    text = re.sub(r"^\*\*(\w+)\*\*:\n\n((?:\* .*\n(?:  .*\n|\n(?=  ))*)+)", table, text + "\n", flags=re.MULTILINE)
+    text = re.sub(r"^Example: `(.*)`$", r"For example:\n\n```console\n$ \1\n```", text, flags=re.MULTILINE)
+    return text.replace("**Usage**:", "## Usage")
+
+
+def _row(item: str) -> str:
+    """`--ratio <float>`: Drop this share.  [default: 1] -> a row of the table."""
+    found = re.fullmatch(r"(?:\* )?`([^`]+)`(?:: )?(.*)", item.strip(), flags=re.DOTALL)
+    if found is None:
+        raise RuntimeError(f"typer describes an option in a new way: {item}")
+    name, text = found[1], " ".join(found[2].split())
+    default = ""
+    if given := re.search(r"\s*\[default: (.*?)\]", text):
+        default, text = f"`{given[1]}`", text.replace(given[0], "")
+    if "[required]" in text:
+        default, text = "required", re.sub(r"\s*\[required\]", "", text)
+    return f"| `{name}` | {text} | {default} |"
+
+
+# Packages
+
+
+def packages() -> tuple[tuple[str, str], ...]:
+    """The tuple in tests/packages.py, lowest first."""
+    found: tuple[tuple[str, str], ...] = runpy.run_path(str(ROOT / "tests" / "packages.py"))["PACKAGES"]
+    return found
+
+
+def packages_picture(rows: tuple[tuple[str, str], ...]) -> str:
+    """An SVG of the packages, one upon the other, in the colours of the page."""
+    height, gap, left, width = 44, 8, 24, 660
+    boxes = []
+    for place, (name, text) in enumerate(reversed(rows)):
+        top = place * (height + gap)
+        lines = wrap(text.removesuffix("."), 74)
+        first = top + height / 2 + 5 - 8 * (len(lines) - 1)
+        words = "".join(
+            f'<text x="{left + 122}" y="{first + 16 * i:g}" font-size="13">{escape(line)}</text>'
+            for i, line in enumerate(lines)
+        )
+        boxes.append(
+            f'<rect x="{left}" y="{top + 1}" width="{width - left - 1}" height="{height}" rx="6" fill="none" '
+            f'stroke="currentColor" stroke-opacity="0.45"/>'
+            f'<text x="{left + 12}" y="{top + height / 2 + 6:g}" font-size="14" '
+            f'font-weight="bold">{escape(name)}</text>{words}'
+        )
+    total = len(rows) * (height + gap)
+    arrow = (
+        f'<path d="M9 4 V{total - gap - 6}" stroke="currentColor" stroke-width="1.5"/>'
+        f'<path d="M4 {total - gap - 14} L9 {total - gap - 3} L14 {total - gap - 14} Z" fill="currentColor"/>'
+    )
+    return (
+        f'<svg class="pessa-packages" xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {total}" role="img" '
+        f'aria-label="The packages of pessa; imports point downwards" fill="currentColor" '
+        f'font-family="sans-serif">{arrow}{"".join(boxes)}</svg>'
+    )
