@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parents[1]
 COMMANDS = "reference/commands"
 OVERVIEW = f"{COMMANDS}/index.md"
-API_FILE = ROOT / "pessa_cli" / "api.py"
 
 
 def entry_point() -> tuple[str, str]:
@@ -87,8 +86,6 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         markdown = markdown.replace("<!-- generated: architectures -->", pessa("architectures", "--markdown"))
     if "<!-- generated: packages -->" in markdown:
         markdown = markdown.replace("<!-- generated: packages -->", packages_picture(packages()))
-    if not API_FILE.exists():  # until the public API is merged; remove these lines then
-        markdown = re.sub(r"^::: pessa_cli\.api\.(\w+)\n(?:    .*\n)*", r"### `\1`\n", markdown, flags=re.MULTILINE)
     return markdown
 
 
@@ -163,8 +160,9 @@ def _row(item: str) -> str:
 
 
 def packages() -> tuple[tuple[str, str], ...]:
-    """The tuple in tests/packages.py, lowest first."""
-    found: tuple[tuple[str, str], ...] = runpy.run_path(str(ROOT / "tests" / "packages.py"))["PACKAGES"]
+    """The order in tests/helpers/packages.py, lowest first, each with the first sentence of its `__init__.py`."""
+    order = runpy.run_path(str(ROOT / "tests" / "helpers" / "packages.py"))
+    found: tuple[tuple[str, str], ...] = tuple((name, order["purpose"](name)) for name in order["PACKAGES"])
     return found
 
 
