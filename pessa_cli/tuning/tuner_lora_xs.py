@@ -1,8 +1,8 @@
-"""LoRA-XS: dW = B R A, and only R (r, r) is trained (Balazy et al. 2024, arXiv 2405.17604).
+"""LoRA-XS: dW = B R A, where only R (r, r) is trained (Balazy et al. 2024, arXiv:2405.17604).
 
-A = diag(s) V^T and B = U come from the weight's truncated SVD and are frozen; they are in the adapter's file, since a
-basis computed again may have other signs. R starts at zero (the paper: at random, of size 1e-5), which is a no-op and
-has a gradient all the same.
+A = diag(s) V^T and B = U come from the truncated SVD of the weight and are frozen. The adapter's file contains them,
+because recomputed singular vectors may have other signs. R starts at zero, so that the start is exactly the base model;
+its gradient is not zero there. (The paper starts at random numbers of size 1e-5.)
 """
 
 from __future__ import annotations
@@ -19,16 +19,18 @@ from pessa_cli.tuning.tuner_base import AdditiveLayer, Tuner, TunerConfig, optio
 
 @dataclass
 class LoraXsConfig(TunerConfig):
-    """LoRA-XS (Balazy et al. 2024, arXiv 2405.17604): W + B R A with the truncated SVD of W; only R is trained."""
+    """The options of LoRA-XS."""
 
     method: ClassVar[str] = "loraxs"
 
-    r: int = option("Rank, at most that of the weight.", 32)
-    alpha: float | None = option("The update is scaled by alpha / r, as in LoRA; by default not at all.")
-    niter: int | None = option("Iterations of a randomised SVD; by default it is exact.")
+    r: int = option("Adapter rank, at most that of the weight.", 32)
+    alpha: float | None = option("Scales the update by alpha / r, as in LoRA; the default scales by 1.")
+    niter: int | None = option("Iterations of a randomised SVD; the default is an exact SVD.")
 
 
 class LoraXsLayer(AdditiveLayer):
+    """A linear layer with LoRA-XS adapters."""
+
     adapter_layer_names = ("loraxs_R",)  # (r, r)
     frozen_names = ("loraxs_A", "loraxs_B")  # (r, in), (out, r)
     setting_names = ("loraxs_scale",)
@@ -61,6 +63,8 @@ class LoraXsLayer(AdditiveLayer):
 
 
 class LoraXsTuner(Tuner):
+    """A model with LoRA-XS adapters."""
+
     prefix = "loraxs_"
     tuner_layer_cls = LoraXsLayer
 

@@ -1,8 +1,8 @@
-"""PiCa: updates in the column space of the weight, y = x W^T + (x P^T) M^T (Hwang et al. 2025, arXiv 2505.20211).
+"""PiCa: updates in the column space of the weight, y = x W^T + (x P^T) M^T (Hwang et al. 2025, arXiv:2505.20211).
 
-P, frozen, are the first right singular vectors of the torch weight (out, in); M starts at zero and is trained. With
-sharing, one M serves all layers of the same function and shape; P stays each layer's own. P is in the adapter's file:
-singular vectors computed again may have other signs, and M would mean something else.
+P (r, in) is frozen: the first right singular vectors of the torch weight (out, in). M (out, r) starts at zero and is
+trained. With sharing, all layers of the same function and shape train one M, and each layer keeps its own P. The
+adapter's file contains P, because recomputed singular vectors may have other signs.
 """
 
 from __future__ import annotations
@@ -23,19 +23,20 @@ from pessa_cli.tuning.tuner_base import AdditiveLayer, Tuner, TunerConfig, optio
 
 @dataclass
 class PicaConfig(TunerConfig):
-    """PiCa (Hwang et al. 2025, arXiv 2505.20211): W + M P, P the first right singular vectors; only M is trained."""
+    """The options of PiCa."""
 
     method: ClassVar[str] = "pica"
 
-    r: int = option("How many singular directions of a layer's input to use, at most all.", 32)
+    r: int = option("Number of singular directions of a layer's input, at most all.", 32)
     share: bool = option("One M for all layers of the same function and shape, as in the paper.", True)
-    niter: int | None = option("Iterations of a randomised SVD; by default it is exact.")
+    niter: int | None = option("Iterations of a randomised SVD; the default is an exact SVD.")
 
 
 class Shared(Mapping[str, nn.Parameter]):
-    """A layer's view of its tuner's bank, by adapter: no module, so that what is shared is counted and saved once.
+    """The shared M of a layer by adapter name, looked up in the bank of the tuner.
 
-    PEFT replaces parameters when it loads and casts; looking them up each time finds the present ones.
+    This is not a module, so that shared parameters are counted and saved once. It looks parameters up each time,
+    because PEFT replaces them when it loads or casts an adapter.
     """
 
     def __init__(self, bank: nn.ModuleDict) -> None:
@@ -58,7 +59,9 @@ class Shared(Mapping[str, nn.Parameter]):
 
 
 class PicaLayer(AdditiveLayer):
-    adapter_layer_names: tuple[str, ...] = ("pica_M",)  # (out, r); that of an adapter with sharing is in `pica_shared`
+    """A linear layer with PiCa adapters."""
+
+    adapter_layer_names: tuple[str, ...] = ("pica_M",)  # (out, r); with sharing M is in `pica_shared`
     frozen_names = ("pica_P",)  # (r, in)
 
     def update_layer(self, adapter_name: str, config: PicaConfig, context: dict[str, Any] | None = None) -> None:
@@ -67,7 +70,7 @@ class PicaLayer(AdditiveLayer):
             self.pica_shared = Shared(context["bank"])
             self.adapter_layer_names = ("pica_M", "pica_shared")
         if config.share:
-            # One parameter a function and shape, made by the first layer that asks for it.
+            # The first layer of a function and shape creates the shared parameter.
             bank = context["bank"]
             if adapter_name not in bank:
                 bank[adapter_name] = nn.ParameterDict()
@@ -104,12 +107,14 @@ class PicaLayer(AdditiveLayer):
 
 
 class PicaTuner(Tuner):
+    """A model with PiCa adapters. Raises ValueError when adapters with sharing are injected into a bare model."""
+
     prefix = "pica_"
     tuner_layer_cls = PicaLayer
 
     def __init__(self, model: nn.Module, peft_config: Any, *args: Any, **kwargs: Any) -> None:
-        # Only `inject_adapter_in_model` (and transformers' add_adapter and load_adapter, by way of it) hands over a
-        # bare configuration. It throws the tuner away, and what the layers share with it.
+        # Only `inject_adapter_in_model`, which add_adapter and load_adapter of transformers use, passes a single
+        # configuration instead of a dictionary. It discards the tuner, and the shared parameters with it.
         if isinstance(peft_config, PeftConfig) and getattr(peft_config, "share", False):
             raise ValueError(
                 "PiCa with sharing cannot be injected into a bare model, because its shared state is stored on the "
@@ -121,21 +126,21 @@ class PicaTuner(Tuner):
         self.pica_bank = nn.ModuleDict()  # adapter -> function and shape -> M
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        # A new adapter must not change which of the others are trained. PEFT sees to that inside the model only.
+        # A new adapter must not change which others are trained. PEFT ensures that only for modules in the model.
         trained = [(parameter, parameter.requires_grad) for parameter in self.pica_bank.parameters()]
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         for parameter, requires_grad in trained:
             parameter.requires_grad_(requires_grad)
 
     def context(self, config: PicaConfig, target: nn.Module, name: str) -> dict[str, Any]:
-        # What a layer does is its path without the number of the layer; parameters' names must not contain dots.
+        # The function of a layer is its path without layer numbers. Names of parameters must not contain dots.
         function = re.sub(r"\.\d+(?=\.)", "", name).replace(".", "-")
         return {**super().context(config, target, name), "bank": self.pica_bank, "function": function}
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
         if not autocast_adapter_dtype and adapter_name in self.pica_bank:
-            # The bank is made in float32; as it is elsewhere in PEFT, this asks for the dtype of the base.
+            # The bank is created in float32. Without autocasting PEFT expects the dtype of the base.
             for layer in self.modules():
                 if isinstance(layer, PicaLayer) and adapter_name in layer.pica_shared:
                     shared = layer.pica_shared[adapter_name]

@@ -1,8 +1,8 @@
-"""SVFT: W = U (diag(s) + M) V^T, and of M only entries in a sparse pattern are trained (arXiv 2405.19597).
+"""SVFT: W = U (diag(s) + M) V^T, where M is sparse and its entries are trained (Lingam et al. 2024, arXiv:2405.19597).
 
-The entries start at zero, so that the start is the base model (the released code draws them at random). U, V and the
-pattern are in the adapter's file, which is therefore about as large as the adapted weights: a basis computed again may
-have other signs, and M would mean something else. `r` limits both.
+The entries start at zero, so that the start is the base model. (The released code draws them at random.) The adapter's
+file contains U, V and the positions of the entries, because recomputed singular vectors may have other signs. It is
+therefore about as large as the adapted weights, unless `r` limits the number of singular triplets.
 """
 
 from __future__ import annotations
@@ -23,27 +23,29 @@ PATTERNS = ("plain", "banded", "random", "top-k")
 
 @dataclass
 class SvftConfig(TunerConfig):
-    """SVFT (arXiv 2405.19597): W = U (diag(s) + M) V^T, where only a sparse pattern of M is trained."""
+    """The options of SVFT. Raises UsageError for an unknown pattern."""
 
     method: ClassVar[str] = "svft"
 
     pattern: str = option(
-        "Which entries of M are trained: 'plain' the diagonal, 'banded' a band around it, 'random' any, 'top-k' those "
+        "Entries of M to train: 'plain' the diagonal, 'banded' a band around it, 'random' random ones, 'top-k' those "
         "whose left and right singular vectors are most aligned.",
         "plain",
     )
     band: int = option(
-        "Diagonals on each side of the main one; 'random' and 'top-k' train as many entries as that band has.", 1
+        "Diagonals on each side of the main one; 'random' and 'top-k' train as many entries as such a band has.", 1
     )
-    r: int | None = option("Only the first r singular triplets; by default all.")
+    r: int | None = option("Number of largest singular triplets to use; the default is all.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.pattern not in PATTERNS:
-            raise UsageError(f"there is no pattern {self.pattern!r}", "one of " + ", ".join(PATTERNS))
+            raise UsageError(f"there is no pattern {self.pattern!r}", "give one of " + ", ".join(PATTERNS))
 
 
 class SvftLayer(AdditiveLayer):
+    """A linear layer with SVFT adapters."""
+
     adapter_layer_names = ("svft_M",)  # (entries,)
     frozen_names = ("svft_U", "svft_V", "svft_index")  # (out, k), (k, in), (2, entries): row and column of each
     setting_names = ("svft_plain",)
@@ -67,7 +69,7 @@ class SvftLayer(AdditiveLayer):
         }
 
     def _middle(self, adapter: str, dtype: torch.dtype) -> Tensor:
-        """M, (k, k)."""
+        """M as a dense matrix, (k, k)."""
         size = len(self.svft_V[adapter])
         rows, columns = self.svft_index[adapter]
         values = self.svft_M[adapter].to(dtype)
@@ -91,15 +93,15 @@ class SvftLayer(AdditiveLayer):
 
 
 def _pattern(config: SvftConfig, u: Tensor, v: Tensor) -> Tensor:
-    """Rows and columns (2, entries) of what is trained of M (k, k)."""
+    """The row and column of each trained entry of M (k, k), as (2, entries)."""
     size = len(v)
     band = 0 if config.pattern == "plain" else min(config.band, size - 1)
     entries = size * (2 * band + 1) - band * (band + 1)
     if config.pattern == "random":
         chosen = torch.randperm(size * size, device=u.device)[:entries]
     elif config.pattern == "top-k":
-        # The paper compares u_i with v_j, which live in the same space where the weight is square; otherwise the
-        # coordinates that both have. Not the sign: each pair of singular vectors could as well have the other.
+        # The paper compares u_i with v_j, which have the same length only for a square weight; otherwise the shared
+        # coordinates are compared. The absolute value is used because the sign of singular vectors is arbitrary.
         shared = min(len(u), v.shape[1])
         chosen = (u[:shared].mT @ v[:, :shared].mT).abs().flatten().topk(entries).indices
     else:
@@ -110,6 +112,8 @@ def _pattern(config: SvftConfig, u: Tensor, v: Tensor) -> Tensor:
 
 
 class SvftTuner(Tuner):
+    """A model with SVFT adapters."""
+
     prefix = "svft_"
     tuner_layer_cls = SvftLayer
 
