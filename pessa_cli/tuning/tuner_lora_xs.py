@@ -19,7 +19,7 @@ from pessa_cli.tuning.tuner_base import AdditiveLayer, Tuner, TunerConfig, optio
 
 @dataclass
 class LoraXsConfig(TunerConfig):
-    """LoRA-XS (Balazy et al. 2024, arXiv 2405.17604): W + B R A with the truncated SVD of W; only R is trained."""
+    """The options of LoRA-XS."""
 
     method: ClassVar[str] = "loraxs"
 

@@ -23,7 +23,7 @@ from pessa_cli.tuning.tuner_base import AdditiveLayer, Tuner, TunerConfig, optio
 
 @dataclass
 class PicaConfig(TunerConfig):
-    """PiCa (Hwang et al. 2025, arXiv 2505.20211): W + M P, P the first right singular vectors; only M is trained."""
+    """The options of PiCa."""
 
     method: ClassVar[str] = "pica"
 

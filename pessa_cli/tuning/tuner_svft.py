@@ -23,7 +23,7 @@ PATTERNS = ("plain", "banded", "random", "top-k")
 
 @dataclass
 class SvftConfig(TunerConfig):
-    """SVFT (arXiv 2405.19597): W = U (diag(s) + M) V^T, where only a sparse pattern of M is trained."""
+    """The options of SVFT. Raises UsageError for an unknown pattern."""
 
     method: ClassVar[str] = "svft"
 

@@ -89,7 +89,7 @@ def export(
     if unfit := [name for name, given in options.items() if given]:
         raise UsageError(f"--to {to} has no {', '.join(unfit)}", "leave it out")
     if out.exists() and Path(model).exists() and out.samefile(model):
-        raise PessaError(f"{out} is the model that would be exported", "give another -o")
+        raise PessaError(f"{out} is where the model is read from", "give another -o")
     with open_source(str(model), revision) as folder:
         _export_to(to, folder, out, run)
     return ExportedModel(str(model), to, out)
