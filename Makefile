@@ -1,4 +1,4 @@
-# Two commands: `make demo` shows what pessa does on a real model, `make test` runs every check there is.
+# `make demo` shows what pessa does on a real model; `make check` is for working, `make test` runs every check there is.
 # Real models are cached outside the clone, in $PESSA_CACHE (default ~/.cache/pessa/models).
 
 PYTHON ?= python3
@@ -9,7 +9,7 @@ CLIP = models/speech/beckett.wav
 THRESHOLDS = --qk-thr 5e-3 --vo-thr 6e-3
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint clean
+.PHONY: demo check test lint clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python scripts/fetch_models.py whisper-tiny.en speech
@@ -17,7 +17,10 @@ demo: $(VENV)/.demo
 	$(BIN)/pessa prune $(MODEL) $(THRESHOLDS) -o out/whisper-tiny.en --force
 	$(BIN)/pessa verify $(MODEL) out/whisper-tiny.en --audio $(CLIP) --tolerance 0.02
 
-test: lint
+check: lint ## the checks for working: ruff, mypy and the fast tests, in a minute, without downloads
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not slow and not real"
+
+test: lint ## every check there is; fetches real models the first time
 	$(BIN)/python scripts/fetch_models.py --all
 	$(BIN)/python -m pytest
 

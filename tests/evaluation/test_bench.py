@@ -20,6 +20,7 @@ Pruned = Callable[..., Path]
 FEW = ("--rounds", 2, "--tokens", 4, "--threads", 1)
 
 
+@pytest.mark.slow
 def test_whisper_against_its_pruned_self(tiny_folder: TinyFolder, pruned: Pruned, pessa: Pessa) -> None:
     folders = tiny_folder("whisper"), pruned("whisper")
     result = pessa("bench", *folders, *FEW, "--batch", 2, "--json")
@@ -112,6 +113,7 @@ def test_peak_memory_stays_when_memory_is_given_back() -> None:
     assert peak_memory() >= resident * 0.99  # the kernel counts pages in batches
 
 
+@pytest.mark.slow
 def test_what_cannot_be_run(tiny_folder: TinyFolder, pessa: Pessa, place: Path) -> None:
     whisper = tiny_folder("whisper")
     (place / "nothing").mkdir()
@@ -141,6 +143,7 @@ def test_settings_that_make_no_sense(options: dict[str, int], culprit: str) -> N
         BenchSettings(**options)  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_is_named(tiny_folder: TinyFolder) -> None:
     import signal
 

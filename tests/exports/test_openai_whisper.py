@@ -322,6 +322,7 @@ def test_places_that_cannot_be(shaped: Path, file: Path, pessa: Pessa, place: Pa
     assert (place / "notes.pt").read_text() == "not a model"
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_nothing_and_the_old_file(shaped: Path, file: Path, place: Path) -> None:
     """A limit on the size of files is what a process can have of a full disk."""
     old = place / "out.pt"

@@ -54,6 +54,7 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> Bases:
     return make_bases(tmp_path_factory.mktemp("bases"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
 def test_whatever_a_file_says_it_works_or_is_refused(target: str, bases: Bases, tmp_path: Path) -> None:
     found: set[str] = set()
@@ -272,6 +273,7 @@ def test_an_index_names_files_of_its_folder_alone(file: str, bases: Bases, tmp_p
     assert "outside its folder" in message or "no .safetensors file" in message
 
 
+@pytest.mark.slow
 def test_many_names_do_not_take_for_ever(bases: Bases, tmp_path: Path) -> None:
     """Time in proportion to the header's length, not to its square."""
     block = "encoder.layer.{}.attention.{}"

@@ -118,6 +118,7 @@ def test_an_adapter_is_trained(pessa: Pessa, llama: Path, place: Path) -> None:
     assert not tiny.close(tiny.load(llama), tuned, 1e-3)
 
 
+@pytest.mark.slow
 # EVA goes on through its data until its components stand still, which so few and tiny examples never let them do.
 @pytest.mark.parametrize("method", [method for method in methods.TUNING_METHODS if method != "eva"])
 def test_every_method_trains(method: str, llama: Path, tmp_path: Path) -> None:

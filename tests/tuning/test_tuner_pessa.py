@@ -299,6 +299,7 @@ torch.save({"unprepared": unprepared, "logits": logits}, folder + "/result.pt")
 """
 
 
+@pytest.mark.slow
 def test_reloads_in_a_new_process_to_the_same_bits(tmp_path: Path) -> None:
     """And without pessa_cli, PEFT stops with the bare name of the method; what to do stands in the file it has read."""
     model = adapted(tiny.build("whisper"))
