@@ -1,5 +1,5 @@
-# Two commands: `make demo` shows what pessa does on a real model, `make test` runs every check there is.
-# `make help` lists the others: the targets with a comment behind two number signs.
+# `make demo` shows what pessa does on a real model; `make check` is for working, `make test` runs every check there is.
+# `make help` lists all targets: those with a comment behind two number signs.
 # Real models are cached outside the clone, in $PESSA_CACHE (default ~/.cache/pessa/models).
 
 PYTHON ?= python3
@@ -10,7 +10,7 @@ CLIP = models/speech/beckett.wav
 THRESHOLDS = --qk-thr 5e-3 --vo-thr 6e-3
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: help demo test lint docs clean
+.PHONY: help demo check test lint docs clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/\1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 10
@@ -21,7 +21,10 @@ demo: $(VENV)/.demo ## see what pessa does on a real model: inspect, prune, veri
 	$(BIN)/pessa prune $(MODEL) $(THRESHOLDS) -o out/whisper-tiny.en --force
 	$(BIN)/pessa verify $(MODEL) out/whisper-tiny.en --audio $(CLIP) --tolerance 0.02
 
-test: lint docs ## run everything that CI runs, the real models included
+check: lint ## run what is for working: ruff, mypy and the fast tests, in a minute, without downloads
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not slow and not real"
+
+test: lint docs ## run everything that CI runs, with the real models, which are fetched the first time
 	$(BIN)/python scripts/fetch_models.py --all
 	$(BIN)/python -m pytest
 

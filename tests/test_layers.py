@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -142,13 +143,40 @@ def test_nobody_imports_click() -> None:
     assert not [name for name in names if name.split(".")[0] == "click" or name.startswith("typer._")]
 
 
+IMPORTING = """
+import importlib, json, sys
+names, heavy = json.loads(sys.argv[1])
+there = set()
+for name in names:
+    importlib.import_module(name)
+    new = sys.modules.keys() & set(heavy) - there
+    there |= new
+    print(json.dumps([name, sorted(new)]))
+"""
+
+
+@pytest.fixture(scope="module")
+def loaded() -> dict[str, list[str]]:
+    """The heavy packages that each module is the first to import, one after the other in a fresh Python.
+
+    Where the first brings none, and no other adds any, none of them imports any.
+    """
+    names = ["pessa_cli" if module == "__init__" else f"pessa_cli.{module}" for module in NO_TORCH]
+    line = [sys.executable, "-c", IMPORTING, json.dumps([names, sorted(HEAVY)])]
+    done = subprocess.run(line, capture_output=True, text=True, check=True)
+    return dict(json.loads(row) for row in done.stdout.splitlines())
+
+
 @pytest.mark.parametrize("module", NO_TORCH)
-def test_nothing_heavy_at_import(module: str) -> None:
+def test_nothing_heavy_at_import(module: str, loaded: dict[str, list[str]]) -> None:
     """Asked of Python: a module may be light itself and import a heavy one."""
-    name = "pessa_cli" if module == "__init__" else f"pessa_cli.{module}"
-    code = f"import sys, {name}; print(sorted(sys.modules.keys() & {HEAVY!r}))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    assert loaded["pessa_cli" if module == "__init__" else f"pessa_cli.{module}"] == []
+
+
+def test_no_test_fetches_models_but_by_the_fixture() -> None:
+    """What takes the fixture is marked `real`, and left out of `make check`."""
+    files = [path for path in Path(__file__).parent.rglob("*.py") if path != Path(__file__)]
+    assert [path.name for path in files if "fetch_models import" in path.read_text()] == ["conftest.py"]
 
 
 def test_the_tests_lie_as_the_packages_do() -> None:

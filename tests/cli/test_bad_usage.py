@@ -425,6 +425,7 @@ main()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
 def test_signals_that_end_it_leave_nothing(name: str, place: Path, tiny_folder: TinyFolder) -> None:
     """Ctrl-C, and what a machine sends that shuts down: in a process of its own, while it waits in a write."""
@@ -437,6 +438,7 @@ def test_signals_that_end_it_leave_nothing(name: str, place: Path, tiny_folder: 
     assert snapshot(place) == before
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full(place: Path, tiny_folder: TinyFolder) -> None:
     """In a process of its own, with a real limit on the size of files."""
     copy_of(tiny_folder("whisper"), place / "whisper")

@@ -94,6 +94,7 @@ def test_every_help_has_an_example_of_options_that_exist(command: str, pessa: Pe
     assert all(f" {option} " in text.partition("Options")[2] for option in options)
 
 
+@pytest.mark.slow
 def test_the_installed_command_runs_in_a_process_of_its_own(tiny_folder: TinyFolder, tmp_path: Path) -> None:
     assert run("prune", tiny_folder("llama"), "-o", tmp_path / "out", "--ratio", "0.5").returncode == 0
     failed = run("prune", tiny_folder("llama"), "-o", tmp_path / "out")
@@ -414,6 +415,7 @@ def test_stdout_is_one_json_document_and_stderr_only_messages(
     assert not re.search(r"measuring|writing|comparing|━|%", result.err)
 
 
+@pytest.mark.slow
 def test_progress_goes_to_a_terminal_on_stderr_and_results_to_stdout(tiny_folder: TinyFolder, tmp_path: Path) -> None:
     ours, theirs = pty.openpty()
     environment = os.environ | {"TERM": "xterm", "COLUMNS": "120"}
@@ -427,6 +429,7 @@ def test_progress_goes_to_a_terminal_on_stderr_and_results_to_stdout(tiny_folder
     assert a_json(done.stdout)["command"] == "prune"
 
 
+@pytest.mark.slow
 def test_a_reader_that_stops_early_is_no_error(tiny_folder: TinyFolder) -> None:
     """`pessa inspect MODEL | head -1`: no traceback, whatever the exit code."""
     ours, theirs = os.pipe()
@@ -438,6 +441,7 @@ def test_a_reader_that_stops_early_is_no_error(tiny_folder: TinyFolder) -> None:
     assert b"BrokenPipe" not in err
 
 
+@pytest.mark.slow
 def test_a_terminal_that_knows_ascii_only(tiny_folder: TinyFolder) -> None:
     result = run("inspect", tiny_folder("whisper"), env=os.environ | {"PYTHONIOENCODING": "ascii"})
     assert (result.returncode, "Traceback" in result.stderr) == (0, False)

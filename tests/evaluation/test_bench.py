@@ -24,6 +24,7 @@ Pruned = Callable[..., Path]
 FEW = ("--rounds", 2, "--tokens", 4, "--threads", 1)
 
 
+@pytest.mark.slow
 def test_whisper_against_its_pruned_self(tiny_folder: TinyFolder, pruned: Pruned, pessa: Pessa) -> None:
     folders = tiny_folder("whisper"), pruned("whisper")
     result = pessa("bench", *folders, *FEW, "--batch", 2, "--json")
@@ -117,6 +118,7 @@ def test_peak_memory_stays_after_memory_is_freed() -> None:
     assert peak_memory() >= resident * 0.99  # the kernel counts pages in batches
 
 
+@pytest.mark.slow
 def test_models_that_cannot_be_run(tiny_folder: TinyFolder, pessa: Pessa, place: Path) -> None:
     whisper = tiny_folder("whisper")
     (place / "nothing").mkdir()
@@ -146,6 +148,7 @@ def test_invalid_settings_are_refused(options: dict[str, int], culprit: str) -> 
         BenchSettings(**options)  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_a_killed_worker_process_is_reported(tiny_folder: TinyFolder) -> None:
     import signal
 

@@ -79,6 +79,7 @@ def greedy(folder: Path, features: Tensor, prompt: list[int], new: int) -> list[
         result = run(folder / "decoder_with_past_model.onnx", input_ids=np.array([tokens[-1:]]), **past)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_whisper_decodes_as_transformers_does(pruned: Pruned, tmp_path: Path) -> None:
     folder, out = pruned("whisper"), tmp_path / "onnx"
@@ -118,6 +119,7 @@ def test_whisper_decodes_as_transformers_does(pruned: Pruned, tmp_path: Path) ->
     }
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_bert_gives_the_logits_of_transformers(pruned: Pruned, tmp_path: Path) -> None:
     folder, out = pruned("bert"), tmp_path / "onnx"
@@ -131,6 +133,7 @@ def test_bert_gives_the_logits_of_transformers(pruned: Pruned, tmp_path: Path) -
     assert relative_error(found["logits"], model(**inputs).logits) > 100 * TOLERANCE
 
 
+@pytest.mark.slow
 def test_force_replaces_graphs_and_large_weights_lie_beside_them(
     pruned: Pruned, tmp_path: Path, pessa: Pessa, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -151,6 +154,7 @@ def test_force_replaces_graphs_and_large_weights_lie_beside_them(
     )
 
 
+@pytest.mark.slow
 def test_graphs_that_disagree_are_not_put_in_place(
     pruned: Pruned, tmp_path: Path, pessa: Pessa, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -326,6 +326,7 @@ def test_invalid_destinations_are_refused(shaped: Path, file: Path, pessa: Pessa
     assert (place / "notes.pt").read_text() == "not a model"
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_nothing_and_the_old_file(shaped: Path, file: Path, place: Path) -> None:
     """A limit on the file size of the process stands in for a full disk."""
     old = place / "out.pt"

@@ -84,6 +84,7 @@ def pruned_twice(source: Path, rule: Rule, folder: Path) -> tuple[Path, Path]:
     return compact, dense
 
 
+@pytest.mark.slow
 def test_tiny(tiny_folder: TinyFolder, task: Path, tmp_path: Path) -> None:
     """Compact and dense agree, whether the model object is passed or its folder by the harness's command line."""
     compact, dense = pruned_twice(with_tokenizer(tiny_folder("llama"), tmp_path / "llama"), Rule(ratio=0.4), tmp_path)

@@ -149,6 +149,7 @@ def test_heads_of_rank_zero_and_whole_blocks_of_rank_zero(name: str, tiny_folder
     assert close(model, load(tmp_path / "out"))
 
 
+@pytest.mark.slow
 def test_the_import_works_before_and_after_transformers() -> None:
     for first, second in (("pessa_cli", "transformers.quantizers.auto"), ("transformers.quantizers.auto", "pessa_cli")):
         code = (

@@ -130,6 +130,7 @@ def without_pessa(code: str, *arguments: object) -> subprocess.CompletedProcess[
     return subprocess.run(command, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_without_the_import_the_error_tells_what_to_do(pruned: Pruned, tiny_folder: TinyFolder, tmp_path: Path) -> None:
     """All loading functions and architectures are tried in one process, also for folders that save_pretrained wrote."""
     code = """
@@ -162,6 +163,7 @@ assert "pessa_cli" not in sys.modules
     assert control.stdout.split("\n")[:3] == ["loaded"] * 3
 
 
+@pytest.mark.slow
 def test_without_the_import_a_chosen_attention_is_also_an_error(pruned: Pruned) -> None:
     """Then transformers ignores pessa's hint, but still fails because of the shapes, and names pessa in a warning."""
     code = "transformers.AutoModel.from_pretrained(sys.argv[1], attn_implementation='eager')"
@@ -374,6 +376,7 @@ def test_gradient_checkpointing(name: str, reentrant: bool, three: Callable[...,
     assert all(torch.allclose(value, gradients[1][key], atol=1e-5) for key, value in gradients[0].items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["whisper", "bert", "llama"])
 def test_torch_compile(name: str, three: Callable[..., Three]) -> None:
     """The model compiles to one graph without breaks."""
@@ -388,6 +391,7 @@ def test_torch_compile(name: str, three: Callable[..., Three]) -> None:
         assert torch.allclose(compiled(**half).logits, compact(**half).logits, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["whisper", "bert", "llama"])
 def test_the_trainer(name: str, pruned: Pruned, three: Callable[..., Three], tmp_path: Path) -> None:
     from transformers import Trainer, TrainingArguments

@@ -54,6 +54,7 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> Bases:
     return make_bases(tmp_path_factory.mktemp("bases"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
 def test_any_file_works_or_is_refused(target: str, bases: Bases, tmp_path: Path) -> None:
     found: set[str] = set()
@@ -272,6 +273,7 @@ def test_an_index_names_only_files_of_its_folder(file: str, bases: Bases, tmp_pa
     assert "outside its folder" in message or "not .safetensors files" in message
 
 
+@pytest.mark.slow
 def test_many_names_take_linear_time(bases: Bases, tmp_path: Path) -> None:
     """The time is proportional to the length of the header, not to its square."""
     block = "encoder.layer.{}.attention.{}"

@@ -98,6 +98,7 @@ def expected(repository: Path, pessa: Pessa, place: Path) -> dict[str, Any]:
     return written(place / "expected")
 
 
+@pytest.mark.slow
 def test_a_hub_name_gives_the_same_output_as_a_folder(repository: Path, expected: dict[str, Any], place: Path) -> None:
     """The repository name, then openai-whisper's name offline, give the same bytes; only needed files are requested."""
     with hub({ID: {"main": repository}}) as server:
@@ -119,6 +120,7 @@ def test_a_hub_name_gives_the_same_output_as_a_folder(repository: Path, expected
     assert list((place / "tmp").iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_revision_of_a_sharded_model(tiny_folder: TinyFolder, pessa: Pessa, place: Path) -> None:
     sharded = tiny_folder("whisper", max_shard_size="50KB")
     other = copy_of(sharded, place / "other")
@@ -137,6 +139,7 @@ def test_a_revision_of_a_sharded_model(tiny_folder: TinyFolder, pessa: Pessa, pl
     assert written(place / "out") == written(place / "expected")
 
 
+@pytest.mark.slow
 def test_a_slow_hub_that_needs_a_token(repository: Path, expected: dict[str, Any], place: Path) -> None:
     with hub({ID: {"main": repository}}, slow=0.01, token="hf_secret") as server:
         result = ask(server, place, "prune", ID, *RULE, "-o", place / "out", HF_TOKEN="hf_secret")
@@ -145,6 +148,7 @@ def test_a_slow_hub_that_needs_a_token(repository: Path, expected: dict[str, Any
     assert written(place / "out") == expected
 
 
+@pytest.mark.slow
 def test_an_interrupted_download_is_resumed(tiny_folder: TinyFolder, pessa: Pessa, place: Path) -> None:
     model = copy_of(tiny_folder("whisper"), place / "model")
     edit_weights(lambda tensors: tensors.update(ballast=torch.ones(4_000_000)))(model)
@@ -157,6 +161,7 @@ def test_an_interrupted_download_is_resumed(tiny_folder: TinyFolder, pessa: Pess
     assert written(place / "out") == written(place / "expected")
 
 
+@pytest.mark.slow
 def test_a_download_that_is_always_interrupted_is_an_error(tiny_folder: TinyFolder, place: Path) -> None:
     with hub({ID: {"main": tiny_folder("whisper")}}, breaks=10**6) as server:
         result = ask(server, place, "prune", ID, *RULE, "-o", place / "out")
@@ -178,6 +183,7 @@ REFUSALS: dict[str, tuple[dict[str, Any], str, dict[str, str], tuple[str, ...]]]
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", REFUSALS)
 def test_errors_of_the_hub_are_explained(case: str, tiny_folder: TinyFolder, place: Path) -> None:
     options, name, env, says = REFUSALS[case]
@@ -270,6 +276,7 @@ def test_pickled_weights_are_converted_with_allow_pickle(
     assert list((place / "tmp").iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_hub_model_with_pickles(tiny_folder: TinyFolder, place: Path) -> None:
     model = pickled(copy_of(tiny_folder("whisper"), place / "model"))
     with hub({"a/b": {"main": model}}) as server:
@@ -355,6 +362,7 @@ def openai_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_openai(openai_model(), tmp_path_factory.mktemp("openai") / "mine.pt")
 
 
+@pytest.mark.slow
 def test_an_openai_file_is_the_same_model(openai_file: Path, pessa: Pessa, place: Path) -> None:
     model = openai_model()
     assert pessa("prune", openai_file, "--lossless", "-o", place / "out", "--layout", "dense").code == 0
@@ -412,6 +420,7 @@ def openai_name(name: str) -> str:
     return name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("size", "languages"), [(51865, 99), (51866, 100)])
 def test_a_multilingual_openai_file(size: int, languages: int, place: Path) -> None:
     """A model with the sizes of `tiny` gets its alignment heads; a model of other widths gets none."""

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from pessa_cli.checkpoint.reader import CheckpointReader
 from pessa_cli.checkpoint.shards import ShardWriter
 from pessa_cli.checkpoint.staging import JOURNAL_FILE
+from pessa_cli.cli.main import main
 from pessa_cli.ranks.rule import Rule
 from pessa_cli.surgery.block_io import StorageLayout
 from pessa_cli.surgery.model import open_model
@@ -27,19 +29,6 @@ from pessa_cli.surgery.prune import prune_model
 from pessa_cli.surgery.run import Run
 
 OPTIONS = ("--ratio", "0.3", "--max-shard-size", "20kB")
-# Runs the command line, and kills it without warning at the n-th write of a tensor.
-KILLED = """
-import os, signal, sys
-from pessa_cli.checkpoint.shards import ShardWriter
-from pessa_cli.cli.main import main
-write, left = ShardWriter.write, iter(range(int(sys.argv.pop(1))))
-def dying(*arguments):
-    if next(left, None) is None:
-        os.kill(os.getpid(), signal.SIGKILL)
-    write(*arguments)
-ShardWriter.write = dying
-main()
-"""
 
 
 @pytest.fixture
@@ -52,9 +41,45 @@ def pruned(model: Path, out: Path, **run: Any) -> Path:
     return out
 
 
+def started(prepare: Callable[[], object], *arguments: object) -> int:
+    """The command line in a copy of this process, which has everything imported; its process id.
+
+    `prepare` is called there first. Nothing of it comes back but what it writes, and how it ends.
+    """
+    if process := os.fork():
+        return process
+    try:
+        null = os.open(os.devnull, os.O_RDWR)
+        for stream in (1, 2):
+            os.dup2(null, stream)
+        prepare()
+        sys.argv = ["pessa", *map(str, arguments)]
+        main()
+    except SystemExit as leaving:
+        os._exit(leaving.code if isinstance(leaving.code, int) else 1)
+    finally:
+        os._exit(0 if sys.exc_info()[0] is None else 99)
+
+
+def ended(process: int) -> int:
+    """Its exit code, or less than 0 the signal that ended it."""
+    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+
+
 def killed(after: int, *arguments: object) -> int:
-    line = [sys.executable, "-c", KILLED, str(after), *map(str, arguments)]
-    return subprocess.run(line, check=False, capture_output=True).returncode
+    """The command, killed without warning at the n-th write of a tensor."""
+
+    def prepare() -> None:
+        write, left = ShardWriter.write, iter(range(after))
+
+        def dying(*given: Any) -> None:
+            if next(left, None) is None:
+                os.kill(os.getpid(), signal.SIGKILL)
+            write(*given)
+
+        ShardWriter.write = dying  # type: ignore[assignment,method-assign]
+
+    return ended(started(prepare, *arguments))
 
 
 @pytest.mark.parametrize("after", range(0, 21, 2))
@@ -76,25 +101,25 @@ def test_killed_at_a_write_there_is_no_output_and_resume_gives_the_same_bytes(
     assert sorted(path.name for path in place.iterdir()) == ["llama", "out", "tmp", "whole"]
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment(model: Path, place: Path) -> None:
-    """By the clock instead of by the write, from the start of the process to after its end."""
+    """By the clock instead of by the write, from the start of the command to after its end."""
+    command = ("prune", model, "-o", place / "out", *OPTIONS)
     start = time.monotonic()
-    command = [str(PESSA), "prune", str(model), "-o", str(place / "out"), *OPTIONS]
-    whole = subprocess.run(command, check=True, capture_output=True) and snapshot(place / "out")
+    assert ended(started(lambda: None, *command)) == 0
     takes = time.monotonic() - start
-    seen = set()
-    for part in range(1, 9):
+    whole = snapshot(place / "out")
+    for part in range(1, 17):
         shutil.rmtree(place / "out", ignore_errors=True)
         shutil.rmtree(place / ".out.partial", ignore_errors=True)
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        time.sleep(takes * (0.5 + 0.08 * part))
-        process.kill()
-        process.wait()
-        seen.add((place / "out").exists())
+        process = started(lambda: None, *command)
+        time.sleep(takes * 0.075 * part)
+        os.kill(process, signal.SIGKILL)
+        assert ended(process) in (0, -signal.SIGKILL)
         if (place / "out").exists():
             assert snapshot(place / "out") == whole
     shutil.rmtree(place / ".out.partial", ignore_errors=True)
-    subprocess.run([*command, "--force"], check=True, capture_output=True)
+    subprocess.run([str(PESSA), *map(str, command), "--force"], check=True, capture_output=True)
     assert snapshot(place / "out") == whole
 
 
@@ -158,6 +183,7 @@ def test_the_same_bytes_whatever_the_jobs(layout: StorageLayout, place: Path) ->
     assert all(other == found[0] for other in found)
 
 
+@pytest.mark.slow
 def test_two_runs_into_the_same_folder(model: Path, place: Path, pessa: Pessa) -> None:
     waiting = "import os; from pessa_cli.checkpoint.shards import ShardWriter; "
     waiting += "ShardWriter.put = lambda *_: (print(1, flush=True), os.read(0, 1)); "

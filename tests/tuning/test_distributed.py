@@ -16,6 +16,7 @@ from tuned import losses, sums, with_tokenizer
 LAUNCH = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 
 
+@pytest.mark.slow
 def test_two_processes_learn_as_one(pessa: Pessa, tiny_folder: TinyFolder, tmp_path: Path) -> None:
     """Losses and adapter are equal at the same total batch size. Only the first process reports and writes."""
     folder = with_tokenizer(tiny_folder("llama"), tmp_path / "llama")

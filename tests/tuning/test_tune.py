@@ -119,6 +119,7 @@ def test_an_adapter_is_trained(pessa: Pessa, llama: Path, place: Path) -> None:
     assert not tiny.close(tiny.load(llama), tuned, 1e-3)
 
 
+@pytest.mark.slow
 # EVA repeats its data until its components converge, which they do not with so few and tiny examples.
 @pytest.mark.parametrize("method", [method for method in methods.TUNING_METHODS if method != "eva"])
 def test_every_method_trains(method: str, llama: Path, tmp_path: Path) -> None:

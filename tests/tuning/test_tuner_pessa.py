@@ -299,6 +299,7 @@ torch.save({"unprepared": unprepared, "logits": logits}, folder + "/result.pt")
 """
 
 
+@pytest.mark.slow
 def test_reloads_in_a_new_process_to_the_same_bits(tmp_path: Path) -> None:
     """Without pessa_cli PEFT raises an error with the method's name, and the config file says what to import."""
     model = adapted(tiny.build("whisper"))

@@ -126,6 +126,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory, tiny_folder: TinyFolder) -> 
     return folder, outputs
 
 
+@pytest.mark.slow
 def test_reloading_in_another_process(
     saved: tuple[Path, dict[str, Tensor]], tiny_folder: TinyFolder, tmp_path: Path
 ) -> None:
@@ -477,6 +478,7 @@ def test_bad_methods_and_options() -> None:
         attach(tiny.build("llama"), build_config("eva", 4, TARGETS))
 
 
+@pytest.mark.slow
 def test_without_pessa_the_error_names_the_method(saved: tuple[Path, dict[str, Tensor]]) -> None:
     folder, _ = saved
     code = f"from peft import PeftConfig; PeftConfig.from_pretrained({str(folder / 'pica')!r})"
@@ -485,6 +487,7 @@ def test_without_pessa_the_error_names_the_method(saved: tuple[Path, dict[str, T
     assert "PICA" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_tuner_may_be_imported_first() -> None:
     """Importing a tuner imports PEFT before the tuner is complete, and all methods are registered afterwards."""
     code = "import pessa_cli.tuning.tuner_pica; from peft import PeftType; PeftType('PICA'), PeftType('PESSA')"
