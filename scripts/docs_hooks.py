@@ -1,22 +1,24 @@
-"""What mkdocs builds from the program itself: a page for each command, the table of architectures, the packages.
+"""What mkdocs builds from the program itself: pages of commands, keys of recipes, architectures, and the packages.
 
 mkdocs calls the `on_...` functions. The commands come from `python -m typer MODULE utils docs`, the documented way to
-get the help of a typer app as Markdown; MODULE is that of the entry point in pyproject.toml. Formulas become MathML
-while building, so the site needs no script from elsewhere to show them.
+get the help of a typer app as Markdown; MODULE is that of the entry point in pyproject.toml. The keys of recipes come
+from the dataclasses that define the options; `python -m scripts.docs_hooks` prints their tables as JSON. Formulas
+become MathML while building, so the site needs no script from elsewhere to show them.
 """
 
 from __future__ import annotations
 
+import json
 import re
 import runpy
 import subprocess
 import sys
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from html import escape, unescape
 from pathlib import Path
 from textwrap import wrap
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_origin, get_type_hints
 
 import latex2mathml.converter
 from mkdocs.structure.files import File
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
     from mkdocs.config.defaults import MkDocsConfig
     from mkdocs.structure.files import Files
     from mkdocs.structure.pages import Page
+
+    from pessa_cli.common.options import Setting
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMANDS = "reference/commands"
@@ -86,6 +90,9 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         markdown = markdown.replace("<!-- generated: architectures -->", pessa("architectures", "--markdown"))
     if "<!-- generated: packages -->" in markdown:
         markdown = markdown.replace("<!-- generated: packages -->", packages_picture(packages()))
+    if "<!-- generated: keys of " in markdown:
+        tables = json.loads(run_python("-m", "scripts.docs_hooks"))
+        markdown = re.sub(r"<!-- generated: keys of (\w+) -->", lambda found: tables[found[1]], markdown)
     return markdown
 
 
@@ -156,6 +163,53 @@ def _row(item: str) -> str:
     return f"| `{name}` | {text} | {default} |"
 
 
+# Recipes
+
+
+def recipe_tables() -> dict[str, str]:
+    """For each table of a recipe, such as `prune`, its keys in Markdown: type, meaning and default."""
+    from pessa_cli.common.options import settings_of
+    from pessa_cli.evaluation.limits import VerifyOptions
+    from pessa_cli.tuning.options import Tuning
+    from pessa_cli.workflow.recipe import Recipe
+
+    tables = {"prune": Recipe, "verify": VerifyOptions, **get_type_hints(Tuning)}
+    return {name: _keys(settings_of(kind)) for name, kind in tables.items()}
+
+
+def _keys(settings: Iterable[Setting]) -> str:
+    rows = [f"| `{s.name}` | {_toml_type(s)} | {s.option.help} | {_toml_default(s)} |" for s in settings]
+    return "\n".join(["| key | type | meaning | default |", "|---|---|---|---|", *rows])
+
+
+def _toml_type(setting: Setting) -> str:
+    """What is written in the file, in words."""
+    from pessa_cli.common.toml import toml_types
+
+    if setting.choices:
+        *others, last = (f'`"{choice}"`' for choice in setting.choices)
+        return f"{', '.join(others)} or {last}"
+    types = toml_types(setting)
+    if list in types:
+        return "list of strings"
+    if dict in types:
+        return "table"
+    if float in types:
+        return "number"
+    names = {bool: "`true` or `false`", int: "integer", str: "string"}
+    return " or ".join(names[kind] for kind in types)
+
+
+def _toml_default(setting: Setting) -> str:
+    """The default as it would be written in the file; nothing where leaving the key out is the only way to say it."""
+    if setting.default is None:
+        return ""
+    if setting.items is not None or get_origin(setting.kind) is Mapping:
+        assert not setting.default, f"{setting.name} has a default that this table does not show"
+        return ""
+    return f"`{json.dumps(setting.default)}`"
+
+
 # Packages
 
 
@@ -194,3 +248,7 @@ def packages_picture(rows: tuple[tuple[str, str], ...]) -> str:
         f'aria-label="The packages of pessa; imports point downwards" fill="currentColor" '
         f'font-family="sans-serif">{arrow}{"".join(boxes)}</svg>'
     )
+
+
+if __name__ == "__main__":
+    print(json.dumps(recipe_tables()))
