@@ -8,6 +8,7 @@ become MathML while building, so the site needs no script from elsewhere to show
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 import runpy
@@ -20,6 +21,7 @@ from pathlib import Path
 from textwrap import wrap
 from typing import TYPE_CHECKING, Any, get_origin, get_type_hints
 
+import griffe
 import latex2mathml.converter
 from mkdocs.structure.files import File
 
@@ -84,8 +86,9 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Fill in what a page asks for by a comment `<!-- generated: NAME -->`."""
+    """Fill in what a page asks for by a comment: `<!-- generated: NAME -->`, `<!-- included: FILE -->`."""
     del page, config, files
+    markdown = re.sub(r"<!-- included: (\S+) -->", lambda found: _included(found[1]), markdown)
     if "<!-- generated: architectures -->" in markdown:
         markdown = markdown.replace("<!-- generated: architectures -->", pessa("architectures", "--markdown"))
     if "<!-- generated: packages -->" in markdown:
@@ -94,6 +97,11 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         tables = json.loads(run_python("-m", "scripts.docs_hooks"))
         markdown = re.sub(r"<!-- generated: keys of (\w+) -->", lambda found: tables[found[1]], markdown)
     return markdown
+
+
+def _included(file: str) -> str:
+    """A file of the root in a page of docs/project/: its links to pages are relative to the root."""
+    return (ROOT / file).read_text(encoding="utf-8").replace("](docs/", "](../")
 
 
 def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
@@ -248,6 +256,39 @@ def packages_picture(rows: tuple[tuple[str, str], ...]) -> str:
         f'aria-label="The packages of pessa; imports point downwards" fill="currentColor" '
         f'font-family="sans-serif">{arrow}{"".join(boxes)}</svg>'
     )
+
+
+# Options of dataclasses, which mkdocstrings reads from the source
+
+
+class OptionDefaults(griffe.Extension):
+    """Shows a field as what it means: `ratio: float | None = None`, and not `= option(None, "Drop this ...")`.
+
+    The fields of fine-tuning methods, whose `option` begins with the help text, get that text as their docstring.
+    """
+
+    def on_attribute_instance(self, *, attr: griffe.Attribute, **_: Any) -> None:
+        """Put the default in the place of the call that makes the field."""
+        call = attr.value
+        if not isinstance(call, griffe.ExprCall):
+            return
+        positional = [value for value in call.arguments if not isinstance(value, griffe.ExprKeyword)]
+        match call.canonical_path.rpartition(".pessa_cli.")[2].removeprefix("pessa_cli."):
+            case "common.options.option":
+                attr.value = positional[0]
+            case "ranks.rule._criterion":
+                attr.value = "None"
+            case "tuning.tuner_base.option":
+                attr.docstring = griffe.Docstring(_text(positional[0], attr.module), parent=attr)
+                attr.value = positional[1] if len(positional) > 1 else "None"
+
+
+def _text(literal: str | griffe.Expr, module: griffe.Module) -> str:
+    """The text of a literal; an f-string may name constants of its module."""
+    source = str(literal)
+    named = set(re.findall(r"\b[A-Z_]{2,}\b", source)) & set(module.attributes)
+    constants = {name: ast.literal_eval(str(module.attributes[name].value)) for name in named}
+    return str(eval(source, {"__builtins__": {}}, constants))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
 """Every shell and Python example of the documentation runs, page by page and in order, as a reader would run it.
 
 A page's examples share a folder with links to models/, configs/ and scripts/, and its Python examples a namespace.
-`pessa` runs in this process, since starting it anew for each example would cost minutes. A `text` block right below a
-shell example is its output: each line must be among those printed, `...` stands for any number of lines. What cannot
-run has a comment above it, `<!-- not run: reason -->`; NOT_RUN says how many there may be on each page.
+Installed commands such as `pessa` run in this process, since starting Python anew for each example would cost minutes.
+A command of `pessa` that another page has already run on the same inputs is not run again; see `Shared`. A `text` block
+right below a shell example is its output: each line must be among those printed, `...` stands for any number of lines.
+What cannot run has a comment above it, `<!-- not run: reason -->`; NOT_RUN says how many there may be on each page.
 """
 
 from __future__ import annotations
@@ -13,23 +14,25 @@ import importlib
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tomllib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from hashlib import sha256
+from importlib.metadata import entry_points
+from itertools import zip_longest
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 
-import pessa_cli
-
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 MODELS = ("whisper-tiny.en", "minilm", "speech")
+LINKS = ("models", "configs", "scripts", "LICENSE")  # in the folder of each page
 RUNNABLE = {"sh", "python"}
 OTHERS = {"text", "json", "toml"}
 # Of each page, how many examples may not be run. Each of them says why; read them before you add to these.
@@ -44,7 +47,6 @@ NOT_RUN = {
     "docs/how-to/text.md": 3,
     "docs/how-to/tuning.md": 4,
 }
-API_IS_THERE = True  # whether pessa_cli has prune, Rule and the others; a test below says when to change this
 SCIENTIFIC = re.compile(r"[\d.]+e[-+]\d+")
 
 
@@ -101,58 +103,130 @@ def commands(text: str) -> Iterator[str]:
             yield command
 
 
-def missing_names(code: str) -> set[str]:
-    """What an example takes from `pessa_cli` that is not there."""
-    names: set[str] = set()
-    for node in ast.walk(ast.parse(code)):
-        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "pessa_cli":
-            names.add(node.attr)
-        elif isinstance(node, ast.ImportFrom) and node.module == "pessa_cli":
-            names |= {alias.name for alias in node.names}
-    return {name for name in names if not in_the_api(name)}
+def installed(name: str) -> Any:
+    """The function behind a command that a package has installed; None for other commands."""
+    if name == "pessa":  # of this checkout
+        project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+        module, _, function = project["scripts"]["pessa"].partition(":")
+        return getattr(importlib.import_module(module), function)
+    found = entry_points(group="console_scripts", name=name)
+    return next(iter(found)).load() if found else None
 
 
-def in_the_api(name: str) -> bool:
-    """Whether `pessa_cli` has it, and not just a module of that name."""
-    return not isinstance(getattr(pessa_cli, name, pessa_cli), ModuleType)
+# What these commands do is seen in the folder that they write, or by a failure, unless they have one of the options.
+SHARED_COMMANDS = ("prune", "run", "export", "verify")
+NOT_SHARED = {
+    ">",
+    "--audio",
+    "--calibrate",
+    "--card",
+    "--dry-run",
+    "--json",
+    "--junit",
+    "--statistics",
+    "--text",
+    "--to",
+}
 
 
-def main() -> Any:
-    """The function behind the `pessa` command."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    module, _, function = project["scripts"]["pessa"].partition(":")
-    return getattr(importlib.import_module(module), function)
+class Shared:
+    """The folders that commands of `pessa` have written, so that no page does again what another has done.
+
+    A command is the same if its words are, apart from where it writes, and if the models that it reads are: those of
+    the repository, and folders with the same pessa.json, which has the hashes of their files.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.done: dict[str, Path | None] = {}
+
+    def key(self, words: list[str]) -> str | None:
+        """What a command does, in words; None if it is not shared."""
+        if words[1] not in SHARED_COMMANDS or NOT_SHARED & set(words):
+            return None
+        out = words.index("-o") + 1 if "-o" in words else None
+        parts = []
+        for place, word in enumerate(words):
+            if place == out:
+                parts.append("OUT")
+            elif not Path(word).exists() or word.partition("/")[0] in LINKS:
+                parts.append(word)
+            elif (manifest := Path(word) / "pessa.json").exists():
+                parts.append(sha256(manifest.read_bytes()).hexdigest())
+            else:
+                return None
+        return " ".join(parts)
+
+    def keep(self, key: str, out: Path | None) -> None:
+        """Keep what a command has written, apart from the page that may change it."""
+        kept = None if out is None else self.folder / str(len(self.done))
+        if out is not None and kept is not None:
+            shutil.copytree(out, kept, copy_function=_copied)
+        self.done[key] = kept
+
+    def repeat(self, key: str, out: Path | None) -> None:
+        """Do what the command did."""
+        kept = self.done[key]
+        if out is not None and kept is not None:
+            shutil.copytree(kept, out, copy_function=_copied)
+
+
+def _copied(source: str, target: str) -> None:
+    """Weights are linked: no command changes them in place."""
+    (os.link if source.endswith(".safetensors") else shutil.copy2)(source, target)
+
+
+@pytest.fixture(scope="session")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Shared:
+    return Shared(tmp_path_factory.mktemp("shared"))
 
 
 @pytest.fixture
-def reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
-    """`reader(command)`: what a shell command prints, in a folder of the reader's own; a failure fails the test."""
-    for name in ("models", "configs", "scripts", "LICENSE"):
+def reader(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], shared: Shared
+) -> Callable[..., str]:
+    """`reader(command)`: what a shell command prints, in a folder of the reader's own; a failure fails the test.
+
+    With `silent` nobody looks at what it prints, so that what another page has done may stand for it.
+    """
+    for name in LINKS:
         (tmp_path / name).symlink_to(ROOT / name)
     monkeypatch.chdir(tmp_path)
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     environment = os.environ | {"PATH": path, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
-    def run(command: str) -> str:
+    def run(command: str, silent: bool = False) -> str:
         words = shlex.split(command, comments=True)
         if not words:
             return ""
         if words[0] != "pessa":
-            done = subprocess.run(
-                ["bash", "-ec", command], env=environment, capture_output=True, text=True, check=False
-            )
-            assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
-            return done.stdout
+            return run_installed(words) if "<<" not in words and installed(words[0]) else run_shell(command)
+        key = shared.key(words)
+        out = Path(words[words.index("-o") + 1]) if "-o" in words else None
+        if silent and key in shared.done:
+            shared.repeat(key, out)
+            return ""
+        printed = run_installed(words)
+        if key is not None and key not in shared.done:
+            shared.keep(key, out)
+        return printed
+
+    def run_shell(command: str) -> str:
+        done = subprocess.run(["bash", "-ec", command], env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
+        return done.stdout
+
+    def run_installed(words: list[str]) -> str:
         target = Path(words[words.index(">") + 1]) if ">" in words else None
         monkeypatch.setattr(sys, "argv", words if target is None else words[: words.index(">")])
         capsys.readouterr()
         code: object = 0
         try:
-            main()()
+            installed(words[0])()
         except SystemExit as leaving:
             code = leaving.code or 0
         printed = capsys.readouterr()
-        assert code == 0, f"{command}\n{printed.out}{printed.err}"
+        assert code == 0, f"{shlex.join(words)}\n{printed.out}{printed.err}"
         if target is not None:
             target.write_text(printed.out, encoding="utf-8")
         return printed.out + printed.err
@@ -181,7 +255,7 @@ def check_output(expected: str, printed: str, where: str) -> None:
         place, anywhere = found + 1, False
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(scope="module")
 def _real_models() -> None:
     from fetch_models import fetch
 
@@ -189,23 +263,27 @@ def _real_models() -> None:
         fetch(name)
 
 
+@pytest.mark.real
+@pytest.mark.usefixtures("_real_models")
 @pytest.mark.parametrize(
     "page",
     [page for page in PAGES if any(e.language in RUNNABLE and not e.reason for e in examples(page))],
     ids=lambda page: str(page.relative_to(ROOT)),
 )
-def test_examples(page: Path, reader: Any) -> None:
+def test_examples(page: Path, reader: Callable[..., str]) -> None:
     namespace: dict[str, Any] = {"__name__": "__main__"}
     printed = ""
-    for example in examples(page):
+    found = examples(page)
+    for example, after in zip_longest(found, found[1:]):
         if example.language == "text" and example.follows and printed:
             check_output(example.text, printed, example.where)
         printed = ""
         if example.reason is not None or example.language not in RUNNABLE:
             continue
         if example.language == "sh":
-            printed = "\n".join(reader(command) for command in commands(example.text))
-        elif API_IS_THERE or not missing_names(example.text):
+            silent = after is None or after.language != "text" or not after.follows
+            printed = "\n".join(reader(command, silent) for command in commands(example.text))
+        else:
             code = "\n" * example.line + example.text  # so that a traceback has the line of the page
             exec(compile(code, str(page), "exec"), namespace)
 
@@ -226,8 +304,26 @@ def test_only_so_many_examples_are_not_run() -> None:
     assert dict(found) == NOT_RUN
 
 
-def test_the_examples_of_the_python_api_run_as_soon_as_it_is_there() -> None:
-    assert in_the_api("prune") == API_IS_THERE, "set API_IS_THERE to what pessa_cli now has"
+def test_only_the_same_commands_on_the_same_inputs_are_shared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    shared = Shared(tmp_path / "shared")
+    for folder, manifest in (("out", "1"), ("same", "1"), ("other", "2"), ("own", None)):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "model.safetensors").write_text(folder)
+        if manifest is not None:
+            (tmp_path / folder / "pessa.json").write_text(manifest)
+
+    def key(command: str) -> str | None:
+        return shared.key(["pessa", *command.split()])
+
+    assert key("prune models/a -o one/") == key("prune models/a -o two/") != key("prune models/b -o one/")
+    assert key("prune models/a -o one/ --rank 3") != key("prune models/a -o one/")
+    assert key("verify models/a out/") == key("verify models/a same/") != key("verify models/a other/")
+    for not_shared in ("verify models/a own/", "verify models/a out/ --json", "inspect models/a", "prune own -o one/"):
+        assert key(not_shared) is None
+    shared.keep("key", tmp_path / "out")
+    shared.repeat("key", tmp_path / "again")
+    assert (tmp_path / "again" / "model.safetensors").read_text() == "out"
 
 
 def test_output_is_really_compared() -> None:

@@ -1,12 +1,22 @@
-"""What the documentation is built from: the pages of the commands, the packages, and the pages' own claims."""
+"""What the documentation is built from: commands, keys of recipes, packages, and the pages' own claims."""
 
 from __future__ import annotations
 
+import ast
+import json
 import re
+from functools import cache
+from importlib import import_module
 from pathlib import Path
 
 import docs_hooks
+import griffe
 import pytest
+
+from pessa_cli import api
+from pessa_cli.common.errors import UsageError
+from pessa_cli.tuning.options import load_tuning
+from pessa_cli.workflow.recipe import load_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")] + sorted(
@@ -48,6 +58,12 @@ Example: `pessa cut model`
 """
 
 
+@cache
+def command_pages() -> dict[str, str]:
+    module = docs_hooks.entry_point()[0]
+    return docs_hooks.command_pages(docs_hooks.run_python("-m", "typer", module, "utils", "docs", "--name", "pessa"))
+
+
 def test_what_typer_says_becomes_tables() -> None:
     pages = docs_hooks.command_pages(TYPER)
     assert set(pages) == {"", "cut"}
@@ -61,8 +77,7 @@ def test_what_typer_says_becomes_tables() -> None:
 
 def test_every_command_has_a_page_with_every_option() -> None:
     """Against the help that a user sees, which typer makes in another way."""
-    module = docs_hooks.entry_point()[0]
-    pages = docs_hooks.command_pages(docs_hooks.run_python("-m", "typer", module, "utils", "docs", "--name", "pessa"))
+    pages = command_pages()
     helped = docs_hooks.pessa("--help")
     commands = [name for name in pages if name]
     assert len(commands) > 8
@@ -72,10 +87,110 @@ def test_every_command_has_a_page_with_every_option() -> None:
     assert {flag for flag in flags if flag not in pages["prune"]} == set()
 
 
+@pytest.mark.parametrize("table", docs_hooks.recipe_tables())
+def test_the_keys_of_recipes_are_those_that_are_read(table: str, tmp_path: Path) -> None:
+    """The error for an unknown key lists the keys; the page asks for each table."""
+    rows = docs_hooks.recipe_tables()[table].splitlines()[2:]
+    assert f"<!-- generated: keys of {table} -->" in (ROOT / "docs/reference/recipes.md").read_text(encoding="utf-8")
+    assert all(row.count(" | ") == 3 for row in rows)
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(f"[{table}]\nnonsense = 1\n", encoding="utf-8")
+    with pytest.raises(UsageError) as refused:
+        (load_recipe if table in ("prune", "verify") else load_tuning)(recipe)
+    assert refused.value.hint == "it has " + ", ".join(re.findall(r"^\| `(\w+)`", row)[0] for row in rows)
+
+
+def test_types_and_defaults_of_keys() -> None:
+    tables = docs_hooks.recipe_tables()
+    assert "| `target_size` | integer or string |" in tables["prune"]
+    assert re.search(r"\| `layout` \| `\"compact\"` or `\"dense\"` \| .+ \| `\"compact\"` \|", tables["prune"])
+    assert re.search(r"\| `calibrate` \| list of strings \| .+ \|  \|", tables["prune"])
+    assert re.search(r"\| `mask_prompt` \| `true` or `false` \| .+ \| `true` \|", tables["data"])
+    assert re.search(r"\| `options` \| table \| .+ \|  \|", tables["adapter"])
+    assert json.loads(docs_hooks.run_python("-m", "scripts.docs_hooks")) == tables
+
+
+def test_signatures_show_defaults_and_not_how_options_are_made() -> None:
+    extensions = griffe.load_extensions(docs_hooks.OptionDefaults)
+    package = griffe.load("pessa_cli", search_paths=[ROOT], extensions=extensions)
+    rule, recipe, svft = (
+        package[name] for name in ("ranks.rule.Rule", "workflow.recipe.Recipe", "tuning.tuner_svft.SvftConfig")
+    )
+    assert (str(rule["ratio"].value), str(rule["round_to"].value)) == ("None", "1")
+    assert (str(recipe["layout"].value), str(recipe["sites"].value)) == ("'compact'", "()")
+    assert svft["band"].docstring.value.startswith("Diagonals on each side")
+    assert package["tuning.tuner_pessa.PessaTunerConfig.form"].docstring.value.endswith("full, diagonal, banded.")
+
+
+def test_every_public_name_is_documented() -> None:
+    page = (ROOT / "docs/reference/python.md").read_text(encoding="utf-8")
+    assert sorted(re.findall(r"^::: pessa_cli\.api\.(\w+)$", page, flags=re.MULTILINE)) == sorted(api.__all__)
+
+
+def exists(name: str) -> bool:
+    """Whether pessa_cli has this module, or a module this constant, function, class or method."""
+    parts = name.split(".")
+    for length in range(len(parts), 0, -1):
+        path = ROOT.joinpath("pessa_cli", *parts[:length])
+        if path.with_suffix(".py").exists() or path.is_dir():
+            found = import_module(f"pessa_cli.{'.'.join(parts[:length])}")
+            for part in parts[length:]:
+                if not hasattr(found, part):
+                    return False
+                found = getattr(found, part)
+            return True
+    return False
+
+
+def test_what_where_is_names_exists() -> None:
+    page = (ROOT / "docs/where-is.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (?!you want|---)(.+?) \| (.+) \| (.+) \|$", page, flags=re.MULTILINE)
+    assert len(rows) > 20
+    for what, where, tests in rows:
+        places, files = re.findall(r"`([^`]+)`", where), re.findall(r"`([^`]+)`", tests)
+        assert places, what
+        assert files, what
+        if "/" not in where:
+            assert [name for name in places if not exists(name)] == [], what
+        for file, _, test in (name.partition("::") for name in files):
+            tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
+            assert not test or any(isinstance(n, ast.FunctionDef) and n.name == test for n in tree.body), (what, test)
+
+
+def test_what_the_design_names_exists() -> None:
+    """Names with a dot that begin with a package."""
+    page = (ROOT / "docs/design.md").read_text(encoding="utf-8")
+    packages = "|".join(name for name, _ in docs_hooks.packages())
+    names = set(re.findall(rf"`((?:{packages})\.[\w.]+)`", page))
+    assert len(names) > 20
+    assert [name for name in sorted(names) if not exists(name)] == []
+
+
+def test_new_names_in_the_changelog_exist() -> None:
+    page = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8").partition("## 0.1.0\n")[0]
+    names = re.findall(r"\| `pessa_cli\.([\w.]+)` \|$", page, flags=re.MULTILINE)
+    assert len(names) > 5
+    assert [name for name in names if name not in api.__all__ and not exists(name)] == []
+
+
+def test_a_name_that_does_not_exist_is_found() -> None:
+    assert exists("ranks.budget.ranks_for")
+    assert exists("surgery.run.Run.jobs_for")
+    assert not exists("ranks.budget.nonsense")
+    assert not exists("nonsense.ranks_for")
+
+
+@pytest.mark.parametrize("page", SOURCES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_files_that_pages_name_exist(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    for file in re.findall(r"(?<![\w/.$-])((?:tests|scripts|configs|docs|pessa_cli)/[\w/.-]*\w)", text):
+        assert (ROOT / file).exists() or f"{file}*" in text or f"{file}-*" in text, f"{page}: {file}"
+
+
 def test_the_picture_has_every_package() -> None:
     rows = docs_hooks.packages()
     picture = docs_hooks.packages_picture(rows)
-    places = [picture.index(f">{name}</text>") for name, _ in rows]
+    places = [picture.index(f'font-weight="bold">{name}</text>') for name, _ in rows]
     assert places == sorted(places, reverse=True)  # the lowest package is drawn last
     assert all(text.endswith(".") for _, text in rows)
 
@@ -86,8 +201,7 @@ def test_the_readme_is_short() -> None:
 
 def test_options_that_pages_name_exist() -> None:
     """In examples of `pessa`, those that are not run among them, against the pages of the commands."""
-    module = docs_hooks.entry_point()[0]
-    pages = docs_hooks.command_pages(docs_hooks.run_python("-m", "typer", module, "utils", "docs", "--name", "pessa"))
+    pages = command_pages()
     wrong = []
     for page in SOURCES:
         text = page.read_text(encoding="utf-8").replace("\\\n", " ")
