@@ -234,7 +234,7 @@ def packages_picture(rows: tuple[tuple[str, str], ...]) -> str:
     boxes = []
     for place, (name, text) in enumerate(reversed(rows)):
         top = place * (height + gap)
-        lines = wrap(text.removesuffix("."), 74)
+        lines = wrap(text.removesuffix(".").replace("`", ""), 74)
         first = top + height / 2 + 5 - 8 * (len(lines) - 1)
         words = "".join(
             f'<text x="{left + 122}" y="{first + 16 * i:g}" font-size="13">{escape(line)}</text>'
@@ -252,9 +252,9 @@ def packages_picture(rows: tuple[tuple[str, str], ...]) -> str:
         f'<path d="M4 {total - gap - 14} L9 {total - gap - 3} L14 {total - gap - 14} Z" fill="currentColor"/>'
     )
     return (
-        f'<svg class="pessa-packages" xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {total}" role="img" '
+        f'<div><svg class="pessa-packages" xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {total}" role="img" '
         f'aria-label="The packages of pessa; imports point downwards" fill="currentColor" '
-        f'font-family="sans-serif">{arrow}{"".join(boxes)}</svg>'
+        f'font-family="sans-serif">{arrow}{"".join(boxes)}</svg></div>'
     )
 
 
@@ -264,8 +264,17 @@ def packages_picture(rows: tuple[tuple[str, str], ...]) -> str:
 class OptionDefaults(griffe.Extension):
     """Shows a field as what it means: `ratio: float | None = None`, and not `= option(None, "Drop this ...")`.
 
-    The fields of fine-tuning methods, whose `option` begins with the help text, get that text as their docstring.
+    The fields of fine-tuning methods, whose `option` begins with the help text, get that text as their docstring. What
+    docstrings say about parameters and fields becomes a list.
     """
+
+    def on_function_instance(self, *, func: griffe.Function, **_: Any) -> None:
+        """A list of the parameters."""
+        _list_names(func, [parameter.name for parameter in func.parameters])
+
+    def on_class_members(self, *, cls: griffe.Class, **_: Any) -> None:
+        """A list of the fields."""
+        _list_names(cls, [name for name, member in cls.members.items() if member.is_attribute])
 
     def on_attribute_instance(self, *, attr: griffe.Attribute, **_: Any) -> None:
         """Put the default in the place of the call that makes the field."""
@@ -281,6 +290,27 @@ class OptionDefaults(griffe.Extension):
             case "tuning.tuner_base.option":
                 attr.docstring = griffe.Docstring(_text(positional[0], attr.module), parent=attr)
                 attr.value = positional[1] if len(positional) > 1 else "None"
+
+
+def _list_names(found: griffe.Function | griffe.Class, names: list[str]) -> None:
+    if found.docstring is not None and names:
+        found.docstring.value = listed_names(found.docstring.value, names)
+
+
+def listed_names(text: str, names: Iterable[str]) -> str:
+    """A docstring in Markdown: "model: a folder. out: the output. Returns nothing." as a list and a paragraph."""
+    name = "|".join(map(re.escape, names))
+    label = rf"(?:{name})(?:(?:, | and )(?:{name}))*"
+    paragraphs = []
+    for paragraph in text.split("\n\n"):
+        flat = " ".join(paragraph.split())
+        intro, *items = re.split(rf"(?:^|(?<=[.)] ))(?={label}: )", flat)
+        rest = ""
+        if items:
+            items[-1], _, rest = re.sub(r"(?<=\.) (?=Raises |Returns )", "\0", items[-1]).partition("\0")
+        bullets = [re.sub(rf"^({label}): ", r"- **\1**: ", item.strip()) for item in items]
+        paragraphs += [part for part in (intro.strip(), "\n".join(bullets), rest) if part]
+    return "\n\n".join(paragraphs)
 
 
 def _text(literal: str | griffe.Expr, module: griffe.Module) -> str:

@@ -115,18 +115,7 @@ def installed(name: str) -> Any:
 
 # What these commands do is seen in the folder that they write, or by a failure, unless they have one of the options.
 SHARED_COMMANDS = ("prune", "run", "export", "verify")
-NOT_SHARED = {
-    ">",
-    "--audio",
-    "--calibrate",
-    "--card",
-    "--dry-run",
-    "--json",
-    "--junit",
-    "--statistics",
-    "--text",
-    "--to",
-}
+NOT_SHARED = {">", "--calibrate", "--card", "--dry-run", "--json", "--junit", "--statistics", "--to"}
 
 
 class Shared:

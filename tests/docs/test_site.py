@@ -122,6 +122,14 @@ def test_signatures_show_defaults_and_not_how_options_are_made() -> None:
     assert package["tuning.tuner_pessa.PessaTunerConfig.form"].docstring.value.endswith("full, diagonal, banded.")
 
 
+def test_what_docstrings_say_about_parameters_becomes_a_list() -> None:
+    text = "Do it.\n\nBy rule.\nmodel: a folder, or\na name. out, run: the others. Raises it. Always.\n\nThe model: no."
+    listed = (
+        "Do it.\n\nBy rule.\n\n- **model**: a folder, or a name.\n- **out, run**: the others.\n\nRaises it. Always."
+    )
+    assert docs_hooks.listed_names(text, ["model", "out", "run"]) == f"{listed}\n\nThe model: no."
+
+
 def test_every_public_name_is_documented() -> None:
     page = (ROOT / "docs/reference/python.md").read_text(encoding="utf-8")
     assert sorted(re.findall(r"^::: pessa_cli\.api\.(\w+)$", page, flags=re.MULTILINE)) == sorted(api.__all__)
@@ -152,9 +160,12 @@ def test_what_where_is_names_exists() -> None:
         assert files, what
         if "/" not in where:
             assert [name for name in places if not exists(name)] == [], what
-        for file, _, test in (name.partition("::") for name in files):
-            tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
-            assert not test or any(isinstance(n, ast.FunctionDef) and n.name == test for n in tree.body), (what, test)
+        defined: set[str] = set()
+        for name in files:
+            if name.endswith(".py"):
+                tree = ast.parse((ROOT / name).read_text(encoding="utf-8"))
+                defined |= {name, *(n.name for n in tree.body if isinstance(n, ast.FunctionDef))}
+            assert name in defined, f"{what}: {name}"
 
 
 def test_what_the_design_names_exists() -> None:
@@ -192,6 +203,7 @@ def test_the_picture_has_every_package() -> None:
     picture = docs_hooks.packages_picture(rows)
     places = [picture.index(f'font-weight="bold">{name}</text>') for name, _ in rows]
     assert places == sorted(places, reverse=True)  # the lowest package is drawn last
+    assert "`" not in picture  # Markdown would make an end of it
     assert all(text.endswith(".") for _, text in rows)
 
 
