@@ -92,15 +92,22 @@ def output_gram(queries: Tensor, keys: Tensor, attention: Tensor, values: Tensor
     """
     groups, width, dtype = len(keys), keys.shape[-1], attention.dtype
     total = torch.zeros(groups, width, width, dtype=torch.float64, device=keys.device)
-    # The mean of all keys or values has no effect on the result, and would only cost precision.
+    # A component that all keys or all values share has no effect, and would only cost digits.
     keys, values = (x - x.mean(-2, keepdim=True) for x in (keys, values))
-    for g in range(groups):  # one query head at a time, to hold only n N d numbers in memory
+    # One query head at a time, and always in the same memory: n N d numbers are too many to be allocated for each.
+    shape = (queries.shape[2], keys.shape[1], width // 2)
+    scores = torch.empty(*shape, 2, dtype=dtype, device=keys.device)
+    product, change = scores.new_empty(shape), scores.new_empty(*shape[:2], width)
+    for g in range(groups):
         k1, k2 = keys[g].to(dtype).chunk(2, -1)
         for m in range(queries.shape[1]):
             q1, q2 = queries[g, m].to(dtype).unsqueeze(1).chunk(2, -1)
-            scores = torch.stack([q1 * k1 + q2 * k2, q2 * k1 - q1 * k2], -1).flatten(2)  # (n, N, d)
+            torch.mul(q1, k1, out=scores[..., 0]).add_(torch.mul(q2, k2, out=product))
+            torch.mul(q2, k1, out=scores[..., 1]).sub_(torch.mul(q1, k2, out=product))
+            pairs = scores.flatten(2)  # (n, N, d)
             weights = attention[g, m].unsqueeze(-1)
-            change = weights * (scores - (weights * scores).sum(1, keepdim=True))
+            mean = torch.mul(weights, pairs, out=change).sum(1, keepdim=True)
+            torch.sub(pairs, mean, out=change).mul_(weights)
             outputs = (change.mT @ values[g, m].to(dtype)).transpose(0, 1).flatten(1)  # (d, n w)
             total[g] += (outputs @ outputs.mT).double()
     return total

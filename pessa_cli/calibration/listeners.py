@@ -167,10 +167,10 @@ class BlockListener:
     def _check(self, attention: Tensor, mixtures: Tensor) -> None:
         """Raise PessaError unless the input of W_O is attention times values, as the statistics take it to be."""
         site = self.site
-        values = self._seen["v"][0].double().reshape(-1, site.kv_heads, 1, site.head_dim).permute(1, 2, 0, 3)
-        weights = attention.reshape(site.kv_heads, site.group, *attention.shape[1:]).double()
+        values = self._seen["v"][0].float().reshape(-1, site.kv_heads, 1, site.head_dim).permute(1, 2, 0, 3)
+        weights = attention.reshape(site.kv_heads, site.group, *attention.shape[1:]).float()
         fit = weights.shape[-1] == values.shape[-2] and weights[..., 0].numel() * site.head_dim == mixtures.numel()
-        expected = (weights @ values).permute(2, 0, 1, 3).reshape(mixtures.shape) if fit else mixtures
+        expected = (weights @ values).permute(2, 0, 1, 3).reshape(mixtures.shape).double() if fit else mixtures
         if not fit or not float((expected - mixtures).norm()) <= 1e-3 * float(mixtures.norm()):
             raise PessaError(
                 f"{site.name}: the input of its output projection is not attention times values",
@@ -199,9 +199,12 @@ def _influence(attention: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     (G, keys, d); values: (G, M, keys, w), behind W_O, or anything of the same inner products.
     """
     total, dtype = torch.zeros_like(keys.mT @ keys), attention.dtype
-    for g, each in enumerate(keys.to(dtype)):  # one query head at a time: keys d w numbers
+    # One query head at a time, and always in the same memory: it is the largest tensor of calibration.
+    products = torch.empty(*keys.shape[1:], values.shape[-1], dtype=dtype, device=keys.device)  # (keys, d, w)
+    for g, each in enumerate(keys.to(dtype)):
         for own, v in zip(attention[g], values[g].to(dtype), strict=True):
-            joint = (own @ (each.unsqueeze(2) * v.unsqueeze(1)).flatten(1)).reshape(len(own), each.shape[1], -1)
+            torch.mul(each.unsqueeze(2), v.unsqueeze(1), out=products)
+            joint = (own @ products.flatten(1)).reshape(len(own), each.shape[1], -1)
             covariance = joint - (own @ each).unsqueeze(2) * (own @ v).unsqueeze(1)  # (queries, d, w)
             through = covariance.transpose(0, 1).flatten(1)
             total[g] += (through @ through.mT).double()
