@@ -211,6 +211,21 @@ def test_the_readme_is_short() -> None:
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
 
 
+def test_the_figures_of_the_readme_are_those_of_the_results() -> None:
+    """A row of the README has the model, the share, and the first three figures; results.md has more columns."""
+
+    def rows(page: str) -> list[list[str]]:
+        lines = (ROOT / page).read_text(encoding="utf-8").splitlines()
+        return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
+
+    names = {"Whisper tiny.en, encoder": "tiny.en encoder", "Whisper tiny.en": "tiny.en"}
+    names |= {"all-MiniLM-L6-v2": "MiniLM", "SmolLM2-135M": "SmolLM2"}
+    known = {(row[0], row[1]): [cell.partition(" (")[0] for cell in row[4:7]] for row in rows("docs/results.md")}
+    found = [row for row in rows("README.md") if row[0] in names]
+    assert len(found) > 8
+    assert [row for row in found if row[2:] != known[names[row[0]], row[1]]] == []
+
+
 def test_options_that_pages_name_exist() -> None:
     """In examples of `pessa`, those that are not run among them, against the pages of the commands."""
     pages = command_pages()
