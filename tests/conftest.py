@@ -40,15 +40,15 @@ os.environ["OMP_NUM_THREADS"] = "1"  # of the commands that tests start
 torch.set_num_threads(1)
 
 
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Tests of real models are marked by what they take, so that none can be forgotten."""
+    if "real" in getattr(item, "fixturenames", ()):
+        item.add_marker(pytest.mark.real)
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests of real models are marked by what they take, so that none can be forgotten; what takes long goes first.
-
-    A long test at the end would keep one process busy while the others have nothing left to do.
-    """
-    for item in items:
-        if "real" in getattr(item, "fixturenames", ()):
-            item.add_marker(pytest.mark.real)
+    """What takes long goes first: at the end it would keep one process busy while the others have nothing to do."""
     items.sort(key=lambda item: not any(item.get_closest_marker(name) for name in ("slow", "real")))
 
 

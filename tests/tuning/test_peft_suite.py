@@ -1,7 +1,7 @@
 """PEFT's own tests with our methods: a part of them that is quick; `python scripts/peft_tests.py` runs all.
 
 That part is one case of each method on PEFT's toy model and on a tiny LLaMA, in every test but those in BESIDE: these
-ask of PEFT's own code whether it stores, places and casts whatever a method gives it.
+ask of PEFT's own code whether it places, casts and converts whatever a method gives it.
 """
 
 from __future__ import annotations
@@ -16,12 +16,7 @@ BESIDE = (
     "test_add_adapter_no_autocast_adapter_dtype",
     "test_peft_model_device_map",
     "test_inference_safetensors",
-    "pickle",  # beside the same tests with safetensors
-    "test_from_pretrained_config_construction",
     "test_lora_conversion",
-    "test_attributes_parametrized",
-    "test_prepare_for_training_parametrized",
-    "test_model_attr",
 )
 
 
