@@ -141,6 +141,7 @@ def test_packing_trains_too(pessa: Pessa, llama: Path, tmp_path: Path) -> None:
     assert json.loads(result.out)["data"]["rows"] < 12
 
 
+@pytest.mark.slow
 def test_accumulated_batches_are_the_same_step(pessa: Pessa, llama: Path, tmp_path: Path) -> None:
     data = sums(tmp_path / "sums.jsonl")
     line = ("tune", llama, "--method", "lora", "--data", data, *QUICK)
@@ -158,6 +159,7 @@ def test_a_pruned_model_is_tuned(layout: str, pessa: Pessa, pruned: Callable[...
     assert len(set(losses(tmp_path / "adapter"))) == 4
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on(llama: Path, tmp_path: Path) -> None:
     tuning = Tuning().changed(method="lora", max_steps=6, batch=4, log_steps=1, save_steps=2, device="cpu")
     job = Job(open_model(llama), sums(tmp_path / "sums.jsonl"), tmp_path / "whole", tuning, "llama")
