@@ -7,7 +7,8 @@ Tests lie in folders named as the packages they are about. There are two tiers:
 
 `slow` is for what takes more than two seconds of CPU time: processes of their own (the hub, signals, several processes,
 programs such as lm_eval), ONNX, training, PEFT's own tests, and sweeps of which a part is in the fast tier: of all
-architectures eight, of the commands that meet each damaged model, or an output in the way, two. `real` is set here for whatever takes a real model.
+architectures eight, of the commands that meet each damaged model, or an output in the way, two. `real` is set here for
+whatever takes a real model.
 """
 
 from __future__ import annotations
