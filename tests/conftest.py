@@ -6,8 +6,9 @@ Tests lie in folders named as the packages they are about. There are two tiers:
 - `make test` runs everything.
 
 `slow` is for what takes more than two seconds of CPU time: processes of their own (the hub, signals, several processes,
-programs such as lm_eval), ONNX, PEFT's own tests, and sweeps of which a part is in the fast tier: of all architectures
-eight, of the commands that meet each damaged model two. `real` is set here for whatever takes a real model.
+programs such as lm_eval), ONNX, training, PEFT's own tests, and sweeps of which a part is in the fast tier: of all
+architectures eight, of the commands that meet each damaged model, or an output in the way, two. `real` is set here for
+whatever takes a real model.
 """
 
 from __future__ import annotations
@@ -40,15 +41,15 @@ os.environ["OMP_NUM_THREADS"] = "1"  # of the commands that tests start
 torch.set_num_threads(1)
 
 
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Tests of real models are marked by what they take, so that none can be forgotten."""
+    if "real" in getattr(item, "fixturenames", ()):
+        item.add_marker(pytest.mark.real)
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests of real models are marked by what they take, so that none can be forgotten; what takes long goes first.
-
-    A long test at the end would keep one process busy while the others have nothing left to do.
-    """
-    for item in items:
-        if "real" in getattr(item, "fixturenames", ()):
-            item.add_marker(pytest.mark.real)
+    """What takes long goes first: at the end it would keep one process busy while the others have nothing to do."""
     items.sort(key=lambda item: not any(item.get_closest_marker(name) for name in ("slow", "real")))
 
 

@@ -17,9 +17,10 @@ import tiny
 import tiny_models
 import torch
 import whisper
+from characters import tokenizer
 from harness import Pessa, Real, TinyFolder, edit_json
 from transformers import AutoTokenizer, WhisperConfig, WhisperForConditionalGeneration
-from tuned import tokenizer, with_tokenizer
+from tuned import with_tokenizer
 from whisper.model import ModelDimensions
 
 from pessa_cli.models.audio import SAMPLE_RATE, load_audio

@@ -232,7 +232,15 @@ def test_recipes_that_do_not_fit_the_model(refuse: Refuse, place: Path) -> None:
     refuse("run recipe.toml whisper -o out", "prune all of Q-K")
 
 
-@pytest.mark.parametrize("command", ["prune whisper", "decompose whisper", "export pruned", "run recipe.toml whisper"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        "prune whisper",
+        pytest.param("decompose whisper", marks=pytest.mark.slow),
+        "export pruned",
+        pytest.param("run recipe.toml whisper", marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize(
     ("out", "culprit"),
     [

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from characters import tokenizer
 from harness import Pessa, TinyFolder, is_refusal
 from peft import PeftModel, get_peft_model
-from tuned import disturb, tokenizer
+from tuned import disturb
 
 from pessa_cli.evaluation.evaluate import split_adapter
 from pessa_cli.evaluation.measures import ScoreSettings

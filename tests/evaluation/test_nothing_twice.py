@@ -13,6 +13,7 @@ import pytest
 import soundfile
 import tiny
 import torch
+from characters import tokenizer
 from fetch_models import fetch
 from harness import Pessa, TinyFolder
 from peft import get_peft_model
@@ -24,7 +25,7 @@ from transformers import (
     WhisperFeatureExtractor,
     WhisperProcessor,
 )
-from tuned import disturb, tokenizer, with_tokenizer, write_lines
+from tuned import disturb, with_tokenizer, write_lines
 
 from pessa_cli.checkpoint.reader import CheckpointReader
 from pessa_cli.evaluation import bench, verify

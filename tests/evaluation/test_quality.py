@@ -16,10 +16,11 @@ import pytest
 import soundfile
 import tiny
 import torch
+from characters import tokenizer
 from harness import Pessa, Real, TinyFolder, is_refusal
 from peft import get_peft_model
 from transformers import AutoModel, AutoProcessor, AutoTokenizer, WhisperForConditionalGeneration
-from tuned import disturb, tokenizer, with_tokenizer, write_lines
+from tuned import disturb, with_tokenizer, write_lines
 
 from pessa_cli.checkpoint.files import sha256_of
 from pessa_cli.common.errors import UsageError

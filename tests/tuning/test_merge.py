@@ -51,6 +51,7 @@ def in_memory(folder: Path, adapter: Path, out: Path) -> Path:
     return out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "name", "targets"), CASES, ids=lambda value: str(value))
 def test_equals_merging_with_peft(
     method: str, name: str, targets: list[str] | None, pessa: Pessa, tiny_folder: TinyFolder, tmp_path: Path

@@ -1,7 +1,7 @@
 """A quick part of PEFT's own test suite with pessa's methods; `python scripts/peft_tests.py` runs all of it.
 
 The part is one case of each method on PEFT's toy model and on a tiny LLaMA, in every test but those in BESIDE: these
-check PEFT's own code, which stores, places and casts the parameters of any method.
+check PEFT's own code, which places, casts and converts the parameters of any method.
 """
 
 from __future__ import annotations
@@ -16,12 +16,7 @@ BESIDE = (
     "test_add_adapter_no_autocast_adapter_dtype",
     "test_peft_model_device_map",
     "test_inference_safetensors",
-    "pickle",  # beside the same tests with safetensors
-    "test_from_pretrained_config_construction",
     "test_lora_conversion",
-    "test_attributes_parametrized",
-    "test_prepare_for_training_parametrized",
-    "test_model_attr",
 )
 
 

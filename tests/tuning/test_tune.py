@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from characters import tokenizer
 from harness import Pessa, Real, is_refusal, snapshot
 from peft import PeftModel
-from tuned import history, losses, sums, tokenizer, with_tokenizer, write_lines
+from tuned import history, losses, sums, with_tokenizer, write_lines
 
 from pessa_cli.common.errors import PessaError, UsageError
 from pessa_cli.models.instructions import render
@@ -142,6 +143,7 @@ def test_training_with_packing(pessa: Pessa, llama: Path, tmp_path: Path) -> Non
     assert json.loads(result.out)["data"]["rows"] < 12
 
 
+@pytest.mark.slow
 def test_gradient_accumulation_gives_the_same_losses(pessa: Pessa, llama: Path, tmp_path: Path) -> None:
     data = sums(tmp_path / "sums.jsonl")
     line = ("tune", llama, "--method", "lora", "--data", data, *QUICK)
@@ -159,6 +161,7 @@ def test_a_pruned_model_is_tuned(layout: str, pessa: Pessa, pruned: Callable[...
     assert len(set(losses(tmp_path / "adapter"))) == 4
 
 
+@pytest.mark.slow
 def test_a_stopped_run_resumes(llama: Path, tmp_path: Path) -> None:
     tuning = Tuning().changed(method="lora", max_steps=6, batch=4, log_steps=1, save_steps=2, device="cpu")
     job = Job(open_model(llama), sums(tmp_path / "sums.jsonl"), tmp_path / "whole", tuning, "llama")

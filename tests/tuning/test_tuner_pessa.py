@@ -384,6 +384,7 @@ def train(folder: Path, steps: int, resume: bool = False, **options: Any) -> tup
     return model.eval(), [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
+@pytest.mark.slow
 def test_trainer_resumes_and_checkpoints_gradients(tmp_path: Path) -> None:
     whole, losses = train(tmp_path / "whole", 6)
     assert losses[-1] < losses[0]

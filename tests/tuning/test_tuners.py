@@ -240,6 +240,7 @@ def test_regularizer() -> None:
         regularizer(tiny.build("llama"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("steps", [1, 2])
 def test_sorsa_in_a_trainer(tmp_path: Path, steps: int) -> None:
     """The regulariser enters a step's loss once, times gamma / learning rate, for any number of micro-batches."""
@@ -276,6 +277,7 @@ def test_sorsa_in_a_trainer(tmp_path: Path, steps: int) -> None:
     assert losses(Ours, 5e-4) == pytest.approx(plain + 0.5 * 3.0, rel=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["sorsa", "pica-shared", "svft-banded"])
 def test_a_trainer_resumes(case: str, tmp_path: Path) -> None:
     """Four steps, resumed from the checkpoint after two, give the parameters of an uninterrupted run."""
