@@ -1,1 +1,1 @@
-"""The passes over a checkpoint: measure, plan, rewrite, and write the output with its manifest and card."""
+"""The passes over a checkpoint: decompose its blocks, cut them to a rank plan, and write the output with manifest."""
