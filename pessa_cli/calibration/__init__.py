@@ -1,1 +1,1 @@
-"""Collecting calibration statistics: one pass of real data through a model."""
+"""Collecting calibration statistics by running calibration data through a model, and trial cuts of its blocks."""

@@ -1,1 +1,1 @@
-"""Calibration statistics: their file, and what they say to the decomposition of a block."""
+"""Calibration statistics of attention blocks: the sums, their file, and the weightings that follow from them."""

@@ -1,1 +1,1 @@
-"""One command as one function, for the command line and for Python: open a model, calibrate, plan, write, verify."""
+"""One function for each command, for the command line and for Python: inspect, decompose, prune, export, verify."""

@@ -89,14 +89,14 @@ def export(
     if unfit := [name for name, given in options.items() if given]:
         raise UsageError(f"--to {to} has no {', '.join(unfit)}", "leave it out")
     if out.exists() and Path(model).exists() and out.samefile(model):
-        raise PessaError(f"{out} is the model that would be exported", "give another -o")
+        raise PessaError(f"-o {out} is the model to be exported", "give another -o")
     with open_source(str(model), revision) as folder:
         _export_to(to, folder, out, run)
     return ExportedModel(str(model), to, out)
 
 
 def _export_to(to: OtherFormat, folder: Path, out: Path, run: Run) -> None:
-    """Write another program's format; each needs a library that not every user has."""
+    """Write another program's format; the modules are imported here because each needs an optional library."""
     if to == "onnx":
         from pessa_cli.exports.onnx import export_onnx
 

@@ -240,7 +240,7 @@ def test_a_model_that_does_not_fit_is_read_from_disk_block_by_block(
         assert all(torch.allclose(getattr(one, n), getattr(other, n)) for n in NAMES if n not in TRIED)
         assert other.trials is None
         assert one.trials is not None
-    assert "no trials" in shortages(parts, model.sites)[-1] or "independent" in shortages(parts, model.sites)[-1]
+    assert "no trial cuts" in shortages(parts, model.sites)[-1] or "independent" in shortages(parts, model.sites)[-1]
     assert ranks_for(model.sites, measure(model, model.sites, statistics=parts), Rule(target_attention=0.8), model.size)
     with pytest.raises(PessaError, match="do not fit twice"):
         collected(model, data, tmp_path / "no", Rule(rank=4))
@@ -342,9 +342,9 @@ def test_statistics_of_other_weights_or_of_nothing_are_refused(
         prune_model(open_model(other), tmp_path / "out", Rule(rank=4), statistics=found)
     with pytest.raises(PessaError, match="no statistics of"):
         found.of(open_model(tiny_folder("bert")).sites[0].__class__(**{**vars(model.sites[0]), "layer": 7}))
-    with pytest.raises(PessaError, match="not a file of statistics"):
+    with pytest.raises(PessaError, match="not a statistics file"):
         SavedStatistics(tiny_folder("whisper") / "model.safetensors")
-    with pytest.raises(PessaError, match="not a file of statistics"):
+    with pytest.raises(PessaError, match="not a statistics file"):
         SavedStatistics(tmp_path / "nowhere")
     prune_model(model, tmp_path / "compact", Rule(rank=4))
     with pytest.raises(UsageError, match="is compact"):
@@ -431,7 +431,7 @@ def test_the_commands(tiny_folder: TinyFolder, data: list[Path], tmp_path: Path,
     refused = tmp_path / "no"
     is_refusal(pessa("prune", folder, "-o", refused, "--method", "vanilla", *given), "vanilla", code=2)
     is_refusal(pessa("prune", folder, "-o", refused, "--sequential", "--statistics", file), "--sequential", code=2)
-    is_refusal(pessa("prune", folder, "-o", refused, *given, "--statistics", file), "there already", code=2)
+    is_refusal(pessa("prune", folder, "-o", refused, *given, "--statistics", file), "exists already", code=2)
     is_refusal(pessa("inspect", folder, "--statistics", folder / "config.json"), "config.json")
     assert not refused.exists()
 
