@@ -1,1 +1,1 @@
-"""The `pessa` command: its options, its commands, and everything that prints."""
+"""The `pessa` command: its subcommands, their options, and the only module that prints."""

@@ -15,7 +15,7 @@ from pessa_cli.ranks.spectra import LEVELS, Spectra, Trials
 
 SPECTRA_FILE = "spectra.safetensors"
 CALIBRATED = "calibrated"  # the key of the metadata that lists calibrated blocks
-DELETE = "delete it, and the spectra are computed from the weights again"
+DELETE = "delete it, and the model is decomposed again"
 
 
 def save_spectra(folder: Path, spectra: Mapping[str, Spectra]) -> None:
