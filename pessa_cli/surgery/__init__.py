@@ -1,4 +1,4 @@
-"""The passes over a checkpoint: decompose its blocks, cut them to a rank plan, and write the output with manifest."""
+"""The passes over a checkpoint: decompose blocks, cut them to a rank plan, and write the output with its manifest."""
 
 from __future__ import annotations
 

@@ -143,7 +143,7 @@ def _write_config(config: dict[str, Any], stored: list[Site], folder: Path) -> N
 
 
 def copy_side_files(source: Path, folder: Path) -> dict[str, str]:
-    """Copy the tokenizer and all other files of the source, except weights and files that are written anew.
+    """Copy the tokenizer and all other files of the source, except weights and files that are generated.
 
     A model card that pessa did not write is copied as README.original.md. Returns the names of the copies by the names
     of their sources.

@@ -75,8 +75,8 @@ def export(
     for a folder of ONNX graphs; the last two have no layout, and use only `force` and `progress` of `run`.
     architecture: treat the model as this `model_type`. revision: branch, tag or commit of a model from a hub.
 
-    Returns what was written. Raises UsageError for options that the format does not have, and PessaError for a dense
-    model that pessa did not write, and when `out` exists or cannot be written.
+    Returns the description of the output. Raises UsageError for options that the format does not have, and PessaError
+    for a dense model that pessa did not write, and when `out` exists or cannot be written.
     """
     out = Path(out)
     if to == "transformers":

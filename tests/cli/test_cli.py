@@ -234,7 +234,7 @@ def test_plots(suffix: str, start: bytes, pessa: Pessa, tiny_folder: TinyFolder,
 @pytest.mark.parametrize(
     "command", [["prune", "--rank", "5"], ["prune", "--rank", "5", "--layout", "dense"], ["decompose"]]
 )
-def test_other_blocks_stay_byte_for_byte(
+def test_other_blocks_are_copied_byte_for_byte(
     command: list[str], options: list[str], chosen: str, pessa: Pessa, tiny_folder: TinyFolder, tmp_path: Path
 ) -> None:
     folder, out = tiny_folder("whisper"), tmp_path / "out"

@@ -171,8 +171,8 @@ def test_a_recipe_prunes_within_a_limit_on_the_word_error_rate(
     samples, rate = soundfile.read(clip)
     for name, part in (("first", samples[: len(samples) // 2]), ("second", samples[len(samples) // 2 :])):
         soundfile.write(tmp_path / f"{name}.wav", part, rate)
-    said = "No matter. Try again. Fail again. Fail better."
-    (tmp_path / "held-out.jsonl").write_text(json.dumps({"audio": "second.wav", "text": said}))
+    transcript = "No matter. Try again. Fail again. Fail better."
+    (tmp_path / "held-out.jsonl").write_text(json.dumps({"audio": "second.wav", "text": transcript}))
     recipe = tmp_path / "recipe.toml"
     keys = {"sites": ["encoder.self"], "calibrate": [str(tmp_path / "first.wav")], "round_to": 4}
     keys |= {"evaluate": str(tmp_path / "held-out.jsonl"), "max_wer_increase": 20.0}
