@@ -1,4 +1,4 @@
-"""Helpers that every other package may import: errors, progress, message text, threads and optional packages."""
+"""Helpers that every other package may import: errors, options, progress, message text, threads and lazy exports."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Fine-tuning: adapter methods, training, and merging adapters into a checkpoint."""
+"""Fine-tuning: adapter methods, training, and the merging of adapters into the weights of a model."""
 
 from __future__ import annotations
 
