@@ -130,7 +130,8 @@ def check_spectra(folder: Path, known: Spectra, site: Site, weights: HeadWeights
         allowed = 4 * roundoff * roots.amax(dim=-1, keepdim=True) + least
         if ((norms - roots).abs() > allowed).any():
             raise PessaError(
-                f"{folder / SPECTRA_FILE} does not belong to these weights: {site.name} has changed since then",
+                f"{folder / SPECTRA_FILE} does not belong to these weights: {site.name} has changed since it was "
+                "decomposed",
                 DELETE,
             )
 
