@@ -1,8 +1,8 @@
 """pessa: absorb, decompose, prune and verify the attention of transformer checkpoints.
 
-Importing this package once lets transformers' `from_pretrained` load compact models, and PEFT our fine-tuning
-methods. It costs nothing until transformers loads its quantizers, or PEFT is imported: registration waits for that, so
-the command line need not import torch. The names of `pessa_cli.api` are available here, and are imported on first use.
+After this package is imported, `from_pretrained` of transformers loads compact models, and PEFT has the fine-tuning
+methods of pessa. They are registered only when transformers loads its quantizers or PEFT is imported, so that importing
+this package does not import torch. The names of `pessa_cli.api` are available here, and are imported on first use.
 """
 
 from __future__ import annotations

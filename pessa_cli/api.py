@@ -1,7 +1,7 @@
 """The public Python API: every name here may be imported from `pessa_cli` directly.
 
-What is not named here may change in any release. The names are imported on first use, because torch takes seconds, and
-PEFT is not installed for everybody.
+Names that are not listed here may change in any release. The names are imported on first use, because importing torch
+takes seconds, and because PEFT is optional.
 
 A model is pruned in three lines:
 
@@ -66,7 +66,7 @@ __all__ = [
     "verify_files",
 ]
 
-# Where each name is defined, for the first use; the imports above tell type checkers the same.
+# The names by the module that defines them; the imports above are the same for type checkers.
 _MODULES = {
     "common.errors": ("PessaError", "UsageError"),
     "evaluation.bench": ("BenchSettings",),
@@ -102,12 +102,13 @@ if not TYPE_CHECKING:
 
 
 def load_whisper(model: str | Path, device: str | torch.device | None = None) -> Whisper:
-    """A Whisper model of pessa, compact or dense, as a model of openai-whisper: `transcribe()` and all else work.
+    """Load a Whisper model that pessa wrote, compact or dense, as a model of openai-whisper, for example to transcribe.
 
-    model: a folder, a file, or a name on a hub. device: where it runs; by default CUDA if there is any, else the CPU.
+    model: a folder, a file, or a name on a hub. device: of the model; by default CUDA if it is available, otherwise the
+    CPU.
 
     Returns a `whisper.Whisper` in float32, whose compact blocks compute with the kept directions only. Raises
-    PessaError without openai-whisper, and for a model that openai-whisper cannot compute.
+    PessaError if openai-whisper is not installed, and for a model that openai-whisper cannot compute.
     """
     from pessa_cli.runtime.openai_whisper import load_whisper as load
 

@@ -1,4 +1,4 @@
-"""The order of the packages, from their source: who imports whom, who prints, who needs torch."""
+"""The structure of the packages: the order of imports, the exported names, and which modules print or load torch."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -20,21 +21,20 @@ MODULES = {
     ".".join(path.relative_to(SOURCE).with_suffix("").parts): ast.parse(path.read_text(encoding="utf-8"))
     for path in sorted(SOURCE.rglob("*.py"))
 }
-# What `pessa --help`, `import pessa_cli` and the first lines of every command load; the rest waits for work to do.
+# Modules that `pessa --help`, `import pessa_cli` or the first lines of a command import; they must be fast to import.
 NO_TORCH = (
     *("__init__", "api", "cli.main", "cli.options", "cli.console", "cli.expand", "cli.junit", "cli.plot"),
     *("workflow.recipe", "workflow.architectures", "evaluation.limits"),
     *(
         "common.errors",
+        "common.lazy",
         "common.text",
         "common.packages",
         "common.options",
         "common.values",
         "common.toml",
-        "checkpoint.reader",
-        "checkpoint.shards",
-        "checkpoint.staging",
     ),
+    *("checkpoint.reader", "checkpoint.shards", "checkpoint.staging"),
     *("blocks.table", "blocks.discover", "blocks.compact_format", "ranks.rule", "ranks.plan", "ranks.budget"),
     *("sources.open", "sources.ctranslate2", "sources.hub", "sources.pickled", "sources.openai", "sources.gguf"),
     *("models.audio", "tuning.options", "tuning.peft_plugin", "runtime.buckets"),
@@ -54,7 +54,7 @@ HEAVY = {
 
 
 def imports(tree: ast.AST) -> Iterator[str]:
-    """The modules and names a file imports, also inside functions and for types only."""
+    """Yield the modules and names that a file imports, including those inside functions and for types only."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -65,33 +65,56 @@ def imports(tree: ast.AST) -> Iterator[str]:
 
 
 def package_of(module: str) -> str:
-    """ "surgery" for surgery.model, "" for what lies at the top."""
+    """Return the package of a module, such as "surgery" for surgery.model; "" for a module at the top."""
     return module.partition(".")[0] if module not in TOP else ""
 
 
 def used_packages(module: str) -> set[str]:
-    """The packages that a module imports from; "" for the top."""
+    """Return the packages that a module imports from; "" for the top."""
     names = [name.split(".") for name in imports(MODULES[module]) if name.split(".")[0] == "pessa_cli"]
     return {name[1] if len(name) > 1 and name[1] in PACKAGES else "" for name in names}
 
 
 def test_every_package_is_in_the_order_and_says_what_belongs_there() -> None:
-    there = {module.partition(".")[0] for module in MODULES if "." in module}
-    assert there == set(PACKAGES)
+    found = {module.partition(".")[0] for module in MODULES if "." in module}
+    assert found == set(PACKAGES)
     assert {path.stem for path in SOURCE.glob("*.py")} == TOP
     for package in PACKAGES:
         assert purpose(package).endswith("."), package
 
 
+def modules_of(package: str) -> set[str]:
+    return {module.partition(".")[2] for module in MODULES if module.startswith(f"{package}.")}
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_every_exported_name_exists(package: str) -> None:
+    """Type checkers must see the same names. A name must not be that of a module, which would replace it."""
+    found = import_module(f"pessa_cli.{package}")
+    assert found.__all__
+    assert [name for name in found.__all__ if not hasattr(found, name)] == []
+    assert modules_of(package) & set(found.__all__) == set()
+    seen = {name.rpartition(".")[2] for name in imports(MODULES[f"{package}.__init__"]) if f".{package}." in name}
+    assert seen == set(found.__all__)
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_packages_export_what_others_import(package: str) -> None:
+    """Except functions with the name of their module, such as `workflow.prune.prune`."""
+    others = (imports(tree) for module, tree in MODULES.items() if package_of(module) != package)
+    used = {name.split(".")[-1] for names in others for name in names if name.startswith(f"pessa_cli.{package}.")}
+    assert used - set(import_module(f"pessa_cli.{package}").__all__) <= modules_of(package)
+
+
 @pytest.mark.parametrize("module", [module for module in MODULES if package_of(module)])
 def test_imports_point_downwards(module: str) -> None:
-    """Those inside functions and for types only, too."""
+    """This includes imports inside functions, and imports for types only."""
     own = package_of(module)
     allowed = set(PACKAGES[: PACKAGES.index(own) + 1])
     assert used_packages(module) <= allowed, f"{module} imports from above {own}"
 
 
-def test_no_circle_within_a_package() -> None:
+def test_no_import_cycle_within_a_package() -> None:
     graph: dict[str, set[str]] = {}
     for module, tree in MODULES.items():
         names = [name.removeprefix("pessa_cli.") for name in imports(tree) if name.startswith("pessa_cli.")]
@@ -106,7 +129,7 @@ def test_no_file_is_long() -> None:
 
 
 def test_no_two_classes_have_the_same_name() -> None:
-    """Nor two constants called METHODS: a name means one thing in the whole package."""
+    """The name of a class must mean one thing in the whole package."""
     places: dict[str, list[str]] = {}
     for module, tree in MODULES.items():
         for node in ast.iter_child_nodes(tree):
@@ -137,8 +160,8 @@ def test_input_and_output_never_do_algebra(module: str) -> None:
     assert not [node for node in ast.walk(tree) if isinstance(node, ast.BinOp) and isinstance(node.op, ast.MatMult)]
 
 
-def test_nobody_imports_click() -> None:
-    """typer's public API only: it carries its own copy of Click, which is not the one that a user may have."""
+def test_no_module_imports_click() -> None:
+    """Only typer's public API is used, because typer contains its own copy of Click."""
     names = [name for tree in MODULES.values() for name in imports(tree)]
     assert not [name for name in names if name.split(".")[0] == "click" or name.startswith("typer._")]
 
@@ -169,7 +192,7 @@ def loaded() -> dict[str, list[str]]:
 
 @pytest.mark.parametrize("module", NO_TORCH)
 def test_nothing_heavy_at_import(module: str, loaded: dict[str, list[str]]) -> None:
-    """Asked of Python: a module may be light itself and import a heavy one."""
+    """Tested by importing, because a light module may import a heavy one."""
     assert loaded["pessa_cli" if module == "__init__" else f"pessa_cli.{module}"] == []
 
 
@@ -179,7 +202,7 @@ def test_no_test_fetches_models_but_by_the_fixture() -> None:
     assert [path.name for path in files if "fetch_models import" in path.read_text()] == ["conftest.py"]
 
 
-def test_the_tests_lie_as_the_packages_do() -> None:
+def test_the_folders_of_the_tests_are_those_of_the_packages() -> None:
     tests = Path(__file__).parent
     folders = {path.name for path in tests.iterdir() if path.is_dir() and any(path.glob("test_*.py"))}
     assert folders <= {*PACKAGES, "docs"}

@@ -1,1 +1,46 @@
 """The mathematics on tensors: head weights, products, decompositions and rotary pairs. It reads and writes no files."""
+
+from __future__ import annotations
+
+from pessa_cli.algebra.absorb import Absorbed, Pair, recompose
+from pessa_cli.algebra.compare import relative_difference
+from pessa_cli.algebra.decompose import (
+    Transforms,
+    norm_products,
+    norm_transforms,
+    singular_values,
+    svd_transforms,
+    transformed,
+    triangular,
+)
+from pessa_cli.algebra.heads import HeadWeights, all_finite, joined, live
+from pessa_cli.algebra.rope import PairWeighting, compensated, contributions, output_gram, rotated
+from pessa_cli.algebra.weighted import Weighting, refitted, scales, traces, weighted_transforms
+
+__all__ = [
+    "Absorbed",
+    "HeadWeights",
+    "Pair",
+    "PairWeighting",
+    "Transforms",
+    "Weighting",
+    "all_finite",
+    "compensated",
+    "contributions",
+    "joined",
+    "live",
+    "norm_products",
+    "norm_transforms",
+    "output_gram",
+    "recompose",
+    "refitted",
+    "relative_difference",
+    "rotated",
+    "scales",
+    "singular_values",
+    "svd_transforms",
+    "traces",
+    "transformed",
+    "triangular",
+    "weighted_transforms",
+]

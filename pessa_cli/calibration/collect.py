@@ -1,7 +1,7 @@
-"""Calibration: one pass of real data through the model, collecting what each attention block does with it.
+"""Calibration: run the calibration data through a model, and collect the statistics of its attention blocks.
 
-Speech models hear audio files, folders of them, or the clips of JSON lines; text models read text files or JSON lines.
-Every input runs alone, so that nothing is padding but what the model itself pads.
+The calibration data of speech models are audio files, folders of them, or JSON lines of clips; those of text models are
+text files or JSON lines. Every input runs in a batch of its own, so that no padding is added to it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from pessa_cli.blocks.site import Site
-from pessa_cli.calibration.listeners import collect_statistics
+from pessa_cli.calibration.listeners import BY_WEIGHTS, collect_statistics
 from pessa_cli.calibration.sequential import collect_in_sequence
 from pessa_cli.calibration.trial_cuts import PASSES, try_out
 from pessa_cli.common.errors import PessaError, UsageError
@@ -33,16 +33,16 @@ from pessa_cli.surgery.decomposition import Decomposition, decomposition_of
 from pessa_cli.surgery.model import Model
 from pessa_cli.surgery.run import Run
 
-TRIED = 8  # inputs that trials are made on, at most
-FOLDS = 4  # one of so many parts of the inputs is for trials; the decomposition that is tried is that of the others
+TRIED = 8  # the largest number of inputs for trial cuts
+FOLDS = 4  # one of this many parts of the inputs is for trial cuts; the blocks are then decomposed by the other parts
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """What a run knows of the calibration data.
+    """Calibration statistics, with what was read and computed to collect them.
 
-    blocks: the reader that knows the weights by now. decomposition: that of all chosen blocks by these statistics, if
-    collecting them has needed one already.
+    blocks: the reader, which may hold the weights in memory. decomposition: that of all chosen blocks by these
+    statistics, if collecting them has already computed it; otherwise None.
     """
 
     statistics: Statistics
@@ -59,21 +59,27 @@ def calibration_for(
     rule: Rule | None = None,
     run: Run | None = None,
 ) -> Iterator[Calibration | None]:
-    """What the options --calibrate and --statistics ask for: statistics collected or read, or None without either.
+    """Collect or read the statistics for the options --calibrate and --statistics; None without either.
 
-    With both, what is collected is also saved to the one file. With `rule` the statistics are collected in sequence.
-    Raises UsageError for options that do not go together, and what `calibrate` raises.
+    With both options, the collected statistics are also saved to the file. rule: if given, the statistics are collected
+    in sequence. Raises UsageError for options that exclude each other, and the errors of `calibrate`.
     """
     if rule is not None and data is None:
-        raise UsageError("--sequential depends on the rule", "give it the data itself: --calibrate")
+        raise UsageError(
+            "--sequential needs the calibration data, because its statistics depend on the rule",
+            "give --calibrate DATA",
+        )
     run = run or Run()
     if data is None:
         yield Calibration(SavedStatistics(*files), BlockReader(model.reader)) if files else None
         return
     if len(files) > 1:
-        raise UsageError("--calibrate writes one --statistics", "collect first, and add files up afterwards")
+        raise UsageError(
+            f"--calibrate writes one file, but --statistics names {len(files)}",
+            "collect into one file; to add up several files, give them without --calibrate",
+        )
     if files and files[0].exists():
-        raise UsageError(f"{files[0]} is there already", "leave out --calibrate to use it, or give another file")
+        raise UsageError(f"{files[0]} exists already", "leave out --calibrate to use it, or give another file")
     with calibrate(model, sites, data, rule, run) as found:
         if files:
             save(files[0], found, sites)
@@ -88,13 +94,16 @@ def collect(
     rule: Rule | None = None,
     run: Run | None = None,
 ) -> None:
-    """Collect the statistics of blocks, and save them to a file; see `calibrate`."""
+    """Collect the statistics of the given blocks, and save them to the file `out`; see `calibrate` for the errors."""
     with calibrate(model, sites, read_data(data), rule, run or Run()) as found:
         save(out, found, sites)
 
 
 def save(path: Path, found: Calibration, sites: Sequence[Site]) -> None:
-    """Save statistics with the fingerprints of the weights that they belong to. Raises PessaError if that fails."""
+    """Save statistics to a file, with the fingerprints of the weights that they belong to.
+
+    Raises PessaError if the file cannot be written.
+    """
     blocks = found.blocks
     fingerprints = {site.name: blocks.fingerprint(site, blocks.weights(site)) for site in sites}
     sums = {site.name: found.statistics.of(site) for site in sites}
@@ -105,17 +114,19 @@ def save(path: Path, found: Calibration, sites: Sequence[Site]) -> None:
 def calibrate(
     model: Model, sites: Sequence[Site], data: CalibrationData, rule: Rule | None, run: Run
 ) -> Iterator[Calibration]:
-    """Run the data through the model and collect the statistics of the given blocks, in memory.
+    """Run the data through the model, and collect the statistics of the given blocks in memory.
 
-    Takes a float64 matrix of a block's width for each block, and the attention of one input at a time. Weights that do
-    not fit into memory twice are read from disk block by block, at every input, and there are no trial cuts. With
-    `rule` each block is calibrated on what the blocks before it produce when they are pruned by it: one more pass for
-    each block. Raises UsageError for a model and data that do not fit each other, and PessaError for a model that
-    cannot be calibrated.
+    Memory is needed for the model, for one float64 matrix (H d, H d) for each block, and for the attention weights of
+    one input. If the float32 weights do not fit into memory twice, they are read from disk block by block for every
+    input, and there are no trial cuts. rule: if given, each block is calibrated on the outputs of the blocks before it
+    after those were pruned by the rule, which takes one more pass over the data for each block.
+
+    Raises UsageError for data that do not fit the model and for blocks that cannot be calibrated, and PessaError when
+    the model does not compute attention as the statistics assume.
     """
     items, hashes = data
     free = free_memory()
-    fits = free is None or 2 * 4 * model.parameters < free  # in float32, and the cut one of the trials
+    fits = free is None or 2 * 4 * model.parameters < free  # the float32 model, and cut copies of its blocks
     if rule is not None and not fits:
         raise PessaError(
             f"--sequential: {4 * model.parameters:,} bytes of weights do not fit twice into {free:,} of free memory",
@@ -138,14 +149,14 @@ def calibrate(
                 inputs: Iterable[tuple[Inputs, int]] = _sampled(
                     windows(model.reader.folder, loaded, items, transcribed), samples
                 )
-                if sequence is not None:  # which goes over the inputs again for each block
+                if sequence is not None:  # the inputs are needed again for each block
                     inputs = list(inputs)
                 total = sum(item.nbytes for item in items)
                 ticks = run.progress("calibrating", total, 1)
                 held_out, others = collect_statistics(loaded, sites, inputs, blocks, ticks, FOLDS)
             found = {site.name: held_out[site.name] + others[site.name] for site in sites}
             if fits:
-                few = not any(float(one.frames) for one in others.values())  # of one input nothing can be held out
+                few = not any(float(one.frames) for one in others.values())  # a single input cannot be held out
                 loaded.set_attn_implementation("sdpa")
                 tried = CollectedStatistics(found if few else others, hashes)
                 with decomposition_of(model, run, blocks) as trial, run.progress("trying out", 0, PASSES) as tick:
@@ -159,7 +170,10 @@ def calibrate(
 
 
 def free_memory() -> int | None:
-    """Bytes, None where nothing tells or no package could put weights elsewhere."""
+    """Return the free memory in bytes.
+
+    Returns None without psutil, which measures it, and without accelerate, which could leave weights on disk.
+    """
     if find_spec("psutil") is None or find_spec("accelerate") is None:
         return None
     import psutil
@@ -168,7 +182,7 @@ def free_memory() -> int | None:
 
 
 def _sampled(inputs: Iterable[tuple[Inputs, int]], samples: list[Inputs]) -> Iterator[tuple[Inputs, int]]:
-    """The same inputs, with some of the first of every FOLDS kept on the way, evenly spaced: at most TRIED."""
+    """Yield all inputs, and store in `samples` at most TRIED, evenly spaced among the first of every FOLDS inputs."""
     every = FOLDS
     for number, (given, nbytes) in enumerate(inputs):
         if number % every == 0:
@@ -180,31 +194,35 @@ def _sampled(inputs: Iterable[tuple[Inputs, int]], samples: list[Inputs]) -> Ite
 
 
 def load_for_calibration(model: Model, **placing: Any) -> Any:
-    """The model with an attention that gives its weights away.
+    """Load the model with the attention implementation of transformers that returns attention weights.
 
-    Raises UsageError for one in the compact layout, and for attention that hooks on its projections do not understand.
+    placing: arguments of `from_pretrained` that place the weights. Raises UsageError for a compact model, and for
+    attention blocks that hooks on the projections cannot observe.
     """
     for site in model.sites:
-        if why := _unheard(site):
-            raise UsageError(f"{site.name} cannot be calibrated: {why}", "go by the weights alone")
+        if why := _obstacle(site):
+            raise UsageError(
+                f"{site.name} cannot be calibrated: {why}",
+                BY_WEIGHTS,
+            )
     if any((site.qk_ranks, site.vo_ranks) != (site.full, site.full) for site in model.sites):
         raise UsageError(
-            f"{model.reader.folder} is compact: some of its directions are gone",
-            "calibrate the original, or what `pessa export --layout dense` makes of this one",
+            f"{model.reader.folder} is compact, which cannot be calibrated: some of its directions are not stored",
+            "calibrate the original model, or export this one with `pessa export --layout dense` and calibrate that",
         )
     loaded = load(model, **placing)
     loaded.set_attn_implementation("eager")
     return loaded
 
 
-def _unheard(site: Site) -> str:
-    """Why what the projections of a block give away is not enough; nothing for no such reason."""
+def _obstacle(site: Site) -> str:
+    """Return why the outputs of a block's projections are not enough to calibrate it; "" if they are."""
     if site.spec.fused:
-        return "queries, keys and values come out of one projection"
+        return "queries, keys and values come from one projection"
     if 0 < site.unmerged < site.head_dim:
-        return "a part of each head rotates"
+        return f"RoPE rotates only {site.unmerged} of the {site.head_dim} dimensions of each head"
     if site.spec.key_bias_stays:
-        return "its projections see relative positions, too"
+        return "its projections are also applied to relative positions"
     if not site.spec.compact:
         return "it reads the weights of its projections directly"
     return ""

@@ -19,7 +19,8 @@ from pessa_cli.models.windows import device_of, on_device
 from pessa_cli.statistics.sums import NAMES, BlockStatistics, shapes_of
 from pessa_cli.surgery.block_reader import BlockReader
 
-QUERIES = 64  # of each input that are looked at one by one: more cost much and change little
+QUERIES = 64  # queries of each input for the statistics that need each query alone; more cost much and change little
+BY_WEIGHTS = "prune by the weights alone: leave out --calibrate and --statistics"
 
 
 def collect_statistics(
@@ -30,10 +31,11 @@ def collect_statistics(
     progress: AbstractContextManager[Tick],
     folds: int = 1,
 ) -> list[dict[str, BlockStatistics]]:
-    """Run the inputs through the model and add up the statistics of the given blocks, by site name.
+    """Run the inputs through the model, and add up the statistics of the given blocks.
 
-    inputs: each with its number of bytes, for the progress. The first result holds the sums over the first of every
-    `folds` inputs, the second one those over the others; without folds there is one result, over all inputs.
+    inputs: each with its number of bytes, for the progress bar. folds: if more than 1, there are two results: the sums
+    over the first of every `folds` inputs, and those over the other inputs; otherwise there is one result, over all
+    inputs. Each result is by site name. Raises PessaError as BlockListener does.
     """
     with ExitStack() as hooks, progress as tick:
         masks, modules, device = VisibleKeys(), block_modules(sites, loaded), device_of(loaded)
@@ -49,7 +51,7 @@ def collect_statistics(
 
 
 def run_input(model: Any, inputs: Inputs, listeners: Sequence[BlockListener], fold: int = 0) -> None:
-    """Run one input through the model, and add what it does to one fold of the listeners' sums."""
+    """Run one input through the model, and add its statistics to the sums of one fold."""
     for listener in listeners:
         listener.fold = fold
     try:
@@ -60,14 +62,20 @@ def run_input(model: Any, inputs: Inputs, listeners: Sequence[BlockListener], fo
 
 
 class VisibleKeys:
-    """Which keys each query sees, as rows that sum to one; computed once for each mask, since layers share theirs."""
+    """The keys that each query can see, as rows that sum to one.
+
+    They are computed once for each mask, because the layers of a model share their masks.
+    """
 
     def __init__(self) -> None:
         self._mask: Tensor | None = None
         self._rows = self._totals = torch.empty(0)
 
     def of(self, attention: Tensor) -> tuple[Tensor, Tensor]:
-        """The rows, (G, queries, keys), and their sums over queries, (G, keys), for attention weights (G, ...)."""
+        """Return the rows, (G, queries, keys), and their sums over the queries, (G, keys).
+
+        attention: attention weights, (G, queries, keys); a query sees the keys with a weight above 0.
+        """
         mask = attention > 0
         if self._mask is None or mask.shape != self._mask.shape or not torch.equal(mask, self._mask):
             rows = mask.to(attention.dtype)
@@ -77,10 +85,14 @@ class VisibleKeys:
 
 
 class BlockListener:
-    """Adds up the statistics of one attention block of a model while `fold` says to which sums.
+    """Adds up the statistics of one attention block while the model runs, with hooks on its modules.
 
-    o: W_O as in HeadWeights. masks: may be shared by the blocks of a model. Every input has batch size 1. Raises
-    PessaError, while the model runs, for a block that does not compute attention times values.
+    fold: the index of the sums that are added to; None to add nothing. o: W_O as in HeadWeights. hooks: removes the
+    hooks when it is closed. masks: may be shared by the blocks of a model. folds: the number of separate sums. Every
+    input must have batch size 1.
+
+    While the model runs, PessaError is raised if the block returns no attention weights, if the input of W_O is not
+    attention times values, or if RoPE is applied in an unknown way.
     """
 
     def __init__(
@@ -94,7 +106,7 @@ class BlockListener:
         folds: int = 1,
     ) -> None:
         self.site = site
-        self.fold: int | None = None  # None while nothing is to be added up, as during generation
+        self.fold: int | None = None
         self._checked = False
         self._seen: dict[str, Tensor] = {}
         self._masks = masks or VisibleKeys()
@@ -105,7 +117,7 @@ class BlockListener:
             }
             for _ in range(folds)
         ]
-        # What stands for W_O where only inner products of outputs matter, (G, M, d, d).
+        # R of the QR decomposition of W_O, (G, M, d, d). It replaces W_O where only inner products of outputs matter.
         self._roots = torch.linalg.qr(o.double().permute(1, 2, 0, 3).to(device), mode="r").R
         for side in "qkv":
             hooks.callback(modules.projections[side].register_forward_hook(self._keep_output(side)).remove)
@@ -113,7 +125,7 @@ class BlockListener:
         hooks.callback(modules.block.register_forward_hook(self._add_call, with_kwargs=True).remove)
 
     def found(self, fold: int = 0) -> BlockStatistics:
-        """The sums of one fold so far, on the CPU."""
+        """Return the sums of one fold so far, on the CPU."""
         return BlockStatistics(**{name: total.cpu() for name, total in self._sums[fold].items()})
 
     def _keep_output(self, side: str) -> Any:
@@ -128,7 +140,7 @@ class BlockListener:
             self._seen["o"] = args[0]
 
     def _add_call(self, _module: nn.Module, _args: Any, kwargs: Mapping[str, Any], output: Any) -> None:
-        """Add up one call of the block."""
+        """Add one call of the block to the sums."""
         if self.fold is None:
             return
         site, sums = self.site, self._sums[self.fold]
@@ -137,7 +149,7 @@ class BlockListener:
             (t[0] for t in output if isinstance(t, Tensor) and t.dim() == 4 and t.shape[1] == site.heads), None
         )  # (G M, queries, keys)
         if attention is None:
-            raise PessaError(f"{site.name} gives no attention weights", "this model cannot be calibrated")
+            raise PessaError(f"{site.name} returns no attention weights, which calibration needs", BY_WEIGHTS)
         queries = self._seen["q"][0].double().reshape(-1, g, m, d)
         keys = self._seen["k"][0].double().reshape(-1, g, d)
         values = self._seen["v"][0].double().reshape(-1, g, 1, d).permute(1, 2, 0, 3) @ self._roots.mT
@@ -152,7 +164,8 @@ class BlockListener:
             turned, turned_keys = self._rotated(queries, keys, kwargs.get("position_embeddings"))
             chosen = turned[some].permute(1, 2, 0, 3)  # (G, M, queries, d)
             sums["pairs"] += output_gram(chosen, turned_keys.transpose(0, 1), weights[:, :, some], values) * share
-        keys = (keys - keys.mean(0)).transpose(0, 1)  # (G, keys, d); what keys have in common would only cost digits
+        # The mean changes no covariance, and subtracting it avoids cancellation.
+        keys = (keys - keys.mean(0)).transpose(0, 1)  # (G, keys, d)
         if not site.by_pairs:
             sums["influence"] += _influence(weights[:, :, some], keys, values) * share
         visible, totals = self._masks.of(weights[:, 0])
@@ -165,7 +178,7 @@ class BlockListener:
         sums["mixture"] += mixtures.sum(0)
 
     def _check(self, attention: Tensor, mixtures: Tensor) -> None:
-        """Raise PessaError unless the input of W_O is attention times values, as the statistics take it to be."""
+        """Raise PessaError unless the input of W_O is attention times values, as the statistics assume."""
         site = self.site
         values = self._seen["v"][0].float().reshape(-1, site.kv_heads, 1, site.head_dim).permute(1, 2, 0, 3)
         weights = attention.reshape(site.kv_heads, site.group, *attention.shape[1:]).float()
@@ -173,30 +186,30 @@ class BlockListener:
         expected = (weights @ values).permute(2, 0, 1, 3).reshape(mixtures.shape).double() if fit else mixtures
         if not fit or not float((expected - mixtures).norm()) <= 1e-3 * float(mixtures.norm()):
             raise PessaError(
-                f"{site.name}: the input of its output projection is not attention times values",
-                "prune by the weights alone: leave out --calibrate and --statistics",
+                f"{site.name}: the input of its output projection is not attention times values", BY_WEIGHTS
             )
         self._checked = True
 
     def _rotated(self, queries: Tensor, keys: Tensor, rotation: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
-        """Queries and keys after RoPE. Raises PessaError if the block is not given its rotations as cos and sin."""
+        """Return queries and keys after RoPE. Raises PessaError if the block is not given cos and sin of full heads."""
         if rotation is None:
-            raise PessaError(f"{self.site.name} is given no rotations", "this model cannot be calibrated")
+            raise PessaError(f"{self.site.name} is not called with position_embeddings (cos and sin)", BY_WEIGHTS)
         cos, sin = (angle[0] for angle in rotation)
         if cos.shape[-1] != self.site.head_dim:
             raise PessaError(
                 f"{self.site.name}: rotations of width {cos.shape[-1]} for heads of width {self.site.head_dim}",
-                "prune by the weights alone: leave out --calibrate and --statistics",
+                BY_WEIGHTS,
             )
         return rotated(queries, cos, sin), rotated(keys, cos, sin)
 
 
 def _influence(attention: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """What errors of the keys do to the output, (G, d, d), summed over queries, to first order.
+    """Return the squared effect of key errors on the output, (G, d, d), summed over queries, to first order.
 
-    An error e_j of the scores moves the output of a query by sum_j a_j (e_j - mean e) v_j. Where e_j = k_j x that is
-    C^T x, with C the covariance of keys and values under the query's attention. attention: (G, M, queries, keys); keys:
-    (G, keys, d); values: (G, M, keys, w), behind W_O, or anything of the same inner products.
+    Errors e_j of a query's scores change its output by sum_j a_j (e_j - sum_i a_i e_i) v_j, where a are its attention
+    weights. For e_j = k_j x this is C^T x, where C is the covariance of keys and values under a, so that C C^T is
+    summed. attention: (G, M, queries, keys). keys: (G, keys, d). values: (G, M, keys, w), after W_O, or vectors with
+    the same inner products.
     """
     total, dtype = torch.zeros_like(keys.mT @ keys), attention.dtype
     # One query head at a time, and always in the same memory: it is the largest tensor of calibration.

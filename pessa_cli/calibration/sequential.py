@@ -1,4 +1,4 @@
-"""Calibration in sequence: each block is calibrated on what the pruned blocks before it produce."""
+"""Calibration in sequence: each block is calibrated on the outputs of the pruned blocks before it."""
 
 from __future__ import annotations
 
@@ -34,26 +34,28 @@ def collect_in_sequence(
     decomposition: Decomposition,
     run: Run,
 ) -> dict[str, BlockStatistics]:
-    """The statistics of each block, collected anew behind those before it as the rule prunes them.
+    """Collect the statistics of each block on the outputs of the blocks before it, which are pruned by the rule.
 
-    found: the statistics of the whole model, by which the ranks are planned. The blocks are added to `decomposition`.
+    loaded: the model in transformers; its blocks are pruned. inputs: each with its number of bytes. found: the
+    statistics of the unpruned model by site name, from which the ranks are planned. The decomposed blocks are added to
+    `decomposition`. Returns the statistics by site name.
     """
     spectra = measure(model, sites, run=run, statistics=CollectedStatistics(found, ()), blocks=blocks)
     plan = ranks_for(list(sites), spectra, rule, model.size)
     loaded.set_attn_implementation("eager")
-    modules, anew = block_modules(sites, loaded), dict(found)
+    modules, result = block_modules(sites, loaded), dict(found)
     total = sum(nbytes for _, nbytes in inputs)
     for site in sorted(sites, key=_place):
         with torch.inference_mode():
             ticks = run.progress(f"calibrating {site.name}", total, 1)
             sums = collect_statistics(loaded, [site], inputs, blocks, ticks)[0][site.name]
         before = found[site.name]
-        anew[site.name] = replace(sums, output=before.output, tried=before.tried, harm=before.harm)
-        decomposition.decompose([site], CollectedStatistics(anew, ()))
+        result[site.name] = replace(sums, output=before.output, tried=before.tried, harm=before.harm)
+        decomposition.decompose([site], CollectedStatistics(result, ()))
         set_block(site, modules[site.name], decomposition.cut(plan.kept(site), "dense"))
-    return anew
+    return result
 
 
 def _place(site: Site) -> tuple[bool, int, bool]:
-    """Where a block stands among those that one input passes through."""
+    """Return a sort key for the order in which an input passes through the blocks."""
     return not site.spec.kind.startswith("encoder"), site.layer, site.spec.kind.endswith("cross")

@@ -1,8 +1,8 @@
-"""Trial cuts: how much cutting a block changes its output and the model's, measured on a few calibration inputs.
+"""Trial cuts: measuring how much cutting a block changes its own output and the output of the model.
 
-Second moments alone do not predict that: to first order, with independent keys, the error of a cut Q-K comes out at a
-tenth of what it is in some blocks and at twice that in others. So each side of each block is really cut, at a few
-depths, and run on inputs that its decomposition has not seen.
+Second moments alone do not predict this: a first-order estimate with independent keys gives between a tenth of the
+measured error of a cut Q-K, in some blocks, and twice that error, in others. Therefore each side of each block is cut
+to a few shares, and run on a few calibration inputs that were not used for its decomposition.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from pessa_cli.ranks.spectra import LEVELS, Spectra, Spectrum, largest_pairs, pa
 from pessa_cli.statistics.sums import BlockStatistics
 from pessa_cli.surgery.decomposition import Decomposition
 
-DEPTH = 0.5  # the share of both sides that is cut where the harm to the model's output is measured
-SAMPLES = 4  # gradients that estimate the harm, for each input
-PASSES = 2 * len(LEVELS) + 1  # over the inputs
+DEPTH = 0.5  # the share of Q-K and of V-O that is cut to measure the harm to the model's output
+SAMPLES = 4  # the number of gradients for each input from which the harm is estimated
+PASSES = 2 * len(LEVELS) + 1  # passes over the inputs
 
 
 @dataclass
 class _Sums:
-    """What the trials of one block add up to, in float64; see `statistics.sums.BlockStatistics`."""
+    """The sums over the trial cuts of one block, in float64; see `statistics.sums.BlockStatistics`."""
 
     output: float = 0.0
     tried: Tensor = field(default_factory=lambda: torch.zeros(2, len(LEVELS), dtype=torch.float64))
@@ -51,10 +51,11 @@ def try_out(
     most_bytes: int,
     tick: Tick,
 ) -> dict[str, BlockStatistics]:
-    """The statistics of the blocks with the results of trial cuts; `tick` is called once for each of PASSES.
+    """Make trial cuts of the blocks, and return their statistics with the results added, by site name.
 
-    The model runs once for each input. What its blocks were called with is kept, up to `most_bytes` at a time, and the
-    cut blocks run on that. decomposition: of the blocks, by statistics that do not include these inputs.
+    The model runs once for each input. The inputs of its blocks are kept, up to `most_bytes` at a time, and the cut
+    copies of the blocks run on them. loaded: the model in transformers. found: the statistics without trial cuts.
+    decomposition: of the blocks, by statistics that do not include these inputs. tick: is called for each of PASSES.
     """
     ours = block_modules(sites, loaded)
     cut_blocks = {name: copied(modules) for name, modules in ours.items()}
@@ -102,7 +103,7 @@ def try_out(
 
 @torch.inference_mode()
 def _squares(modules: BlockModules, calls: Sequence[Call]) -> float:
-    """The sum of squares of the differences that a cut block makes to the outputs of the calls."""
+    """Return the sum of squared differences between the outputs of a cut block and those of the recorded calls."""
     total = 0.0
     for call in calls:
         total += float((call.output.double() - replay(modules, call).double()).square().sum())
@@ -118,11 +119,12 @@ def _run_and_harm(
     sums: Mapping[str, _Sums],
     generator: torch.Generator,
 ) -> dict[str, list[Call]]:
-    """Run the model on one input, add up the harm of each cut block alone, and return the calls of all blocks.
+    """Run the model on one input, add the harm of each block's cut to `sums`, and return the recorded calls by block.
 
-    The harm is what the difference of the block does to the output of the model, to second order: for logits the KL
-    divergence, which is half the variance that the difference gives to the log-likelihood of tokens drawn from the
-    model itself; for hidden states their relative squared error, likewise by random projections.
+    The harm is the effect on the model's output if only this block is cut, to second order. For logits it is the KL
+    divergence: half the variance of the change in log-likelihood of tokens drawn from the model itself (the Fisher
+    information). For hidden states it is their relative squared error, estimated by random projections. Both come from
+    gradients with respect to the block's output.
     """
     probes: dict[str, list[Tensor]] = {site.name: [] for site in sites}
     calls: dict[str, list[Call]] = {site.name: [] for site in sites}
@@ -161,13 +163,13 @@ def _run_and_harm(
 
 
 def _nbytes(calls: Mapping[str, Sequence[Call]]) -> int:
-    """The bytes that calls hold; a tensor that several blocks share counts once."""
+    """Return the number of bytes that recorded calls hold; a tensor that several blocks share is counted once."""
     tensors = (leaf for leaf in tree_flatten(calls)[0] if isinstance(leaf, Tensor))
     return sum({leaf.data_ptr(): leaf.nbytes for leaf in tensors}.values())
 
 
 def copied(modules: BlockModules) -> BlockModules:
-    """A copy of a block's modules that can be cut."""
+    """Return a copy of a block's modules, whose weights can be exchanged."""
     names = {id(module): name for name, module in modules.block.named_modules()}
     block = copy.deepcopy(modules.block)
     return BlockModules(
@@ -176,29 +178,29 @@ def copied(modules: BlockModules) -> BlockModules:
 
 
 def set_block(site: Site, modules: BlockModules, tensors: Mapping[str, Tensor]) -> None:
-    """Exchange the weights of one block of a loaded model, by the names in the file."""
+    """Replace the weights of one block of a loaded model; `tensors` are by their names in the file."""
     for side, module in modules.projections.items():
         for name, parameter in module.named_parameters():
             parameter.data.copy_(tensors[f"{site.module(side)}.{name}"])
 
 
 def kept_at(site: Site, spectra: Spectra, qk: float, vo: float) -> Site:
-    """What is kept of a block with these shares of its directions dropped."""
+    """Return the block with the ranks that remain when these shares of its Q-K and V-O directions are cut."""
 
-    def left(spectrum: Spectrum, share: float) -> NDArray[np.int64]:
+    def remaining(spectrum: Spectrum, share: float) -> NDArray[np.int64]:
         return smallest_dropped({site.name: spectrum}, share)[site.name]
 
-    vo_ranks = tuple(left(spectra.vo, vo).tolist())
+    vo_ranks = tuple(remaining(spectra.vo, vo).tolist())
     if spectra.qk is not None:
-        return with_ranks(site, tuple(left(spectra.qk, qk).tolist()), vo_ranks)
+        return with_ranks(site, tuple(remaining(spectra.qk, qk).tolist()), vo_ranks)
     if spectra.pairs is None or qk == 0:
         return with_ranks(site, site.full, vo_ranks)
-    pairs = largest_pairs(spectra.pairs, left(pair_shares(spectra.pairs), qk))
+    pairs = largest_pairs(spectra.pairs, remaining(pair_shares(spectra.pairs), qk))
     return with_ranks(site, pair_ranks(pairs), vo_ranks, pairs)
 
 
 def _projected(kind: str, output: Tensor, generator: torch.Generator) -> tuple[Tensor, float]:
-    """A random number made of the output, and what the square of its change is to be multiplied by."""
+    """Return a random scalar function of the output, and the factor by which the square of its change is the harm."""
     flat = output.reshape(-1, output.shape[-1])
     if kind == "logits":
         likelihood = flat.log_softmax(-1)

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from pessa_cli.workflow.written import WrittenModel
 
 
-# The terminal wraps long lines, so that a pipe gets each line whole.
+# Lines are wrapped by the terminal and not by rich, so that long lines stay whole in pipes and files.
 OUT = Console(highlight=False, soft_wrap=True)
 ERR = Console(stderr=True, highlight=False, soft_wrap=True)
 PERCENT = ("accuracy", "word error rate")  # metrics that are shown in percent
@@ -40,33 +40,35 @@ BARS = "▁▂▃▄▅▆▇█" if "utf" in OUT.encoding.lower() else "_.-:=+*
 
 
 def show_error(error: PessaError) -> None:
+    """Print an error and its hint to stderr."""
     ERR.print(f"[bold red]error:[/] {_plain(error.message)}")
     if error.hint:
         ERR.print(f"[bold]hint:[/] {_plain(error.hint)}")
 
 
 def _plain(text: str) -> str:
-    """Text from files and names, without control characters for the terminal or markup for rich."""
+    """Replace control characters of the terminal, and escape the markup of rich, in text from files and names."""
     return escape("".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text))
 
 
 def note(text: str) -> None:
+    """Print a message to stderr."""
     ERR.print(_plain(text))
 
 
 def show_text(text: str) -> None:
-    """Print the text unchanged, whatever the width of the terminal."""
+    """Print text to stdout, unchanged and not wrapped."""
     print(text)
 
 
 def show_json(value: Any) -> None:
-    """One JSON document on stdout, with nothing around it."""
+    """Print one JSON document to stdout."""
     print(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=True))
 
 
 @contextmanager
 def progress(what: str, nbytes: int, blocks: int) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar on stderr with bytes, blocks and the remaining time; it disappears at the end."""
+    """Show a progress bar on stderr with bytes, blocks and the remaining time; it disappears at the end."""
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TextColumn("{task.fields[blocks]}"))
     times = (TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, *times, console=ERR, transient=True, disable=not ERR.is_terminal) as bar:
@@ -82,7 +84,7 @@ def progress(what: str, nbytes: int, blocks: int) -> Iterator[Callable[[int, int
 
 
 def show_architectures(rows: list[dict[str, Any]]) -> None:
-    """The table of `architectures`."""
+    """Print the table of `architectures`."""
     table = Table(box=None, pad_edge=False)
     for heading in ("model_type", "blocks", "merges", "layouts", "since", "checked on"):
         table.add_column(heading, no_wrap=heading in ("model_type", "blocks"))
@@ -96,7 +98,7 @@ def show_architectures(rows: list[dict[str, Any]]) -> None:
 
 
 def show_warnings(warnings: list[str]) -> None:
-    """The blocks with too little calibration data; nothing if there are none."""
+    """Print the blocks that have too little calibration data, if there are any."""
     if warnings:
         note(
             f"Too little calibration data for {len(warnings)} blocks: their weights partly decide their ranks.\n"
@@ -105,7 +107,7 @@ def show_warnings(warnings: list[str]) -> None:
 
 
 def show_inspection(found: Inspection) -> None:
-    """The output of `inspect`: the model, its blocks or the curve, and what the rule would prune."""
+    """Print the output of `inspect`: the model, its blocks or the curve, and what the rule would prune."""
     _show_model(found)
     if found.curve:
         show_curve(found.curve, found.method)
@@ -115,7 +117,7 @@ def show_inspection(found: Inspection) -> None:
 
 
 def _show_model(found: Inspection) -> None:
-    """The header of `inspect`: the kinds of blocks, from names and shapes alone."""
+    """Print the header of `inspect`: the size of the model and its kinds of blocks."""
     totals, sites = found.totals, found.sites
     attention = totals["attention_parameters"] / totals["parameters"]
     OUT.print(f"[bold]{escape(found.model)}[/]  {escape(found.model_type)}, {totals['blocks']} attention blocks")
@@ -145,7 +147,7 @@ def _show_model(found: Inspection) -> None:
 
 
 def show_blocks(blocks: list[InspectedBlock]) -> None:
-    """The table of `inspect`: for each block the spectra of all its heads together, Q-K and V-O."""
+    """Print the table of `inspect`: for each block, the Q-K and V-O spectra of all its heads together."""
     table = Table(box=None, pad_edge=False)
     for heading in ("block", "", "largest", "median", "smallest", "kept", "spectrum, log"):
         table.add_column(
@@ -155,7 +157,7 @@ def show_blocks(blocks: list[InspectedBlock]) -> None:
         name = f"{block.kind}.{block.layer}"
         sides = (("Q-K", block.qk_spectrum, sum(block.qk_ranks)), ("V-O", block.vo_spectrum, sum(block.vo_ranks)))
         for label, spectrum, kept in sides:
-            if spectrum is None and block.qk_pairs is None:  # norms in between, for example
+            if spectrum is None and block.qk_pairs is None:  # for example with norms between W_Q and W_K
                 continue
             if spectrum is None:  # RoPE: pairs of directions, in the units of singular values and sorted like them
                 label, kept = f"{label} pairs", kept // 2
@@ -168,7 +170,7 @@ def show_blocks(blocks: list[InspectedBlock]) -> None:
 
 
 def show_curve(points: list[Point], method: str) -> None:
-    """What budgets keep, and the errors to expect."""
+    """Print the curve of `inspect`: budgets with the parameters that they keep and the expected errors."""
     whole = points[0]
     calibrated = method == "calibrated"
     error = "worst block, relative error" if calibrated else "worst product, relative error"
@@ -183,7 +185,7 @@ def show_curve(points: list[Point], method: str) -> None:
 
 
 def show_search(found: SearchResult) -> None:
-    """The budgets that a search has tried."""
+    """Print the budgets that a search has tried."""
     percent = 100 if found.metric in PERCENT else 1
     table = Table("attention kept", found.metric, "", box=None, pad_edge=False)
     table.add_row("100%", f"{percent * found.original:.3f}", "the original")
@@ -194,12 +196,12 @@ def show_search(found: SearchResult) -> None:
 
 
 def _with_data(rule: str, method: str) -> str:
-    """A rule in words, and whether it was applied to calibrated spectra."""
+    """Return a rule in words, with a note if it was applied to calibrated spectra."""
     return f"{rule}, calibrated" if method == "calibrated" else rule
 
 
 def show_totals(totals: Mapping[str, Any], rule: str) -> None:
-    """The shares that the ranks remove, counted as in the paper."""
+    """Print the shares that the ranks remove, counted as in the paper (PESSA/CLOVER, arXiv 2411.17426)."""
     OUT.print(
         f"[bold]{escape(rule)}[/] prunes {totals['qk_pruned']:.2%} of Q-K and {totals['vo_pruned']:.2%} of V-O "
         f"= {totals['attention_pruned']:.2%} of this attention = {totals['model_pruned']:.2%} of the model"
@@ -211,14 +213,14 @@ def show_totals(totals: Mapping[str, Any], rule: str) -> None:
 
 
 def show_written(written: WrittenModel, check: bool = True) -> None:
-    """What was written, and with `check` how to verify it."""
+    """Print what was written, and with `check` the command that verifies it."""
     rule = _show_pruned(written)
     how = f"; check it with: pessa verify {written.source} {written.out}" if check else ""
     note(f"{written.out} written, {rule}, {written.layout}{how}")
 
 
 def show_plan(written: WrittenModel) -> None:
-    """What a dry run would have written: the ranks of each block, and the files."""
+    """Print what a run would write: the ranks of each block, and the files."""
     rule = _show_pruned(written)
     table = Table("block", "ranks of Q-K", "ranks of V-O", box=None, pad_edge=False)
     for name, ranks in written.ranks.items():
@@ -230,7 +232,7 @@ def show_plan(written: WrittenModel) -> None:
 
 
 def _show_pruned(written: WrittenModel) -> str:
-    """The search, if there was one, and the totals of a pruned model; returns the rule in words."""
+    """Print the search, if there was one, and the totals of a pruned model; return the rule in words."""
     rule = _with_data(written.rule, written.method)
     if written.search is not None:
         show_search(written.search)
@@ -240,7 +242,7 @@ def _show_pruned(written: WrittenModel) -> str:
 
 
 def show_report(found: Verification) -> None:
-    """What `verify` found: the worst place of each level, the texts, and the verdict."""
+    """Print the report of `verify`: the largest difference on each level, the texts, and the verdict."""
     report, names = found.report, (found.reference, found.candidate)
     width = max(map(len, names))
     for name, parameters, nbytes in zip(names, report.parameters, report.nbytes, strict=True):
@@ -252,8 +254,8 @@ def show_report(found: Verification) -> None:
     for text in report.texts:
         verdict = "the same text" if text.reference == text.candidate else "[red]different texts[/]"
         OUT.print(f"\n[bold]{escape(text.name)}[/]: {verdict}")
-        for name, said in zip(names, (text.reference, text.candidate), strict=True):
-            on_one_line = said.replace("\n", "\\n")
+        for name, output in zip(names, (text.reference, text.candidate), strict=True):
+            on_one_line = output.replace("\n", "\\n")
             OUT.print(f"  {escape(name.ljust(width))}  {escape(on_one_line)}")
     OUT.print()
     if report.same:
@@ -266,7 +268,7 @@ def show_report(found: Verification) -> None:
 
 @contextmanager
 def training() -> Iterator[Callable[[TrainingStep], None]]:
-    """The last steps of a training run as a live table on stderr; in a file or a pipe one line for each step."""
+    """Show the last steps of training as a live table on stderr, or in files and pipes as one line for each step."""
     shown: deque[TrainingStep] = deque(maxlen=MOST_STEPS)
     with Live(console=ERR, auto_refresh=False) as live:
 
@@ -305,7 +307,7 @@ def _step_row(step: TrainingStep) -> dict[str, str]:
 
 
 def show_tuned(record: dict[str, Any]) -> None:
-    """The result of a training run."""
+    """Print the result of a training run."""
     share = record["trainable_parameters"] / record["parameters"]
     OUT.print(
         f"[bold]{escape(record['options']['adapter']['method'])}[/] trained {record['trainable_parameters']:,} of "
@@ -316,7 +318,7 @@ def show_tuned(record: dict[str, Any]) -> None:
 
 
 def show_scores(scores: list[Scores]) -> None:
-    """The table of `eval`, one row for each model; above it what was measured on how much data."""
+    """Print the table of `eval`, with one row for each model, below captions with metrics, data and their amounts."""
     captions: dict[str, dict[str, None]] = {}
     for score in (score for model in scores for found in model.found.values() for score in found):
         unit, amount = next(iter(score.counts.items()))
@@ -345,7 +347,7 @@ def _measured(metric: str, value: float) -> str:
 
 
 def show_bench(bench: Bench, names: tuple[str, str]) -> None:
-    """The table of `bench`: the reference, the candidate, and their ratio."""
+    """Print the table of `bench`: the reference, the candidate, and their ratio."""
     settings = bench.settings
     rounds = f"medians of {settings.rounds} alternating runs"
     how = f"{settings.device}, {settings.dtype}, {bench.threads} threads, batch {settings.batch}, {rounds}"
@@ -369,7 +371,7 @@ def _quantity(value: float, unit: str) -> str:
 
 
 def sparkline(spectrum: list[list[float]], width: int = 20) -> str:
-    """The geometric mean of the heads along the sorted directions, on a log scale of four decades."""
+    """Draw the geometric mean of the heads' spectra as `width` bars, on a logarithmic scale of four decades."""
     top = max(max(head) for head in spectrum)
     if top == 0:
         return BARS[0] * width
@@ -383,7 +385,7 @@ def sparkline(spectrum: list[list[float]], width: int = 20) -> str:
 
 
 def size(count: float) -> str:
-    """Bytes in decimal units, like those of file managers and hubs."""
+    """Format bytes in decimal units, as file managers and hubs do."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"

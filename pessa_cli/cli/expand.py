@@ -1,4 +1,4 @@
-"""Commands whose parameters are dataclasses: on the command line each of their fields is an option."""
+"""Commands with dataclasses as parameters: each field of these becomes an option on the command line."""
 
 from __future__ import annotations
 
@@ -28,21 +28,27 @@ class Given(NamedTuple):
 
 
 class _Group(NamedTuple):
-    """The options that stand for one parameter; `given`: the command gets them by name, without the others."""
+    """The options that stand for one parameter of a command.
+
+    given: the command receives a dict of only those options that the user has given, instead of the dataclass.
+    """
 
     kind: type
     settings: list[Setting]
     given: bool = False
 
     def value(self, values: dict[str, Any]) -> Any:
-        """What the command gets for what the command line says; takes it out of `values`."""
-        said = [(setting, values.pop(setting.name)) for setting in self.settings]
-        known = {setting.name: _field_value(setting, value) for setting, value in said if value is not None}
+        """Return the value of the parameter, and remove its options from `values`."""
+        found = [(setting, values.pop(setting.name)) for setting in self.settings]
+        known = {setting.name: _field_value(setting, value) for setting, value in found if value is not None}
         return known if self.given else made(self.kind, known)
 
 
 def with_options(command: Callable[..., None]) -> Callable[..., None]:
-    """The command with an option for each field of the dataclasses among its parameters, in their place."""
+    """Return the command with each dataclass among its parameters replaced by an option for each of its fields.
+
+    Raises ValueError if two of the options have the same name.
+    """
     hints = get_type_hints(command, include_extras=True)
     groups = {name: group for name, hint in hints.items() if (group := _group(hint)) is not None}
     parameters: list[Parameter] = []
@@ -56,14 +62,14 @@ def with_options(command: Callable[..., None]) -> Callable[..., None]:
     def run(**values: Any) -> None:
         command(**{name: group.value(values) for name, group in groups.items()}, **values)
 
-    # Read by typer; a name that two groups have is refused here.
+    # typer reads the signature. `replace` refuses two parameters of the same name.
     run.__signature__ = signature(command).replace(parameters=parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return run
 
 
 def _group(hint: Any) -> _Group | None:
-    """The options that a parameter of this type stands for; None for one that typer knows itself."""
+    """Return the options of a parameter of this type; None for a type that typer handles itself."""
     kind, *notes = get_args(hint) if get_origin(hint) is Annotated else (hint,)
     for note in notes:
         if isinstance(note, Given):
@@ -84,19 +90,22 @@ def _on_command_line(kind: type) -> list[Setting]:
 
 
 def _parameter(setting: Setting, given: bool) -> Parameter:
-    """An option as typer reads it; without a default where only what is given counts."""
+    """Return an option as typer expects it.
+
+    given: leave out the default, so that options that the user has not given are None.
+    """
     known = setting.option
     kind: Any = setting.kind
     default = setting.default
     if known.parse is not None:
         kind, default = str, known.shown
-    elif setting.items is Path:  # given again and again
+    elif setting.items is Path:  # the option is repeated
         kind, default = list[Path], None
-    elif setting.items is not None:  # given with commas
+    elif setting.items is not None:  # the items are separated by commas
         kind, default = str, None
     if given:
         default = None
-    # Flags are named in full, or typer would add a --no-... to every switch.
+    # The flags are listed explicitly, because otherwise typer adds a --no-... flag to every switch.
     info = typer.Option(*setting.flags, metavar=known.metavar, help=known.help)
     kind = kind if default is not None else kind | None
     annotation = Annotated[kind, info]
@@ -104,7 +113,7 @@ def _parameter(setting: Setting, given: bool) -> Parameter:
 
 
 def _field_value(setting: Setting, value: Any) -> Any:
-    """What a field holds for what the command line says."""
+    """Convert the value of an option to the value of its field."""
     if setting.option.parse is not None:
         return setting.option.parse(value, setting.flag)
     if setting.items is Path:

@@ -1,4 +1,4 @@
-"""The commands that look at models: inspect and architectures."""
+"""The commands that write no model and compare none: inspect and architectures."""
 
 from __future__ import annotations
 
@@ -22,7 +22,9 @@ def inspect(
     recipe: Annotated[Recipe, Only("sites", "layers", "calibrate", "statistics")],
     options: Annotated[RunOptions, Only("jobs", "device")],
     source: SourceOptions,
-    curve: Annotated[bool, typer.Option("--curve", help="Show what budgets keep, and the errors to expect.")] = False,
+    curve: Annotated[
+        bool, typer.Option("--curve", help="Show budgets with the parameters that they keep and the expected errors.")
+    ] = False,
     plot: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Plot the spectra, or the curve, to a PNG, SVG or PDF file.")
     ] = None,

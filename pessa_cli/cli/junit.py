@@ -1,4 +1,4 @@
-"""A verify report as JUnit XML, in which CI systems show each check as a test."""
+"""Writing a verify report as JUnit XML, for CI systems, which show each check as a test."""
 
 from __future__ import annotations
 
@@ -13,13 +13,16 @@ if TYPE_CHECKING:
 
 
 def check_junit(path: Path) -> None:
-    """Raise the errors that would prevent the file, before any long work."""
+    """Raise UsageError if the file cannot be written, before any long work."""
     if path.is_dir() or not path.resolve().parent.is_dir():
         raise UsageError(f"--junit {path}: no file can be written there", "give a file in a folder that exists")
 
 
 def write_junit(path: Path, report: Report) -> None:
-    """One test case for each check: every head and block, the other tensors, the outputs, each text."""
+    """Write one test case for each check: every head and block, the other tensors, the outputs, and each text.
+
+    Raises PessaError if the file cannot be written.
+    """
     failed = sum(not check.passed for check in report.checks)
     suite = ElementTree.Element("testsuite", name="pessa verify", tests=str(len(report.checks)), failures=str(failed))
     for check in report.checks:

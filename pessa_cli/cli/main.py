@@ -1,6 +1,6 @@
 """The entry point of the `pessa` command: its commands, its signals and its exit codes.
 
-The modules of the commands import what is heavy, torch above all, inside the command that needs it.
+Heavy libraries such as torch are imported inside the commands that need them, so that `pessa --help` is fast.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def options(
 
 
 def _terminated(number: int, _frame: object) -> None:
-    """Exit as after Ctrl-C, through the clean-up of whatever is being written."""
+    """Exit by an exception, as after Ctrl-C, so that files that are being written are cleaned up."""
     sys.exit(128 + number)
 
 
@@ -52,7 +52,7 @@ def main() -> None:
     """Run the command line. Exit codes: 0 for success, 1 for a failure, 2 for wrong usage."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a terminal that lacks a character is no reason to stop
+            stream.reconfigure(errors="replace")  # a character that the terminal cannot show is no error
     signal.signal(signal.SIGTERM, _terminated)
     try:
         app()

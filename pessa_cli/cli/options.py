@@ -1,4 +1,4 @@
-"""Arguments and options that several commands have."""
+"""Arguments and options that several commands share."""
 
 from __future__ import annotations
 
@@ -51,6 +51,7 @@ class SourceOptions:
 
     @property
     def opening(self) -> Opening:
+        """The options as keyword arguments."""
         return Opening(architecture=self.architecture, revision=self.revision, allow_pickle=self.allow_pickle)
 
 
@@ -68,7 +69,7 @@ class RunOptions:
     force: bool = option(False, "Replace the output if it exists.")
 
     def run(self) -> Run:
-        """The same for `surgery`, with a progress bar. Raises UsageError for values that cannot be."""
+        """Return the options as a Run, with a progress bar. Raises UsageError for values that cannot be used."""
         from pessa_cli.surgery.rewrite import SHARD_BYTES
         from pessa_cli.surgery.run import Run
 

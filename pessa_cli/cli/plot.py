@@ -1,4 +1,4 @@
-"""Plots: spectra against norms, as in figure 2 of the paper, and the trade-off of budgets."""
+"""Plots of spectra against norms, as in figure 2 of the paper, and of the errors of budgets."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def plot_curve(path: Path, points: list[Point]) -> None:
 
 
 def check_plot(path: Path) -> None:
-    """Raise the errors that would prevent the plot, before any long work."""
+    """Raise UsageError or PessaError if the plot cannot be written, before any long work."""
     if path.suffix.lower() not in (".png", ".svg", ".pdf"):
         raise UsageError(
             f"--plot {path}: {path.suffix or 'no suffix'} is not an image format", "give a .png, .svg or .pdf file"

@@ -24,7 +24,7 @@ TO = Annotated[
         "folder of ONNX graphs."
     ),
 ]
-# Not that of a recipe: models are exported to the dense layout unless told otherwise.
+# `export` does not use the option of recipes, because its default is the dense layout.
 LAYOUT = Annotated[Literal["compact", "dense"], typer.Option(help="The layout to write, with --to transformers.")]
 
 

@@ -38,7 +38,7 @@ def verify(
     ] = False,
     json: JSON = False,
 ) -> None:
-    """Say whether two models are the same, and if not, where they differ and by how much; then the exit code is 1.
+    """Compare two models, and report where and by how much they differ; the exit code is 1 if they are not the same.
 
     Example: `pessa verify whisper-tiny.en out/ --audio speech.wav`
     """

@@ -1,1 +1,52 @@
-"""Helpers that every other package may import: errors, progress, message text, threads and optional packages."""
+"""Helpers that every other package may import: errors, options, progress, message text, threads and lazy exports."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pessa_cli.common.lazy import lazy_exports
+
+if TYPE_CHECKING:
+    from pessa_cli.common.errors import PessaError as PessaError
+    from pessa_cli.common.errors import UsageError as UsageError
+    from pessa_cli.common.files import file_size as file_size
+    from pessa_cli.common.jobs import in_order as in_order
+    from pessa_cli.common.jobs import one_thread as one_thread
+    from pessa_cli.common.lazy import lazy_exports as lazy_exports
+    from pessa_cli.common.options import Range as Range
+    from pessa_cli.common.options import Setting as Setting
+    from pessa_cli.common.options import at_least as at_least
+    from pessa_cli.common.options import check_options as check_options
+    from pessa_cli.common.options import made as made
+    from pessa_cli.common.options import option as option
+    from pessa_cli.common.options import settings_of as settings_of
+    from pessa_cli.common.packages import need as need
+    from pessa_cli.common.progress import Progress as Progress
+    from pessa_cli.common.progress import Tick as Tick
+    from pessa_cli.common.progress import quietly as quietly
+    from pessa_cli.common.text import badness as badness
+    from pessa_cli.common.text import listed as listed
+    from pessa_cli.common.text import read_text as read_text
+    from pessa_cli.common.text import shortened as shortened
+    from pessa_cli.common.toml import from_table as from_table
+    from pessa_cli.common.toml import read_toml as read_toml
+    from pessa_cli.common.values import parse_layers as parse_layers
+    from pessa_cli.common.values import size_of as size_of
+    from pessa_cli.common.version import VERSION as VERSION
+else:
+    __getattr__, __all__ = lazy_exports(
+        __name__,
+        {
+            "errors": ["PessaError", "UsageError"],
+            "files": ["file_size"],
+            "jobs": ["in_order", "one_thread"],
+            "lazy": ["lazy_exports"],
+            "options": ["Range", "Setting", "at_least", "check_options", "made", "option", "settings_of"],
+            "packages": ["need"],
+            "progress": ["Progress", "Tick", "quietly"],
+            "text": ["badness", "listed", "read_text", "shortened"],
+            "toml": ["from_table", "read_toml"],
+            "values": ["parse_layers", "size_of"],
+            "version": ["VERSION"],
+        },
+    )

@@ -1,1 +1,66 @@
 """Loading models with transformers, reading audio and data, encoding inputs, and hooks on attention blocks."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pessa_cli.common.lazy import lazy_exports
+
+if TYPE_CHECKING:
+    from pessa_cli.models.audio import SAMPLE_RATE as SAMPLE_RATE
+    from pessa_cli.models.audio import load_audio as load_audio
+    from pessa_cli.models.data import CalibrationData as CalibrationData
+    from pessa_cli.models.data import read_data as read_data
+    from pessa_cli.models.hooks import BlockModules as BlockModules
+    from pessa_cli.models.hooks import Call as Call
+    from pessa_cli.models.hooks import block_modules as block_modules
+    from pessa_cli.models.hooks import block_squares as block_squares
+    from pessa_cli.models.hooks import on_calls as on_calls
+    from pessa_cli.models.hooks import output_of as output_of
+    from pessa_cli.models.hooks import replay as replay
+    from pessa_cli.models.inputs import Inputs as Inputs
+    from pessa_cli.models.inputs import clip_features as clip_features
+    from pessa_cli.models.inputs import has_tokenizer as has_tokenizer
+    from pessa_cli.models.inputs import random_signal as random_signal
+    from pessa_cli.models.inputs import random_speech as random_speech
+    from pessa_cli.models.inputs import random_tokens as random_tokens
+    from pessa_cli.models.inputs import text_prompts as text_prompts
+    from pessa_cli.models.inputs import transcribe_greedily as transcribe_greedily
+    from pessa_cli.models.inputs import transcript_inputs as transcript_inputs
+    from pessa_cli.models.inputs import with_decoder_ids as with_decoder_ids
+    from pessa_cli.models.instructions import Rendered as Rendered
+    from pessa_cli.models.instructions import Row as Row
+    from pessa_cli.models.instructions import form_of as form_of
+    from pessa_cli.models.instructions import read_rows as read_rows
+    from pessa_cli.models.instructions import render as render
+    from pessa_cli.models.load import WEIGHTS_ALONE as WEIGHTS_ALONE
+    from pessa_cli.models.load import encodes_alike as encodes_alike
+    from pessa_cli.models.load import from_folder as from_folder
+    from pessa_cli.models.load import model_class as model_class
+    from pessa_cli.models.load import quiet_transformers as quiet_transformers
+    from pessa_cli.models.windows import device_of as device_of
+    from pessa_cli.models.windows import on_device as on_device
+else:
+    __getattr__, __all__ = lazy_exports(
+        __name__,
+        {
+            "audio": ["SAMPLE_RATE", "load_audio"],
+            "data": ["CalibrationData", "read_data"],
+            "hooks": ["BlockModules", "Call", "block_modules", "block_squares", "on_calls", "output_of", "replay"],
+            "inputs": [
+                "Inputs",
+                "clip_features",
+                "has_tokenizer",
+                "random_signal",
+                "random_speech",
+                "random_tokens",
+                "text_prompts",
+                "transcribe_greedily",
+                "transcript_inputs",
+                "with_decoder_ids",
+            ],
+            "instructions": ["Rendered", "Row", "form_of", "read_rows", "render"],
+            "load": ["WEIGHTS_ALONE", "encodes_alike", "from_folder", "model_class", "quiet_transformers"],
+            "windows": ["device_of", "on_device"],
+        },
+    )

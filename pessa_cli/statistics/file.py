@@ -1,8 +1,9 @@
-"""What calibration data makes of each attention block: sums over its frames, in a file that others can be added to.
+"""Calibration statistics in memory and in files; the statistics in several files of one model can be added up.
 
-All of it is second moments of what comes out of projections, d x d for each head, and not of what goes into them,
-D x D: for a projection W and inputs of second moment C, `W^T C W` is the second moment of its outputs, and the algebra
-needs nothing else of C. Only the mixtures are taken jointly for all heads, (H d x H d), for the refit of W_O.
+Nearly all statistics are second moments of the outputs of projections, d x d for each head, instead of second moments
+of their inputs, D x D. This is enough, because the algebra uses a second moment C of the inputs of a projection W only
+as `W^T C W`, which is the second moment of the outputs. Only `mixtures` is taken over all heads together, H d x H d,
+for the refit of W_O.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import torch
 from pessa_cli.algebra.heads import HeadWeights
 from pessa_cli.blocks.site import Site
 from pessa_cli.common.errors import PessaError
-from pessa_cli.common.text import listed
+from pessa_cli.common.text import listed, shortened
 from pessa_cli.statistics.sums import NAMES, BlockStatistics, shapes_of
 from pessa_cli.statistics.weighing import independent
 
@@ -27,44 +28,41 @@ FORMAT = "pessa-statistics-2"
 
 
 class Statistics(Protocol):
-    """The calibration statistics of the blocks of one model.
-
-    `data` holds the SHA-256 of each file of calibration data, sorted.
-    """
+    """The calibration statistics of the blocks of one model."""
 
     @property
     def data(self) -> Sequence[str]:
         """The SHA-256 of each file of calibration data, sorted."""
 
     def of(self, site: Site, digest: Callable[[], str] | None = None) -> BlockStatistics:
-        """The sums of a block.
+        """Return the statistics of a block.
 
-        `digest` computes the fingerprint of the block's weights; it is called only if there is something to compare it
-        with. Raises PessaError if there are no sums of this block, or if they are of other weights.
+        digest: computes the fingerprint of the block's weights; it is called only if there is a fingerprint to compare
+        with. Raises PessaError if there are no statistics of this block, or if they belong to other weights.
         """
 
 
 def data_sha256(statistics: Statistics) -> str:
-    """The SHA-256 of the calibration data: the same for the same files in any order."""
+    """Return the SHA-256 of the calibration data, which does not depend on the order of its files."""
     return hashlib.sha256("".join(statistics.data).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
 class CollectedStatistics:
-    """Statistics that were collected in this run, in memory, by site name; they are of the weights in use."""
+    """Statistics in memory by site name, which were collected in this run and so belong to the weights in use."""
 
     blocks: Mapping[str, BlockStatistics]
     data: Sequence[str]
 
     def of(self, site: Site, digest: Callable[[], str] | None = None) -> BlockStatistics:  # noqa: ARG002
-        """The sums of a block; there is nothing to compare its weights with."""
+        """Return the statistics of a block; `digest` is not needed."""
         return self.blocks[site.name]
 
 
 class SavedStatistics:
-    """The statistics in one or more files of one model, added up; a block is read when it is asked for.
+    """The statistics in one or more files of one model, added up; the statistics of a block are read on request.
 
-    Raises PessaError for files that hold no statistics, and for files that have calibration data in common.
+    Raises PessaError for files that hold no statistics, and if two of them were collected on the same data.
     """
 
     def __init__(self, *paths: Path) -> None:
@@ -73,10 +71,15 @@ class SavedStatistics:
         self.data: Sequence[str] = sorted(digest for about in self._about for digest in about["data"])
         if len(set(self.data)) < len(self.data):
             named = listed([str(path) for path in paths])
-            raise PessaError(f"these have data in common\n{named}", "give each part of the data once")
+            raise PessaError(
+                f"these statistics have calibration data in common\n{named}", "give only one file for the same data"
+            )
 
     def of(self, site: Site, digest: Callable[[], str] | None = None) -> BlockStatistics:
-        """The sums of a block. Raises PessaError if there are none, or if they are of other weights."""
+        """Return the sum of a block's statistics over all files.
+
+        Raises PessaError if a file has none for this block, or if they belong to other weights.
+        """
         from safetensors import safe_open
 
         total: BlockStatistics | None = None
@@ -85,13 +88,18 @@ class SavedStatistics:
             with safe_open(path, framework="pt") as file:
                 there = set(file.keys())
                 if not {f"{site.name}.{name}" for name in NAMES} <= there:
-                    raise PessaError(f"{path} has no statistics of {site.name}", "collect them anew with --calibrate")
+                    raise PessaError(f"{path} has no statistics of {site.name}", "collect them again with --calibrate")
                 found = BlockStatistics(*(file.get_tensor(f"{site.name}.{name}") for name in NAMES))
             if not _plausible(found, site):
-                raise PessaError(f"{path} does not fit {site.name}", "collect it anew with --calibrate")
+                raise PessaError(
+                    f"{path}: the statistics of {site.name} do not fit its {site.heads} heads of {site.head_dim} "
+                    "dimensions",
+                    "collect them again with --calibrate",
+                )
             if expected is not None and about["weights"].get(site.name) != expected:
                 raise PessaError(
-                    f"{path} is of other weights than {site.name} has", "collect it anew on this model: --calibrate"
+                    f"{path}: the statistics of {site.name} are of other weights than this model has",
+                    "collect them again on this model with --calibrate",
                 )
             total = found if total is None else total + found
         assert total is not None
@@ -99,7 +107,7 @@ class SavedStatistics:
 
 
 def shortages(statistics: Statistics, sites: Sequence[Site]) -> list[str]:
-    """A line for each block with too little data: fewer independent frames than dimensions, or no trials."""
+    """Return a line for each block with too little data: fewer independent frames than dimensions, or no trial cuts."""
     few = []
     for site in sites:
         found = statistics.of(site)
@@ -108,14 +116,18 @@ def shortages(statistics: Statistics, sites: Sequence[Site]) -> list[str]:
         if count < wide:
             few.append(f"{site.name}: {count:,} independent frames for {wide:,} dimensions")
         elif found.trials is None:
-            few.append(f"{site.name}: no trials, since the model did not fit into memory")
+            few.append(f"{site.name}: no trial cuts, because the model did not fit into memory")
     return few
 
 
 def save_statistics(
     path: Path, blocks: Mapping[str, BlockStatistics], weights: Mapping[str, str], data: Sequence[str]
 ) -> None:
-    """Write the sums of all blocks, by site name, with the fingerprints of their weights and the hashes of the data."""
+    """Write the statistics of all blocks to a safetensors file.
+
+    blocks: by site name. weights: the fingerprints of the blocks' weights, by site name. data: the SHA-256 of each file
+    of calibration data. Raises PessaError when the file cannot be written.
+    """
     from safetensors.torch import save
 
     tensors = {f"{s}.{name}": getattr(found, name).contiguous() for s, found in blocks.items() for name in NAMES}
@@ -130,7 +142,7 @@ def save_statistics(
 
 
 def fingerprint(weights: HeadWeights) -> str:
-    """A hash of a block's weights, of their bytes in the canonical form."""
+    """Return the SHA-256 of the names, dtypes, shapes and bytes of a block's weights per head."""
     digest = hashlib.sha256()
     for name, tensor in vars(weights).items():
         if tensor is not None:
@@ -146,18 +158,18 @@ def _about(path: Path) -> dict[str, Any]:
         with safe_open(path, framework="pt") as file:
             about = file.metadata() or {}
         if about.get("format") != FORMAT:
-            raise ValueError("it has another format")
+            raise ValueError(f"its format is {shortened(about.get('format'))}, not {FORMAT}")
         read = {"weights": json.loads(about["weights"]), "data": json.loads(about["data"])}
         if not isinstance(read["weights"], dict) or not isinstance(read["data"], list):
             raise ValueError("its metadata is damaged")
         return read
     except (SafetensorError, OSError, ValueError, KeyError) as error:
         reason = str(error).splitlines()[0]
-        raise PessaError(f"{path} is not a file of statistics: {reason}", "write one with --calibrate DATA") from None
+        raise PessaError(f"{path} is not a statistics file: {reason}", "write one with --calibrate DATA") from None
 
 
 def _plausible(found: BlockStatistics, site: Site) -> bool:
-    """Float64, of the site's shapes, and finite."""
+    """Return whether all tensors are float64, finite, and of the shapes of the site."""
     tensors = [getattr(found, name) for name in NAMES]
     return all(
         tensor.dtype == torch.float64 and tuple(tensor.shape) == shape and bool(tensor.isfinite().all())

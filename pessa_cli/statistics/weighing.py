@@ -1,4 +1,4 @@
-"""What calibration statistics say to the decomposition of a block."""
+"""Turning the calibration statistics of a block into the weightings of its decomposition and of its refit."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from pessa_cli.blocks.compact_format import Ranks
 from pessa_cli.blocks.site import Site
 from pessa_cli.statistics.sums import BlockStatistics
 
-SHRINKAGE = 0.3  # towards the plain rule, however much data there is
-NOISE = 1e-10  # of a variance, against the second moment that it is the difference of
-RIDGE = 1e-2  # of the refits of W_O and of frequency pairs, likewise
-UNIFORM = 0.3  # of the keys' weighting: all keys that a query sees alike, beside what the output makes of them
+SHRINKAGE = 0.3  # of the weightings towards the Gram matrices of the weights alone; at least this much with any data
+NOISE = 1e-10  # a variance below this share of the second moment from which it was computed is rounding noise
+RIDGE = 1e-2  # regularization of the refits of W_O and of frequency pairs; at least this much with any data
+UNIFORM = 0.3  # the share of `keys`, which treats all visible keys alike, in the keys' weighting; else `influence`
 
 
 @dataclass(frozen=True)
 class Refit:
-    """What the statistics of a block contribute once its decomposition is known: the refit to what is kept.
+    """The statistics that a block needs after its decomposition, for the refit to the kept directions.
 
-    center: (G, d), the mean input of W_O that a value bias can subtract and the output bias adds again, before the
-    value bias; None if the block has no such biases. moment: (H d, H d), the second moment of the inputs of W_O less
-    their center. ridge: the regularisation of the refit of W_O. pairs: under RoPE, the weighting by which the kept
-    frequency pairs compensate for the others.
+    center: (G, d), the mean input of W_O without the value bias, which the value bias subtracts and the output bias
+    adds again; None if the block does not have both biases. moment: (H d, H d), the second moment of the inputs of W_O
+    after subtracting that mean. ridge: the regularization of the refit of W_O. pairs: under RoPE, the weighting by
+    which the kept frequency pairs compensate for the pairs that are cut; otherwise None.
     """
 
     center: Tensor | None
@@ -38,10 +38,10 @@ class Refit:
 
 @dataclass(frozen=True)
 class Weighed:
-    """The statistics of a block in the form that its decomposition takes them.
+    """The weightings of a block that follow from its statistics.
 
-    qk and vo: the weightings of the two products; that of Q-K is not used if nothing merges there. refit: what is
-    needed after the decomposition.
+    qk, vo: the weightings of the two products; that of Q-K is not used if Q-K cannot be merged. refit: for the refit
+    after the decomposition.
     """
 
     qk: Weighting
@@ -50,22 +50,25 @@ class Weighed:
 
 
 def weigh(found: BlockStatistics, site: Site, v_bias: Tensor | None) -> Weighed:
-    """The statistics of a block in the form that `factors` takes them; `v_bias` is (G, d) as in the file."""
+    """Compute the weightings of a block from its statistics.
+
+    v_bias: (G, d), the value bias as in the file, or None without one.
+    """
     g, m, d = site.kv_heads, site.group, site.head_dim
     frames = found.frames.clamp(min=1)
     mean, moment = found.mixture / frames, found.mixtures / frames
     center = None
     if "v" in site.biases and site.moves_v_bias:
-        # A group's query heads share their values, and so the one center that these can be given.
+        # The query heads of a group share the value bias, so that only their common mean can be subtracted.
         center = mean.reshape(g, m, d).mean(1)
         shift = center.unsqueeze(1).expand(g, m, d).reshape(-1)
         outer = torch.outer(shift, mean)
         moment = moment - outer - outer.mT + torch.outer(shift, shift)
     heads = torch.arange(g * m)
     if float(moment.trace()) <= NOISE * float(found.mixtures.trace() / frames):
-        moment = torch.zeros_like(moment)  # always the same: rounding is no second moment
+        moment = torch.zeros_like(moment)  # the inputs are constant, so that only rounding errors are left
     own = moment.reshape(g * m, d, g * m, d)[heads, :, heads].reshape(g, m, d, d).mean(1)
-    few = d / float(frames)  # as many frames as directions say as much of them as the weights do
+    few = d / float(frames)  # with only d frames, the statistics count as much as the weights alone
     return Weighed(
         qk=Weighting(found.queries / frames, _key_side(found) / (frames * d), SHRINKAGE + few),
         vo=Weighting(own, None, SHRINKAGE + few),
@@ -79,9 +82,10 @@ def weigh(found: BlockStatistics, site: Site, v_bias: Tensor | None) -> Weighed:
 
 
 def _key_side(found: BlockStatistics) -> Tensor:
-    """What the keys are weighed by: mostly by what comes of their errors in the output, and so in part are the heads.
+    """Return the weighting of the keys, (G, d, d): mostly by how their errors change the output, partly uniformly.
 
-    The trace is the geometric mean of those of `keys` and of `influence`, brought to the same sum over the heads.
+    The trace of each head, which weights the heads against one another, is the geometric mean of the traces of `keys`
+    and of `influence` after both were scaled to the same sum over the heads.
     """
     if not len(found.influence):
         return found.keys
@@ -96,14 +100,17 @@ def _key_side(found: BlockStatistics) -> Tensor:
 
 
 def independent(moment: Tensor) -> int:
-    """How many directions a sum of outer products has, at most as many as it had independent terms."""
+    """Return the numerical rank of a sum of outer products, which is at most the number of its independent terms."""
     _, inverse = scales(moment)
     values = torch.linalg.eigvalsh(inverse.unsqueeze(-1) * moment * inverse)
     return int((values > 1e-10 * values[-1]).sum())
 
 
 def refit_moment(refit: Refit, transform: Tensor, site: Site) -> Tensor:
-    """The second moment of what the new directions of V-O carry, (H d, H d), for their `transform`, (G, d, d)."""
+    """Return the second moment of the inputs of W_O after the transform of V-O, (H d, H d).
+
+    transform: (G, d, d), from the original value dimensions to the new directions.
+    """
     h, d = site.heads, site.head_dim
     each = transform.repeat_interleave(site.group, 0)  # (H, d, d)
     moment = refit.moment.reshape(h, d, h * d)
@@ -112,5 +119,5 @@ def refit_moment(refit: Refit, transform: Tensor, site: Site) -> Tensor:
 
 
 def kept_directions(site: Site, ranks: Ranks) -> Tensor:
-    """Where the kept directions of V-O stand among the inputs of W_O."""
+    """Return the indices of the kept directions of V-O among the inputs of W_O."""
     return live(ranks, site.head_dim, site.group)

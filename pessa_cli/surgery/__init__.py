@@ -1,1 +1,41 @@
-"""The passes over a checkpoint: measure, plan, rewrite, and write the output with its manifest and card."""
+"""The passes over a checkpoint: decompose blocks, cut them to a rank plan, and write the output with its manifest."""
+
+from __future__ import annotations
+
+from pessa_cli.surgery.block_io import NotFiniteError, read_site, write_site
+from pessa_cli.surgery.block_reader import BlockReader
+from pessa_cli.surgery.card import CARD_FILE, check_card, write_figures
+from pessa_cli.surgery.decomposition import Decomposition, decomposition_of, measure
+from pessa_cli.surgery.export import export_model
+from pessa_cli.surgery.model import MANIFEST_FILE, Model, open_model
+from pessa_cli.surgery.output import WEIGHT_SUFFIXES, copy_side_files, hashes_of, write_shards
+from pessa_cli.surgery.prune import decompose_model, prune_model
+from pessa_cli.surgery.rewrite import SHARD_BYTES, Rewrite, cut_into_files
+from pessa_cli.surgery.run import Run
+
+__all__ = [
+    "CARD_FILE",
+    "MANIFEST_FILE",
+    "SHARD_BYTES",
+    "WEIGHT_SUFFIXES",
+    "BlockReader",
+    "Decomposition",
+    "Model",
+    "NotFiniteError",
+    "Rewrite",
+    "Run",
+    "check_card",
+    "copy_side_files",
+    "cut_into_files",
+    "decompose_model",
+    "decomposition_of",
+    "export_model",
+    "hashes_of",
+    "measure",
+    "open_model",
+    "prune_model",
+    "read_site",
+    "write_figures",
+    "write_shards",
+    "write_site",
+]

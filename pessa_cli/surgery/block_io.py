@@ -1,7 +1,7 @@
-"""Reading a block's tensors into head weights, and writing them back, bit for bit.
+"""Conversion between the tensors of an attention block in a file and its weights per head, without changing a bit.
 
-Files store heads one after the other, as rows of W_Q, W_K, W_V and columns of W_O, and a compact file only the
-directions each head has kept.
+Files store the heads one after the other, as rows of W_Q, W_K and W_V and as columns of W_O. A compact file stores only
+the kept directions of each head. A "slot" is the row or column of one direction if all directions were stored.
 """
 
 from __future__ import annotations
@@ -22,7 +22,10 @@ StorageLayout = Literal["compact", "dense"]
 
 
 def read_site(reader: CheckpointReader, site: Site) -> HeadWeights:
-    """The block's weights in the file's dtype. Raises PessaError when an entry is not finite."""
+    """Read a block's weights per head, in the dtypes of the file; directions that were cut are zero.
+
+    Raises NotFiniteError when an entry is NaN or infinite.
+    """
     stored = {name: reader.get(name) for name in site.tensors}
     faults = [
         f"{name}: {int(tensor.isnan().sum())} NaN, {int(tensor.isinf().sum())} infinite"
@@ -68,10 +71,11 @@ def read_site(reader: CheckpointReader, site: Site) -> HeadWeights:
 
 
 def write_site(weights: HeadWeights, site: Site, header: Header, layout: StorageLayout) -> dict[str, Tensor]:
-    """The block's tensors under their names in the file, with all cut that `site` does not store.
+    """Return the tensors of a block by their names in the file, cut to the directions that `site` keeps.
 
-    Dense: shapes of the original, zeros in the cut directions. Compact: only the kept directions. Each tensor is
-    rounded to the dtype that `header` has for its name. With the site as it is in the file this inverts `read_site`.
+    layout: "dense" keeps the original shapes, with zeros in the cut directions; "compact" stores only the kept
+    directions. Each tensor is rounded to the dtype that `header` gives for its name. With the site as it is stored in
+    the file this is the inverse of `read_site`. Raises PessaError when a value overflows in its dtype.
     """
     tensors: dict[str, Tensor] = {}
     for name, tensor in _in_slots(weights, site).items():
@@ -84,7 +88,7 @@ def write_site(weights: HeadWeights, site: Site, header: Header, layout: Storage
             rounded = kept if layout == "compact" else torch.zeros_like(rounded).index_copy_(axis, index, kept)
         if not all_finite(rounded):
             raise PessaError(
-                f"{name} would overflow: its numbers become too large for {header[name].dtype}",
+                f"{name} would overflow: its values become too large for {header[name].dtype}",
                 "convert the model to float32 or bfloat16 first",
             )
         tensors[name] = (rounded.mT if site.spec.transposed and part == "weight" else rounded).contiguous()
@@ -92,14 +96,14 @@ def write_site(weights: HeadWeights, site: Site, header: Header, layout: Storage
 
 
 def _live(site: Site, side: str) -> Tensor:
-    """Where the kept directions stand among the slots of a projection's tensor."""
+    """Return the indices of the kept directions among the slots of a projection's tensor."""
     repeats = site.group if side == "q" else 1
     pairs = None if site.pairs is None or side not in "qk" else [p for p in site.pairs for _ in range(repeats)]
     return live(site.stored(side), site.head_dim, pairs=pairs)
 
 
 def _in_slots(weights: HeadWeights, site: Site) -> dict[str, Tensor]:
-    """The block's tensors with all slots, rows of W_Q, W_K and W_V and columns of W_O, by their names in the file."""
+    """Return the block's tensors with the slots of all directions, by their names in the file."""
     by_side: dict[str, Tensor | None] = {
         **{f"{side}.weight": getattr(weights, side) for side in "qkv"},
         **{f"{side}.bias": getattr(weights, f"{side}_bias") for side in "qkv"},
@@ -117,14 +121,14 @@ def _in_slots(weights: HeadWeights, site: Site) -> dict[str, Tensor]:
 
 
 def _fused(q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
-    """The slots of a fused tensor; q: (G, M, d, ...), k and v: (G, d, ...)."""
+    """Concatenate q (G, M, d, ...), k and v (G, d, ...) in the order of heads of a fused tensor."""
     if site.spec.fused == "grouped":
         return torch.cat([q, k.unsqueeze(1), v.unsqueeze(1)], 1).flatten(0, 2)
     return torch.cat([q.flatten(0, 2), k.flatten(0, 1), v.flatten(0, 1)])
 
 
 def _split_fused(slots: Tensor, site: Site) -> dict[str, Tensor]:
-    """What `_together` has put together."""
+    """Split a fused tensor into q, k and v: the inverse of `_fused`."""
     g, m, d = site.kv_heads, site.group, site.head_dim
     if site.spec.fused == "grouped":
         q, k, v = torch.split(slots.reshape(g, m + 2, d, *slots.shape[1:]), [m, 1, 1], 1)
@@ -134,7 +138,10 @@ def _split_fused(slots: Tensor, site: Site) -> dict[str, Tensor]:
 
 
 class NotFiniteError(PessaError):
-    """Weights that are NaN or infinite; `faults` has a line for each tensor, so that many sites report at once."""
+    """Raised for weights that are NaN or infinite.
+
+    faults: a line for each such tensor, so that the errors of several blocks can be reported together.
+    """
 
     def __init__(self, reader: CheckpointReader, faults: list[str]) -> None:
         super().__init__(

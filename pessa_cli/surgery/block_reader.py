@@ -1,4 +1,4 @@
-"""The attention blocks of a checkpoint as one run reads them: each as rarely as memory allows, and hashed once."""
+"""Reading the attention blocks of a checkpoint during one run, each as rarely as memory allows."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from pessa_cli.surgery.block_io import read_site
 
 
 class BlockReader:
-    """Reads blocks, and remembers the fingerprints of their weights.
+    """Reads the weights of blocks, and computes the fingerprint of each block once.
 
-    keep: hold the weights in memory, so that no block is read twice. That is for runs that have the whole model in
-    memory anyway, as calibration has.
+    keep: keep the weights in memory, so that no block is read twice. This is for runs such as calibration, which hold
+    the whole model in memory.
     """
 
     def __init__(self, reader: CheckpointReader, keep: bool = False) -> None:
@@ -23,7 +23,7 @@ class BlockReader:
         self._fingerprints: dict[str, str] = {}
 
     def weights(self, site: Site) -> HeadWeights:
-        """The block's weights in the dtype of the file. Raises NotFiniteError when an entry is not finite."""
+        """Return the block's weights in the dtypes of the file. Raises NotFiniteError when an entry is not finite."""
         if site.name in self._weights:
             return self._weights[site.name]
         weights = read_site(self.reader, site)
@@ -32,7 +32,7 @@ class BlockReader:
         return weights
 
     def fingerprint(self, site: Site, weights: HeadWeights) -> str:
-        """The fingerprint of the block's weights, which are hashed when it is asked for the first time."""
+        """Return the fingerprint of the block's weights; they are hashed at the first call for each block."""
         if site.name not in self._fingerprints:
             self._fingerprints[site.name] = fingerprint(weights)
         return self._fingerprints[site.name]

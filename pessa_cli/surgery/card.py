@@ -1,7 +1,7 @@
-"""The model card of an output: a README.md as the hub shows it, made from what the manifest says.
+"""The model card of an output: a README.md for the hub, which is generated from the manifest.
 
-Nothing in it depends on the clock or the machine. What `verify` finds is put between two comments on request, so
-that whatever people write around them stays; README.md has no hash in the manifest, because it is for editing.
+Its text does not depend on the time or the machine. `pessa verify --card` writes its results between two comments, so
+that all other text, which users may edit, is kept. For the same reason the manifest has no hash of README.md.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from pessa_cli.common.errors import PessaError
 from pessa_cli.common.files import file_size
 
 CARD_FILE = "README.md"
-ORIGINAL_FILE = "README.original.md"  # the source's own card, byte for byte
+ORIGINAL_FILE = "README.original.md"  # the card of the source, unchanged
 BEGIN, END = "<!-- pessa verify: begin -->", "<!-- pessa verify: end -->"
-MOST_BYTES = 2**20  # of a card that is read
+MOST_BYTES = 2**20  # larger cards are not read
 TAKEN_OVER = ("license", "license_name", "license_link", "language", "library_name", "pipeline_tag", "datasets", "tags")
-TASKS = (  # of a class under `architectures`, where the source's card does not say
+TASKS = (  # by the end of the class name in `architectures`; used if the source's card has no pipeline_tag
     ("WhisperForConditionalGeneration", "automatic-speech-recognition"),
     ("ForCausalLM", "text-generation"),
     ("ForMaskedLM", "fill-mask"),
@@ -44,15 +44,15 @@ def model_card(
     base_model: str | None,
     original: bool,
 ) -> str:
-    """The whole README.md.
+    """Return the text of README.md.
 
-    summary: the manifest, hashes not needed. totals: as `report.totals` counts. known: the front matter of the
-    source's card. base_model: the repository that the source is or was made from, if there is one. original: whether
-    the source's card lies beside this one.
+    summary: the content of the manifest; its hashes are not needed. config: the content of config.json. totals: the
+    result of `surgery.totals.totals`. known: the front matter of the source's card. base_model: the hub repository of
+    the source, if it is known. original: whether the source's card is stored as README.original.md.
     """
     parts = [
         f"---\n{_front_matter(config, known, base_model)}\n---",
-        f"# {_name(base_model or summary['source'])}, {_deed(summary)}",
+        f"# {_name(base_model or summary['source'])}, {_action(summary)}",
         _size(summary, totals),
         _loading(config, summary["layout"]),
         _pruned(summary),
@@ -79,7 +79,7 @@ def _front_matter(config: Mapping[str, Any], known: Metadata, base_model: str | 
 
 
 def _kind(config: Mapping[str, Any]) -> str:
-    """The class in transformers to load the model with."""
+    """Return the name of the transformers class that loads the model."""
     names = config.get("architectures")
     name = str(names[0]) if isinstance(names, list) and names else ""
     return name if name.isascii() and name.isidentifier() else "AutoModel"
@@ -90,17 +90,17 @@ def _name(source: str) -> str:
 
 
 def _inline(text: str) -> str:
-    """Text from outside in a line of Markdown: nothing in it starts a tag, a comment, a table cell or a new line."""
+    """Escape text from outside for one line of Markdown, so that it starts no tag, comment, table cell or new line."""
     return re.sub(r"([\\`*_\[\]<>|])", r"\\\1", " ".join(text.split()))
 
 
-def _deed(summary: Mapping[str, Any]) -> str:
+def _action(summary: Mapping[str, Any]) -> str:
     return "attention decomposed" if summary["command"] == "decompose" else "attention pruned"
 
 
 def _size(summary: Mapping[str, Any], totals: Mapping[str, Any]) -> str:
     source = _inline(summary["source"])
-    how = f"This is {source} with its {_deed(summary)} by pessa {summary['pessa']}"
+    how = f"This is {source} with its {_action(summary)} by pessa {summary['pessa']}"
     if summary["command"] == "export":
         how = f"This is {source}, whose attention was pruned by pessa, in another layout (pessa {summary['pessa']})"
     lines = [
@@ -144,7 +144,7 @@ def _code(imports: str, kind: str) -> str:
 
 
 def _pruned(summary: Mapping[str, Any]) -> str:
-    """A row for each block: what stays of all heads together, and the norm of what each head lost at most."""
+    """Return the table of blocks: the ranks summed over the heads, and the largest norm that a head has lost."""
     rows = []
     for block, ranks in summary["ranks"].items():
         dropped = summary["dropped"].get(block, {})
@@ -179,9 +179,9 @@ def _unverified(source: str) -> str:
 
 
 def front_matter(text: str) -> Metadata:
-    """What a card says about license, language and the like: strings and lists of strings, nothing else.
+    """Parse the front matter of a card: license, language and other fields that hold strings or lists of strings.
 
-    A card that cannot be read says nothing; it comes from anywhere, and the model is as good without it.
+    Returns {} for a card that cannot be parsed. That is no error, because the model does not depend on its card.
     """
     from huggingface_hub import RepoCard
 
@@ -189,7 +189,7 @@ def front_matter(text: str) -> Metadata:
         return {}
     try:
         found = RepoCard(text).data.to_dict()  # type: ignore[no-untyped-call]
-    except Exception:  # YAML has many ways to be wrong
+    except Exception:  # invalid YAML raises errors of many types
         return {}
     return {key: value for key, value in found.items() if key in (*TAKEN_OVER, "base_model") and _plain(value)}
 
@@ -201,12 +201,12 @@ def _plain(value: object) -> bool:
 
 
 def is_card(text: str) -> bool:
-    """Whether pessa wrote this README.md: it has the place for verify's figures."""
+    """Return whether pessa wrote this README.md: it then has a place for the results of verify."""
     return 0 <= text.find(BEGIN) < text.find(END)
 
 
 def read_card(folder: Path) -> str:
-    """The README.md of a folder; empty where there is none, or one too large to be one."""
+    """Return the text of a folder's README.md; "" if there is none, or if it is larger than MOST_BYTES."""
     path = folder / CARD_FILE
     try:
         return "" if file_size(path) > MOST_BYTES else path.read_text(encoding="utf-8", errors="replace")
@@ -215,16 +215,19 @@ def read_card(folder: Path) -> str:
 
 
 def check_card(folder: Path) -> None:
-    """Raise PessaError when the folder has no card with a place for verify's figures."""
+    """Raise PessaError if the folder has no README.md with a place for the results of verify."""
     if not is_card(read_card(folder)):
         raise PessaError(
-            f"{folder / CARD_FILE} has no place for the figures of verify",
-            f"it is between the lines {BEGIN} and {END}; put them where the figures should be",
+            f"{folder / CARD_FILE} has no place for the results of verify",
+            f"add the lines {BEGIN} and {END} where the results should be",
         )
 
 
 def write_figures(folder: Path, reference: str, rows: Iterable[Iterable[str]], verdict: str) -> None:
-    """Put what `verify` found into the card of a folder, in place of what was found before."""
+    """Write the results of `verify` into the card of a folder, in place of earlier results.
+
+    Raises PessaError if the card has no place for them, or cannot be written.
+    """
     check_card(folder)
     text = read_card(folder)
     table = _table(("level", "measure", "worst", "limit", "where"), ([_inline(cell) for cell in row] for row in rows))
@@ -236,4 +239,6 @@ def write_figures(folder: Path, reference: str, rows: Iterable[Iterable[str]], v
         new.replace(folder / CARD_FILE)
     except OSError as error:
         new.unlink(missing_ok=True)
-        raise PessaError(f"could not write {folder / CARD_FILE}: {error}", "see what is wrong there") from error
+        raise PessaError(
+            f"cannot write {folder / CARD_FILE}: {error}", "check the free space and the permissions of its folder"
+        ) from error

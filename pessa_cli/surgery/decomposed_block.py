@@ -1,7 +1,8 @@
-"""One attention block on its way from weights to factors, as a value that is computed once and passed on.
+"""The decomposition of one attention block, from weights to factors.
 
-`decompose_block` finds how the block's projections become factors. `factored` applies that, at full rank, and `cut`
-prepares the factors for the directions that are kept of them; `surgery.block_io.write_site` then drops the others.
+`decompose_block` computes the spectra and the transforms that turn the block's projections into factors. `factored`
+applies the transforms at full rank. `cut` adapts the factors to the kept directions, and
+`surgery.block_io.write_site` then drops the other directions.
 """
 
 from __future__ import annotations
@@ -33,14 +34,17 @@ from pessa_cli.surgery.rewrite import Ranking
 
 @dataclass(frozen=True)
 class Order:
-    """One way to order the directions of a head: the values to order by, alone or with the transforms to factors."""
+    """One way to rank the directions of a head.
+
+    values: returns only the values to rank by, (G, d). transforms: returns them together with the transforms.
+    """
 
     values: Callable[[Pair], Tensor]
     transforms: Callable[[Pair], Transforms]
 
 
 _SVD = Order(singular_values, svd_transforms)
-# A calibrated model without statistics, which is pruned again, is decomposed by its weights alone.
+# A calibrated model that is pruned again without statistics is decomposed by its weights alone.
 ORDERS: Mapping[Ranking, Order] = {
     "svd": _SVD,
     "vanilla": Order(norm_products, norm_transforms),
@@ -50,9 +54,10 @@ ORDERS: Mapping[Ranking, Order] = {
 
 @dataclass(frozen=True)
 class BlockTransforms:
-    """How the projections of a block become factors, for all of its key/value heads.
+    """The transforms from the projections of a block to factors, for all of its key/value heads.
 
-    qk is None if nothing merges between W_Q and W_K. refit: what calibration adds, None without calibration.
+    qk: None if W_Q and W_K cannot be merged. refit: the statistics for the refit after cutting; None without
+    calibration.
     """
 
     qk: Transforms | None
@@ -60,7 +65,7 @@ class BlockTransforms:
     refit: Refit | None = None
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything as float64 tensors by name, for a file."""
+        """Return all values as float64 tensors by name, for a file."""
         sides = {"qk": self.qk, "vo": self.vo}
         found = {
             f"{side}.{field.name}": getattr(of, field.name)
@@ -78,13 +83,13 @@ class BlockTransforms:
         return found
 
     def to(self, device: torch.device) -> BlockTransforms:
-        """The same on another device."""
+        """Return the same transforms on another device."""
         moved = {name: tensor.to(device) for name, tensor in self.tensors().items()}
         return BlockTransforms.of(moved)
 
     @staticmethod
     def of(tensors: Mapping[str, Tensor]) -> BlockTransforms:
-        """The inverse of `tensors`."""
+        """Rebuild the transforms from the result of `tensors`."""
         qk, vo = (
             Transforms(*(tensors[f"{side}.{field.name}"] for field in fields(Transforms)))
             if f"{side}.left" in tensors
@@ -103,9 +108,9 @@ class BlockTransforms:
 
 @dataclass(frozen=True)
 class DecomposedBlock:
-    """The spectra of a block, and how it gets the factors that they belong to.
+    """The spectra of a block, and the transforms to the factors that the spectra belong to.
 
-    transforms: None if the file stores these factors already, so that nothing remains to be computed.
+    transforms: None if the checkpoint already stores these factors.
     """
 
     spectra: Spectra
@@ -113,7 +118,7 @@ class DecomposedBlock:
 
 
 def spectra_of(weights: HeadWeights, site: Site, ranking: Ranking) -> Spectra:
-    """The spectra of a block by its weights alone, without the transforms: a third of the work of `decompose_block`."""
+    """Compute the spectra of a block from its weights alone; this is a third of the work of `decompose_block`."""
     parts = ([ORDERS[ranking].values(pair) for pair in _products(part, site)] for part in weights.parts())
     return _spectra([torch.cat(side) for side in zip(*parts, strict=True)], pair_contributions(weights, site))
 
@@ -121,7 +126,10 @@ def spectra_of(weights: HeadWeights, site: Site, ranking: Ranking) -> Spectra:
 def decompose_block(
     weights: HeadWeights, site: Site, ranking: Ranking, found: BlockStatistics | None = None
 ) -> DecomposedBlock:
-    """Decompose the products of a block: by its weights alone, or as the statistics of real inputs weigh them."""
+    """Decompose the products W_Q W_K^T and W_V W_O of a block, in float64.
+
+    found: the calibration statistics of the block, by which the products are weighted; None to use the weights alone.
+    """
     weighed = None if found is None else weigh(found.to(weights.v.device), site, weights.v_bias)
     products = (_products(part, site) for part in weights.parts())
     if weighed is None:
@@ -138,17 +146,17 @@ def decompose_block(
 
 
 def pair_contributions(weights: HeadWeights, site: Site, weighting: PairWeighting | None = None) -> Spectrum | None:
-    """The contributions of the frequency pairs under RoPE, (G, d/2); None if Q-K is not pruned by pairs."""
+    """Return the contributions of the frequency pairs under RoPE, (G, d/2); None if Q-K is not pruned by pairs."""
     return contributions(weights, weighting).cpu().numpy() if site.by_pairs else None
 
 
 def factored(weights: HeadWeights, site: Site, transforms: BlockTransforms) -> HeadWeights:
-    """The block in factored form at full rank: the same function of its inputs, in the dtypes of `weights`."""
+    """Return the block as factors at full rank, in the dtypes of `weights`: the same function of its inputs."""
     transforms = transforms.to(weights.v.device)
     parts, start, o_bias = list[HeadWeights](), 0, weights.o_bias
     center = None if transforms.refit is None else transforms.refit.center
     for part in weights.parts():
-        part = replace(part, o_bias=o_bias)  # to which each part adds its value biases
+        part = replace(part, o_bias=o_bias)  # each part adds its value biases to the output bias
         heads = slice(start, start := start + len(part.v))
         known = [_of_heads(side, heads) for side in (transforms.qk, transforms.vo) if side is not None]
         absorbed = absorb(part, site, _precision(part, known))
@@ -161,9 +169,10 @@ def factored(weights: HeadWeights, site: Site, transforms: BlockTransforms) -> H
 
 
 def cut(weights: HeadWeights, kept: Site, transforms: BlockTransforms) -> HeadWeights:
-    """A block in factored form, fitted to what `kept` keeps of it; without calibration it stays as it is.
+    """Refit a block in factored form to the directions that `kept` keeps; without calibration, return it unchanged.
 
-    W_O is refitted to the kept directions of V-O, and under RoPE the kept frequency pairs compensate for the others.
+    W_O is refitted to the kept directions of V-O, and under RoPE the kept frequency pairs compensate for the pairs that
+    are cut.
     """
     if transforms.refit is None:
         return weights
@@ -185,12 +194,12 @@ def _products(part: HeadWeights, site: Site) -> list[Pair]:
 
 
 def _pairs(absorbed: Absorbed) -> list[Pair]:
-    """The products of a block that are decomposed: Q-K, if it can be merged, and V-O."""
+    """Return the products of a block that are decomposed: Q-K, if it can be merged, and V-O."""
     return [absorbed.vo] if absorbed.qk is None else [absorbed.qk, absorbed.vo]
 
 
 def _weighted(parts: Iterable[list[Pair]], weighed: Weighed) -> Iterator[list[Transforms]]:
-    """The transforms of each part of a block, whose heads follow one another."""
+    """Yield the weighted transforms of each part of a block; the parts hold consecutive heads."""
     start = 0
     for pairs in parts:
         heads = slice(start, start := start + len(pairs[-1].left))
@@ -199,7 +208,7 @@ def _weighted(parts: Iterable[list[Pair]], weighed: Weighed) -> Iterator[list[Tr
 
 
 def _joined(parts: Iterable[Transforms]) -> Transforms:
-    """The transforms of all heads from those of parts of them, on the CPU."""
+    """Concatenate the transforms of consecutive heads, on the CPU."""
     parts = list(parts)
     return Transforms(*(torch.cat([getattr(p, f.name).cpu() for p in parts]).contiguous() for f in fields(Transforms)))
 
@@ -214,9 +223,10 @@ def _spectra(sides: list[Tensor], pairs: Spectrum | None) -> Spectra:
 
 
 def _precision(weights: HeadWeights, transforms: list[Transforms]) -> torch.dtype:
-    """The dtype to apply transforms in: float32 if its errors stay below an eighth of what the weights' dtype rounds.
+    """Return the dtype in which the transforms are applied to these weights.
 
-    That is half of the work, and 16-bit numbers are exact in it. The transforms themselves are found in float64.
+    It is float32 for 16-bit weights if the rounding errors of float32 stay below an eighth of those of the weights'
+    dtype, because that halves the work; otherwise float64. The transforms themselves are computed in float64.
     """
     dtypes = {tensor.dtype for tensor in (weights.q, weights.k, weights.v, weights.o)}
     if not dtypes <= {torch.float16, torch.bfloat16}:

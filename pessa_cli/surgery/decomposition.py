@@ -1,4 +1,4 @@
-"""The decomposition of a model's blocks: each is read, weighed and decomposed once, and may then be cut many times."""
+"""The decomposition of a model's attention blocks: each block is decomposed once, and can then be cut to any ranks."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ Found = TypeVar("Found")
 
 
 class Decomposition:
-    """Blocks in decomposed form, by site name: `spectra` to plan ranks by, and `cut` to write what is kept of them.
+    """The decomposed blocks of a model: their spectra by site name, for planning ranks, and the cutting to ranks.
 
-    The transforms are in a file without a name. Where the reader keeps weights in memory, the factors stay there, too;
-    elsewhere `cut` reads the weights a second time.
+    The transforms from weights to factors are stored in a temporary file. If the reader keeps weights in memory, the
+    factors are kept in memory as well; otherwise `cut` reads the weights a second time.
     """
 
     def __init__(self, model: Model, blocks: BlockReader, scratch: Scratch, run: Run) -> None:
@@ -48,14 +48,14 @@ class Decomposition:
         self._model, self._blocks, self._scratch, self._run = model, blocks, scratch, run
         self._sites = {site.name: site for site in model.sites}  # as the source stores them
         self._factors: dict[str, HeadWeights] = {}
-        self._stored: set[str] = set()  # blocks that the file stores as factors already
+        self._stored: set[str] = set()  # names of the blocks that the checkpoint already stores as factors
 
     def decompose(self, sites: Sequence[Site], statistics: Statistics | None = None, ranking: Ranking = "svd") -> None:
-        """Decompose blocks: by the spectra on file, by their weights, or by `statistics` of real inputs.
+        """Decompose the given blocks by their weights alone, or weighted by calibration statistics.
 
-        With `statistics` the blocks are decomposed anew, whatever is on file. Blocks whose spectra are on file are not
-        read, unless frequency pairs have to be weighed; they are compared with these spectra when they are cut. Raises
-        NotFiniteError with every tensor that is not finite, after having looked at all of them.
+        Without statistics, a block that is stored as factors keeps its stored spectra: it is not read here, unless the
+        contributions of its frequency pairs are needed, and `cut` compares the spectra with the weights. Raises
+        NotFiniteError, which lists the tensors of all blocks that are not finite.
         """
         blocks, device = self._blocks, self._run.device
 
@@ -79,9 +79,9 @@ class Decomposition:
             self._scratch.put(site.name, block.transforms.tensors())
 
     def cut(self, kept: Site, layout: StorageLayout) -> dict[str, Tensor]:
-        """The tensors of one block with the directions that `kept` keeps of it; from any number of threads.
+        """Return the tensors of one block, cut to the directions that `kept` keeps; may be called from any thread.
 
-        Raises PessaError when the file's spectra are not those of its weights.
+        Raises PessaError when the stored spectra do not belong to the stored weights.
         """
         header = self._model.reader.header
         if kept.name in self._stored:
@@ -91,7 +91,7 @@ class Decomposition:
         return write_site(weights.to("cpu"), kept, header, layout)
 
     def _factored(self, kept: Site, transforms: BlockTransforms) -> HeadWeights:
-        """The block in factored form at full rank."""
+        """Return the block as factors at full rank."""
         if kept.name in self._factors:
             return self._factors[kept.name]
         weights = self._blocks.weights(self._sites[kept.name]).to(self._run.device)
@@ -101,7 +101,7 @@ class Decomposition:
         return found
 
     def _checked(self, kept: Site) -> HeadWeights:
-        """A block that is stored as factors, after comparing it with its spectra."""
+        """Read a block that is stored as factors, and compare it with its stored spectra."""
         site = self._sites[kept.name]
         weights = self._blocks.weights(site)
         check_spectra(self._model.reader.folder, self._model.spectra[site.name], site, weights)
@@ -112,10 +112,10 @@ class Decomposition:
 def decomposition_of(
     model: Model, run: Run, blocks: BlockReader | None = None, scratch: Path | None = None
 ) -> Iterator[Decomposition]:
-    """A decomposition that holds no blocks yet.
+    """Create a decomposition without blocks, whose temporary file is deleted at the end of the `with` block.
 
-    blocks: a reader that may know the weights already. scratch: the folder for what memory need not hold, by default
-    the temporary one of the system.
+    blocks: a reader that may hold the weights already. scratch: the folder of the temporary file, by default that of
+    the system.
     """
     with Scratch(scratch or Path(gettempdir())) as place:
         yield Decomposition(model, blocks or BlockReader(model.reader), place, run)
@@ -130,10 +130,11 @@ def measure(
     *,
     blocks: BlockReader | None = None,
 ) -> dict[str, Spectra]:
-    """The spectra of the given blocks alone, for a look at them, or a plan that is not carried out.
+    """Compute only the spectra of the given blocks, for `inspect` and dry runs.
 
-    As in `decomposed`, but spectra on file are compared with the weights at once. Raises NotFiniteError with every
-    tensor that is not finite, and PessaError when weights have changed since their spectra were written.
+    As in `Decomposition.decompose`, but stored spectra are compared with the weights immediately. Raises
+    NotFiniteError, which lists the tensors of all blocks that are not finite, and PessaError when weights have changed
+    since their spectra were stored.
     """
     run = run or Run()
     blocks = blocks or BlockReader(model.reader)
@@ -161,9 +162,9 @@ def _over_blocks(
     run: Run,
     take: Callable[[Site, Found], None],
 ) -> None:
-    """Work on all blocks in up to `run.jobs` threads, and take the results in the order of the blocks.
+    """Apply `work` to all blocks in up to `run.jobs` threads, and `take` to the results in the order of the blocks.
 
-    Raises NotFiniteError with the tensors of all blocks that are not finite.
+    Raises NotFiniteError, which lists the tensors of all blocks that are not finite.
     """
 
     def attempt(site: Site) -> Found | NotFiniteError:

@@ -1,4 +1,4 @@
-"""Rewriting a model that pessa made in the other layout: the same numbers, with zeros in the cut directions or not."""
+"""Converting a pruned model between the compact layout and the dense layout, without changing a number."""
 
 from __future__ import annotations
 
@@ -24,10 +24,11 @@ from pessa_cli.surgery.writing import carry_out, new_output, new_rewrite
 
 
 def export_model(model: Model, out: Path, layout: StorageLayout, run: Run | None = None) -> Rewrite:
-    """Write a model that pessa made in the other layout: the same numbers, padded with zeros or without them.
+    """Write a pruned model in the given layout: "compact", or "dense" with zeros in the cut directions.
 
-    The ranks are those of its pessa.json, or those it is stored with. Raises PessaError for a dense model that pessa
-    did not write, since its ranks are not known, and for ranks that would cut off weights that are not zero.
+    The ranks are read from its pessa.json, or for a compact model without that file from its tensor shapes. Raises
+    PessaError for a dense model without a pessa.json, whose ranks are not known, and for ranks that would remove
+    weights that are not zero.
     """
     run = run or Run()
     plan, method, rule = _known_ranks(model)
@@ -47,15 +48,15 @@ def export_model(model: Model, out: Path, layout: StorageLayout, run: Run | None
 
 
 def _known_ranks(model: Model) -> tuple[RankPlan, Ranking, str]:
-    """What each block that pessa has rewritten keeps, with the method and the rule."""
+    """Return the ranks of the blocks that pessa rewrote, with the method and the rule in the manifest."""
     path = model.reader.folder / MANIFEST_FILE
     compact = [site for site in model.sites if site != in_full(site)]
     if not path.exists():
-        if compact:  # saved again by transformers, say
+        if compact:  # for example saved again by transformers
             return RankPlan.stored(compact), "svd", "as stored"
         raise PessaError(
             f"{model.reader.folder} has no {MANIFEST_FILE}: it is not a model that pessa wrote",
-            "prune it first; `pessa prune` without a rule removes only what is zero",
+            "prune it first; `pessa prune` without a rule removes only directions that have no effect",
         )
     manifest = read_json(path)
     try:
@@ -65,7 +66,7 @@ def _known_ranks(model: Model) -> tuple[RankPlan, Ranking, str]:
     except (KeyError, TypeError, ValueError, AttributeError):
         ranks, pairs, method, rule = {}, {}, "", ""
     if not ranks or not isinstance(method, str) or method not in ORDERS or not isinstance(rule, str):
-        raise PessaError(f"{path} is damaged", "prune the original again")
+        raise PessaError(f"{path} is damaged: it has no valid ranks, method and rule", "prune the original again")
     by_name = {site.name: site for site in model.sites}
     wrong = [
         name
@@ -73,7 +74,7 @@ def _known_ranks(model: Model) -> tuple[RankPlan, Ranking, str]:
         if name not in by_name or not _fit(by_name[name], *both, pairs.get(name, ()))
     ]
     if wrong:
-        raise PessaError(f"{path} and the weights disagree about {wrong[0]}", "prune the original again")
+        raise PessaError(f"{path} gives {wrong[0]} ranks that do not fit the weights", "prune the original again")
     known = RankPlan(
         {name: qk for name, (qk, _) in ranks.items()},
         {name: vo for name, (_, vo) in ranks.items()},
@@ -83,7 +84,10 @@ def _known_ranks(model: Model) -> tuple[RankPlan, Ranking, str]:
 
 
 def _fit(site: Site, qk_ranks: Ranks, vo_ranks: Ranks, pairs: tuple[PairRuns, ...] | None) -> bool:
-    """Whether a file of this block could have such ranks, and such pairs; () stands for all, None for nonsense."""
+    """Return whether a file could store this block with these ranks and frequency pairs.
+
+    pairs: () for all pairs, None for pairs that could not be parsed.
+    """
     counted = all(
         len(ranks) == site.kv_heads and all(0 <= rank <= site.head_dim for rank in ranks)
         for ranks in (qk_ranks, vo_ranks)
@@ -100,13 +104,17 @@ def _ranks(text: str) -> Ranks:
 
 
 def _check_nothing_lost(model: Model, weights: HeadWeights, site: Site) -> None:
-    """What another layout, which stores what `site` does, leaves out must be zero in this one."""
+    """Raise PessaError unless all weights that the other layout leaves out are zero.
+
+    site: the block with the ranks of the other layout.
+    """
     reader = model.reader
     whole = write_site(weights, in_full(site), reader.header, "dense")
     kept = write_site(weights, site, reader.header, "dense")
     lost = [name for name, tensor in whole.items() if not torch.equal(tensor, kept[name])]
     if lost:
         raise PessaError(
-            f"{reader.folder / MANIFEST_FILE} gives {site.name} ranks that would cut weights off\n{listed(lost)}",
+            f"{reader.folder / MANIFEST_FILE} gives {site.name} ranks that would remove weights that are not zero\n"
+            f"{listed(lost)}",
             "the weights were changed after pruning; prune this folder instead",
         )

@@ -1,4 +1,4 @@
-"""A checkpoint with its attention blocks: what every command opens first. Headers only, no weights."""
+"""Opening a model: its checkpoint headers, attention blocks and stored spectra, without reading weights."""
 
 from __future__ import annotations
 
@@ -18,30 +18,40 @@ MANIFEST_FILE = "pessa.json"
 
 @dataclass(frozen=True)
 class Model:
-    """A checkpoint with its attention blocks, and the spectra that an earlier `decompose` or `prune` left there."""
+    """A checkpoint, its attention blocks, and the spectra that an earlier `decompose` or `prune` stored with it.
+
+    spectra: by site name, only for blocks that are stored as balanced factors.
+    """
 
     reader: CheckpointReader
     sites: list[Site]
-    spectra: Mapping[str, Spectra]  # by site name; only for blocks that are stored as balanced factors
+    spectra: Mapping[str, Spectra]
 
     @property
     def parameters(self) -> int:
+        """The number of parameters of the whole model."""
         return sum(info.count for info in self.reader.header.values())
 
     @property
     def nbytes(self) -> int:
+        """The size of all tensors in bytes."""
         return sum(info.nbytes for info in self.reader.header.values())
 
     @property
     def size(self) -> Size:
+        """Parameters and bytes of the whole model, for budgets."""
         return Size(self.parameters, self.nbytes)
 
 
 def open_model(folder: Path, architecture: str | None = None) -> Model:
-    """Headers, sites and known spectra of a Hugging Face folder; no weights are read."""
+    """Read the headers, find the attention blocks and load the stored spectra of a Hugging Face folder.
+
+    No weights are read. architecture: treat the model as this `model_type`. Raises PessaError when the folder is not a
+    readable checkpoint or its attention blocks are not supported.
+    """
     reader = CheckpointReader(folder)
     try:
         sites = find_sites(specs_of(reader.config, reader.header, architecture), reader.config, reader.header)
-    except PessaError as error:  # which knows names and shapes, but not whose they are
+    except PessaError as error:  # its message names tensors and shapes, but not the folder
         raise type(error)(f"{folder}: {error.message}", error.hint) from None
     return Model(reader, sites, load_spectra(folder, sites))

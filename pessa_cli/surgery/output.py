@@ -1,7 +1,8 @@
-"""What one rewriting pass writes, and the pass: shards planned ahead, filled block by block, in order.
+"""Writing an output folder: shards, side files, config.json, model card, spectra and manifest.
 
-The order of the tensors is that of the source, but that a block's are together, and no block is cut in two by the
-end of a shard. So a shard needs nothing from the one before it, and a killed run goes on with the next one.
+Tensors are written in the order of the source, except that the tensors of one block follow one another and lie in the
+same shard. A shard therefore needs nothing from the shard before it, and a run that was killed can continue with the
+first shard that is not finished.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ from pessa_cli.surgery.rewrite import Rewrite
 from pessa_cli.surgery.spectra_file import save_spectra
 from pessa_cli.surgery.totals import totals
 
-UNHASHED = (MANIFEST_FILE, CARD_FILE)  # what cannot hold its own hash, and what people edit
-# Weights in other formats: a copy of them in the output would be the unpruned model again.
+UNHASHED = (MANIFEST_FILE, CARD_FILE)  # the manifest cannot hold its own hash, and users edit the card
+# Weights in other formats are not copied: in the output they would be the unpruned model again.
 WEIGHT_SUFFIXES = (
     *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".onnx_data", ".gguf", ".ot"),
     ".index.json",
@@ -46,10 +47,11 @@ def write_output(
     jobs: int,
     tick: Callable[[int, int], None],
 ) -> None:
-    """Write everything into the staging folder: shards that are not finished yet, side files, config, manifest.
+    """Write the whole output into the staging folder, except shards that an earlier run has finished.
 
-    `tensors_of` makes a block's new tensors; it runs in up to `jobs` threads, a few blocks ahead of the writing.
-    `tick` is called with the bytes and blocks that were written. Raises PessaError when the source changes meanwhile.
+    tensors_of: returns the new tensors of a block; it runs in up to `jobs` threads, a few blocks ahead of the writing.
+    tick: is called with the numbers of bytes and blocks that were written. Raises PessaError when the source files
+    change during the run.
     """
     reader, folder = rewrite.model.reader, staging.folder
     staging.begin(rewrite.run)
@@ -58,7 +60,7 @@ def write_output(
         hashes = {file: hasher.submit(sha256_of, reader.folder / file) for file in reader.files}
         last = {list(site.tensors)[-1] for site in rewrite.sites}
         write_shards(
-            reader, staging, rewrite.shards, lambda plan: _tensors(rewrite, plan, tensors_of, jobs), last, tick
+            reader, staging, rewrite.shards, lambda plan: _new_tensors(rewrite, plan, tensors_of, jobs), last, tick
         )
         sources = {file: digest.result() for file, digest in hashes.items()}
     finally:
@@ -66,7 +68,7 @@ def write_output(
     copied = copy_side_files(reader.folder, folder)
     _write_config(reader.config, rewrite.stored, folder)
     _write_card(rewrite, folder)
-    if known := _left(rewrite):
+    if known := _output_spectra(rewrite):
         save_spectra(folder, known)
     reader.check_unchanged()
     outputs = hashes_of(staging)
@@ -88,10 +90,11 @@ def write_shards(
     last: Container[str],
     tick: Callable[[int, int], None],
 ) -> None:
-    """Write the shards that are not finished yet, and their index where there are several.
+    """Write the shards that are not finished yet, and the index if there are several shards.
 
-    `tensors` gives a shard's in order, None for one to copy. `tick` is called with the bytes written, and with
-    a block for each name in `last`. Raises PessaError when the source changes meanwhile.
+    tensors: returns the names and tensors of a shard in order, with None for a tensor that is copied from the source.
+    last: the names of the last tensors of blocks. tick: is called for each tensor with its bytes, and with one block
+    if its name is in `last`. Raises PessaError when the source files change during the run.
     """
     for file, plan in shards.items():
         if file in staging.finished:
@@ -111,15 +114,15 @@ def write_shards(
 
 
 def hashes_of(staging: Staging) -> dict[str, str]:
-    """SHA-256 of the files in the staging folder that a manifest lists, by name."""
+    """Return the SHA-256 hashes of the files in the staging folder that the manifest lists, by name."""
     files = {name: path for name, path in visible_files(staging.folder).items() if name not in UNHASHED}
     return {name: staging.finished.get(name) or sha256_of(path) for name, path in sorted(files.items())}
 
 
-def _tensors(
+def _new_tensors(
     rewrite: Rewrite, plan: Header, tensors_of: Callable[[Site], Mapping[str, Any]], jobs: int
 ) -> Iterator[tuple[str, Any]]:
-    """The planned tensors in order: None for one to copy, computed ones a few blocks ahead."""
+    """Yield the planned tensors in order, with None for tensors to copy; blocks are computed a few ahead."""
     ready: dict[str, Any] = {}
     with closing(in_order(tensors_of, rewrite.sites_of(plan), jobs)) as results:
         for name in plan:
@@ -140,9 +143,10 @@ def _write_config(config: dict[str, Any], stored: list[Site], folder: Path) -> N
 
 
 def copy_side_files(source: Path, folder: Path) -> dict[str, str]:
-    """Copy tokenizer, generation config and whatever else the source has, but no weights and nothing we write anew.
+    """Copy the tokenizer and all other files of the source, except weights and files that are generated.
 
-    Returns the names there and here: a card that pessa did not write gets another one, byte for byte as it is.
+    A model card that pessa did not write is copied as README.original.md. Returns the names of the copies by the names
+    of their sources.
     """
     copied = {
         name: name
@@ -169,17 +173,20 @@ def _write_card(rewrite: Rewrite, folder: Path) -> None:
     (folder / CARD_FILE).write_text(text, encoding="utf-8")
 
 
-def _left(rewrite: Rewrite) -> dict[str, Spectra]:
-    """The spectra that hold for the output: none of blocks that are in no such order, or were fitted anew."""
+def _output_spectra(rewrite: Rewrite) -> dict[str, Spectra]:
+    """Return the spectra that are valid for the weights of the output.
+
+    There are none for method "vanilla", whose output is not stored as factors, and none for blocks with a refitted W_O.
+    """
     if rewrite.method == "vanilla":
         return {}
     fitted = rewrite.command == "prune" and rewrite.data is not None
     others = {name: known for name, known in rewrite.model.spectra.items() if name not in rewrite.ranks.vo}
-    return others if fitted else dict(rewrite.model.spectra) | _cut(rewrite)
+    return others if fitted else dict(rewrite.model.spectra) | _cut_spectra(rewrite)
 
 
-def _cut(rewrite: Rewrite) -> dict[str, Spectra]:
-    """The spectra after pruning: zero from each head's rank on."""
+def _cut_spectra(rewrite: Rewrite) -> dict[str, Spectra]:
+    """Return the spectra after pruning: the values beyond each head's rank are zero."""
 
     def cut(spectrum: Spectrum, ranks: Ranks) -> Spectrum:
         return np.where(np.arange(spectrum.shape[1]) < np.array(ranks)[:, None], spectrum, 0.0)

@@ -1,7 +1,7 @@
-"""The two passes of a prune: decompose every block, then write what a rule keeps of them.
+"""Decomposing or pruning a model in two passes: decompose every block, then cut the blocks and write the output.
 
-Only the blocks in work are in memory. Ranks are known before the first byte is written, because a safetensors
-header needs every shape; what is not attention is copied byte for byte.
+Only the blocks that are being computed are in memory. All ranks are planned before the first byte is written, because
+the header of a safetensors file contains the shapes. Tensors outside of attention blocks are copied byte for byte.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ def decompose_model(
     blocks: BlockReader | None = None,
     decomposition: Decomposition | None = None,
 ) -> Rewrite:
-    """Write the model with every block as balanced factors at full rank, and its spectra: same names and shapes.
+    """Write the model with every block as balanced factors at full rank, and with the spectra of the blocks.
 
-    blocks, decomposition: as in `prune_model`.
+    All tensors keep their names and shapes. blocks, decomposition: as in `prune_model`, which also lists the errors.
     """
     run, sites = run or Run(), model.sites if sites is None else sites
     full = {site.name: site.full for site in sites}
@@ -65,21 +65,21 @@ def prune_model(
     blocks: BlockReader | None = None,
     decomposition: Decomposition | None = None,
 ) -> Rewrite:
-    """Write the model with only the directions that the rule keeps, and return what was written.
+    """Write the model with only the directions that the rule keeps, and return the description of the output.
 
-    With `statistics` directions are ordered and cut by their effect on real inputs, and the output projection is
-    refitted to those that are kept; without, by the weights alone. Blocks that are stored as balanced factors already
-    (from `decompose` or an earlier `prune`) are sliced; the others are decomposed first, with the same bytes as a
-    result. blocks: a reader that may know the weights already. decomposition: that of these blocks with these
-    statistics, if there is one already. Raises UsageError for options that do not fit the model or one another, and
-    PessaError when the output cannot be written, or when weights are not finite.
+    statistics: if given, directions are ranked by their effect on the calibration data, and W_O is refitted to the kept
+    directions; otherwise directions are ranked by the weights alone. Blocks that are already stored as balanced factors
+    (by `decompose` or an earlier `prune`) are only sliced, with the same bytes as a result. blocks: a reader that may
+    hold the weights already. decomposition: that of these blocks with these statistics, if it was computed already.
+    Raises UsageError for options that do not fit the model or one another, and PessaError when the output cannot be
+    written, when weights are not finite, or when the rule would prune everything.
     """
     run, sites = run or Run(), model.sites if sites is None else sites
     if method == "vanilla" and statistics is not None:
-        raise UsageError("--method vanilla goes by the weights alone", "leave out the data, or the method")
+        raise UsageError("--method vanilla uses the weights alone", "leave out the data, or the method")
     if method == "vanilla" and any(site.name in model.spectra for site in sites):
         raise UsageError(
-            f"{model.reader.folder} is decomposed: its original dimensions are gone",
+            f"{model.reader.folder} is already decomposed: it no longer has the original dimensions of its heads",
             "give --method vanilla the original model",
         )
 
@@ -109,7 +109,7 @@ def _two_passes(
     blocks: BlockReader | None,
     decomposition: Decomposition | None,
 ) -> Rewrite:
-    """Decompose the blocks, plan by their spectra, and write; or only plan, if the run is dry."""
+    """Decompose the blocks, plan the ranks from their spectra, and write the output; a dry run only plans."""
     check_layout(model, sites, layout)
     if run.dry:
         if decomposition is not None:

@@ -1,4 +1,4 @@
-"""What one rewriting pass writes: which blocks, with which ranks, in which files."""
+"""The description of an output before it is written: its blocks, ranks, layout, tensors and files."""
 
 from __future__ import annotations
 
@@ -24,15 +24,17 @@ from pessa_cli.surgery.block_io import StorageLayout
 from pessa_cli.surgery.model import Model
 
 Ranking = Literal["svd", "vanilla", "calibrated"]
-SHARD_BYTES = 5 * 10**9  # as transformers
+SHARD_BYTES = 5 * 10**9  # the default of save_pretrained in transformers 4
 
 
 @dataclass(frozen=True)
 class Rewrite:
-    """What one pass writes: which blocks, with how many directions, and how; the rest of the model stays as it is.
+    """The description of an output: which blocks are rewritten, with which ranks, and how; all else is copied.
 
-    `spectra` are the blocks' spectra before the cut; `rule` says in words where the ranks come from, `source` what
-    the user called the model.
+    command: the command that writes it. source: the name that the user gave the model. sites: the blocks that are
+    rewritten, as the source stores them. spectra: of the blocks before the cut, by site name. rule: how the ranks were
+    chosen, in words. shard_bytes: the largest size of one file of weights. data: the SHA-256 of the calibration data,
+    None without.
     """
 
     command: str
@@ -49,7 +51,7 @@ class Rewrite:
 
     @cached_property
     def stored(self) -> list[Site]:
-        """All of the model's sites as the output stores them; one that was not chosen keeps its layout and bytes."""
+        """All sites of the model as the output stores them; a block that is not rewritten keeps its layout."""
         return [self._stored(site) for site in self.model.sites]
 
     def _stored(self, site: Site) -> Site:
@@ -61,16 +63,16 @@ class Rewrite:
 
     @cached_property
     def owner(self) -> dict[str, Site]:
-        """The rewritten block that a tensor belongs to."""
+        """The rewritten block of each of its tensors, by tensor name."""
         return {name: site for site in self.sites for name in site.tensors}
 
     def sites_of(self, plan: Header) -> list[Site]:
-        """The rewritten blocks in a part of the header, in order."""
+        """Return the rewritten blocks in a part of the header, in order."""
         return list({self.owner[name].name: self.owner[name] for name in plan if name in self.owner}.values())
 
     @cached_property
     def header(self) -> Header:
-        """Every tensor of the output, in the output's order."""
+        """The names, dtypes and shapes of all tensors of the output, in its order."""
         source = self.model.reader.header
         shapes = {name: shape for site in self.stored for name, shape in site.tensors.items()}
         order: dict[str, None] = {}
@@ -80,12 +82,12 @@ class Rewrite:
 
     @cached_property
     def shards(self) -> dict[str, dict[str, Any]]:
-        """The files of the output under their final names, each with its part of the header."""
+        """The weight files of the output by name, each with its part of the header."""
         return cut_into_files(self.header, {name: site.name for name, site in self.owner.items()}, self.shard_bytes)
 
     @property
     def summary(self) -> dict[str, Any]:
-        """What pessa.json says before the hashes: versions, options, and ranks and dropped norms of every block."""
+        """The content of pessa.json without the hashes: versions, options, ranks and dropped norms of each block."""
         sides = {"qk": self.ranks.qk, "vo": self.ranks.vo}
         of_spectra = {"qk": self.merged_ranks, "vo": self.ranks.vo}
         pairs = {name: {"pairs": pairs_text(kept)} for name, kept in self.ranks.pairs.items()}
@@ -99,7 +101,7 @@ class Rewrite:
             "rule": self.rule,
             "layout": self.layout,
             "ranks": {
-                s.name: {side: _text(plan[s.name]) for side, plan in sides.items()} | pairs.get(s.name, {})
+                s.name: {side: _ranks_text(plan[s.name]) for side, plan in sides.items()} | pairs.get(s.name, {})
                 for s in self.sites
             },
             "dropped": {name: _dropped(known, of_spectra, name) for name, known in sorted(self.spectra.items())},
@@ -107,19 +109,23 @@ class Rewrite:
 
     @property
     def merged_ranks(self) -> dict[str, Ranks]:
-        """How many directions of the spectra of Q-K are kept."""
+        """How many values of the Q-K spectrum of each head are kept, by site name."""
         before = {site.name: site.always_kept for site in self.sites}
         return {name: tuple(rank - before[name] for rank in ranks) for name, ranks in self.ranks.qk.items()}
 
     @property
     def run(self) -> str:
-        """Identifies what is written, for a run that goes on with another's shards."""
+        """The identity of the output, by which a resumed run recognizes the shards of the run before it."""
         shapes = {file: {name: info.shape for name, info in part.items()} for file, part in self.shards.items()}
         return run_identity(self.model.reader, self.summary, shapes)
 
 
 def cut_into_files(header: Header, owner: Mapping[str, str], most_bytes: int) -> dict[str, dict[str, Any]]:
-    """The header in parts of at most so many bytes, by file name; neighbours of one owner stay together."""
+    """Split a header into files of at most `most_bytes` each, by file name.
+
+    owner: the block of each tensor that belongs to one. Consecutive tensors of one block stay in the same file, which
+    may therefore be larger. Files are named as transformers names them.
+    """
     parts: list[dict[str, Any]] = [{}]
     size = 0
     for _, names in groupby(header, lambda name: owner.get(name, name)):
@@ -135,12 +141,12 @@ def cut_into_files(header: Header, owner: Mapping[str, str], most_bytes: int) ->
     return {f"model-{i:05}-of-{len(parts):05}.safetensors": part for i, part in enumerate(parts, 1)}
 
 
-def _text(ranks: Ranks) -> str:
+def _ranks_text(ranks: Ranks) -> str:
     return " ".join(map(str, ranks))
 
 
 def _dropped(known: Spectra, sides: Mapping[str, Mapping[str, Ranks]], name: str) -> dict[str, list[float] | None]:
-    """The norm of each head's dropped directions."""
+    """Return the norm of the dropped directions of each head, by side; None for a side without a spectrum."""
 
     def norms(spectrum: Spectrum | None, ranks: Ranks) -> list[float] | None:
         if spectrum is None:

@@ -1,4 +1,4 @@
-"""How a pass is carried out."""
+"""The settings of a run that do not belong to the recipe: threads, device, shard size, and where it continues."""
 
 from __future__ import annotations
 
@@ -13,31 +13,35 @@ from pessa_cli.common.errors import UsageError
 from pessa_cli.common.progress import Progress, quietly
 from pessa_cli.surgery.rewrite import SHARD_BYTES
 
-IN_FLIGHT = 400 * 10**6  # bytes of float64 weights in work at a time, if that leaves one block at least
+IN_FLIGHT = 400 * 10**6  # bytes of float64 weights computed at the same time; one block is always allowed
 
 
 @dataclass(frozen=True)
 class Run:
-    """How a pass is carried out; nothing here changes a byte of the output but `device` and `shard_bytes`.
+    """How a command is carried out; only `device` and `shard_bytes` can change the bytes of the output.
 
-    source: what the user called the model. force: replace an existing model. resume: go on with a killed run's
-    shards. jobs: blocks worked on at the same time, at most. dry: plan only. device: where the algebra runs.
+    source: the name that the user gave the model; by default that of its folder. force: replace an existing output.
+    resume: continue with the shards that a killed run has finished. dry: only plan, and write nothing. jobs: the
+    largest number of blocks computed at the same time, 0 for one per core. device: of the computations, as torch names
+    it. shard_bytes: the largest size of one file of weights. progress: reports the work that was done.
+
+    Raises UsageError for values that cannot be used.
     """
 
     source: str | None = None
     force: bool = False
     resume: bool = False
     dry: bool = False
-    jobs: int = 0  # 0: one a core
+    jobs: int = 0
     device: str = "cpu"
     shard_bytes: int = SHARD_BYTES
     progress: Progress = quietly
 
     def __post_init__(self) -> None:
         if self.jobs < 0:
-            raise UsageError(f"--jobs {self.jobs} is no number of jobs", "give 1 or more, or leave it out")
+            raise UsageError(f"--jobs {self.jobs} is less than 0", "give 1 or more, or 0 for one per core")
         if self.shard_bytes < 1:
-            raise UsageError(f"--max-shard-size {self.shard_bytes} is no size", "write it as 5GB or 500MB")
+            raise UsageError(f"--max-shard-size {self.shard_bytes} is less than 1 byte", "give a size such as 5GB")
         try:
             torch.zeros(1, dtype=torch.float64, device=self.device)
         except (RuntimeError, AssertionError, TypeError) as error:
@@ -45,9 +49,11 @@ class Run:
             raise UsageError(f"--device {self.device} cannot be used: {reason}", "give cpu, or leave it out") from None
 
     def jobs_for(self, sites: Sequence[Site]) -> int:
+        """Return how many of these blocks may be computed at the same time."""
         largest = max(8 * _count(site) for site in sites)
         return max(1, min(self.jobs or os.cpu_count() or 1, IN_FLIGHT // largest))
 
 
 def _count(site: Site) -> int:
+    """Return the number of entries of a block's four weight matrices at full rank."""
     return site.head_dim * (site.heads * (site.query_width + site.output_width) + 2 * site.kv_heads * site.key_width)

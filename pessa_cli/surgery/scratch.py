@@ -1,4 +1,4 @@
-"""Tensors kept on disk between two passes, so that memory need not hold what a whole model adds up to."""
+"""A temporary file for the transforms of all blocks between the two passes, so that they need not fit into memory."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from torch import Tensor
 
 
 class _Place(NamedTuple):
-    """Where a tensor is in the file: its first byte, and its shape."""
+    """The place of a tensor in the file: the offset of its first byte, and its shape."""
 
     offset: int
     shape: tuple[int, ...]
 
 
 class Scratch:
-    """Float64 tensors by block and name, in a file without a name, which is gone with the process however that ends.
+    """Float64 tensors by block and name, in an unnamed temporary file, which disappears even if the process is killed.
 
-    `put` may be called from one thread at a time, `take` from any number.
+    `put` may be called from one thread at a time, `take` from several threads.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -33,7 +33,7 @@ class Scratch:
         self._places: dict[str, dict[str, _Place]] = {}
 
     def put(self, block: str, tensors: Mapping[str, Tensor]) -> None:
-        """Keep the tensors of a block that has none yet."""
+        """Store the tensors of a block; each block may be stored once."""
         places = self._places[block] = {}
         for name, tensor in tensors.items():
             array = np.ascontiguousarray(tensor.cpu().numpy())
@@ -42,7 +42,7 @@ class Scratch:
         self._file.flush()
 
     def take(self, block: str) -> dict[str, Tensor]:
-        """The tensors of a block. Raises OSError if the file does not hold them any more."""
+        """Return the tensors of a block. Raises OSError if they cannot be read completely."""
         found = {}
         for name, place in self._places[block].items():
             array = np.empty(place.shape)

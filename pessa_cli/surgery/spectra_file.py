@@ -1,4 +1,4 @@
-"""spectra.safetensors: the spectra of a decomposed or pruned model, beside its weights."""
+"""The file spectra.safetensors, which holds the spectra of a decomposed or pruned model beside its weights."""
 
 from __future__ import annotations
 
@@ -14,13 +14,15 @@ from pessa_cli.common.errors import PessaError
 from pessa_cli.ranks.spectra import LEVELS, Spectra, Trials
 
 SPECTRA_FILE = "spectra.safetensors"
-CALIBRATED = "calibrated"
+CALIBRATED = "calibrated"  # the key of the metadata that lists calibrated blocks
+DELETE = "delete it, and the model is decomposed again"
 
 
 def save_spectra(folder: Path, spectra: Mapping[str, Spectra]) -> None:
-    """Write spectra.safetensors: "<site>.qk" and "<site>.vo", float64, (G, d) each; metadata for calibrated ones.
+    """Write spectra.safetensors for the given spectra by site name.
 
-    "<site>.trials", (2 LEVELS + 1,), where there are any: errors of Q-K, errors of V-O, harm.
+    Tensors are float64: "<site>.qk" and "<site>.vo", (G, d) each, and "<site>.trials", (2 LEVELS + 1,), with the errors
+    of Q-K, the errors of V-O and the harm of the trial cuts, if there are any. The metadata list calibrated blocks.
     """
     from safetensors.torch import save
 
@@ -31,7 +33,7 @@ def save_spectra(folder: Path, spectra: Mapping[str, Spectra]) -> None:
         for name, s in spectra.items()
         if s.trials is not None
     }
-    # As bytes, since the library's own files are for their owner's eyes only.
+    # Written as bytes, because save_file of safetensors creates files that only their owner can read.
     calibrated = " ".join(sorted(name for name, s in spectra.items() if s.calibrated))
     about = {CALIBRATED: calibrated} if calibrated else None
     ordered = {name: tensor.contiguous() for name, tensor in sorted(tensors.items())}
@@ -39,7 +41,10 @@ def save_spectra(folder: Path, spectra: Mapping[str, Spectra]) -> None:
 
 
 def load_spectra(folder: Path, sites: list[Site]) -> dict[str, Spectra]:
-    """The spectra beside the weights, if there are any. Raises PessaError when they are not those of the sites."""
+    """Load the spectra of the given sites from the folder of the weights; blocks without spectra are left out.
+
+    Raises PessaError when the file cannot be read, or when its shapes or values do not fit the sites.
+    """
     from safetensors import SafetensorError, safe_open
 
     path = folder / SPECTRA_FILE
@@ -53,7 +58,7 @@ def load_spectra(folder: Path, sites: list[Site]) -> dict[str, Spectra]:
             tensors = {name: file.get_tensor(name) for name in wanted if name in there}
     except (SafetensorError, OSError, TypeError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
-        raise PessaError(f"{path} is not a file of spectra: {reason}", "decompose the model again") from None
+        raise PessaError(f"{path} is not a spectra file: {reason}", DELETE) from None
     spectra: dict[str, Spectra] = {}
     for site in sites:
         vo, qk = tensors.get(f"{site.name}.vo"), tensors.get(f"{site.name}.qk")
@@ -62,10 +67,14 @@ def load_spectra(folder: Path, sites: list[Site]) -> dict[str, Spectra]:
         if (qk is None) == site.merges_qk or not (
             _plausible(vo, site, site.head_dim) and (qk is None or _plausible(qk, site, site.head_dim - site.unmerged))
         ):
-            raise PessaError(f"{path} does not fit the weights at {site.name}", "decompose the model again")
+            raise PessaError(
+                f"{path}: the spectra of {site.name} do not fit its {site.kv_heads} key/value heads of {site.head_dim} "
+                "directions",
+                DELETE,
+            )
         trials = tensors.get(f"{site.name}.trials")
         if trials is not None and not _plausible_trials(trials):
-            raise PessaError(f"{path}: its trials of {site.name} are damaged", "decompose the model again")
+            raise PessaError(f"{path}: the results of the trial cuts of {site.name} are damaged", DELETE)
         spectra[site.name] = Spectra(
             None if qk is None else qk.numpy(),
             vo.numpy(),
@@ -81,7 +90,7 @@ def _trials(numbers: list[float]) -> Trials:
 
 
 def _plausible_trials(numbers: torch.Tensor) -> bool:
-    """Float64, as many as there are, finite, and not negative."""
+    """Return whether the results of trial cuts are float64, of the right number, finite and not negative."""
     return (
         numbers.dtype == torch.float64
         and tuple(numbers.shape) == (2 * len(LEVELS) + 1,)
@@ -90,7 +99,7 @@ def _plausible_trials(numbers: torch.Tensor) -> bool:
 
 
 def _plausible(spectrum: torch.Tensor, site: Site, width: int) -> bool:
-    """Float64, of the site's shape, finite, not negative and descending."""
+    """Return whether a spectrum is float64, (G, width), finite, not negative and descending."""
     return (
         spectrum.dtype == torch.float64
         and tuple(spectrum.shape) == (site.kv_heads, width)
@@ -99,13 +108,14 @@ def _plausible(spectrum: torch.Tensor, site: Site, width: int) -> bool:
 
 
 def check_spectra(folder: Path, known: Spectra, site: Site, weights: HeadWeights) -> None:
-    """Raise PessaError when the spectra on file are of other weights than those read.
+    """Raise PessaError when the stored spectra do not belong to the weights of the block.
 
-    In balanced factors both columns of a direction have the norm sqrt(s), so that a change shows without an SVD. Where
-    the spectrum is calibrated it says nothing about norms, but both are still the same.
+    In balanced factors, both vectors of a direction have the norm sqrt(s) for its singular value s, so that changed
+    weights are found without an SVD. The values of a calibrated spectrum are not norms, but both vectors of a direction
+    still have the same norm.
     """
-    # Rounding a column moves its norm by far less than the roundoff of its largest entries, but for numbers too small
-    # for the dtype; and where the dtype is finer than the algebra, the algebra's own error is what is left.
+    # Rounding changes the norm of a vector by far less than the roundoff of its largest entries, except where entries
+    # underflow. Where the dtype is finer than the errors of the algebra, these errors decide.
     roundoff = max(UNIT_ROUNDOFF[site.dtype], 2.0**-40)
     longest = site.group * max(site.query_width, site.key_width, site.output_width) + site.group
     least = UNDERFLOW[site.dtype] * longest**0.5
@@ -120,14 +130,15 @@ def check_spectra(folder: Path, known: Spectra, site: Site, weights: HeadWeights
         allowed = 4 * roundoff * roots.amax(dim=-1, keepdim=True) + least
         if ((norms - roots).abs() > allowed).any():
             raise PessaError(
-                f"{folder / SPECTRA_FILE} is not of these weights: {site.name} has changed since",
-                "delete it, and the model will be decomposed anew",
+                f"{folder / SPECTRA_FILE} does not belong to these weights: {site.name} has changed since it was "
+                "decomposed",
+                DELETE,
             )
 
 
 def _norms(weights: HeadWeights, site: Site, merged_qk: bool) -> Iterator[tuple[str, torch.Tensor]]:
-    """The norm of each direction over its inputs, its bias and all query heads of a group: (G, d), by projection."""
-    rows = {"v": None if site.moves_v_bias else weights.v_bias}  # which is zero where it has moved
+    """Yield, for each projection, the norms (G, d) of the directions over inputs, bias and query heads of a group."""
+    rows = {"v": None if site.moves_v_bias else weights.v_bias}  # a bias that moved into the output bias is zero
     if merged_qk:
         rows |= {"q": weights.q_bias, "k": weights.k_bias if site.spec.key_bias_stays else None}
     squares: dict[str, list[torch.Tensor]] = {}

@@ -1,4 +1,4 @@
-"""Parameters and bytes before and after a rank plan."""
+"""Counting parameters and bytes before and after pruning to a rank plan."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from pessa_cli.ranks.plan import RankPlan
 
 
 def totals(header: Header, sites: Iterable[Site], chosen: Iterable[Site], plan: RankPlan) -> dict[str, Any]:
-    """What the plan removes, counted as the paper does; `chosen` are the blocks that it covers.
+    """Count blocks, parameters and bytes before and after the plan, and the shares from 0 to 1 that it removes.
 
-    Shares are of the directions of Q-K and of V-O (of the chosen blocks), of the parameters of their attention,
-    and of all the model's parameters. Bytes are those of the weights.
+    chosen: the blocks that the plan covers. Shares are of the directions of Q-K and of V-O in the chosen blocks, of the
+    parameters of these blocks, and of all parameters of the model. Bytes are those of compact weights. Source of the
+    way of counting: PESSA/CLOVER, arXiv 2411.17426.
     """
     chosen = list(chosen)
     attention, attention_bytes = _count(header, (site.tensors for site in chosen))
@@ -40,7 +41,7 @@ def totals(header: Header, sites: Iterable[Site], chosen: Iterable[Site], plan: 
 
 
 def _count(header: Header, blocks: Iterable[Mapping[str, tuple[int, ...]]]) -> tuple[int, int]:
-    """Parameters and bytes of tensors in the given shapes and the dtypes of the file."""
+    """Return the numbers of parameters and of bytes of tensors of the given shapes, in the dtypes of the file."""
     shapes = {name: prod(shape) for tensors in blocks for name, shape in tensors.items()}
     return sum(shapes.values()), sum(ITEM_BYTES[header[name].dtype] * count for name, count in shapes.items())
 

@@ -1,4 +1,4 @@
-"""Carrying out a rewrite: the place of the output is made sure of before any work, and filled block by block."""
+"""Writing the output of a command: check the layout, create the staging folder, and fill it block by block."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def check_layout(model: Model, sites: list[Site], layout: StorageLayout) -> None
     """Raise UsageError if one of the blocks cannot be stored in this layout."""
     if layout == "compact" and not all(site.spec.compact for site in sites):
         raise UsageError(
-            f"{model.reader.folder}: the attention of this model reads its weights directly, and needs them whole",
+            f"{model.reader.folder}: this model's attention reads its weight tensors directly, and needs full shapes",
             "give --layout dense",
         )
 
@@ -40,7 +40,10 @@ def new_rewrite(
     layout: StorageLayout,
     run: Run,
 ) -> Rewrite:
-    """What a command writes, under the name that the user gave the model. Raises UsageError as `check_layout`."""
+    """Describe the output of a command as a Rewrite; the source is named as in `run.source`, or else by its folder.
+
+    Raises UsageError if a block cannot be stored in this layout.
+    """
     check_layout(model, sites, layout)
     source = model.reader.folder.name if run.source is None else run.source
     return Rewrite(command, source, model, sites, ranks, spectra, rule, method, layout, run.shard_bytes)
@@ -48,13 +51,19 @@ def new_rewrite(
 
 @contextmanager
 def new_output(model: Model, out: Path, run: Run) -> Iterator[Staging]:
-    """The folder that becomes `out` at the end; see `checkpoint.staging.new_folder` for what raises."""
+    """Create the staging folder that is renamed to `out` at the end of the `with` block.
+
+    Raises PessaError as `checkpoint.staging.new_folder` does: when `out` exists, is the source, or cannot be written.
+    """
     with new_folder(out, model.reader.folder, run.force, run.resume) as staging:
         yield staging
 
 
 def carry_out(rewrite: Rewrite, staging: Staging, tensors_of: Callable[[Site], Mapping[str, Any]], run: Run) -> None:
-    """Write everything into the staging folder; `tensors_of` makes the new tensors of one block, from any thread."""
+    """Write the output into the staging folder, with a progress bar.
+
+    tensors_of: returns the new tensors of one block by name; it is called from several threads.
+    """
     total = sum(info.nbytes for info in rewrite.header.values())
     jobs = run.jobs_for(rewrite.sites or rewrite.model.sites)
     with one_thread(), run.progress("writing", total, len(rewrite.sites)) as tick:

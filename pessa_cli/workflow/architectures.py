@@ -10,9 +10,9 @@ from pessa_cli.blocks.table import ARCHITECTURES, FIRST_RELEASE, PUBLISHED, SINC
 
 
 def architectures() -> list[dict[str, Any]]:
-    """For each `model_type`: what merges in which blocks, the layouts, the first release, and the tested models.
+    """Return a row for each `model_type`: what merges by kind of block, the layouts, first release and tested models.
 
-    A kind such as "text.*" stands for all kinds of blocks of a model inside.
+    A kind such as "text.*" stands for all kinds of blocks of a nested model.
     """
     kinds = {name: _kinds(specs) for name, specs in ARCHITECTURES.items()}
     for name, towers in TOWERS.items():
@@ -33,7 +33,7 @@ def architectures() -> list[dict[str, Any]]:
 
 
 def architectures_table() -> str:
-    """The same as a Markdown table, with architectures that differ only in their names in one row."""
+    """Return the table in Markdown; architectures with the same blocks share a row."""
     lines = ["| `model_type` | what merges in which blocks |", "|---|---|"]
     rows: dict[str, list[str]] = {}
     for row in architectures():
@@ -48,7 +48,7 @@ def architectures_table() -> str:
 
 
 def _kinds(specs: tuple[AttentionSpec, ...]) -> dict[str, str]:
-    """What merges in each kind of block, over all of its variants."""
+    """Return which products are merged in each kind of block, over all of its variants."""
     ordered = sorted(specs, key=lambda spec: [s.kind for s in specs].index(spec.kind))
     return {
         kind: " or ".join(dict.fromkeys(spec.merges for spec in of_kind))

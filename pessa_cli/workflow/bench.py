@@ -36,12 +36,12 @@ def bench(
     """Run two models in turn, each in a process of its own, and measure time (seconds), memory and size (bytes).
 
     reference: the original, a folder, a file, or a name on a hub. candidate: the model made from it. settings: device,
-    dtype, threads and sizes of the runs. progress: is told about the work done. revision: branch, tag or commit of a
+    dtype, threads and sizes of the runs. progress: reports the work that was done. revision: branch, tag or commit of a
     reference from a hub. allow_pickle: also convert pickled weights. The processes are spawned, so that a script needs
     the guard `if __name__ == "__main__"`.
 
-    Returns each quantity of both models. Raises PessaError when a model cannot be read or run, and when the two are of
-    different types.
+    Returns the measurements of both models. Raises PessaError when a model cannot be read or run, and when the two
+    models are of different types.
     """
     with (
         opened(reference, None, revision, allow_pickle) as ours,

@@ -25,13 +25,13 @@ def decompose(
 
     The result computes the same function with tensors of the same names and shapes; pruning it needs no further SVD.
 
-    model: a folder, a file, or a name on a hub. recipe: its fields `sites`, `layers`, `calibrate` and `statistics`; the
-    others are ignored. run: how the work is done, and whether an existing `out` is replaced. architecture: treat the
-    model as this `model_type`. revision: branch, tag or commit of a model from a hub. allow_pickle: also convert
+    model: a folder, a file, or a name on a hub. recipe: its fields `sites`, `layers`, `calibrate` and `statistics` are
+    used. run: how the work is done, and whether an existing `out` is replaced. architecture: treat the model as this
+    `model_type`. revision: branch, tag or commit of a model from a hub. allow_pickle: also convert
     pickled weights.
 
-    Returns what was written. Raises UsageError for options that do not fit the model, and PessaError when the model
-    cannot be read, and when `out` exists or cannot be written.
+    Returns the description of the output. Raises UsageError for options that do not fit the model, and PessaError when
+    the model cannot be read, and when `out` exists or cannot be written.
     """
     run, out = named(run, model), Path(out)
     with opened(model, architecture, revision, allow_pickle) as found:

@@ -75,8 +75,8 @@ def export(
     for a folder of ONNX graphs; the last two have no layout, and use only `force` and `progress` of `run`.
     architecture: treat the model as this `model_type`. revision: branch, tag or commit of a model from a hub.
 
-    Returns what was written. Raises UsageError for options that the format does not have, and PessaError for a dense
-    model that pessa did not write, and when `out` exists or cannot be written.
+    Returns the description of the output. Raises UsageError for options that the format does not have, and PessaError
+    for a dense model that pessa did not write, and when `out` exists or cannot be written.
     """
     out = Path(out)
     if to == "transformers":
@@ -89,14 +89,14 @@ def export(
     if unfit := [name for name, given in options.items() if given]:
         raise UsageError(f"--to {to} has no {', '.join(unfit)}", "leave it out")
     if out.exists() and Path(model).exists() and out.samefile(model):
-        raise PessaError(f"{out} is where the model is read from", "give another -o")
+        raise PessaError(f"-o {out} is the model to be exported", "give another -o")
     with open_source(str(model), revision) as folder:
         _export_to(to, folder, out, run)
     return ExportedModel(str(model), to, out)
 
 
 def _export_to(to: OtherFormat, folder: Path, out: Path, run: Run) -> None:
-    """Write another program's format; each needs a library that not every user has."""
+    """Write another program's format; the modules are imported here because each needs an optional library."""
     if to == "onnx":
         from pessa_cli.exports.onnx import export_onnx
 

@@ -1,4 +1,4 @@
-"""Looking at a model: its attention blocks, their spectra, and what a rule would prune."""
+"""Inspecting a model: its attention blocks, their spectra, and what a rule would prune."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ Rows = list[list[float]]
 
 @dataclass(frozen=True)
 class InspectedBlock:
-    """One attention block: its spectra (key/value heads x directions, descending) and the ranks that the rule gives.
+    """One attention block: its spectra (key/value heads x directions, descending) and its ranks under the rule.
 
-    Where something prevents merging Q and K, `qk_spectrum` is None, or the spectrum of the other directions. Where that
-    is RoPE of whole heads, `qk_pairs` has the contributions of the frequency pairs (key/value heads x head_dim / 2,
-    squared, in the order of the file).
+    qk_spectrum: only of the directions in which Q and K can be merged; None if there are none. qk_pairs: if RoPE
+    rotates whole heads, the contributions of the frequency pairs (key/value heads x head_dim / 2, squared, in the order
+    of the file); otherwise None. qk_ranks, vo_ranks: for each key/value head.
     """
 
     kind: str
@@ -43,7 +43,7 @@ class InspectedBlock:
 
     @staticmethod
     def of(site: Site, spectra: Spectra, plan: RankPlan) -> InspectedBlock:
-        """The block of a site."""
+        """Return the row of one site."""
         return InspectedBlock(
             kind=site.spec.kind,
             layer=site.layer,
@@ -63,10 +63,9 @@ class Inspection:
     """The attention of a model, and what a rule would prune of it.
 
     model: as the user called it. method: "svd" or "calibrated". rule: in words. totals: blocks, parameters and bytes
-    before and after, and the pruned shares, from 0 to 1. sites and spectra: the blocks, and their spectra by name.
-    norms: by name the products of the L2 norms of the original dimensions; empty unless asked for, like the curve.
-    curve: what budgets keep, and the errors to expect. warnings: a line for each block that has too little calibration
-    data.
+    before and after, and the pruned shares, from 0 to 1. sites: the blocks. spectra: by site name. norms: the products
+    of the L2 norms of the original dimensions, by site name; empty unless requested. curve: budgets with the expected
+    errors; empty unless requested. warnings: a line for each block that has too little calibration data.
     """
 
     model: str
@@ -101,14 +100,14 @@ def inspect(
 ) -> Inspection:
     """Compute the spectra of a model's attention heads, and what a rule would prune; nothing is written.
 
-    model: a folder, a file, or a name on a hub. recipe: a rule alone, or with the fields `sites`, `layers`, `calibrate`
-    and `statistics`; the others are ignored. run: its fields `jobs`, `device` and `progress`. curve: also predict the
-    errors of budgets, from all of the attention to none. norms: also compute the products of the L2 norms of the
-    original dimensions. architecture: treat the model as this `model_type`. revision: branch, tag or commit of a model
-    from a hub. allow_pickle: also convert pickled weights.
+    model: a folder, a file, or a name on a hub. recipe: a rule, or a Recipe, of which the fields `rule`, `sites`,
+    `layers`, `calibrate` and `statistics` are used. run: its fields `jobs`, `device` and `progress` are used. curve:
+    also predict the errors of budgets, from all of the attention to none. norms: also compute the products of the L2
+    norms of the original dimensions. architecture: treat the model as this `model_type`. revision: branch, tag or
+    commit of a model from a hub. allow_pickle: also convert pickled weights.
 
     Returns the blocks with their spectra and ranks, and the totals. Raises UsageError for options that do not fit the
-    model, and PessaError when it cannot be read, and for a rule that would prune everything.
+    model, and PessaError when the model cannot be read, or when the rule would prune everything.
     """
     if isinstance(recipe, Rule):
         recipe = Recipe(recipe)

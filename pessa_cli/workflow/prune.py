@@ -1,4 +1,4 @@
-"""Pruning a model: by a rule, or as much as a limit on its quality allows."""
+"""Pruning a model by a rule, or as far as a limit on its loss of quality allows."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ def prune(
 ) -> WrittenModel:
     """Drop the directions of every head that a rule does not keep, and write the smaller model to the folder `out`.
 
-    model: a folder, a file, or a name on a hub, as for `pessa prune`. recipe: a rule alone, or with the blocks, the
-    layout and the calibration data; its field `verify` is ignored here. run: how the work is done, and whether an
+    model: a folder, a file, or a name on a hub, as for `pessa prune`. recipe: a rule, or a Recipe with the blocks, the
+    layout and the calibration data; its field `verify` is not used here. run: how the work is done, and whether an
     existing `out` is replaced. architecture: treat the model as this `model_type`. revision: branch, tag or commit of a
     model from a hub. allow_pickle: also convert pickled weights.
 
-    Returns what was written, with parameters and bytes before and after. Raises UsageError for options that do not fit
-    the model, and PessaError when the model cannot be read, when `out` exists or cannot be written, and for a rule that
-    would prune everything.
+    Returns the description of the output, with parameters and bytes before and after. Raises UsageError for options
+    that do not fit the model, and PessaError when the model cannot be read, when `out` exists or cannot be written, or
+    when the rule would prune everything.
     """
     if isinstance(recipe, Rule):
         recipe = Recipe(recipe)
@@ -73,9 +73,9 @@ def prune(
 def _quality(
     model: Model, recipe: Recipe, path: Path, data: CalibrationData | None
 ) -> tuple[QualityLimit, EvaluationItems]:
-    """The limit of a search, and the data to score on.
+    """Return the limit of a search, and the data to score models on.
 
-    Raises UsageError for data that the model is also calibrated on, and that it cannot be scored on.
+    Raises UsageError if the calibration data contain the same data, or if the model cannot be scored on them.
     """
     from pessa_cli.evaluation.search import QualityLimit, check_apart, read_quality_data  # it imports transformers
 

@@ -1,4 +1,4 @@
-"""A recipe: what `pessa prune` does to a model, from options, from a TOML file or from Python."""
+"""The recipe of `pessa prune`, which comes from command-line options, from a TOML file or from Python."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ INCREASE = "--max-wer-increase or --max-ppl-increase"
 
 @dataclass(frozen=True)
 class Recipe:
-    """What is done to a model: the rule, the blocks it applies to, and the data it may look at.
+    """How a model is pruned: the rule, the blocks that it applies to, the calibration data, and the layout.
 
-    With `evaluate` and one of the two increases the ranks are searched for, and `rule` may only round them. `verify`
-    is what `pessa run` checks afterwards; None for nothing. Raises UsageError for options that exclude each other.
+    With `evaluate` and one of the two increases, the ranks are searched for, and `rule` may only round them. verify:
+    the comparison that `pessa run` makes afterwards; None for none. Raises UsageError for options that exclude each
+    other.
     """
 
     rule: Rule = Rule()
@@ -82,12 +83,12 @@ class Recipe:
 
     @property
     def searches(self) -> bool:
-        """Whether the ranks are searched for, within a limit on the quality."""
+        """Whether the ranks are searched for within a limit on the loss of quality."""
         return self.max_wer_increase is not None or self.max_ppl_increase is not None
 
 
 def load_recipe(path: Path) -> Recipe:
-    """The recipe in a TOML file. Raises UsageError for keys that do not exist and values that make no sense."""
+    """Read a recipe from a TOML file. Raises UsageError for unknown keys and invalid values."""
     content = read_toml(path, "prune", "verify")
     recipe = from_table(Recipe, path, "prune", content.get("prune", {}))
     if "verify" not in content:

@@ -1,4 +1,4 @@
-"""The steps that several commands begin with: open the model, choose its blocks, collect or read statistics."""
+"""The first steps that several commands share: open the model, select its blocks, collect or read statistics."""
 
 from __future__ import annotations
 
@@ -26,10 +26,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Known:
-    """What is known of the blocks before they are pruned.
+    """The calibration statistics of a recipe, with what was read and computed to collect them.
 
-    statistics: None where the recipe uses the weights alone. blocks, decomposition: what collecting the statistics has
-    read and decomposed already, for `surgery.prune`. warnings: a line for each block that has too little data.
+    statistics: None if the recipe uses the weights alone. blocks: a reader that may hold the weights in memory.
+    decomposition: of the blocks by these statistics, if it was computed already. warnings: a line for each block that
+    has too little calibration data.
     """
 
     statistics: Statistics | None = None
@@ -42,24 +43,27 @@ class Known:
 def opened(
     model: str | Path, architecture: str | None = None, revision: str | None = None, allow_pickle: bool = False
 ) -> Iterator[Model]:
-    """A model, by whatever name the user has for it; a converted copy lives as long as the `with` block."""
+    """Open a folder, a file or a name on a hub as a Model; converted copies are deleted after the `with` block.
+
+    Raises PessaError when the model cannot be found, converted or read.
+    """
     with open_source(str(model), revision, allow_pickle) as folder:
         yield open_model(folder, architecture)
 
 
 def named(run: Run, model: str | Path) -> Run:
-    """The run with the model's name for the files of the output: without the path on this machine."""
+    """Return the run with the model's name, which output files contain; paths on this machine are left out."""
     path = Path(model)
     return replace(run, source=run.source or (path.resolve().name if path.exists() else str(model)))
 
 
 def chosen(model: Model, recipe: Recipe) -> list[Site]:
-    """The blocks that a recipe applies to. Raises UsageError when there are none."""
+    """Return the blocks that a recipe applies to. Raises UsageError if there are none."""
     return select(model.sites, recipe.sites, recipe.layers)
 
 
 def calibration_data(recipe: Recipe) -> CalibrationData | None:
-    """The calibration data of a recipe, read once for the whole command; None where there are none."""
+    """Read the calibration data of a recipe, once for the whole command; None without calibration data."""
     if not recipe.calibrate:
         return None
     from pessa_cli.models.data import read_data
@@ -68,7 +72,7 @@ def calibration_data(recipe: Recipe) -> CalibrationData | None:
 
 
 def check_output(out: Path, model: Model, run: Run) -> None:
-    """Raise PessaError for an output that may not be written, before the minutes that calibration may take."""
+    """Raise PessaError if the output may not be written, before calibration, which may take minutes."""
     if not run.dry:
         check_free(out, model.reader.folder, run.force)
 
@@ -82,9 +86,11 @@ def calibrated(
     data: CalibrationData | None,
     rule: Rule | None = None,
 ) -> Iterator[Known]:
-    """The statistics of a recipe, read or collected; what they hold on disk is there as long as the `with` block.
+    """Collect or read the statistics of a recipe; their temporary files are deleted after the `with` block.
 
-    data: from `calibration_data`. With `rule` each block is calibrated on the outputs of the pruned blocks before it.
+    data: the result of `calibration_data`. rule: if given, each block is calibrated on the outputs of the blocks before
+    it, pruned by this rule. Raises UsageError for options that do not fit the model or one another, and PessaError when
+    the statistics cannot be read or collected.
     """
     if data is None and not recipe.statistics and rule is None:
         yield Known()

@@ -1,4 +1,4 @@
-"""Comparing two models, or the files of one with the hashes in its pessa.json."""
+"""Comparing two models, or the files of one model with the hashes in its pessa.json."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class FileCheck:
 
     @property
     def same(self) -> bool:
-        """Whether all files are as they were written."""
+        """Whether all files are unchanged since they were written."""
         return not self.failures
 
     def to_dict(self) -> dict[str, Any]:
@@ -65,15 +65,16 @@ def verify(
     revision: str | None = None,
     allow_pickle: bool = False,
 ) -> Verification:
-    """Compare two models, and say where and by how much they differ.
+    """Compare the heads, blocks, other tensors and outputs of two models.
 
     reference: the original, a folder, a file, or a name on a hub. candidate: the model made from it. options: how much
-    is compared, and the largest differences that are allowed. audio, text: files on which the outputs are compared as
-    well, audio for a speech model. progress: is told about the work done. architecture: treat both as this
-    `model_type`. revision: branch, tag or commit of a reference from a hub. allow_pickle: also convert pickled weights.
+    is compared, and the largest differences that are allowed. audio, text: files on which the outputs are also
+    compared; audio files are for speech models. progress: reports the work that was done. architecture: treat both
+    models as this `model_type`. revision: branch, tag or commit of a reference from a hub. allow_pickle: also convert
+    pickled weights.
 
-    Returns all differences; `same` says whether they are within the limits. Raises UsageError for options that do not
-    fit the models, and PessaError when a model cannot be read, and when the two do not have the same blocks.
+    Returns all differences; its `same` is True if they are within the limits. Raises UsageError for options that do not
+    fit the models, and PessaError when a model cannot be read, or when the two do not have the same blocks.
     """
     with (
         opened(reference, architecture, revision, allow_pickle) as ours,

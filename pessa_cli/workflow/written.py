@@ -1,4 +1,4 @@
-"""What the commands that write a model return."""
+"""The result of the commands that write a model."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class WrittenModel:
         search: SearchResult | None = None,
         warnings: list[str] | None = None,
     ) -> WrittenModel:
-        """The result of one rewriting pass."""
+        """Return the result for an output, from its description."""
         header, sites = rewrite.model.reader.header, rewrite.model.sites
         counted = totals(header, sites, rewrite.sites, rewrite.ranks)
         shards = {file: sum(info.nbytes for info in part.values()) for file, part in rewrite.shards.items()}
@@ -48,7 +48,7 @@ class WrittenModel:
 
     @property
     def command(self) -> str:
-        """The command that wrote it: prune, decompose or export."""
+        """The command that wrote the model: prune, decompose or export."""
         return str(self.manifest["command"])
 
     @property

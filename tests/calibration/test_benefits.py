@@ -1,7 +1,7 @@
-"""What each part of calibration is for: without it the pruned block is worse, or a number is off by orders.
+"""The benefit of each part of calibration: without it, pruned blocks have larger errors, or an estimate is far off.
 
-Each test measures what blocks put out on the inputs they were calibrated on, so that a part that is left out, or that
-no longer does anything, shows.
+Each test measures the outputs of blocks on the inputs that they were calibrated on. A part that is left out, or that no
+longer has an effect, makes its test fail.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def calibrated(request: pytest.FixtureRequest, tiny_folder: TinyFolder, data: li
 
 
 def block_error(site: Site, ours: Any, theirs: Any) -> float:
-    """The relative squared error of one block of theirs on the inputs that it has in ours."""
+    """Return the relative squared error of one block of `theirs` on the inputs that the block has in `ours`."""
     with ExitStack() as hooks, torch.no_grad():
         squares = block_squares([site], ours, theirs, hooks)
         for given in batches(ours):
@@ -64,10 +64,12 @@ def block_error(site: Site, ours: Any, theirs: Any) -> float:
     [("whisper", "encoder.self.0", 0.5), ("bert", "encoder.self.0", 0.98), ("llama", "decoder.self.0", 0.98)],
     indirect=["calibrated"],
 )
-def test_the_output_projection_is_fitted_anew(calibrated: Calibrated, block: str, most: float, tmp_path: Path) -> None:
-    """Against slices of the calibrated decomposition: those keep the same directions with the output projection as is.
+def test_the_refit_of_the_output_projection_reduces_the_error(
+    calibrated: Calibrated, block: str, most: float, tmp_path: Path
+) -> None:
+    """Compared with slicing the calibrated decomposition, which keeps the same directions without a refit.
 
-    Only V-O is cut, so that the inputs of the output projection are the original's.
+    Only V-O is cut, so that the inputs of the output projection do not change.
     """
     site, model = calibrated.block(block), calibrated.model
     decompose_model(model, tmp_path / "full", statistics=calibrated.statistics)
@@ -89,10 +91,10 @@ def test_the_output_projection_is_fitted_anew(calibrated: Calibrated, block: str
     [("whisper", "encoder.self.0", 0.5), ("bert", "encoder.self.0", 0.97)],
     indirect=["calibrated"],
 )
-def test_keys_are_weighed_by_what_they_do_to_the_output(
+def test_weighting_keys_by_their_influence_on_the_output_reduces_the_error(
     calibrated: Calibrated, block: str, most: float, tmp_path: Path
 ) -> None:
-    """Against the same statistics without the influence of the keys, when a quarter of Q-K is cut, and V-O is not."""
+    """Compared with the same statistics without `influence`, for a quarter of Q-K cut and V-O not cut."""
     site, model, without = calibrated.block(block), calibrated.model, tmp_path / "without"
     with safe_open(calibrated.file, framework="pt") as file:
         about = file.metadata()
@@ -110,10 +112,10 @@ def test_keys_are_weighed_by_what_they_do_to_the_output(
 
 
 @pytest.mark.parametrize("calibrated", ["whisper"], indirect=True)
-def test_the_harm_of_a_cut_is_the_divergence_that_it_makes(
+def test_the_harm_of_a_cut_predicts_the_divergence(
     calibrated: Calibrated, data: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """For each block cut by half, alone: the KL divergence of the model's tokens over the error of the block."""
+    """For each block cut by half on its own, the harm is the KL divergence of the logits per error of the block."""
     monkeypatch.setattr(trial_cuts, "SAMPLES", 200)  # with 4 the estimate is within a factor of 3
     model = calibrated.model
     spectra = measure(model, model.sites, statistics=collected(model, data, tmp_path / "many"))
@@ -143,10 +145,10 @@ def test_the_harm_of_a_cut_is_the_divergence_that_it_makes(
     ],
     indirect=["calibrated"],
 )
-def test_in_sequence_a_block_is_better_on_what_the_pruned_ones_before_it_produce(
+def test_calibration_in_sequence_reduces_the_error_behind_pruned_blocks(
     calibrated: Calibrated, block: str, data: list[Path], tmp_path: Path
 ) -> None:
-    """Behind the same pruned first block: the second as cut in sequence, and as cut by what the original produces."""
+    """The second block, calibrated in sequence or on the original model, runs behind the same pruned first block."""
     model, rule, site = calibrated.model, Rule(rank=3), calibrated.block(block)
     chain = collected(model, data, tmp_path / "in sequence", rule)
     for name, statistics in (("apart", calibrated.statistics), ("chain", chain)):

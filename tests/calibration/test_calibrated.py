@@ -1,4 +1,4 @@
-"""Calibrated decomposition: optimal for the inputs it was shown, safe where they say little, and the same model."""
+"""Calibrated decomposition: optimal for its inputs, safe with too little data, and exact at full rank."""
 
 from __future__ import annotations
 
@@ -41,15 +41,15 @@ from pessa_cli.surgery.prune import decompose_model, prune_model
 TRIED = ("output", "tried", "harm")
 
 
-def inputs_weigh(seed: int, width: int) -> Tensor:
-    """A second moment of inputs that are far from white, (width, width)."""
+def second_moment(seed: int, width: int) -> Tensor:
+    """Return the second moment of inputs with very different variances, (width, width)."""
     generator = torch.Generator().manual_seed(seed)
     samples = torch.randn(3 * width, width, generator=generator, dtype=torch.float64)
     return (samples * torch.logspace(1, -2, width, dtype=torch.float64)).T.cov()
 
 
 def weighted_error(pair: Pair, other: Pair, left: Tensor, right: Tensor | None) -> Tensor:
-    """The root of E |x^T (A B^T - A' B'^T) y|^2 the long way, by dense products and roots of the moments: (G,)."""
+    """Compute the root of E |x^T (A B^T - A' B'^T) y|^2 for each head, (G,), from dense products and moments."""
     difference = products.product(pair) - products.product(other)
     difference = torch.linalg.cholesky(left).mT @ difference
     if right is not None:
@@ -60,15 +60,15 @@ def weighted_error(pair: Pair, other: Pair, left: Tensor, right: Tensor | None) 
 
 @pytest.mark.parametrize("both", [True, False], ids=["Q-K", "V-O"])
 @pytest.mark.parametrize("rank", [0, 1, 4, 7, 8])
-def test_no_choice_of_directions_is_better_for_the_inputs(rank: int, both: bool) -> None:
+def test_the_weighted_decomposition_is_optimal(rank: int, both: bool) -> None:
     pair = products.random_pair()
-    c_left, c_right = inputs_weigh(1, 40), inputs_weigh(2, 30) if both else None
+    c_left, c_right = second_moment(1, 40), second_moment(2, 30) if both else None
     right = None if c_right is None else pair.right.mT @ c_right @ pair.right
     found = transformed(
         pair, transforms := weighted_transforms(pair, Weighting(pair.left.mT @ c_left @ pair.left, right, 0))
     )
     error = weighted_error(pair, products.truncated(found, rank), c_left, c_right)
-    # Eckart and Young: the dense weighted product leaves no less, whatever is put in its place.
+    # By Eckart and Young, no approximation of this rank has a smaller error in the dense weighted product.
     whole = torch.linalg.cholesky(c_left).mT @ products.product(pair)
     values = torch.linalg.svdvals(whole if c_right is None else whole @ torch.linalg.cholesky(c_right))
     scale = values[:, :1]
@@ -76,7 +76,7 @@ def test_no_choice_of_directions_is_better_for_the_inputs(rank: int, both: bool)
     assert ((transforms.spectrum - values[:, :8]).abs() < 1e-9 * scale).all()
     plain = weighted_error(pair, products.truncated(decompose(pair), rank), c_left, c_right)
     assert (error <= plain + 1e-9 * scale[:, 0]).all()
-    if rank in (1, 4, 7):  # and by much, or the weights alone would do
+    if rank in (1, 4, 7):  # the weights alone are clearly worse
         assert error.sum() < 0.85 * plain.sum()
 
 
@@ -86,7 +86,7 @@ def test_degenerate_heads_and_samples_keep_the_product(kind: str, data: str) -> 
     pair = products.degenerate(kind)
     grams = []
     for seed, factor in enumerate((pair.left, pair.right)):
-        moment = inputs_weigh(seed, factor.shape[-2])
+        moment = second_moment(seed, factor.shape[-2])
         if data != "rich":
             vector = torch.ones(len(moment), 1, dtype=torch.float64) * (data == "few")
             moment = vector @ vector.T
@@ -97,17 +97,19 @@ def test_degenerate_heads_and_samples_keep_the_product(kind: str, data: str) -> 
     product = products.product(pair)
     assert (products.product(found) - product).norm() <= 1e-5 * product.norm()
     norms = found.left.norm(dim=-2), found.right.norm(dim=-2)
-    assert torch.allclose(*norms, rtol=1e-6, atol=1e-9 * float(norms[0].max()))  # what 16-bit numbers have to hold
+    assert torch.allclose(
+        *norms, rtol=1e-6, atol=1e-9 * float(norms[0].max())
+    )  # both factors are in the range of 16-bit numbers
 
 
-def test_much_shrinkage_is_the_plain_rule() -> None:
+def test_large_shrinkage_gives_the_plain_decomposition() -> None:
     pair = products.random_pair()
-    gram = pair.left.mT @ inputs_weigh(1, 40) @ pair.left
+    gram = pair.left.mT @ second_moment(1, 40) @ pair.left
     plain = products.truncated(decompose(pair), 3)
     for data, shrinkage in ((gram, 1e9), (torch.zeros_like(gram), 0.0)):
         found = transformed(pair, weighted_transforms(pair, Weighting(data, data if shrinkage else None, shrinkage)))
         cut = products.product(products.truncated(found, 3))
-        if shrinkage:  # the other side's Gram matrix was of the left, which counts for nothing then
+        if shrinkage:  # it outweighs both Gram matrices, although the right one is that of the left side
             assert torch.allclose(cut, products.product(plain), atol=1e-6)
         else:
             assert torch.allclose(cut, products.product(plain))
@@ -117,7 +119,7 @@ def test_much_shrinkage_is_the_plain_rule() -> None:
 def test_the_refit_is_least_squares() -> None:
     generator = torch.Generator().manual_seed(0)
     mixtures = torch.randn(200, 12, generator=generator, dtype=torch.float64)
-    mixtures[:, 6:] += mixtures[:, :6]  # heads that say the same in part
+    mixtures[:, 6:] += mixtures[:, :6]  # heads with correlated outputs
     o = torch.randn(5, 12, generator=generator, dtype=torch.float64)
     kept, moment = torch.tensor([0, 1, 2, 4, 7, 9]), mixtures.T @ mixtures
     found = refitted(o, moment, kept, 0.0)
@@ -139,7 +141,7 @@ Collected = tuple[Model, Path]
 def test_statistics_are_those_of_the_inputs(
     name: str, tiny_folder: TinyFolder, data: list[Path], tmp_path: Path
 ) -> None:
-    """Second moments of a projection's outputs are its weights' Gram matrix under the second moment of its inputs."""
+    """The statistics are compared with second moments that are computed from the inputs of the block."""
     model = open_model(tiny_folder(name))
     found = collected(model, data, tmp_path / "s")
     site = model.sites[0]
@@ -159,7 +161,7 @@ def test_statistics_are_those_of_the_inputs(
     expected = (q @ q.mT).reshape(site.kv_heads, site.group, site.head_dim, site.head_dim).sum(1)
     assert int(sums.frames) == len(rows)
     assert torch.allclose(sums.queries, expected, rtol=1e-4, atol=1e-3 * float(expected.abs().max()))
-    if not site.spec.kind.startswith("decoder"):  # where each query sees all keys
+    if not site.spec.kind.startswith("decoder"):  # here each query sees all keys
         each = [weights.k.double() @ (x[0].double() - x[0].double().mean(0)).T for x in seen]
         keys = sum(k @ k.mT for k in each)
         assert isinstance(keys, Tensor)
@@ -167,10 +169,10 @@ def test_statistics_are_those_of_the_inputs(
     assert bool(shortages(found, [site])) == (len(rows) < site.heads * site.head_dim)
 
 
-def test_influence_is_what_a_small_error_of_the_keys_does_to_the_output(
+def test_influence_is_the_derivative_of_the_output_by_the_keys(
     tiny_folder: TinyFolder, data: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Against the derivative of the attention itself, with respect to scores that move by k_j x for every key j."""
+    """Compared with the derivative of the attention when the score of every key j changes by k_j x."""
     monkeypatch.setattr(listeners, "QUERIES", 10**6)
     model = open_model(tiny_folder("bert"))
     site = model.sites[0]
@@ -201,7 +203,7 @@ def test_influence_is_what_a_small_error_of_the_keys_does_to_the_output(
     assert float(x @ found[head] @ x) == pytest.approx(total, rel=1e-3)
 
 
-def test_statistics_of_parts_add_up_to_those_of_all(tiny_folder: TinyFolder, data: list[Path], tmp_path: Path) -> None:
+def test_statistics_of_parts_of_the_data_add_up(tiny_folder: TinyFolder, data: list[Path], tmp_path: Path) -> None:
     model = open_model(tiny_folder("whisper"))
     whole = collected(model, data, tmp_path / "all")
     collect(model, model.sites, data[:2], tmp_path / "a")
@@ -210,7 +212,7 @@ def test_statistics_of_parts_add_up_to_those_of_all(tiny_folder: TinyFolder, dat
     assert data_sha256(both) == data_sha256(whole) != data_sha256(SavedStatistics(tmp_path / "a"))
     for site in model.sites:
         one, sum_ = whole.of(site), both.of(site)
-        added = [name for name in NAMES if name not in TRIED]  # those are of other inputs and decompositions
+        added = [name for name in NAMES if name not in TRIED]  # trial cuts are made on other inputs
         assert all(torch.allclose(getattr(one, name), getattr(sum_, name)) for name in added)
         assert sum_.trials is not None
     with pytest.raises(PessaError, match="in common"):
@@ -240,14 +242,14 @@ def test_a_model_that_does_not_fit_is_read_from_disk_block_by_block(
         assert all(torch.allclose(getattr(one, n), getattr(other, n)) for n in NAMES if n not in TRIED)
         assert other.trials is None
         assert one.trials is not None
-    assert "no trials" in shortages(parts, model.sites)[-1] or "independent" in shortages(parts, model.sites)[-1]
+    assert "no trial cuts" in shortages(parts, model.sites)[-1] or "independent" in shortages(parts, model.sites)[-1]
     assert ranks_for(model.sites, measure(model, model.sites, statistics=parts), Rule(target_attention=0.8), model.size)
     with pytest.raises(PessaError, match="do not fit twice"):
         collected(model, data, tmp_path / "no", Rule(rank=4))
 
 
 @pytest.mark.parametrize("name", tiny.NAMES)
-def test_full_rank_is_the_same_model_and_less_is_nearer_than_the_plain_rule(
+def test_full_rank_is_exact_and_lower_ranks_are_better_than_without_calibration(
     name: str, tiny_folder: TinyFolder, data: list[Path], tmp_path: Path
 ) -> None:
     folder = tiny_folder(name)
@@ -266,10 +268,10 @@ def test_full_rank_is_the_same_model_and_less_is_nearer_than_the_plain_rule(
     assert tiny.close(tiny.load(again), tiny.load(calibrated))
 
 
-def test_the_spectrum_is_the_error_that_real_mixtures_get(
+def test_the_spectrum_predicts_the_error_on_the_inputs(
     tiny_folder: TinyFolder, data: list[Path], tmp_path: Path
 ) -> None:
-    """V-O of one head cut: what its block then puts out differs by the norm of the tail, its mean given back."""
+    """After cutting V-O of a head, the error of the output is the norm of the dropped singular values."""
     model = open_model(tiny_folder("bert"))
     site = model.sites[0]
     weighed = weigh(collected(model, data, tmp_path / "s").of(site), site, None)
@@ -283,8 +285,8 @@ def test_the_spectrum_is_the_error_that_real_mixtures_get(
     assert torch.allclose(error, transforms.spectrum[:, 5:].norm(dim=-1), rtol=1e-6)
 
 
-def test_what_is_cut_leaves_its_mean_behind(tiny_folder: TinyFolder, data: list[Path], tmp_path: Path) -> None:
-    """The block's mean output over the calibration data stays, when most of it is cut."""
+def test_the_mean_of_cut_directions_is_kept(tiny_folder: TinyFolder, data: list[Path], tmp_path: Path) -> None:
+    """The block's mean output over the calibration data stays nearly the same when most directions are cut."""
     folder = tiny_folder("bert")
     model = open_model(folder)
     found = collected(model, data, tmp_path / "s")
@@ -303,12 +305,12 @@ def test_what_is_cut_leaves_its_mean_behind(tiny_folder: TinyFolder, data: list[
 
     original = mean(folder)
     assert torch.allclose(mean(tmp_path / "full"), original, atol=1e-4)
-    # Queries and keys are cut as well, and with them the attention changes: so it stays nearly.
+    # Q-K is cut as well, which changes the attention weights, so that the mean is not exactly the same.
     drift, plain = ((mean(tmp_path / made) - original).norm() for made in ("cut", "plain"))
     assert drift < 0.5 * plain
 
 
-def test_a_calibrated_decomposition_is_sliced_and_its_changes_are_seen(
+def test_a_calibrated_decomposition_is_sliced_and_changes_of_it_are_detected(
     tiny_folder: TinyFolder, data: list[Path], tmp_path: Path
 ) -> None:
     model = open_model(tiny_folder("whisper"))
@@ -331,7 +333,7 @@ def name_of(model: Model) -> str:
     return model.sites[0].q.removeprefix("model.")
 
 
-def test_statistics_of_other_weights_or_of_nothing_are_refused(
+def test_statistics_that_do_not_belong_to_the_model_are_refused(
     tiny_folder: TinyFolder, data: list[Path], tmp_path: Path
 ) -> None:
     model = open_model(tiny_folder("whisper"))
@@ -342,16 +344,16 @@ def test_statistics_of_other_weights_or_of_nothing_are_refused(
         prune_model(open_model(other), tmp_path / "out", Rule(rank=4), statistics=found)
     with pytest.raises(PessaError, match="no statistics of"):
         found.of(open_model(tiny_folder("bert")).sites[0].__class__(**{**vars(model.sites[0]), "layer": 7}))
-    with pytest.raises(PessaError, match="not a file of statistics"):
+    with pytest.raises(PessaError, match="not a statistics file"):
         SavedStatistics(tiny_folder("whisper") / "model.safetensors")
-    with pytest.raises(PessaError, match="not a file of statistics"):
+    with pytest.raises(PessaError, match="not a statistics file"):
         SavedStatistics(tmp_path / "nowhere")
     prune_model(model, tmp_path / "compact", Rule(rank=4))
     with pytest.raises(UsageError, match="is compact"):
         collect(compact := open_model(tmp_path / "compact"), compact.sites, data, tmp_path / "t")
 
 
-def test_one_input_again_and_again_is_few_data_and_nothing_breaks(
+def test_repeating_one_input_is_too_little_data_but_works(
     tiny_folder: TinyFolder, data: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def same(
@@ -375,7 +377,7 @@ def test_one_input_again_and_again_is_few_data_and_nothing_breaks(
     assert independent(torch.eye(5).double()) == 5
 
 
-def test_in_sequence_later_blocks_meet_what_pruned_ones_produce(
+def test_in_sequence_later_blocks_get_the_outputs_of_pruned_blocks(
     tiny_folder: TinyFolder, data: list[Path], tmp_path: Path
 ) -> None:
     model = open_model(tiny_folder("whisper"))
@@ -392,7 +394,7 @@ def test_in_sequence_later_blocks_meet_what_pruned_ones_produce(
     prune_model(model, tmp_path / "out", Rule(rank=3), statistics=chain)
 
 
-def test_data_of_all_kinds_is_read_once(tmp_path: Path) -> None:
+def test_each_file_of_data_is_read_once(tmp_path: Path) -> None:
     for number in range(2):
         soundfile.write(tmp_path / f"{number}.wav", np.full(160, 0.1 * number), 16000)
     (tmp_path / "clips.jsonl").write_text('{"audio": "0.wav", "text": "one"}\n\n{"file": "1.wav", "text": null}\n')
@@ -431,11 +433,11 @@ def test_the_commands(tiny_folder: TinyFolder, data: list[Path], tmp_path: Path,
     refused = tmp_path / "no"
     is_refusal(pessa("prune", folder, "-o", refused, "--method", "vanilla", *given), "vanilla", code=2)
     is_refusal(pessa("prune", folder, "-o", refused, "--sequential", "--statistics", file), "--sequential", code=2)
-    is_refusal(pessa("prune", folder, "-o", refused, *given, "--statistics", file), "there already", code=2)
+    is_refusal(pessa("prune", folder, "-o", refused, *given, "--statistics", file), "exists already", code=2)
     is_refusal(pessa("inspect", folder, "--statistics", folder / "config.json"), "config.json")
     assert not refused.exists()
 
 
-def test_blocks_add() -> None:
+def test_statistics_of_a_block_add_up() -> None:
     one = BlockStatistics(*(torch.ones((), dtype=torch.float64) for _ in NAMES))
     assert float((one + one).queries) == 2

@@ -1,6 +1,6 @@
-"""Calibration of data as people have it: files of text through a tokenizer, clips through a processor.
+"""Calibration on files: texts are encoded by a tokenizer, and clips by a processor.
 
-The other tests of calibration hand tokens over in place of `inputs_of`; here nothing is replaced.
+The other tests of calibration replace `inputs_of` by a function that returns tokens; these tests replace nothing.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ STORY = "the keeper lit the lamp on the ninth of march, and it burned until thre
 
 
 def read_by(model: Path, limit: int) -> list[torch.Tensor]:
-    """The windows that a tokenizer makes of the story, without ours: as many tokens as a window takes, <s> in each."""
+    """Return the expected windows of the story: each starts with <s>, and has at most `limit` tokens."""
     ids = tokenizer()(STORY, add_special_tokens=False).input_ids
     room = limit - 1
     parts = [ids[start : start + room] for start in range(0, len(ids), room)]
@@ -41,7 +41,7 @@ def read_by(model: Path, limit: int) -> list[torch.Tensor]:
 
 
 def check_queries(folder: Path, statistics: Path, windows: list[torch.Tensor]) -> None:
-    """The sums of the first block's queries, against a plain run of the model over these windows."""
+    """Compare the statistics of the first block's queries with those of a run of the model on these windows."""
     site = open_model(folder).sites[0]
     found = SavedStatistics(statistics).of(site)
     assert int(found.frames) == sum(window.shape[1] for window in windows)
@@ -73,14 +73,14 @@ def test_a_long_text_is_read_in_windows(
 
 @pytest.fixture
 def roberta(place: Path) -> Path:
-    """Positions count from 2 in a RoBERTa: of the 40 in its table 38 are for tokens."""
+    """A tiny RoBERTa, whose positions start at 2, so that 38 of the 40 in its table are for tokens."""
     model = tiny_models.build("roberta")
     model.save_pretrained(place / "roberta")
     tokenizer().save_pretrained(place / "roberta")
     return place / "roberta"
 
 
-def test_a_roberta_reads_a_text_that_it_has_room_for(roberta: Path, place: Path, pessa: Pessa) -> None:
+def test_a_roberta_reads_a_short_text(roberta: Path, place: Path, pessa: Pessa) -> None:
     (place / "short.txt").write_text(STORY[:30])
     (place / "other.txt").write_text(STORY[40:70])
     data = ("--calibrate", place / "short.txt", "--calibrate", place / "other.txt")
@@ -91,7 +91,7 @@ def test_a_roberta_reads_a_text_that_it_has_room_for(roberta: Path, place: Path,
     check_queries(roberta, place / "s", ids)
 
 
-@pytest.mark.xfail(strict=True, raises=RuntimeError, reason="inputs_of cuts windows of two tokens more than it takes")
+@pytest.mark.xfail(strict=True, raises=RuntimeError, reason="inputs_of makes windows that are two tokens too long")
 def test_a_roberta_reads_a_long_text_in_windows(roberta: Path, place: Path, pessa: Pessa) -> None:
     (place / "story.txt").write_text(STORY)
     given = ("--calibrate", place / "story.txt", "--statistics", place / "s")
@@ -103,7 +103,7 @@ def test_a_roberta_reads_a_long_text_in_windows(roberta: Path, place: Path, pess
 
 @pytest.fixture
 def english(real: Real, place: Path) -> Path:
-    """A tiny Whisper that hears and reads as the real tiny.en does, and writes no more than 40 tokens."""
+    """A tiny Whisper with the processor and tokenizer of the real tiny.en, which writes at most 40 tokens."""
     source, folder = real("whisper-tiny.en"), place / "english"
     theirs = tiny.read_config(source)
     kept = [key for key in theirs if key.endswith(("_id", "_tokens")) or key in ("vocab_size", "num_mel_bins")]
@@ -119,14 +119,14 @@ def english(real: Real, place: Path) -> Path:
     return folder
 
 
-def heard(folder: Path, statistics: Path) -> dict[str, int]:
-    """How many queries each kind of block had."""
+def query_counts(folder: Path, statistics: Path) -> dict[str, int]:
+    """Return the number of queries of each kind of block."""
     found = SavedStatistics(statistics)
     return {site.spec.kind: int(found.of(site).frames) for site in open_model(folder).sites if site.layer == 0}
 
 
 def test_clips_through_the_real_processor(english: Path, clip: Path, place: Path, pessa: Pessa) -> None:
-    """A clip with its transcript, and one of two windows without, which the model itself has to write down."""
+    """One clip has a transcript. The other has two windows and no transcript, so that the model must transcribe it."""
     text = "Ever tried. Ever failed."
     samples = load_audio(clip)
     soundfile.write(place / "long.wav", np.tile(samples, 4)[: 40 * SAMPLE_RATE], SAMPLE_RATE)
@@ -135,13 +135,13 @@ def test_clips_through_the_real_processor(english: Path, clip: Path, place: Path
     given = ("--calibrate", place / "clips.jsonl", "--statistics", place / "s")
     done = pessa("prune", english, "-o", place / "out", "--ratio", "0.3", *given)
     assert done.code == 0, done
-    frames = heard(english, place / "s")
+    frames = query_counts(english, place / "s")
     assert frames["encoder.self"] == 3 * 1500
     assert frames["decoder.self"] == frames["decoder.cross"]
-    (place / "told.jsonl").write_text(json.dumps(rows[0]))
-    assert pessa("inspect", english, "--calibrate", place / "told.jsonl", "--statistics", place / "t").code == 0
+    (place / "one.jsonl").write_text(json.dumps(rows[0]))
+    assert pessa("inspect", english, "--calibrate", place / "one.jsonl", "--statistics", place / "t").code == 0
     prompt = AutoTokenizer.from_pretrained(english)(text).input_ids[:-1]  # the last token is never an input
-    assert heard(english, place / "t") == {
+    assert query_counts(english, place / "t") == {
         "encoder.self": 1500,
         "decoder.self": len(prompt),
         "decoder.cross": len(prompt),
@@ -150,10 +150,10 @@ def test_clips_through_the_real_processor(english: Path, clip: Path, place: Path
 
 @pytest.mark.slow
 def test_a_multilingual_whisper_with_its_own_processor(clip: Path, place: Path, pessa: Pessa) -> None:
-    """Converted from an openai-whisper file, with the tokenizer that comes with that package."""
+    """The model is converted from an openai-whisper file, with the tokenizer of that package."""
     torch.manual_seed(0)
     model = whisper.model.Whisper(ModelDimensions(80, 1500, 32, 4, 1, 51865, 448, 32, 4, 1))
-    torch.nn.init.normal_(model.decoder.positional_embedding, std=0.1)  # which it leaves as the memory was
+    torch.nn.init.normal_(model.decoder.positional_embedding, std=0.1)  # openai-whisper does not initialize it
     state = {name: tensor for name, tensor in model.state_dict().items() if tensor.dtype.is_floating_point}
     torch.save({"dims": vars(model.dims), "model_state_dict": state}, place / "m.pt")
     with open_source(str(place / "m.pt")) as converted:
@@ -165,6 +165,8 @@ def test_a_multilingual_whisper_with_its_own_processor(clip: Path, place: Path, 
     done = pessa("prune", folder, "-o", place / "out", "--ratio", "0.3", *given)
     assert done.code == 0, done
     assert pessa("inspect", folder, "--calibrate", clip, "--statistics", place / "t").code == 0
-    assert heard(folder, place / "s")["encoder.self"] == heard(folder, place / "t")["encoder.self"] == 1500
+    assert (
+        query_counts(folder, place / "s")["encoder.self"] == query_counts(folder, place / "t")["encoder.self"] == 1500
+    )
     prompt = AutoTokenizer.from_pretrained(folder)("Ever tried.").input_ids[:-1]
-    assert heard(folder, place / "s")["decoder.self"] == len(prompt)
+    assert query_counts(folder, place / "s")["decoder.self"] == len(prompt)

@@ -1,6 +1,6 @@
-"""Damaged, foreign and incomplete models: one error that names the culprit, a hint, and nothing touched or left.
+"""Damaged, foreign and incomplete models: each command reports one error with a hint, and changes no file.
 
-Every fault goes through every command that reads a model. What is wrong is found before anything is written.
+Every fault is tested with every command that reads a model, and must be found before anything is written.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ BY_TIER = [name if name in ("inspect", "prune") else pytest.param(name, marks=py
 
 
 class Fault(NamedTuple):
-    """A damage to a tiny model, and the fragments that the error must hold; the model is given where it matters."""
+    """A damage to a tiny model, the parts that the error must contain, and the model; "*" stands for a sharded one."""
 
     damage: Callable[[Path], object]
     says: tuple[str, ...]
@@ -63,7 +63,7 @@ def a_file(folder: Path) -> None:
 
 
 def only(**files: str) -> Callable[[Path], None]:
-    """The folder with these files and no others."""
+    """Replace all files of the folder by these."""
 
     def damage(folder: Path) -> None:
         for path in folder.iterdir():
@@ -88,7 +88,7 @@ def weights_a_folder(folder: Path) -> None:
 
 
 def cut(size: Callable[[int], int]) -> Callable[[Path], object]:
-    """The weights with only so many of their bytes."""
+    """Truncate the weights to a size that depends on their size in bytes."""
 
     def damage(folder: Path) -> None:
         content = (folder / WEIGHTS).read_bytes()
@@ -168,13 +168,13 @@ def points_at(file: str) -> Callable[[Path], object]:
 
 
 def claims(**modules: str) -> Callable[[Path], object]:
-    """A quantization_config in pessa's name, for the first layer's projections."""
+    """Write a quantization_config of pessa for projections of the first layer."""
     names = {f"model.encoder.layers.0.self_attn.{side}_proj": text for side, text in modules.items()}
     return config(quantization_config={"quant_method": "pessa", "modules": names})
 
 
 FAULTS = {
-    # What is no model at all.
+    # Folders and files that are not models.
     "gone": Fault(gone, ("model does not exist",)),
     "a file": Fault(a_file, ("model is a file",)),
     "empty folder": Fault(only(), ("model is not a model", WEIGHTS)),
@@ -217,7 +217,7 @@ FAULTS = {
         "whisper*",
     ),
     "tensor in two shards": Fault(in_two_shards, ("two shards", "model-00001-of-", "model-00002-of-"), "whisper*"),
-    # The file itself.
+    # The weight file.
     **{
         f"truncated to {what}": Fault(cut(size), (WEIGHTS, "not a complete safetensors file"))
         for what, size in {
@@ -277,7 +277,7 @@ FAULTS = {
         also("bert.encoder.layer.0.attention.output.lora_A.weight", 4, 32), ("attention.output.lora_A",), "bert"
     ),
     "two models in one": Fault(edit_weights(twice), ("twice", "student.model.encoder.layers.0.self_attn")),
-    # Claims of being quantised, or pruned.
+    # Quantized and pruned models, and config.json that only claims it.
     "quantised by others": Fault(config(quantization_config={"quant_method": "gptq", "bits": 4}), ("gptq",)),
     "quantised as text": Fault(config(quantization_config="awq"), ("awq",)),
     "pessa without modules": Fault(config(quantization_config={"quant_method": "pessa"}), ("lists no modules",)),
@@ -314,7 +314,7 @@ def test_a_bad_model_is_refused(fault: str, command: str, pessa: Pessa, tiny_fol
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_the_same_models_undamaged_pass(command: str, pessa: Pessa, tiny_folder: TinyFolder, place: Path) -> None:
-    """The control: what the table refuses, it refuses for its damage."""
+    """The control: the models in the test above are refused only because of their damage."""
     for name in ("whisper", "whisper*", "bert*", "bert", "llama"):
         base = name.removesuffix("*")
         model = tiny_folder(base, max_shard_size="50KB") if name != base else tiny_folder(base)
@@ -325,10 +325,10 @@ def test_the_same_models_undamaged_pass(command: str, pessa: Pessa, tiny_folder:
 
 
 @pytest.mark.parametrize("command", ["prune", "decompose"])
-def test_numbers_that_outgrow_their_dtype_are_not_written(
+def test_values_that_overflow_their_dtype_are_not_written(
     command: str, pessa: Pessa, tiny_folder: TinyFolder, place: Path
 ) -> None:
-    """A value bias moves into the output bias multiplied by W_O: finite before, infinite in 16 bits after."""
+    """The value bias times W_O is added to the output bias, which then overflows in 16 bits."""
     model = copy_of(tiny_folder("whisper", dtype=torch.float16), place / "model")
     name = "model.decoder.layers.1.self_attn.{}_proj.bias"
     edit_weights(lambda tensors: tensors[name.format("v")].fill_(60000))(model)

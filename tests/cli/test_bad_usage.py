@@ -1,4 +1,4 @@
-"""Wrong options, recipes and output folders: what is refused, with which exit code, and that nothing is left behind."""
+"""Invalid options, recipes and output folders: the errors and exit codes, and that no files are left behind."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ WRITE = ShardWriter.write
 
 @pytest.fixture
 def refuse(pessa: Pessa, place: Path, tiny_folder: TinyFolder, monkeypatch: pytest.MonkeyPatch) -> Refuse:
-    """`refuse("prune whisper --rank 0", "--rank 0", code=2)`, in a folder that must stay as it is."""
+    """Run a command that must fail in a folder that must not change: `refuse("prune whisper", "--out", code=2)`."""
     monkeypatch.chdir(place)
     for name in ("whisper", "llama"):
         if not (place / name).exists():
@@ -82,7 +82,7 @@ def refuse(pessa: Pessa, place: Path, tiny_folder: TinyFolder, monkeypatch: pyte
         ("--as gpt9", "pessa architectures"),
     ],
 )
-def test_options_that_make_no_sense(command: str, options: str, culprit: str, refuse: Refuse) -> None:
+def test_invalid_options(command: str, options: str, culprit: str, refuse: Refuse) -> None:
     refuse(f"{command} {options}", culprit, code=2)
 
 
@@ -140,7 +140,7 @@ def test_thresholds_that_prune_everything(options: str, side: str, refuse: Refus
         ("verify whisper whisper --level weights --junit nowhere/report.xml", "nowhere/report.xml", 2),
     ],
 )
-def test_what_verify_refuses(
+def test_invalid_arguments_of_verify(
     line: str, culprit: str, code: int, refuse: Refuse, place: Path, tiny_folder: TinyFolder
 ) -> None:
     (place / "words.txt").write_text("some words")
@@ -179,7 +179,7 @@ def test_a_model_that_transformers_cannot_load(
         ("--plot folder.png", 2),
     ],
 )
-def test_plots_that_cannot_be(options: str, code: int, refuse: Refuse, place: Path) -> None:
+def test_plots_that_cannot_be_written(options: str, code: int, refuse: Refuse, place: Path) -> None:
     (place / "folder.png").mkdir()
     refuse(f"inspect whisper {options}", options, code=code)
 
@@ -215,7 +215,7 @@ RECIPES = {
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_recipes_that_make_no_sense(recipe: str, refuse: Refuse, place: Path) -> None:
+def test_invalid_recipes(recipe: str, refuse: Refuse, place: Path) -> None:
     text, culprit, code = RECIPES[recipe]
     (place / "recipe.toml").write_text(text, encoding="utf-8", errors="surrogateescape")
     refuse("run recipe.toml whisper -o out", "recipe.toml", culprit, code=code)
@@ -258,10 +258,10 @@ def test_recipes_that_do_not_fit_the_model(refuse: Refuse, place: Path) -> None:
         (f"-o {'long' * 70}", "longlong"),
     ],
 )
-def test_outputs_that_are_in_the_way(
+def test_outputs_that_exist_already(
     command: str, out: str, culprit: str, refuse: Refuse, pessa: Pessa, place: Path
 ) -> None:
-    """With --force too: only another model gives way, never the source itself or a stranger's folder."""
+    """With --force, only another model is replaced, never the source itself or a folder that is not a model."""
     (place / "recipe.toml").write_text("")
     (place / "file").write_text("mine")
     (place / "taken").mkdir()
@@ -270,13 +270,13 @@ def test_outputs_that_are_in_the_way(
     (place / "website" / "config.json").write_text('{"title": "not a model"}')
     assert pessa("prune", place / "whisper", "-o", place / "pruned", "--ratio", "0.3").code == 0
     if command.split()[-1] not in out and out in ("-o whisper --force", "-o pruned --force", "-o whisper/out"):
-        assert pessa(*f"{command} {out}".split()).code == 0  # only the source itself is safe from it
+        assert pessa(*f"{command} {out}".split()).code == 0  # here `out` is not the source of the command
     else:
         refuse(f"{command} {out}", culprit)
 
 
 @pytest.mark.usefixtures("refuse")
-def test_force_replaces_a_model_and_nothing_of_it_stays(pessa: Pessa, place: Path) -> None:
+def test_force_replaces_the_whole_model(pessa: Pessa, place: Path) -> None:
     (place / "llama" / "leftover.txt").write_text("of the old model")
     before = snapshot(place / "whisper")
     assert pessa("prune", "whisper", "-o", "llama", "--force", "--ratio", "0.3").code == 0
@@ -287,7 +287,7 @@ def test_force_replaces_a_model_and_nothing_of_it_stays(pessa: Pessa, place: Pat
 
 
 @pytest.mark.parametrize("command", ["prune whisper", "decompose whisper", "run recipe.toml whisper"])
-def test_an_output_in_the_way_is_refused_before_any_work(
+def test_an_existing_output_is_refused_before_any_work(
     command: str, refuse: Refuse, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (place / "recipe.toml").write_text("")
@@ -310,7 +310,7 @@ def test_an_output_where_nothing_may_be_written(refuse: Refuse, place: Path) -> 
 
 def test_vanilla_needs_the_original_dimensions(refuse: Refuse, pessa: Pessa) -> None:
     assert pessa("decompose", "whisper", "-o", "decomposed").code == 0
-    refuse("prune decomposed -o out --method vanilla --ratio 0.3", "decomposed is decomposed", code=2)
+    refuse("prune decomposed -o out --method vanilla --ratio 0.3", "decomposed is already decomposed", code=2)
 
 
 def nudge(tensors: Tensors) -> None:
@@ -319,8 +319,8 @@ def nudge(tensors: Tensors) -> None:
             tensors[name] += 0.01 * torch.randn_like(tensors[name])
 
 
-def test_a_decomposed_model_that_was_trained_since(refuse: Refuse, pessa: Pessa, place: Path) -> None:
-    """Its spectra are no longer those of its weights: slicing by them would cut what matters, in silence."""
+def test_a_decomposed_model_that_was_trained_afterwards(refuse: Refuse, pessa: Pessa, place: Path) -> None:
+    """Its stored spectra no longer belong to its weights, so that slicing by them would cut important directions."""
     assert pessa("decompose", "whisper", "-o", "decomposed").code == 0
     edit_weights(nudge)(place / "decomposed")
     refuse("prune decomposed -o out --ratio 0.3", "spectra.safetensors")
@@ -356,20 +356,20 @@ def test_an_export_that_would_change_numbers(refuse: Refuse, pessa: Pessa, place
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("layout", ["compact", "dense"])
-def test_an_export_without_a_good_manifest(
+def test_export_with_a_damaged_manifest(
     damage: Callable[[Path], object], culprit: str, layout: str, refuse: Refuse, pessa: Pessa, place: Path
 ) -> None:
     assert pessa("prune", "whisper", "-o", "pruned", "--layout", layout, "--ratio", "0.3").code == 0
     damage(place / "pruned")
     if layout == "compact" and not (place / "pruned" / "pessa.json").exists():
-        assert pessa("export", "pruned", "-o", "out").code == 0  # its config.json knows the ranks, too
+        assert pessa("export", "pruned", "-o", "out").code == 0  # the tensor shapes give the ranks
         return
     refuse("export pruned -o out --layout compact", culprit)
     refuse("export pruned -o out --layout dense", culprit)
 
 
 def failing(error: BaseException, monkeypatch: pytest.MonkeyPatch, after: int) -> None:
-    """Let the writer raise once it has written so many tensors."""
+    """Make the writer of shards raise the error after `after` tensors."""
     left = iter(range(after))
 
     def faulty(*arguments: object) -> None:
@@ -382,7 +382,7 @@ def failing(error: BaseException, monkeypatch: pytest.MonkeyPatch, after: int) -
 
 @pytest.mark.parametrize("after", [0, 40, 70])
 @pytest.mark.parametrize("options", ["-o out", "-o some/new/out", "-o llama --force"])
-def test_what_is_interrupted_leaves_nothing(
+def test_interrupted_and_failed_runs_leave_no_files(
     options: str, after: int, refuse: Refuse, pessa: Pessa, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = snapshot(place)
@@ -426,7 +426,7 @@ INTERRUPTED = """
 import os, signal, sys
 from pessa_cli.cli.main import main
 from pessa_cli.checkpoint.shards import ShardWriter
-signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell has its background jobs ignore
+signal.signal(signal.SIGINT, signal.default_int_handler)  # shells let background jobs ignore SIGINT
 ShardWriter.put = lambda *_: (os.kill(os.getpid(), signal.{}), os.read(os.pipe()[0], 1))
 sys.argv = "pessa prune whisper -o some/out".split()
 main()
@@ -435,8 +435,8 @@ main()
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
-def test_signals_that_end_it_leave_nothing(name: str, place: Path, tiny_folder: TinyFolder) -> None:
-    """Ctrl-C, and what a machine sends that shuts down: in a process of its own, while it waits in a write."""
+def test_signals_during_a_write_leave_no_files(name: str, place: Path, tiny_folder: TinyFolder) -> None:
+    """SIGINT is sent by Ctrl-C, and SIGTERM when a machine shuts down."""
     copy_of(tiny_folder("whisper"), place / "whisper")
     before = snapshot(place)
     line = [sys.executable, "-c", INTERRUPTED.format(name)]
@@ -447,8 +447,8 @@ def test_signals_that_end_it_leave_nothing(name: str, place: Path, tiny_folder: 
 
 
 @pytest.mark.slow
-def test_a_disk_that_is_full(place: Path, tiny_folder: TinyFolder) -> None:
-    """In a process of its own, with a real limit on the size of files."""
+def test_a_full_disk(place: Path, tiny_folder: TinyFolder) -> None:
+    """The command runs in its own process, with a limit of the operating system on file sizes."""
     copy_of(tiny_folder("whisper"), place / "whisper")
     before = snapshot(place)
     done = subprocess.run(
@@ -464,8 +464,8 @@ def test_a_disk_that_is_full(place: Path, tiny_folder: TinyFolder) -> None:
     assert snapshot(place) == before
 
 
-def test_names_with_brackets_are_only_names(pessa: Pessa, place: Path, tiny_folder: TinyFolder) -> None:
-    """Square brackets are markup to the library that prints, and plain characters to everyone else."""
+def test_names_with_brackets_are_printed_unchanged(pessa: Pessa, place: Path, tiny_folder: TinyFolder) -> None:
+    """Square brackets are markup for rich, and must be escaped."""
     model = copy_of(tiny_folder("llama"), place / "model[bold]")
     out = place / "out[/red]"
     result = pessa("prune", model, "-o", out)

@@ -1,4 +1,4 @@
-"""The commands as a user meets them: help, tables, JSON, files; every number against one that is computed here."""
+"""The commands as a user runs them: help, tables, JSON and files; numbers are compared with independent results."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ TOTALS = (
     "parameters parameters_after model_pruned bytes bytes_after"
 )
 
-# Module names by kind of block: the names of the published checkpoints, written down a second time.
+# Module names by kind of block in the published checkpoints, independent of the architecture table.
 KINDS = {
     "whisper": {
         "encoder.self": "model.encoder.layers.{}.self_attn.{}_proj",
@@ -95,7 +95,7 @@ def test_every_help_has_an_example_of_options_that_exist(command: str, pessa: Pe
 
 
 @pytest.mark.slow
-def test_the_installed_command_runs_in_a_process_of_its_own(tiny_folder: TinyFolder, tmp_path: Path) -> None:
+def test_the_installed_command_runs_in_its_own_process(tiny_folder: TinyFolder, tmp_path: Path) -> None:
     assert run("prune", tiny_folder("llama"), "-o", tmp_path / "out", "--ratio", "0.5").returncode == 0
     failed = run("prune", tiny_folder("llama"), "-o", tmp_path / "out")
     assert (failed.returncode, failed.stdout) == (1, "")
@@ -107,7 +107,7 @@ def test_the_installed_command_runs_in_a_process_of_its_own(tiny_folder: TinyFol
 
 
 def dense_spectra(weights: dict[str, Array], names: dict[str, str], heads: int, group: int) -> tuple[Array, Array]:
-    """The singular values of each key/value head's dense Q-K and V-O products, by plain numpy."""
+    """Compute the singular values of each key/value head's dense Q-K and V-O products with numpy."""
 
     def rows(side: str, count: int) -> Array:
         weight = weights[f"{names[side]}.weight"]
@@ -115,7 +115,7 @@ def dense_spectra(weights: dict[str, Array], names: dict[str, str], heads: int, 
         return np.hstack([weight, bias[:, None]]).reshape(count, -1, weight.shape[1] + 1)
 
     q, k, v = rows("q", heads), rows("k", heads // group)[..., :-1], rows("v", heads // group)
-    if f"{names['o']}.bias" in weights:  # which takes over the bias of v; without it v keeps its own
+    if f"{names['o']}.bias" in weights:  # the value bias moves into it; otherwise it stays an extra row of v
         v = v[..., :-1]
     o = np.stack(np.split(weights[f"{names['o']}.weight"], heads, axis=1))  # (heads, D, d)
     qk, vo = [], []
@@ -160,13 +160,13 @@ def test_inspect_json_has_the_spectra_of_the_dense_products(
         else:
             np.testing.assert_allclose(block["qk_spectrum"], qk, rtol=1e-9, atol=1e-12)
             assert block["qk_ranks"] == (qk > qk_thr).sum(1).tolist()
-        assert 0 < sum(block["vo_ranks"]) < vo.size  # or the thresholds would prove nothing
+        assert 0 < sum(block["vo_ranks"]) < vo.size  # the thresholds prune some directions, but not all
     assert seen == [(kind, layer) for kind in KINDS[family] for layer in range(2)]
 
 
 @pytest.mark.parametrize("name", ["whisper", "bert", "llama", "llama-biased"])
 @pytest.mark.parametrize("options", [[], ["--ratio", "0.4"], ["--rank", "5", "--layers", "1"], ["--energy", "0.9"]])
-def test_totals_are_what_prune_then_writes(
+def test_totals_agree_with_what_prune_writes(
     name: str, options: list[str], pessa: Pessa, tiny_folder: TinyFolder, tmp_path: Path
 ) -> None:
     folder, out = tiny_folder(name), tmp_path / "out"
@@ -235,7 +235,7 @@ def test_plots(suffix: str, start: bytes, pessa: Pessa, tiny_folder: TinyFolder,
 @pytest.mark.parametrize(
     "command", [["prune", "--rank", "5"], ["prune", "--rank", "5", "--layout", "dense"], ["decompose"]]
 )
-def test_other_blocks_stay_byte_for_byte(
+def test_other_blocks_are_copied_byte_for_byte(
     command: list[str], options: list[str], chosen: str, pessa: Pessa, tiny_folder: TinyFolder, tmp_path: Path
 ) -> None:
     folder, out = tiny_folder("whisper"), tmp_path / "out"
@@ -265,7 +265,7 @@ def test_the_recipes_in_configs(recipe: Path, pessa: Pessa, tiny_folder: TinyFol
     names = [name for name in KINDS if name in recipe.stem] or list(KINDS)
     for name in names:
         out = tmp_path / name
-        if wanted := load_recipe(recipe).calibrate:  # on the real model: test_real_models
+        if wanted := load_recipe(recipe).calibrate:  # test_real_models runs it with data
             is_refusal(pessa("run", recipe, tiny_folder(name), "-o", out), f"{wanted[0]} does not exist")
             continue
         result = pessa("run", recipe, tiny_folder(name), "-o", out)
@@ -282,7 +282,7 @@ def test_there_are_recipes() -> None:
     assert CONFIGS
 
 
-def test_a_recipe_is_the_options_it_names(pessa: Pessa, tiny_folder: TinyFolder, tmp_path: Path) -> None:
+def test_a_recipe_does_the_same_as_its_options(pessa: Pessa, tiny_folder: TinyFolder, tmp_path: Path) -> None:
     (tmp_path / "recipe.toml").write_text(
         "[prune]\nqk_thr = 4\nvo_thr = 4.5\nround_to = 2\nmin_rank = 1\nsites = ['decoder.self']\nlayers = '1'\n"
         "layout = 'dense'\nmethod = 'vanilla'\n"
@@ -317,15 +317,15 @@ def test_a_recipe_that_verifies_fails_when_the_models_differ(
 
 @pytest.fixture(scope="module")
 def cut(tiny_folder: TinyFolder, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny Whisper with five directions left in each head of its first layers."""
+    """A tiny Whisper with rank 5 for each head of its first layers."""
     out = tmp_path_factory.mktemp("cut") / "out"
     done = run("prune", tiny_folder("whisper"), "-o", out, "--rank", "5", "--layers", "0")
     assert done.returncode == 0, done.stderr
     return out
 
 
-def test_verify_json_has_the_norms_of_what_was_cut(pessa: Pessa, tiny_folder: TinyFolder, cut: Path) -> None:
-    """The relative error of each head, as Eckart and Young would have it, from the original's spectra."""
+def test_verify_json_has_the_norms_of_the_cut_directions(pessa: Pessa, tiny_folder: TinyFolder, cut: Path) -> None:
+    """The relative error of each head follows from the spectra of the original, by Eckart and Young (1936)."""
     folder = tiny_folder("whisper")
     result = pessa("verify", folder, cut, "--json")
     report = a_json(result.out)
@@ -355,13 +355,13 @@ def test_verify_json_has_the_norms_of_what_was_cut(pessa: Pessa, tiny_folder: Ti
         ([], 1),
         (["--level", "weights"], 1),
         (["--level", "blocks", "--tolerance", "0.1"], 1),
-        (["--tolerance", "1"], 1),  # the outputs agree too little still
+        (["--tolerance", "1"], 1),  # the agreement of the outputs is still too low
         (["--tolerance", "1", "--min-agreement", "0"], 0),
         (["--level", "weights", "--tolerance", "0.9"], 0),
         (["--level", "blocks", "--tolerance", "0.9"], 0),
     ],
 )
-def test_verify_exits_by_its_verdict_and_says_the_same_everywhere(
+def test_exit_code_json_and_junit_of_verify_agree(
     options: list[str], code: int, pessa: Pessa, tiny_folder: TinyFolder, cut: Path, tmp_path: Path
 ) -> None:
     arguments = ["verify", tiny_folder("whisper"), cut, *options, "--junit", tmp_path / "report.xml"]
@@ -378,7 +378,7 @@ def test_verify_exits_by_its_verdict_and_says_the_same_everywhere(
         assert (case.find("failure") is None) == (entry["error"] <= report["limits"]["weights"])
 
 
-def test_verify_finds_what_is_not_attention(pessa: Pessa, tiny_folder: TinyFolder, tmp_path: Path) -> None:
+def test_verify_finds_changes_outside_attention(pessa: Pessa, tiny_folder: TinyFolder, tmp_path: Path) -> None:
     folder = tiny_folder("bert")
     other = copy_of(folder, tmp_path / "other")
     name = "bert.encoder.layer.1.output.dense.bias"
@@ -430,8 +430,8 @@ def test_progress_goes_to_a_terminal_on_stderr_and_results_to_stdout(tiny_folder
 
 
 @pytest.mark.slow
-def test_a_reader_that_stops_early_is_no_error(tiny_folder: TinyFolder) -> None:
-    """`pessa inspect MODEL | head -1`: no traceback, whatever the exit code."""
+def test_a_closed_pipe_causes_no_traceback(tiny_folder: TinyFolder) -> None:
+    """As in `pessa inspect MODEL | head -1`."""
     ours, theirs = os.pipe()
     process = subprocess.Popen([PESSA, "inspect", tiny_folder("whisper")], stdout=theirs, stderr=subprocess.PIPE)
     os.close(theirs)
@@ -442,7 +442,7 @@ def test_a_reader_that_stops_early_is_no_error(tiny_folder: TinyFolder) -> None:
 
 
 @pytest.mark.slow
-def test_a_terminal_that_knows_ascii_only(tiny_folder: TinyFolder) -> None:
+def test_a_terminal_that_supports_only_ascii(tiny_folder: TinyFolder) -> None:
     result = run("inspect", tiny_folder("whisper"), env=os.environ | {"PYTHONIOENCODING": "ascii"})
     assert (result.returncode, "Traceback" in result.stderr) == (0, False)
     assert "encoder.self.0" in result.stdout

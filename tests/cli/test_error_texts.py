@@ -1,7 +1,7 @@
-"""Every kind of error that a user can meet, with one example of its text: who is to blame, what to do, which exit code.
+"""Error messages: examples of all kinds of errors, with the parts that their text must contain, and the exit code.
 
-EXAMPLES is the list: at least one for every module that raises an error. Each is provoked for real, in this process, on
-tiny models. Looked for are the parts of a message that stay when it is reworded: names, numbers, options, commands.
+EXAMPLES has at least one error for every module that raises errors. Each error is caused in this process on tiny
+models. The tests look only for parts of a message that do not depend on its wording: names, numbers, options, commands.
 """
 
 from __future__ import annotations
@@ -56,10 +56,12 @@ STORY = "the keeper lit the lamp on the ninth of march, and it burned until thre
 
 @dataclass(frozen=True)
 class Example:
-    """An error: the command line that ends in it, or a call; what its text must name; the exit code.
+    """An error.
 
-    change: what is done before to the folder that has the models. missing: a package that is as if not installed, with
-    the module of ours to be imported anew. hint: whether there is one; the reason of those without is in HINTLESS.
+    run: the command line, or the call, that causes it. says: the parts that its text must contain. code: the exit code.
+    change: a change of the folder with the models before the run. missing: the name of a package that is hidden as if
+    it were not installed, and the modules of pessa that must be imported again. hint: whether the error has a hint; for
+    errors without one, HINTLESS has the reason.
     """
 
     run: str | Callable[[Path], object]
@@ -103,7 +105,7 @@ def openai_file(place: Path) -> None:
 
 
 def huge(tensors: dict[str, torch.Tensor]) -> None:
-    """So large that no float64 holds a product of two of them."""
+    """Make weights so large that their products overflow in float64."""
     for name in list(tensors):
         tensors[name] = tensors[name].double() * (1e200 if "self_attn" in name else 1)
 
@@ -120,7 +122,7 @@ def tuned_with_lora(place: Path) -> None:
 
 Q0 = "model.encoder.layers.0.self_attn.q_proj.weight"
 EXAMPLES: Mapping[str, Example] = {
-    # Models: what is there at all, and where it is from.
+    # Models that cannot be found, read or converted.
     "no such model": failure("inspect nowhere", "nowhere", "owner/name"),
     "a file as a model": failure("inspect words.txt", "words.txt", ".pt"),
     "a revision of a folder": usage("inspect whisper --revision main", "--revision", "whisper"),
@@ -133,7 +135,7 @@ EXAMPLES: Mapping[str, Example] = {
     "an unknown architecture": failure(
         "inspect llama", "'mystery'", "--as llama", change=config("llama", model_type="mystery")
     ),
-    "an architecture that nobody knows": usage("inspect llama --as gpt9", "gpt9", "pessa architectures"),
+    "an unknown architecture in --as": usage("inspect llama --as gpt9", "gpt9", "pessa architectures"),
     "an impossible number of heads": failure(
         "inspect whisper", "encoder_attention_heads", "'4'", change=config("whisper", encoder_attention_heads="4")
     ),
@@ -150,7 +152,7 @@ EXAMPLES: Mapping[str, Example] = {
         change=weights("llama", lambda t: t["model.norm.weight"][3].fill_(torch.nan)),
     ),
     "too large to multiply": failure("prune llama -o out", "float64", "1e+150", change=weights("llama", huge)),
-    "spectra of nothing": failure(
+    "damaged spectra": failure(
         "inspect whisper", "spectra.safetensors", "decompose", change=write("whisper/spectra.safetensors", "x")
     ),
     "CTranslate2, damaged": failure(
@@ -160,8 +162,8 @@ EXAMPLES: Mapping[str, Example] = {
     "GGUF without its package": failure(
         "inspect x.gguf", "gguf", "pip install", change=write("x.gguf", b"GGUF\3\0\0\0"), missing=("gguf",)
     ),
-    "no openai-whisper checkpoint": failure("inspect mine.pt", "mine.pt", "n_vocab", change=openai_file),
-    "a vocabulary of nobody": failure(lambda p: get_encoding(p / "mine.pt", 100), "mine.pt", "100"),
+    "not an openai-whisper checkpoint": failure("inspect mine.pt", "mine.pt", "n_vocab", change=openai_file),
+    "an unknown vocabulary": failure(lambda p: get_encoding(p / "mine.pt", 100), "mine.pt", "100"),
     "a vocabulary of another size": failure(
         lambda p: read_vocabulary(p / "ct2", 9), "vocabulary.json", "9", change=write("ct2/vocabulary.json", '["a"]')
     ),
@@ -176,86 +178,92 @@ EXAMPLES: Mapping[str, Example] = {
         "pytorch_model.bin",
         change=lambda p: [write("pickled/pytorch_model.bin", "x")(p), write("pickled/config.json", "{}")(p)],
     ),
-    "no class in config.json": failure(
+    "no class name in config.json": failure(
         "verify llama llama", "architectures", "weights", change=config("llama", architectures=None)
     ),
     "weights of another size": failure(
         "verify llama llama", "embed_tokens", "(90, 32)", change=config("llama", vocab_size=90)
     ),
-    # Which blocks, and how much of them.
+    # Selection of blocks, and rules.
     "no such blocks": usage("prune whisper -o out --sites encoder", "encoder", "encoder.self, decoder.self"),
     "no such layer": usage("prune whisper -o out --layers 7", "--layers 7", "1"),
-    "a share of all": usage("prune whisper -o out --ratio 1", "--ratio 1"),
+    "a ratio of 1": usage("prune whisper -o out --ratio 1", "--ratio 1"),
     "two rules": usage("prune whisper -o out --rank 3 --energy 0.9", "--rank", "--energy"),
     "lossless and a rule": usage("prune whisper -o out --lossless --rank 3", "--lossless"),
-    "a threshold above all": failure("prune whisper -o out --qk-thr 1e9", "Q-K", "pessa inspect"),
-    "a size": usage("prune whisper -o out --target-size big", "--target-size", "'big'"),
-    "too small a budget": failure("prune bert -o out --target-params 0.1", "0.1", "0."),
-    "an error without data": usage("prune bert -o out --max-error 0.1", "--max-error", "--calibrate"),
-    "no rotation": usage("prune bert -o out --rope-ratio 0.1", "--rope-ratio"),
-    "vanilla of what is decomposed": usage(
+    "a threshold above all singular values": failure("prune whisper -o out --qk-thr 1e9", "Q-K", "pessa inspect"),
+    "an invalid size": usage("prune whisper -o out --target-size big", "--target-size", "'big'"),
+    "a budget that is too small": failure("prune bert -o out --target-params 0.1", "0.1", "0."),
+    "a limit on the error without data": usage("prune bert -o out --max-error 0.1", "--max-error", "--calibrate"),
+    "no RoPE": usage("prune bert -o out --rope-ratio 0.1", "--rope-ratio"),
+    "vanilla of a decomposed model": usage(
         "prune decomposed -o out --method vanilla --rank 3", "decomposed", "--method"
     ),
     "vanilla with data": usage("prune bert -o out --method vanilla --statistics bert.stats", "vanilla"),
-    # Where it goes.
-    "in the way": failure("prune whisper -o llama", "llama exists", "--force"),
-    "no place": failure("prune whisper -o words.txt/out", "words.txt/out"),
+    # Outputs.
+    "an output that exists": failure("prune whisper -o llama", "llama exists", "--force"),
+    "an output inside a file": failure("prune whisper -o words.txt/out", "words.txt/out"),
     "not a model to replace": failure("prune whisper -o words.txt --force", "words.txt", "--force"),
-    "jobs": usage("prune whisper -o out --jobs -1", "--jobs -1"),
-    "a device": usage("prune whisper -o out --device warp", "--device warp"),
-    "not pessa's": failure("export whisper -o out --layout dense", "whisper", "pessa.json"),
+    "a negative number of jobs": usage("prune whisper -o out --jobs -1", "--jobs -1"),
+    "an unknown device": usage("prune whisper -o out --device warp", "--device warp"),
+    "not a model that pessa wrote": failure("export whisper -o out --layout dense", "whisper", "pessa.json"),
     "ranks of other weights": failure(
         "export pruned -o out --layout dense",
         "pessa.json",
         "encoder.self.0",
         change=within("pruned", edit_json(lambda c: c["ranks"]["encoder.self.0"].update(vo="1 1 1 1"), "pessa.json")),
     ),
-    "a card without a place": failure("verify whisper whisper --card", "whisper/README.md"),
+    "a card without a place for the results": failure("verify whisper whisper --card", "whisper/README.md"),
     "another tensor than planned": failure(written_twice, "b", "a", hint=False),
     # Recipes and data.
-    "a recipe that is none": failure("run words.txt whisper -o out", "words.txt"),
-    "a key of no recipe": usage(
+    "a file that is not a recipe": failure("run words.txt whisper -o out", "words.txt"),
+    "an unknown key in a recipe": usage(
         "run r.toml whisper -o out", "r.toml", "'quality'", change=write("r.toml", "[prune]\nquality = 3")
     ),
-    "a rule of no sense in a recipe": usage(
+    "an invalid value in a recipe": usage(
         "run r.toml whisper -o out", "r.toml", "ratio", change=write("r.toml", "[prune]\nratio = 2.0")
     ),
     "in sequence without data": usage(
         "prune bert -o out --rank 3 --sequential --statistics bert.stats", "--sequential", "--calibrate"
     ),
     "no data": failure("prune bert -o out --calibrate nowhere", "nowhere"),
-    "a clip of text": failure("verify whisper whisper --audio words.txt", "words.txt", "WAV"),
-    "a clip for a reader": usage("prune llama -o out --calibrate tone.wav", "llama"),
-    "statistics of nothing": failure("inspect bert --statistics words.txt", "words.txt", "--calibrate"),
+    "a text file as a clip": failure("verify whisper whisper --audio words.txt", "words.txt", "WAV"),
+    "a clip for a text model": usage("prune llama -o out --calibrate tone.wav", "llama"),
+    "not a statistics file": failure("inspect bert --statistics words.txt", "words.txt", "--calibrate"),
     "statistics of another model": failure("inspect llama --statistics bert.stats", "bert.stats", "decoder.self.0"),
-    "attention that is no number": failure(
+    "attention that is NaN": failure(
         "inspect bert --calibrate story.txt",
         "encoder.self.0",
         change=weights("bert", lambda t: t["bert.embeddings.word_embeddings.weight"].fill_(torch.inf)),
     ),
     "a search without data": usage("prune llama -o out --max-ppl-increase 1%", "--max-ppl-increase", "--evaluate"),
-    "an increase": usage(
+    "an invalid increase": usage(
         "prune llama -o out --max-ppl-increase lots --evaluate story.txt", "--max-ppl-increase", "lots"
     ),
     # Comparing and scoring.
     "another model": failure("verify whisper llama", "encoder.self.0", "whisper", "llama"),
-    "a tolerance": usage("verify whisper whisper --tolerance nan", "--tolerance nan"),
+    "an invalid tolerance": usage("verify whisper whisper --tolerance nan", "--tolerance nan"),
     "no such text": failure("verify llama llama --text nowhere.txt", "nowhere.txt"),
-    "a clip for one who reads": usage("verify llama llama --audio tone.wav", "--audio", "llama", "--text"),
-    "no file for a plot": usage("inspect whisper --plot x.gif", "--plot x.gif", ".png"),
+    "verify a text model on a clip": usage("verify llama llama --audio tone.wav", "--audio", "llama", "--text"),
+    "a plot in an unknown format": usage("inspect whisper --plot x.gif", "--plot x.gif", ".png"),
     "no matplotlib": failure("inspect whisper --plot x.png", "matplotlib", "pip install", missing=("matplotlib",)),
-    "no file for a report": usage("verify whisper whisper --junit nowhere/x.xml", "--junit nowhere/x.xml"),
-    "rounds": usage("bench whisper whisper --rounds 0", "--rounds 0"),
-    "nothing to score on": usage("eval llama", "--tasks", "--speech"),
-    "not for this model": usage("eval llama --pairs pairs.csv", "--pairs", "LlamaForCausalLM", "--text"),
-    "a limit": usage("eval llama --text story.txt --limit -1", "--limit -1"),
+    "a report in a folder that does not exist": usage(
+        "verify whisper whisper --junit nowhere/x.xml", "--junit nowhere/x.xml"
+    ),
+    "no rounds": usage("bench whisper whisper --rounds 0", "--rounds 0"),
+    "no data to score on": usage("eval llama", "--tasks", "--speech"),
+    "data that the model cannot be scored on": usage(
+        "eval llama --pairs pairs.csv", "--pairs", "LlamaForCausalLM", "--text"
+    ),
+    "a negative limit": usage("eval llama --text story.txt --limit -1", "--limit -1"),
     "no questions": failure("eval llama --tasks llama", "llama", "test.json"),
     "no text": failure("eval llama --text tone.wav", "tone.wav"),
     "no pairs": failure("eval bert --pairs pairs.csv", "pairs.csv", "row 1", change=write("pairs.csv", "a,b\n")),
-    "a language": usage(
+    "an unknown language": usage(
         lambda _: WordErrors.of("clips", [], None, ScoreSettings(language="Klingon")), "--language Klingon"
     ),
-    "no adapter to score": failure("eval llama --text story.txt --adapter whisper", "whisper", "adapter_config.json"),
+    "not an adapter to score": failure(
+        "eval llama --text story.txt --adapter whisper", "whisper", "adapter_config.json"
+    ),
     "no inputs that fit": usage(
         lambda p: random_signal(p / "whisper", transformers.CLIPTextModel(transformers.CLIPTextConfig(**SMALL))),
         "input_ids",
@@ -275,27 +283,27 @@ EXAMPLES: Mapping[str, Example] = {
         "export bert -o x --to onnx", "onnxscript", "pip install", missing=("onnxscript",)
     ),
     "an openai-whisper file by name": usage("export whisper -o x --to openai-whisper", ".pt"),
-    "no Whisper": failure("export llama -o x.pt --to openai-whisper", "llama"),
+    "not a Whisper model": failure("export llama -o x.pt --to openai-whisper", "llama"),
     "without openai-whisper": failure(
         lambda p: pessa_cli.load_whisper(p / "whisper"),
         "openai-whisper",
         "pip install",
         missing=("whisper.model", "pessa_cli.runtime.openai_whisper"),
     ),
-    "a package that is not there": failure(
+    "a package that is not installed": failure(
         lambda _: need("nobodys_package", extra="eval"), "nobodys_package", "pip install"
     ),
     # Fine-tuning.
-    "a learning rate": usage("tune llama --data sums.jsonl -o out --lr 0", "0"),
+    "a learning rate of 0": usage("tune llama --data sums.jsonl -o out --lr 0", "0"),
     "no such method": usage("tune llama --data sums.jsonl -o out --method magic", "magic", "lora"),
-    "text for a listener": failure("tune whisper --data sums.jsonl -o out", "sums.jsonl", "whisper"),
+    "text for a speech model": failure("tune whisper --data sums.jsonl -o out", "sums.jsonl", "whisper"),
     "no examples": failure("tune llama --data words.txt -o out", "words.txt"),
-    "answers beyond the end": failure(
+    "answers beyond the maximum length": failure(
         "tune llama --data sums.jsonl -o out --max-length 2", "sums.jsonl", "--max-length"
     ),
-    "a pattern": usage(lambda _: build_config("svft", None, ["q_proj"], pattern="dots"), "'dots'"),
-    "no SORSA": failure(tuned_with_lora, "SORSA", hint=False),
-    "no adapter": failure("merge llama whisper -o out", "whisper", "adapter_config.json"),
+    "an unknown pattern": usage(lambda _: build_config("svft", None, ["q_proj"], pattern="dots"), "'dots'"),
+    "no SORSA adapter": failure(tuned_with_lora, "SORSA"),
+    "not an adapter": failure("merge llama whisper -o out", "whisper", "adapter_config.json"),
 }
 SMALL: dict[str, int] = {
     "vocab_size": 99,
@@ -305,36 +313,27 @@ SMALL: dict[str, int] = {
     "num_attention_heads": 1,
 }
 
-# Errors without a hint, by where they are made, and why.
-OWN_FAULT = "can only come of a fault of pessa itself"
-BY_CALLER = "find_sites collects these, and gives the hint"
+# The functions and classes that raise errors without a hint, and the reasons.
+INTERNAL = "only an error in pessa itself can cause it"
+BY_CALLER = "find_sites collects these errors, and adds the hint"
 HINTLESS = {
     "blocks.discover._head_count": BY_CALLER,
-    "blocks.discover._turned": BY_CALLER,
+    "blocks.discover._rotated_directions": BY_CALLER,
     "blocks.discover._site": BY_CALLER,
-    "checkpoint.shards.ShardWriter": OWN_FAULT,
-    "checkpoint.shards.CheckpointWriter": OWN_FAULT,
-    "evaluation.verify._paired": "the message names both models, and what one of them lacks",
-    "exports.onnx._check_axes": "torch's exporter decides that; there is nothing to be done about it",
-    "exports.onnx._write": "the message is that of torch's exporter",
-    "sources.whisper_folder.write_side_files": "no such model is known",
-    "models.instructions._conversation": "the message is that of the model's own template",
-    "tuning.registry._adalora": "of the Python library; the command gives the number of steps",
-    "tuning.registry.attach": "of the Python library; the command gives the data",
-    "tuning.tuner_sorsa.regularizer": "of the Python library",
-    "tuning.tuner_sorsa.gamma": "of the Python library",
+    "checkpoint.shards.ShardWriter": INTERNAL,
+    "checkpoint.shards.CheckpointWriter": INTERNAL,
 }
-# `raise ... from None` under `except Exception`: the cause is not shown, so it must be no fault of our own code.
+# `raise ... from None` under `except Exception` hides the cause, which must not be an error in our own code.
 HIDDEN = {
-    "models.instructions._conversation": "a chat template is a program of the model's own, and ends in any error",
-    "sources.gguf._architecture": "a damaged file ends in any error of the package that reads it",
-    "sources.pickled.load_pickle": "a damaged pickle ends in any error, and torch's text advises to run its code",
+    "models.instructions._conversation": "a chat template is code of the model, and may raise any error",
+    "sources.gguf._architecture": "the package that reads the file may raise any error for a damaged one",
+    "sources.pickled.load_pickle": "torch may raise any error for a damaged file, and its text advises unsafe loading",
 }
 
 
 @pytest.fixture
 def world(tiny_folder: TinyFolder, place: Path, pessa: Pessa, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with models and data of every kind."""
+    """A folder with models and data of all kinds."""
     monkeypatch.chdir(place)
     base = place / "base"
     base.mkdir()
@@ -355,7 +354,7 @@ def world(tiny_folder: TinyFolder, place: Path, pessa: Pessa, monkeypatch: pytes
 
 @contextmanager
 def without(names: tuple[str, ...]) -> Iterator[None]:
-    """As if a package were not installed: the first name is not found, the others are imported anew."""
+    """Hide the first of these modules as if it were not installed, and let the others be imported again."""
     kept = dict(sys.modules)
     for name in names[1:]:
         sys.modules.pop(name, None)
@@ -385,7 +384,7 @@ def provoke(example: Example, pessa: Pessa, place: Path) -> None:
 def test_every_kind_of_error(
     world: Path, pessa: Pessa, monkeypatch: pytest.MonkeyPatch, subtests: pytest.Subtests
 ) -> None:
-    """Each example, in a folder of its own that stays as it is; together they come by every module that raises."""
+    """Each example runs in its own folder, which must not change; together they cover all modules that raise errors."""
     shown: set[tuple[str, int]] = set()
     for number, (name, example) in enumerate(EXAMPLES.items()):
         place = world.parent / f"{number}"
@@ -402,22 +401,22 @@ def test_every_kind_of_error(
         monkeypatch.chdir(world)
         shutil.rmtree(place)
     modules = {place.module for place in raising.places()}
-    assert modules - {module for module, _ in shown} == set(), "no example comes by these"
+    assert modules - {module for module, _ in shown} == set(), "no example for these modules"
 
 
 def listed_as(place: raising.Place) -> bool:
     return any(f"{place.module}.{place.function}".startswith(known) for known in HINTLESS)
 
 
-def test_every_error_says_what_to_do() -> None:
-    """Statically, of all places in the source; the list of those without a hint is above, with reasons."""
+def test_every_error_has_a_hint() -> None:
+    """This checks all calls in the source; HINTLESS lists the exceptions."""
     found = raising.places()
     assert len(found) > 250
     assert [str(place) for place in found if not place.hinted and not listed_as(place)] == []
 
 
 def test_no_unexpected_error_is_hidden() -> None:
-    """`from None` leaves out the cause, which is right for what was expected, as a file that is not there."""
+    """`from None` hides the cause, which is right only for expected errors, such as a missing file."""
     broad = {
         f"{module}.{function}"
         for module, function, kinds in raising.hiding()
@@ -426,6 +425,6 @@ def test_no_unexpected_error_is_hidden() -> None:
     assert broad <= set(HIDDEN)
 
 
-def test_what_is_shown_to_the_user_is_one_of_our_errors() -> None:
-    """The exit codes: 2 for a UsageError, 1 for every other, and no third class that a caller would not expect."""
+def test_there_are_two_classes_of_errors() -> None:
+    """The exit code is 2 for a UsageError and 1 for any other PessaError; callers need not expect a third class."""
     assert {"PessaError", "UsageError"} == raising.ERRORS

@@ -1,4 +1,4 @@
-"""An option is defined once, as a dataclass field: command line, recipes and Python agree on it by construction."""
+"""Options are defined once, as dataclass fields, from which the command line, recipes and Python take them."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from pessa_cli.tuning.options import AdapterOptions, DataOptions, TrainOptions, 
 from pessa_cli.workflow.recipe import Recipe, load_recipe
 
 COMMANDS: dict[str, Callable[..., None]] = {"inspect": inspect, "prune": prune, "tune": tune}
-# What a command declares for itself, beside the model: none of it is an option of a rule, a recipe or a training run.
+# The parameters that a command itself declares, except the model; the others are fields of dataclasses.
 OWN = {
     "inspect": {"curve", "plot", "json"},
     "prune": {"out", "json"},
@@ -49,13 +49,13 @@ DEFINED = (Rule, Recipe, VerifyOptions, AdapterOptions, DataOptions, TrainOption
 
 
 def options_of(command: str) -> dict[str, Any]:
-    """What typer made of a command: its parameters by name, without the model and without --help."""
+    """Return the parameters of a command in typer by name, without the model and --help."""
     parameters = typer.main.get_command(app).commands[command].params  # type: ignore[attr-defined]
     return {each.name: each for each in parameters if each.name not in ("model", "help")}
 
 
 def fields_of(command: str) -> Iterator[tuple[Setting, bool]]:
-    """The fields that a command has options for, each with whether only what is given counts."""
+    """Yield the fields that are options of a command, and whether the command gets only options that are given."""
     for hint in get_type_hints(unwrap(COMMANDS[command]), include_extras=True).values():
         kind, *notes = get_args(hint) if get_origin(hint) is Annotated else (hint,)
         only = next((note.names for note in notes if isinstance(note, Only)), None)
@@ -75,7 +75,7 @@ def test_every_option_of_a_command_is_one_field_of_one_dataclass(command: str) -
     assert set(found) == set(defined)
     assert set(options_of(command)) - set(found) == OWN[command]
     for name, each in found.items():
-        [(setting, given)] = defined[name]  # one field
+        [(setting, given)] = defined[name]  # exactly one field
         assert tuple(each.opts) == setting.flags, name
         assert each.help == setting.option.help
         if given or setting.items is not None:
@@ -92,8 +92,8 @@ def test_prune_and_tune_have_every_field() -> None:
     assert not {"mask_prompt", "weight_decay", "max_grad_norm", "options"} & set(options_of("tune"))
 
 
-def test_help_texts_stand_in_the_source_once() -> None:
-    """And are whole sentences. Two fields of one text would be one option that is defined twice."""
+def test_help_texts_are_sentences_and_occur_once() -> None:
+    """Two fields with the same help text would be one option that is defined twice."""
     strings: Counter[str] = Counter()
     for path in SOURCE.rglob("*.py"):
         tree = ast.parse(path.read_text(encoding="utf-8"))
@@ -112,7 +112,7 @@ def test_help_texts_stand_in_the_source_once() -> None:
     "kind", [Rule, Recipe, AdapterOptions, DataOptions, TrainOptions], ids=lambda kind: str(kind.__name__)
 )
 def test_no_module_but_the_dataclass_lists_its_fields(kind: type) -> None:
-    """A list, set or dict of the names of its fields is a second definition; some two or three have other reasons."""
+    """A list, set or dict with the names of its fields would be a second definition; a few names are no problem."""
     names = {each.name for each in fields(kind)}
     for path in SOURCE.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -124,7 +124,7 @@ def test_no_module_but_the_dataclass_lists_its_fields(kind: type) -> None:
 
 
 def example_of(setting: Setting) -> tuple[str, Any]:
-    """A value of an option that is not its default: as TOML, and as the field holds it."""
+    """Return a value of an option that is not its default, as TOML and as the value of the field."""
     if setting.choices:
         value = next(choice for choice in setting.choices if choice != setting.default)
         return f'"{value}"', value
@@ -144,7 +144,7 @@ def example_of(setting: Setting) -> tuple[str, Any]:
 
 
 def loaded(table: str, line: str, tmp_path: Path) -> Any:
-    """The dataclass of a recipe with this one line in a table."""
+    """Load a recipe with this line in a table, and return the dataclass of the table."""
     path = tmp_path / "recipe.toml"
     path.write_text(f"[{table}]\n{line}\n")
     if table in ("prune", "verify"):
@@ -153,7 +153,7 @@ def loaded(table: str, line: str, tmp_path: Path) -> Any:
     return getattr(load_tuning(path), table)
 
 
-# Fields that say nothing alone, and what a recipe needs beside them.
+# Fields that are invalid alone, and the line that a recipe needs as well.
 BESIDE = {
     "max_wer_increase": 'evaluate = "data"',
     "max_ppl_increase": 'evaluate = "data"',
@@ -177,7 +177,7 @@ def test_every_field_is_a_key_of_recipes(table: str, name: str, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("table", TABLES)
-def test_keys_are_fields_and_nothing_else(table: str, tmp_path: Path) -> None:
+def test_other_keys_are_refused(table: str, tmp_path: Path) -> None:
     for key in ("nonsense", "rule", "out"):
         with pytest.raises(UsageError, match=rf"\[{table}\] has no key '{key}'") as refused:
             loaded(table, f"{key} = 1", tmp_path)
@@ -217,11 +217,11 @@ AGREEING = {
 
 
 class StoppedError(Exception):
-    """Raised in place of the work."""
+    """Raised instead of running the command."""
 
 
 @pytest.mark.parametrize("case", AGREEING)
-def test_options_recipes_and_python_say_the_same(
+def test_options_recipes_and_python_give_the_same_recipe(
     case: str, pessa: Pessa, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options, toml, expected = AGREEING[case]
@@ -257,7 +257,7 @@ def test_options_of_tune_override_its_recipe(tmp_path: Path, pessa: Pessa, monke
     assert given == {"rank": 8, "learning_rate": 1e-2, "targets": ("q_proj", ""), "seed": 0}
 
 
-# What goes wrong when a field is added without what it needs
+# Errors for fields that are defined wrongly
 
 
 @dataclass(frozen=True)
@@ -282,7 +282,7 @@ def test_a_field_without_a_help_text_is_refused(kind: type) -> None:
         with_options(command)
 
 
-def test_a_field_of_no_simple_type_is_refused() -> None:
+def test_a_field_of_an_unsupported_type_is_refused() -> None:
     @dataclass
     class Mixed:
         value: int | str = option(1, "A number or a word.")
@@ -292,7 +292,7 @@ def test_a_field_of_no_simple_type_is_refused() -> None:
         settings_of(Mixed)
 
 
-def test_a_name_that_two_dataclasses_of_a_command_have_is_refused() -> None:
+def test_two_options_of_the_same_name_are_refused() -> None:
     def command(rule: Rule, recipe: Annotated[Recipe, Only("rank", "sites")]) -> None: ...
 
     command.__annotations__ |= {"rule": Rule, "recipe": Annotated[Recipe, Only("rank", "sites")]}
@@ -334,7 +334,7 @@ def test_zero_is_a_value_that_is_given(name: str) -> None:
 
 @pytest.mark.parametrize("setting", settings_of(Rule), ids=lambda setting: setting.name)
 def test_a_rule_in_words_names_every_field(setting: Setting) -> None:
-    """pessa.json holds these words, so they stay as they are."""
+    """These texts are stored in pessa.json and must not change."""
     value = example_of(setting)[1]
     alone = {setting.name: value}
     if setting in CRITERIA and setting.name != "lossless":

@@ -30,7 +30,7 @@ NAMES = ("whisper-tiny.en", "minilm", "smollm2-135m")
 
 @pytest.fixture(scope="session")
 def float32(real: Real, once: Once) -> Callable[[str], Path]:
-    """A real model in float32: as it is stored, but for tiny.en, whose float16 weights are widened."""
+    """A real model in float32; only tiny.en is stored in float16 and is converted."""
 
     def folder(name: str) -> Path:
         source = real(name)
@@ -63,10 +63,10 @@ def test_full_rank_in_float32_changes_nothing(
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_negative_control_one_head_a_hundredth_too_large(
+def test_negative_control_one_head_scaled_by_one_percent(
     name: str, float32: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    """What passes above must not pass when a single head of a single block is scaled by 1.01."""
+    """The checks of the test above must fail when a single head of a single block is scaled by 1.01."""
     source = float32(name)
     (tmp_path / "changed").mkdir()
     for path in source.iterdir():
@@ -84,7 +84,7 @@ def test_negative_control_one_head_a_hundredth_too_large(
     assert any(line.startswith("outputs:") for line in report.failures)
 
 
-def test_biases_are_where_the_issue_says_they_are(real: Real) -> None:
+def test_biases_and_heads_of_the_real_models(real: Real) -> None:
     found = {name: {frozenset(site.biases) for site in open_model(real(name)).sites} for name in NAMES}
     assert found == {
         "whisper-tiny.en": {frozenset("qvo")},
@@ -106,7 +106,7 @@ def test_lossless_shrinks_tiny_en_and_keeps_its_transcript(real: Real, clip: Pat
     report = verify_models(model, out, audio=[clip])
     assert report.failures == []
     assert "Fail better" in report.texts[0].candidate
-    # No further from the original than the same factors at full rank, which only rounding to float16 has changed.
+    # The error is not larger than that of the factors at full rank, which comes only from rounding to float16.
     decompose_model(model, tmp_path / "full")
     whole = verify_models(model, open_model(tmp_path / "full"), audio=[clip])
     assert report.outputs is not None
@@ -129,7 +129,7 @@ def test_vanilla_is_clearly_worse_at_the_same_ratio(real: Real, clip: Path, tmp_
     assert rates["vanilla"] > 0.3
 
 
-def test_compact_smollm2_generates_with_its_cache_as_the_dense_one(
+def test_compact_smollm2_generates_the_same_text_as_the_dense_one(
     real: Real, real_pruned: RealPruned, tmp_path: Path
 ) -> None:
     source = real("smollm2-135m")
@@ -164,13 +164,15 @@ def test_lossless_keeps_the_transcripts_of_other_speech(real: Real, tmp_path: Pa
     assert different == []
 
 
-def test_a_recipe_prunes_as_far_as_other_speech_allows(real: Real, clip: Path, tmp_path: Path, pessa: Pessa) -> None:
-    """Calibrated on one half of the clip, scored on the other, which says "try again, fail again, fail better"."""
+def test_a_recipe_prunes_within_a_limit_on_the_word_error_rate(
+    real: Real, clip: Path, tmp_path: Path, pessa: Pessa
+) -> None:
+    """The model is calibrated on the first half of the clip, and scored on the second half."""
     samples, rate = soundfile.read(clip)
     for name, part in (("first", samples[: len(samples) // 2]), ("second", samples[len(samples) // 2 :])):
         soundfile.write(tmp_path / f"{name}.wav", part, rate)
-    said = "No matter. Try again. Fail again. Fail better."
-    (tmp_path / "held-out.jsonl").write_text(json.dumps({"audio": "second.wav", "text": said}))
+    transcript = "No matter. Try again. Fail again. Fail better."
+    (tmp_path / "held-out.jsonl").write_text(json.dumps({"audio": "second.wav", "text": transcript}))
     recipe = tmp_path / "recipe.toml"
     keys = {"sites": ["encoder.self"], "calibrate": [str(tmp_path / "first.wav")], "round_to": 4}
     keys |= {"evaluate": str(tmp_path / "held-out.jsonl"), "max_wer_increase": 20.0}

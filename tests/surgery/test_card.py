@@ -1,4 +1,4 @@
-"""The README.md of an output: what the hub reads of it, what people read, and what `verify --card` adds."""
+"""The model card of an output: its front matter, its text, and the results that `verify --card` writes into it."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def out(source: Path, place: Path) -> Path:
     return place / "out"
 
 
-def test_the_front_matter_is_the_sources_with_ours(out: Path) -> None:
+def test_the_front_matter_is_that_of_the_source_with_our_tags(out: Path) -> None:
     data = ModelCard.load(out / "README.md").data.to_dict()
     assert data == {
         "base_model": "owner/moonlight",
@@ -58,7 +58,7 @@ def test_the_front_matter_is_the_sources_with_ours(out: Path) -> None:
     }
 
 
-def test_side_files_and_the_sources_card_stay(source: Path, out: Path, pessa: Pessa) -> None:
+def test_side_files_and_the_card_of_the_source_are_copied(source: Path, out: Path, pessa: Pessa) -> None:
     assert (out / "README.original.md").read_bytes() == (source / "README.md").read_bytes()
     for name in ("tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
         assert (out / name).read_bytes() == (source / name).read_bytes()
@@ -67,7 +67,7 @@ def test_side_files_and_the_sources_card_stay(source: Path, out: Path, pessa: Pe
     assert pessa("verify", out).code == 0
 
 
-def test_what_the_card_says(out: Path) -> None:
+def test_the_text_of_the_card(out: Path) -> None:
     text = (out / "README.md").read_text()
     before, after = open_model(out.parent / "moonlight"), open_model(out)
     assert f"| parameters | {before.parameters:,} | {after.parameters:,} |" in text
@@ -96,13 +96,14 @@ def test_cards_of_other_layouts_and_commands(out: Path, source: Path, pessa: Pes
     export_model(open_model(out), place / "dense", "dense")
     text = (place / "dense" / "README.md").read_text()
     assert "import pessa_cli" not in text
-    assert front_matter(text)["base_model"] == "owner/moonlight"  # by way of the card in between
+    assert front_matter(text)["base_model"] == "owner/moonlight"  # read from the card of the pruned model
     assert front_matter(text)["tags"] == ["speech", "tiny", "pessa", "pruned"]
     assert (place / "dense" / "README.original.md").read_text() == SOURCE_CARD
     assert pessa("decompose", source, "-o", place / "whole").code == 0
     text = (place / "whole" / "README.md").read_text()
     assert "# moonlight, attention decomposed" in text
-    assert "base_model" not in front_matter(text)  # a folder is no repository, and its own base is further off
+    # The source is a folder and not a repository, and the base model in its card is not what was decomposed.
+    assert "base_model" not in front_matter(text)
     assert pessa("prune", source, "--ratio", 0.1, "--method", "vanilla", "-o", place / "vanilla").code == 0
     assert "L2 norms" in (place / "vanilla" / "README.md").read_text()
 
@@ -120,10 +121,10 @@ def test_a_source_without_a_card(tiny_folder: TinyFolder, place: Path, pessa: Pe
     assert "0.00% of Q-K" in text
 
 
-def test_verify_puts_its_figures_in(source: Path, out: Path, pessa: Pessa) -> None:
+def test_verify_writes_its_results_into_the_card(source: Path, out: Path, pessa: Pessa) -> None:
     card = out / "README.md"
-    card.write_text(card.read_text() + "\nMine.\n")  # people write into it
-    for _ in range(2):  # the second time in place of the first
+    card.write_text(card.read_text() + "\nMine.\n")  # as a user may edit it
+    for _ in range(2):  # the second results replace the first
         result = pessa("verify", source, out, "--card", "--level", "weights")
         assert result.code == 1, result
         text = card.read_text()
@@ -133,13 +134,13 @@ def test_verify_puts_its_figures_in(source: Path, out: Path, pessa: Pessa) -> No
         assert text.endswith("\nMine.\n")
         assert is_card(text)
         assert ModelCard.load(card).data.license == "cc-by-4.0"
-    assert pessa("verify", out).code == 0  # it has no hash, since it is for editing
+    assert pessa("verify", out).code == 0  # the manifest has no hash of the card, which users may edit
     (out / "chat_template.jinja").write_text("changed")
     assert pessa("verify", out).code == 1
 
 
-def test_a_card_that_changed_hands(source: Path, out: Path, pessa: Pessa) -> None:
-    is_refusal(pessa("verify", out, source, "--card"), "README.md")  # not ours: nothing to fill in
+def test_cards_without_a_place_for_results(source: Path, out: Path, pessa: Pessa) -> None:
+    is_refusal(pessa("verify", out, source, "--card"), "README.md")  # pessa did not write this card
     assert (source / "README.md").read_text() == SOURCE_CARD
     is_refusal(pessa("verify", out, "--card"), "--card", code=2)
     (out / "README.md").unlink()
@@ -163,11 +164,11 @@ def test_a_card_that_changed_hands(source: Path, out: Path, pessa: Pessa) -> Non
         "---\nlicense: " + "[" * 3000 + "\n---\n",
     ],
 )
-def test_front_matter_from_anywhere(text: str) -> None:
+def test_front_matter_that_cannot_be_used_is_ignored(text: str) -> None:
     assert front_matter(text) == {}
 
 
-def test_names_from_anywhere_are_only_text() -> None:
+def test_names_are_escaped() -> None:
     bad = "a|b](http://x) <script> `x`\n# heading <!-- pessa verify: end -->"
     summary = {
         **{"pessa": "0", "command": "prune", "source": bad, "method": "svd", "rule": "lossless", "layout": "compact"},

@@ -1,7 +1,7 @@
-"""Where numbers are hard: every dtype and mixtures, degenerate heads, odd shapes, and what 16 bits can hold.
+"""Numerical edge cases: all dtypes and mixtures of them, degenerate heads, odd shapes, and the range of 16-bit numbers.
 
-Each edge is decomposed and losslessly pruned, both from the original and from the decomposed model, and compared
-with the original head by head in float64.
+Each case is decomposed and losslessly pruned, both from the original and from the decomposed model, and compared with
+the original head by head in float64.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from pessa_cli.surgery.run import Run
 Tensors = dict[str, Tensor]
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 RUN = Run(jobs=1)
-FLOOR = 1e-12  # of float64 algebra, whatever the storage
+FLOOR = 1e-12  # the error of the float64 algebra, which does not depend on the dtype of storage
 
 
 def bert(width: int = 24, heads: int = 3, head_dim: int = 8) -> tuple[Tensors, dict[str, object]]:
-    """One block with all four biases."""
+    """Return the tensors and config of one BERT block with all four biases."""
     generator = torch.Generator().manual_seed(0)
     names, rows = {"q": "self.query", "k": "self.key", "v": "self.value", "o": "output.dense"}, heads * head_dim
     tensors: Tensors = {}
@@ -64,7 +64,7 @@ def saved(folder: Path, tensors: Tensors, config: dict[str, object]) -> Path:
 
 
 def error_after(folder: Path, place: Path) -> float:
-    """The worst relative error of a head, over decompose, prune, and prune from the decomposed model."""
+    """Return the worst relative error of a head after decompose, prune, and prune from the decomposed model."""
     original = open_model(folder)
     decompose_model(original, place / "decomposed", run=RUN)
     prune_model(original, place / "pruned", Rule(), run=RUN)
@@ -78,7 +78,7 @@ def error_after(folder: Path, place: Path) -> float:
 
 
 def rows_of(tensors: Tensors, side: str, head: int) -> Tensor:
-    """The rows of one head, to be changed in place: (8, D)."""
+    """Return the rows of one head, (8, D), as a view that can be changed in place."""
     return tensors[f"encoder.layer.0.attention.self.{side}.weight"][8 * head : 8 * head + 8]
 
 
@@ -108,7 +108,7 @@ def scaled(**scales: float) -> Callable[[Tensors], None]:
 
 
 def many_scales(tensors: Tensors) -> None:
-    """1e4 and 1e-8 in one head, by directions and by entries."""
+    """Scale one head by 1e4 to 1e-8: W_Q by directions, W_V by entries."""
     rows_of(tensors, "query", 1).mul_(torch.logspace(4, -8, 8).unsqueeze(1))
     rows_of(tensors, "value", 1).mul_(torch.logspace(4, -8, 24))
 
@@ -137,7 +137,7 @@ DAMAGES: dict[str, Callable[[Tensors], None]] = {
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("edge", DAMAGES)
-def test_lossless_means_the_dtype_s_own_rounding(edge: str, dtype: str, tmp_path: Path) -> None:
+def test_lossless_errors_are_rounding_errors_of_the_dtype(edge: str, dtype: str, tmp_path: Path) -> None:
     tensors, config = bert()
     DAMAGES[edge](tensors)
     stored = {name: tensor.to(DTYPES[dtype]) for name, tensor in tensors.items()}
@@ -168,7 +168,7 @@ def test_odd_shapes(shape: str, dtype: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("coarse", ["weight", "bias", "embedding"])
 @pytest.mark.parametrize("dtype", ["F16", "BF16"])
-def test_mixed_dtypes_are_judged_by_the_coarsest_of_a_block(coarse: str, dtype: str, tmp_path: Path) -> None:
+def test_the_dtype_of_a_block_is_its_coarsest(coarse: str, dtype: str, tmp_path: Path) -> None:
     tensors, config = bert()
     tensors["embedding"] = torch.randn(3, 24)
     part = {"weight": "self.key.weight", "bias": "self.query.bias", "embedding": "embedding"}[coarse]
@@ -183,14 +183,14 @@ def test_mixed_dtypes_are_judged_by_the_coarsest_of_a_block(coarse: str, dtype: 
 
 
 def stored_error(pair: Pair, dtype: torch.dtype, shift: float = 1.0) -> float:
-    """The relative error of a head's product when its balanced factors are stored; `shift` unbalances them."""
+    """Return the relative error of a head's product if its factors are stored in a dtype, unbalanced by `shift`."""
     factors = decompose(pair)
     left, right = (factors.left * shift).to(dtype).double(), (factors.right / shift).to(dtype).double()
     return float(relative_difference(pair, Pair(left, right)).max())
 
 
 def head(scale: float, width: int = 64, head_dim: int = 8) -> Pair:
-    """A random head whose product has the given Frobenius norm, from equal factors."""
+    """Return a random head with factors of equal scale, whose product has the given Frobenius norm."""
     generator = torch.Generator().manual_seed(0)
     left, right = torch.randn(2, 1, width, head_dim, generator=generator, dtype=torch.float64)
     root = (scale / float(torch.linalg.matrix_norm(left @ right.mT))) ** 0.5
@@ -205,24 +205,25 @@ def test_products_from_1e_6_to_1e6_keep_their_digits_in_16_bits(dtype: str, expo
 
 @pytest.mark.parametrize("exponent", range(-12, -5))
 @pytest.mark.parametrize("width", [64, 1280])
-def test_below_that_float16_loses_no_more_than_it_already_has(width: int, exponent: int) -> None:
-    """Entries under 6e-5 are subnormal: multiples of 2^-24, whatever their size.
+def test_smaller_products_in_float16_lose_only_what_subnormals_lose(width: int, exponent: int) -> None:
+    """Entries below 6e-5 are subnormal, which are multiples of 2^-24.
 
-    Rounding noise of 2^-25 an entry costs at most 2^-25 sqrt(D) (||A|| + ||B||) of the product. Over all factors of
-    one product ||A||^2 + ||B||^2 is least for balanced ones, so no other choice, the original's included, does better.
+    A rounding error of 2^-25 for each entry changes the product by at most 2^-25 sqrt(D) (||A|| + ||B||). Among all
+    factors of a product, balanced ones have the smallest ||A||^2 + ||B||^2, so that no other factors, including the
+    original ones, have a smaller bound.
     """
     pair = head(10.0**exponent, width)
     norms = sum(float(torch.linalg.matrix_norm(factor)) for factor in (pair.left, pair.right))
     own = 2.0**-25 * width**0.5 * norms / 10.0**exponent
     error = stored_error(pair, torch.float16)
     assert error <= 2 * UNIT_ROUNDOFF["F16"] + own
-    assert stored_error(pair, torch.bfloat16) <= 2 * UNIT_ROUNDOFF["BF16"]  # which has the range of float32
+    assert stored_error(pair, torch.bfloat16) <= 2 * UNIT_ROUNDOFF["BF16"]  # bfloat16 has the range of float32
     for shift in (1 / 16, 16):
-        assert error < 0.2 * stored_error(pair, torch.float16, shift) or error > 0.1  # where little is left of any
+        assert error < 0.2 * stored_error(pair, torch.float16, shift) or error > 0.1  # or all are lost in rounding
 
 
-def test_a_head_of_float16_subnormals_survives_the_way_through_a_decomposed_model(tmp_path: Path) -> None:
-    """Its columns' norms are rough, and are not taken for those of other weights."""
+def test_float16_subnormals_are_not_taken_for_changed_weights(tmp_path: Path) -> None:
+    """The norms of their directions have large rounding errors, which the check of stored spectra must allow."""
     tensors, config = bert(width=96)
     for side in ("query", "key"):
         rows_of(tensors, side, 1).mul_(1e-6)
@@ -233,8 +234,8 @@ def test_a_head_of_float16_subnormals_survives_the_way_through_a_decomposed_mode
 
 
 @pytest.mark.parametrize("where", ["query", "value"])
-def test_what_16_bits_cannot_hold_is_an_error(where: str, tmp_path: Path) -> None:
-    """All of a head's directions the same and at the dtype's end: one direction of sqrt(8) times that in factors."""
+def test_factors_that_overflow_in_16_bits_are_an_error(where: str, tmp_path: Path) -> None:
+    """All directions of a head are equal and near the largest float16; their one factor is larger by sqrt(8)."""
     tensors, config = bert()
     name, other = (f"encoder.layer.0.attention.{n}.weight" for n in (f"self.{where}", "self.key"))
     for each in (name, other if where == "query" else "encoder.layer.0.attention.output.dense.weight"):
@@ -263,7 +264,7 @@ def test_products_beyond_float64_are_an_error(scale: float, tmp_path: Path) -> N
 
 
 def test_balanced_factors_come_from_the_spectrum() -> None:
-    """The control for the tests above: unbalanced ones do leave float16's range."""
+    """The control for the tests above: unbalanced factors overflow in float16."""
     pair = head(1e6)
     factors: Factors = decompose(pair)
     lopsided = Pair(factors.left * 1e-5, factors.right * factors.spectrum.unsqueeze(-2) * 1e5)

@@ -1,4 +1,4 @@
-"""Tiny models of every architecture: exact at full rank, the layouts agree, and a wrong fact is caught."""
+"""Tiny models: exact at full rank, equal in both layouts, and different when a fact or a weight is wrong."""
 
 from __future__ import annotations
 
@@ -53,8 +53,8 @@ def test_full_rank_changes_nothing(source: Path, tmp_path: Path) -> None:
     assert before == after
 
 
-def test_a_change_of_one_weight_is_found_where_it_is(source: Path, tmp_path: Path) -> None:
-    """The negative control: verify is no rubber stamp."""
+def test_verify_finds_a_change_of_one_weight(source: Path, tmp_path: Path) -> None:
+    """The negative control of the test above."""
     changed = load(source)
     site = open_model(source).sites[1]
     with torch.no_grad():
@@ -62,7 +62,7 @@ def test_a_change_of_one_weight_is_found_where_it_is(source: Path, tmp_path: Pat
     changed.save_pretrained(tmp_path / "changed")
     report = verify_models(open_model(source), open_model(tmp_path / "changed"))
     assert not report.same
-    # The second key/value head: of several query heads that share it, any may be off most, and all are off.
+    # The second key/value head was changed, so that all query heads that share it differ, and any may differ most.
     sharing = range(site.group, 2 * site.group)
     assert report.worst.where in [f"{site.name} head {head} V-O" for head in sharing]
     off = {found.where for found in report.weights if found.error > 1e-3}
@@ -103,7 +103,7 @@ def same_weights(a: Path, b: Path) -> bool:
     return (a / "model.safetensors").read_bytes() == (b / "model.safetensors").read_bytes()
 
 
-def test_pruning_is_the_same_directly_and_by_way_of_decompose(source: Path, tmp_path: Path) -> None:
+def test_pruning_is_the_same_directly_and_after_decompose(source: Path, tmp_path: Path) -> None:
     decompose_model(open_model(source), tmp_path / "decomposed")
     for rule in (Rule(ratio=0.3), Rule(qk_thr=2.0, vo_thr=4.0)):
         direct, sliced = tmp_path / f"direct {rule}", tmp_path / f"sliced {rule}"
@@ -112,11 +112,11 @@ def test_pruning_is_the_same_directly_and_by_way_of_decompose(source: Path, tmp_
         assert same_weights(direct, sliced)
         assert (direct / "config.json").read_bytes() == (sliced / "config.json").read_bytes()
         again = tmp_path / f"again {rule}"
-        prune_model(open_model(direct), again, rule)  # a pruned model is decomposed, too
+        prune_model(open_model(direct), again, rule)  # a pruned model also stores factors and spectra
         assert same_weights(direct, again)
 
 
-def test_pruning_a_pruned_model_goes_on_where_it_stopped(source: Path, tmp_path: Path) -> None:
+def test_pruning_a_pruned_model_again(source: Path, tmp_path: Path) -> None:
     prune_model(open_model(source), tmp_path / "five", Rule(rank=5))
     prune_model(open_model(tmp_path / "five"), tmp_path / "three", Rule(rank=3))
     prune_model(open_model(source), tmp_path / "direct", Rule(rank=3))
@@ -138,7 +138,7 @@ def test_each_head_loses_the_norm_of_its_dropped_singular_values(source: Path, t
                 of_group = [f"{site.name} head {group * site.group + i} {side}" for i in range(site.group)]
                 if site.group == 1:
                     assert errors[of_group[0]] ** 2 == pytest.approx(dropped, rel=1e-5)
-                else:  # the error of the group is that of its query heads together
+                else:  # the spectrum gives the error of all query heads of the group together
                     assert min(errors[h] ** 2 for h in of_group) <= dropped <= max(errors[h] ** 2 for h in of_group)
 
 
@@ -162,7 +162,7 @@ def test_vanilla_keeps_the_function_at_full_rank_and_loses_more_when_cut(source:
 def test_negative_control_a_dropped_value_bias_is_caught(
     name: str, tiny_folder: TinyFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """If the value bias were forgotten instead of moved into the output bias, verify must say so."""
+    """Verify must fail if the value bias is dropped instead of moved into the output bias."""
     right = pessa_cli.algebra.absorb.absorb
 
     def forgetful(weights: Any, *arguments: Any) -> Any:
@@ -182,13 +182,13 @@ def test_negative_control_a_dropped_value_bias_is_caught(
 def test_negative_control_a_wrong_rope_flag_is_caught(
     tiny_folder: TinyFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Merging Q-K across a rotation must move the outputs far beyond any tolerance."""
+    """Merging Q-K despite RoPE must change the outputs far beyond any tolerance."""
     source = tiny_folder("llama")
     right = ARCHITECTURES["llama"]
     monkeypatch.setitem(ARCHITECTURES, "llama", tuple(replace(spec, rope=None) for spec in right))
     decompose_model(open_model(source), tmp_path / "out")
     monkeypatch.setitem(ARCHITECTURES, "llama", right)
-    (tmp_path / "out" / "spectra.safetensors").unlink()  # it would be refused as not fitting the row
+    (tmp_path / "out" / "spectra.safetensors").unlink()  # its Q-K spectra would be refused
     report = verify_models(open_model(source), open_model(tmp_path / "out"))
     assert not report.same
     assert report.worst.error > 0.1
@@ -197,9 +197,7 @@ def test_negative_control_a_wrong_rope_flag_is_caught(
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_sixteen_bits_stay_sixteen_bits_and_lose_no_more_than_their_rounding(
-    source: Path, tmp_path: Path, dtype: str
-) -> None:
+def test_16_bit_weights_keep_their_dtype_and_lose_only_rounding(source: Path, tmp_path: Path, dtype: str) -> None:
     load(source).to(getattr(torch, dtype)).save_pretrained(tmp_path / "half")
     model = open_model(tmp_path / "half")
     decompose_model(model, tmp_path / "out")
@@ -224,7 +222,7 @@ def test_shards_are_read_and_written(source: Path, tmp_path: Path) -> None:
     assert distance(logits(load(tmp_path / "single")), logits(load(tmp_path / "out"))) < 1e-6
 
 
-def test_other_blocks_stay_byte_for_byte(tiny_folder: TinyFolder, tmp_path: Path) -> None:
+def test_other_blocks_are_copied_byte_for_byte(tiny_folder: TinyFolder, tmp_path: Path) -> None:
     model = open_model(tiny_folder("whisper"))
     chosen = [site for site in model.sites if site.spec.kind == "decoder.cross" and site.layer == 1]
     prune_model(model, tmp_path / "out", Rule(rank=3), chosen)
@@ -234,7 +232,7 @@ def test_other_blocks_stay_byte_for_byte(tiny_folder: TinyFolder, tmp_path: Path
     assert set(after.spectra) == {"decoder.cross.1"}
 
 
-def test_the_softmax_scale_stays_that_of_the_original_head_dim(tiny_folder: TinyFolder, tmp_path: Path) -> None:
+def test_the_softmax_scale_is_that_of_the_original_head_dim(tiny_folder: TinyFolder, tmp_path: Path) -> None:
     prune_model(open_model(tiny_folder("whisper")), tmp_path / "out", Rule(rank=3))
     attention = load(tmp_path / "out").model.encoder.layers[0].self_attn
     assert attention.scaling == load(tiny_folder("whisper")).model.encoder.layers[0].self_attn.scaling == 8**-0.5

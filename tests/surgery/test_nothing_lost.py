@@ -1,4 +1,4 @@
-"""Outputs as transactions: killed at any moment, resumed, raced, changed under the reader, damaged afterwards."""
+"""Outputs appear only when complete: runs that are killed, resumed or concurrent, and sources that change meanwhile."""
 
 from __future__ import annotations
 
@@ -83,9 +83,7 @@ def killed(after: int, *arguments: object) -> int:
 
 
 @pytest.mark.parametrize("after", range(0, 21, 2))
-def test_killed_at_a_write_there_is_no_output_and_resume_gives_the_same_bytes(
-    after: int, model: Path, place: Path, pessa: Pessa
-) -> None:
+def test_killed_at_a_write_and_resumed(after: int, model: Path, place: Path, pessa: Pessa) -> None:
     whole = snapshot(pruned(model, place / "whole"))
     before = snapshot(model)
     assert len(CheckpointReader(place / "whole").files) > 3
@@ -103,7 +101,7 @@ def test_killed_at_a_write_there_is_no_output_and_resume_gives_the_same_bytes(
 
 @pytest.mark.slow
 def test_killed_at_any_moment(model: Path, place: Path) -> None:
-    """By the clock instead of by the write, from the start of the command to after its end."""
+    """The process is killed after a given time, from its start until after its end."""
     command = ("prune", model, "-o", place / "out", *OPTIONS)
     start = time.monotonic()
     assert ended(started(lambda: None, *command)) == 0
@@ -123,9 +121,7 @@ def test_killed_at_any_moment(model: Path, place: Path) -> None:
     assert snapshot(place / "out") == whole
 
 
-def test_resume_reuses_what_is_finished(
-    model: Path, place: Path, pessa: Pessa, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_resume_reuses_finished_shards(model: Path, place: Path, pessa: Pessa, monkeypatch: pytest.MonkeyPatch) -> None:
     assert killed(12, "prune", model, "-o", place / "out", *OPTIONS) == -signal.SIGKILL
     finished = json.loads((place / ".out.partial" / JOURNAL_FILE).read_text())["finished"]
     assert len(finished) > 1
@@ -142,7 +138,7 @@ def test_resume_reuses_what_is_finished(
     assert not set(begun) & set(finished)
 
 
-def test_resume_refuses_another_run_and_mends_a_damaged_shard(model: Path, place: Path, pessa: Pessa) -> None:
+def test_resume_refuses_another_run_and_replaces_a_damaged_shard(model: Path, place: Path, pessa: Pessa) -> None:
     whole = snapshot(pruned(model, place / "whole"))
     assert killed(12, "prune", model, "-o", place / "out", *OPTIONS) == -signal.SIGKILL
     other = ("--ratio", "0.5", "--max-shard-size", "20kB")
@@ -153,13 +149,13 @@ def test_resume_refuses_another_run_and_mends_a_damaged_shard(model: Path, place
     assert snapshot(place / "out") == whole
 
 
-def test_resume_of_nothing_is_a_plain_run(model: Path, place: Path, pessa: Pessa) -> None:
+def test_resume_without_an_earlier_run(model: Path, place: Path, pessa: Pessa) -> None:
     assert pessa("prune", model, "-o", place / "out", *OPTIONS, "--resume").code == 0
     assert snapshot(place / "out") == snapshot(pruned(model, place / "whole"))
 
 
 @pytest.mark.parametrize("layout", ["compact", "dense"])
-def test_the_same_bytes_whatever_the_jobs(layout: StorageLayout, place: Path) -> None:
+def test_the_bytes_do_not_depend_on_jobs(layout: StorageLayout, place: Path) -> None:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=64, hidden_size=256, intermediate_size=64, num_hidden_layers=4,
@@ -202,7 +198,7 @@ def test_two_runs_into_the_same_folder(model: Path, place: Path, pessa: Pessa) -
 
 
 @pytest.mark.parametrize("change", ["touched", "shorter", "replaced", "gone"])
-def test_a_source_that_changes_while_it_is_read(
+def test_a_source_that_changes_during_the_run(
     change: str, model: Path, place: Path, pessa: Pessa, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     weights = model / "model.safetensors"
@@ -229,7 +225,7 @@ def test_a_source_that_changes_while_it_is_read(
 
 @pytest.mark.parametrize("after", [3, 14])
 def test_a_read_error(after: int, model: Path, place: Path, pessa: Pessa, monkeypatch: pytest.MonkeyPatch) -> None:
-    """While measuring, and while writing."""
+    """The error occurs while blocks are decomposed, or while the output is written."""
     left = iter(range(after))
     at = CheckpointReader._at
 
@@ -264,7 +260,7 @@ def test_a_full_disk_after_finished_shards_leaves_only_them(
     assert snapshot(place / "out") == whole
 
 
-def test_the_manifest_says_what_was_done(model: Path, place: Path) -> None:
+def test_the_manifest(model: Path, place: Path) -> None:
     import hashlib
 
     written = prune_model(open_model(model), place / "out", Rule(rank=3), run=Run(source="llama as typed"))
@@ -297,7 +293,7 @@ def test_verify_alone_checks_a_folder_against_its_manifest(model: Path, place: P
 
 
 @pytest.mark.parametrize("command", [("prune", "--ratio", "0.3"), ("decompose",)])
-def test_a_dry_run_plans_exactly_what_is_written_and_writes_nothing(
+def test_a_dry_run_gives_the_same_plan_and_writes_nothing(
     command: tuple[str, ...], model: Path, place: Path, pessa: Pessa
 ) -> None:
     name, *options = command
@@ -324,5 +320,5 @@ def test_a_nan_outside_attention_is_not_copied(name: str, model: Path, place: Pa
 
 
 @pytest.mark.parametrize("options", [("--jobs", "-1"), ("--device", "cuda:77"), ("--max-shard-size", "big")])
-def test_options_of_a_run_that_make_no_sense(options: tuple[str, str], model: Path, place: Path, pessa: Pessa) -> None:
+def test_invalid_options_of_a_run(options: tuple[str, str], model: Path, place: Path, pessa: Pessa) -> None:
     is_refusal(pessa("prune", model, "-o", place / "out", *options), *options, code=2)

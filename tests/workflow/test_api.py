@@ -1,4 +1,4 @@
-"""The public Python API: what may be imported, that it works without the command line, and what its types are."""
+"""The public Python API: its names, its results and types, and that it works without the command line."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ PUBLIC = (
 
 
 def python(code: str, *arguments: object, folder: Path | None = None) -> str:
-    """What a program prints that is run in a process of its own."""
+    """Run a program in its own process, and return what it prints."""
     line = [sys.executable, "-c", code, *map(str, arguments)]
     done = subprocess.run(line, capture_output=True, text=True, check=False, cwd=folder)
     assert done.returncode == 0, done.stderr
@@ -42,21 +42,21 @@ def test_the_public_names() -> None:
     assert sorted(PUBLIC) == sorted(api.__all__)
     assert set(PUBLIC) < set(dir(pessa_cli))
     with pytest.raises(AttributeError, match="has no attribute 'nonsense'"):
-        getattr(pessa_cli, "nonsense")  # noqa: B009  # mypy knows that it is not there
+        getattr(pessa_cli, "nonsense")  # noqa: B009  # mypy would report pessa_cli.nonsense
     with pytest.raises(AttributeError, match="has no attribute 'Path'"):
         getattr(pessa_cli, "Path")  # noqa: B009
 
 
-def test_type_checkers_are_told_what_is_imported() -> None:
+def test_type_checkers_see_the_names_that_are_imported() -> None:
     tree = ast.parse((SOURCE / "api.py").read_text(encoding="utf-8"))
     checking = next(n for n in tree.body if isinstance(n, ast.If) and ast.unparse(n.test) == "TYPE_CHECKING")
-    told = {
+    seen = {
         str(node.module).removeprefix("pessa_cli."): tuple(alias.name for alias in node.names)
         for node in checking.body
         if isinstance(node, ast.ImportFrom) and str(node.module).startswith("pessa_cli.")
     }
-    assert told == api._MODULES
-    assert {name for names in told.values() for name in names} | {"load_whisper"} == set(PUBLIC)
+    assert seen == api._MODULES
+    assert {name for names in seen.values() for name in names} | {"load_whisper"} == set(PUBLIC)
 
 
 @pytest.mark.parametrize("name", PUBLIC)
@@ -75,12 +75,12 @@ def test_every_public_name_has_a_docstring(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["PessaError", "UsageError", "Rule", "Recipe", "VerifyOptions", "load_whisper"])
-def test_names_that_need_no_torch_import_none(name: str) -> None:
+def test_names_that_need_no_torch_do_not_import_it(name: str) -> None:
     code = f"import sys; from pessa_cli import {name}; print(sorted(sys.modules.keys() & {{'torch', 'typer', 'peft'}}))"
     assert python(code).strip() == "[]"
 
 
-def test_without_peft_its_configurations_say_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_peft_its_configurations_raise_an_error_with_a_hint(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(pessa_cli.PessaError, match="peft") as refused:
         pessa_cli.SorsaConfig()
@@ -92,7 +92,7 @@ def test_without_peft_its_configurations_say_what_to_install(monkeypatch: pytest
 
 NOTEBOOK = """
 import sys
-for name in ("typer", "rich", "click"):  # as where they are not installed
+for name in ("typer", "rich", "click"):  # hide them as if they were not installed
     sys.modules[name] = None
 model, out = sys.argv[1:]
 
@@ -179,10 +179,10 @@ def test_a_function_returns_what_its_command_prints_as_json(
     assert bool(written) == ("-o" in line and "dry" not in line)
 
 
-def test_another_format_has_a_result_of_its_own(
+def test_export_to_another_format_returns_an_exported_model(
     tiny_folder: TinyFolder, tmp_path: Path, pessa: Pessa, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What is written is tested in tests/exports; the tiny models are too small for it."""
+    """The function that writes the file is replaced here; it is tested in tests/exports."""
     monkeypatch.setattr("pessa_cli.exports.openai.export_openai", lambda _folder, out, *_: out.write_text("weights"))
     folder, out = tiny_folder("whisper"), tmp_path / "out.pt"
     printed = pessa("export", folder, "-o", out, "--to", "openai-whisper", "--json").out
@@ -230,12 +230,12 @@ def test_too_little_calibration_data_is_a_warning_in_the_result(
 def test_progress_is_reported_to_a_callback(tiny_folder: TinyFolder, tmp_path: Path) -> None:
     from contextlib import contextmanager
 
-    said: list[str] = []
+    begun: list[str] = []
     done = [0, 0]
 
     @contextmanager
     def progress(what: str, _nbytes: int, blocks: int) -> Any:
-        said.append(f"{what} {blocks}")
+        begun.append(f"{what} {blocks}")
 
         def tick(nbytes: int, blocks: int) -> None:
             done[0] += nbytes
@@ -244,7 +244,7 @@ def test_progress_is_reported_to_a_callback(tiny_folder: TinyFolder, tmp_path: P
         yield tick
 
     pessa_cli.prune(tiny_folder("llama"), tmp_path / "out", Rule(ratio=0.3), Run(progress=progress))
-    assert said == ["measuring 2", "writing 2"]
+    assert begun == ["measuring 2", "writing 2"]
     assert done[1] == 4
     assert done[0] > 0
 
@@ -284,7 +284,7 @@ def test_errors_are_those_of_the_command_line(tiny_folder: TinyFolder, tmp_path:
 
 
 @pytest.mark.parametrize("command", ["prune", "decompose"])
-def test_what_cannot_be_written_is_refused_before_calibration(
+def test_outputs_that_cannot_be_written_are_refused_before_calibration(
     command: str, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "text.txt").write_text("some words")
@@ -333,7 +333,7 @@ WRONG = (
     'Unexpected keyword argument "ratios" for "Rule"',
     'Argument "layout" to "Recipe" has incompatible type',
 )
-# What is not pessa's is left out, for speed.
+# Other packages are skipped, because that is faster.
 SETTINGS = f"""
 [mypy]
 strict = true
