@@ -10,7 +10,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +35,10 @@ from peft import get_peft_model
 from tuned import sums, with_tokenizer, write_lines
 
 import pessa_cli
+from pessa_cli.blocks.site import Site
 from pessa_cli.checkpoint.reader import TensorInfo
 from pessa_cli.checkpoint.shards import CheckpointWriter
+from pessa_cli.cli.prune import run
 from pessa_cli.common.errors import PessaError, UsageError
 from pessa_cli.common.packages import need
 from pessa_cli.evaluation.measures import ScoreSettings
@@ -46,6 +48,7 @@ from pessa_cli.models.inputs import random_signal
 from pessa_cli.sources.openai_tokenizer import get_encoding
 from pessa_cli.sources.whisper_folder import read_vocabulary
 from pessa_cli.surgery.model import open_model
+from pessa_cli.surgery.writing import check_layout
 from pessa_cli.tuning.registry import build_config
 from pessa_cli.tuning.tuner_sorsa import regularizer
 
@@ -108,6 +111,18 @@ def huge(tensors: dict[str, torch.Tensor]) -> None:
     """Make weights so large that their products overflow in float64."""
     for name in list(tensors):
         tensors[name] = tensors[name].double() * (1e200 if "self_attn" in name else 1)
+
+
+def without_compact(folder: Path) -> list[Site]:
+    """Return the blocks of a model as if its attention could not load the compact layout."""
+    return [replace(site, spec=replace(site.spec, compact=False)) for site in open_model(folder).sites]
+
+
+def run_recipe(place: Path) -> None:
+    """Run a recipe whose output is written, outside of the folder that must not change, and then fails to verify."""
+    source = {"architecture": None, "revision": None, "allow_pickle": False}
+    options = {"resume": False, "jobs": 1, "device": "cpu", "max_shard_size": None, "force": False}
+    run(recipe_file=place / "r.toml", model="whisper", out=place.parent / "differs", **options, **source)
 
 
 def written_twice(place: Path) -> None:
@@ -212,6 +227,12 @@ EXAMPLES: Mapping[str, Example] = {
         "encoder.self.0",
         change=within("pruned", edit_json(lambda c: c["ranks"]["encoder.self.0"].update(vo="1 1 1 1"), "pessa.json")),
     ),
+    "a layout that the attention cannot load": usage(
+        lambda p: check_layout(open_model(p / "whisper"), without_compact(p / "whisper"), "compact"),
+        "whisper",
+        "--layout dense",
+    ),
+    "a card without a candidate": usage("verify whisper --card", "--card", "CANDIDATE"),
     "a card without a place for the results": failure("verify whisper whisper --card", "whisper/README.md"),
     "another tensor than planned": failure(written_twice, "b", "a", hint=False),
     # Recipes and data.
@@ -221,6 +242,16 @@ EXAMPLES: Mapping[str, Example] = {
     ),
     "an invalid value in a recipe": usage(
         "run r.toml whisper -o out", "r.toml", "ratio", change=write("r.toml", "[prune]\nratio = 2.0")
+    ),
+    "a result that is not the same model": failure(
+        run_recipe,
+        "differs was written",
+        "weights:",
+        "min_agreement",
+        change=write("r.toml", "[prune]\nratio = 0.3\n[verify]\nlevel = 'weights'"),
+    ),
+    "statistics in a folder that does not exist": usage(
+        "prune bert -o out --rank 3 --calibrate story.txt --statistics nowhere/s", "--statistics nowhere/s"
     ),
     "in sequence without data": usage(
         "prune bert -o out --rank 3 --sequential --statistics bert.stats", "--sequential", "--calibrate"
@@ -279,6 +310,7 @@ EXAMPLES: Mapping[str, Example] = {
     ),
     # Other programs.
     "to ONNX": failure("export llama -o x --to onnx", "llama"),
+    "a layout of ONNX": usage("export whisper -o x --to onnx --layout compact", "--to onnx", "--layout"),
     "to ONNX without its packages": failure(
         "export bert -o x --to onnx", "onnxscript", "pip install", missing=("onnxscript",)
     ),

@@ -272,7 +272,7 @@ def test_errors_are_those_of_the_command_line(tiny_folder: TinyFolder, tmp_path:
         (UsageError, "--to 'tflite' is not known", lambda: pessa_cli.export(folder, "o", to="tflite")),  # type: ignore
         (pessa_cli.PessaError, "nowhere does not exist", lambda: pessa_cli.inspect("nowhere")),
         (pessa_cli.PessaError, "model exists", lambda: pessa_cli.decompose(folder, folder)),
-        (pessa_cli.PessaError, "prunes all of Q-K", lambda: pessa_cli.inspect(folder, Rule(qk_thr=1e9))),
+        (pessa_cli.PessaError, "would prune all of Q-K", lambda: pessa_cli.inspect(folder, Rule(qk_thr=1e9))),
         (pessa_cli.PessaError, "not a model that pessa wrote", lambda: pessa_cli.export(folder, tmp_path / "o")),
     ]
     for kind, text, call in refused:
