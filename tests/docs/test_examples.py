@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from harness import Real
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -245,14 +246,11 @@ def check_output(expected: str, printed: str, where: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def _real_models() -> None:
-    from fetch_models import fetch
-
+def _real_models(real: Real) -> None:
     for name in MODELS:
-        fetch(name)
+        real(name)
 
 
-@pytest.mark.real
 @pytest.mark.usefixtures("_real_models")
 @pytest.mark.parametrize(
     "page",

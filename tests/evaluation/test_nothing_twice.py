@@ -14,8 +14,7 @@ import soundfile
 import tiny
 import torch
 from characters import tokenizer
-from fetch_models import fetch
-from harness import Pessa, TinyFolder
+from harness import Pessa, Real, TinyFolder
 from peft import get_peft_model
 from transformers import (
     AutoProcessor,
@@ -113,8 +112,8 @@ def test_verify_with_texts(both: tuple[Path, Path], tmp_path: Path, pessa: Pessa
     assert blocks == {(folder, f"decoder.self.{i}"): 1 for folder in both for i in range(2)}
 
 
-def test_verify_with_clips(tmp_path: Path, pessa: Pessa, calls: Calls) -> None:
-    source, clip = fetch("whisper-tiny.en"), fetch("speech") / "beckett.wav"
+def test_verify_with_clips(real: Real, clip: Path, tmp_path: Path, pessa: Pessa, calls: Calls) -> None:
+    source = real("whisper-tiny.en")
     samples, rate = soundfile.read(clip)
     soundfile.write(tmp_path / "short.wav", samples[: 2 * rate], rate)
     processors = calls.counted(AutoProcessor, "from_pretrained")
@@ -153,8 +152,8 @@ def test_eval_of_pairs(tiny_folder: TinyFolder, tmp_path: Path, pessa: Pessa, ca
     assert texts == dict.fromkeys([text for first, second, _ in PAIRS for text in (first, second)], 1)
 
 
-def test_eval_of_speech(tmp_path: Path, pessa: Pessa, calls: Calls) -> None:
-    source, clip = fetch("whisper-tiny.en"), fetch("speech") / "beckett.wav"
+def test_eval_of_speech(real: Real, clip: Path, tmp_path: Path, pessa: Pessa, calls: Calls) -> None:
+    source = real("whisper-tiny.en")
     write_lines(tmp_path / "clips.jsonl", [{"audio": str(clip), "text": "Ever tried. Ever failed."}])
     models, hashes = calls.models(), calls.hashes()
     features = calls.counted(WhisperFeatureExtractor, "__call__")
