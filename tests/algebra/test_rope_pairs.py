@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from calibrating import files_of_inputs
 from harness import Pessa, Real, TinyFolder, copy_of, edit_json, edit_weights, is_refusal, raw_tensors
 from peft import get_peft_model
 from torch import Tensor
@@ -27,8 +27,7 @@ from pessa_cli.blocks.compact_format import PairRuns, Ragged, pair_ranks, pairs_
 from pessa_cli.calibration.collect import collect
 from pessa_cli.common.errors import PessaError, UsageError
 from pessa_cli.evaluation.verify import verify_models
-from pessa_cli.models import windows
-from pessa_cli.models.data import DataItem
+from pessa_cli.models.inputs import Inputs
 from pessa_cli.ranks.plan import RankPlan, plan_ranks
 from pessa_cli.ranks.rule import Rule
 from pessa_cli.ranks.spectra import Spectra, largest_pairs
@@ -417,22 +416,18 @@ def test_a_manifest_with_other_pairs_is_refused(
     is_refusal(pessa("export", tmp_path / "out", "-o", tmp_path / "x", "--layout", "compact"), "pessa.json")
 
 
+def tokens(seed: int) -> Tensor:
+    return torch.randint(5, 90, (1, 40), generator=torch.Generator().manual_seed(seed))
+
+
 @pytest.fixture
 def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """Return files that stand for eight inputs, since the tiny model has no tokenizer."""
 
-    def inputs_of(
-        _folder: Path, _model: Any, _encoder: Any, item: DataItem, _transcribed: bool
-    ) -> Iterator[dict[str, Tensor]]:
-        ids = torch.randint(5, 90, (1, 40), generator=torch.Generator().manual_seed(int(item.text or "")))
-        yield {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    def encode(_model: Any, seed: int) -> Inputs:
+        return {"input_ids": tokens(seed), "attention_mask": torch.ones(1, 40, dtype=torch.long)}
 
-    monkeypatch.setattr(windows, "encoder_for", lambda *_: None)
-    monkeypatch.setattr(windows, "inputs_of", inputs_of)
-    paths = [tmp_path / f"{number}.txt" for number in range(8)]
-    for number, path in enumerate(paths):
-        path.write_text(str(number))
-    return paths
+    return files_of_inputs(tmp_path, monkeypatch, encode, 8)
 
 
 def first_block(folder: Path) -> Tensor:
@@ -441,7 +436,7 @@ def first_block(folder: Path) -> Tensor:
     model.model.layers[0].self_attn.register_forward_hook(lambda _module, _args, output: found.append(output[0]))
     with torch.no_grad():
         for seed in range(8):
-            model(input_ids=torch.randint(5, 90, (1, 40), generator=torch.Generator().manual_seed(seed)))
+            model(input_ids=tokens(seed))
     return torch.cat(found)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from pessa_cli.calibration.collect import collect
 from pessa_cli.models import windows
 from pessa_cli.models.data import DataItem
+from pessa_cli.models.inputs import Inputs
 from pessa_cli.ranks.rule import Rule
 from pessa_cli.statistics.file import SavedStatistics, Statistics
 from pessa_cli.surgery.model import Model
@@ -33,21 +34,26 @@ def batches(model: Any, count: int = 6) -> list[dict[str, Tensor]]:
     return found
 
 
-@pytest.fixture
-def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """Return files that stand for one input each, since tiny models have no tokenizers."""
+def files_of_inputs(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, encode: Callable[[Any, int], Inputs], count: int
+) -> list[Path]:
+    """Return files that stand for one input each, since tiny models have no tokenizers: `encode(model, number)`."""
 
-    def inputs_of(
-        _folder: Path, model: Any, _encoder: Any, item: DataItem, _transcribed: bool
-    ) -> Iterator[dict[str, Tensor]]:
-        yield batches(model)[int(item.text or "")]
+    def inputs_of(_folder: Path, model: Any, _encoder: Any, item: DataItem, _transcribed: bool) -> Iterator[Inputs]:
+        yield encode(model, int(item.text or ""))
 
     monkeypatch.setattr(windows, "encoder_for", lambda *_: None)
     monkeypatch.setattr(windows, "inputs_of", inputs_of)
-    paths = [tmp_path / f"{number}.txt" for number in range(6)]
+    paths = [folder / f"{number}.txt" for number in range(count)]
     for number, path in enumerate(paths):
         path.write_text(str(number))
     return paths
+
+
+@pytest.fixture
+def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """Return files that stand for the inputs of `batches`."""
+    return files_of_inputs(tmp_path, monkeypatch, lambda model, number: batches(model)[number], 6)
 
 
 def collected(model: Model, data: list[Path], out: Path, rule: Rule | None = None) -> Statistics:
