@@ -27,7 +27,7 @@ from pessa_cli.models.inputs import Inputs
 from pessa_cli.models.load import load, quiet_transformers
 from pessa_cli.models.windows import on_device, windows
 from pessa_cli.ranks.rule import Rule
-from pessa_cli.statistics.file import CollectedStatistics, SavedStatistics, Statistics, save_statistics
+from pessa_cli.statistics.file import CollectedStatistics, SavedStatistics, Statistics, fingerprint, save_statistics
 from pessa_cli.surgery.block_reader import BlockReader
 from pessa_cli.surgery.decomposition import Decomposition, decomposition_of
 from pessa_cli.surgery.model import Model
@@ -105,7 +105,7 @@ def save(path: Path, found: Calibration, sites: Sequence[Site]) -> None:
     Raises PessaError if the file cannot be written.
     """
     blocks = found.blocks
-    fingerprints = {site.name: blocks.fingerprint(site, blocks.weights(site)) for site in sites}
+    fingerprints = {site.name: fingerprint(blocks.weights(site)) for site in sites}
     sums = {site.name: found.statistics.of(site) for site in sites}
     save_statistics(path, sums, fingerprints, found.statistics.data)
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 from pessa_cli.algebra.heads import HeadWeights
 from pessa_cli.blocks.site import Site
 from pessa_cli.checkpoint.reader import CheckpointReader
-from pessa_cli.statistics.file import fingerprint
 from pessa_cli.surgery.block_io import read_site
 
 
 class BlockReader:
-    """Reads the weights of blocks, and computes the fingerprint of each block once.
+    """Reads the weights of blocks.
 
     keep: keep the weights in memory, so that no block is read twice. This is for runs such as calibration, which hold
     the whole model in memory.
@@ -20,7 +19,6 @@ class BlockReader:
         self.reader = reader
         self.keeps = keep
         self._weights: dict[str, HeadWeights] = {}
-        self._fingerprints: dict[str, str] = {}
 
     def weights(self, site: Site) -> HeadWeights:
         """Return the block's weights in the dtypes of the file. Raises NotFiniteError when an entry is not finite."""
@@ -30,9 +28,3 @@ class BlockReader:
         if self.keeps:
             self._weights[site.name] = weights
         return weights
-
-    def fingerprint(self, site: Site, weights: HeadWeights) -> str:
-        """Return the fingerprint of the block's weights; they are hashed at the first call for each block."""
-        if site.name not in self._fingerprints:
-            self._fingerprints[site.name] = fingerprint(weights)
-        return self._fingerprints[site.name]

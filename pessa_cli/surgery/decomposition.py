@@ -15,7 +15,7 @@ from pessa_cli.algebra.heads import HeadWeights
 from pessa_cli.blocks.site import Site
 from pessa_cli.common.jobs import in_order, one_thread
 from pessa_cli.ranks.spectra import Spectra
-from pessa_cli.statistics.file import Statistics
+from pessa_cli.statistics.file import Statistics, fingerprint
 from pessa_cli.surgery.block_io import NotFiniteError, StorageLayout, write_site
 from pessa_cli.surgery.block_reader import BlockReader
 from pessa_cli.surgery.decomposed_block import (
@@ -66,7 +66,7 @@ class Decomposition:
             weights = blocks.weights(site)
             if known is not None:
                 return DecomposedBlock(replace(known, pairs=pair_contributions(weights.to(device), site)), None)
-            found = None if statistics is None else statistics.of(site, lambda: blocks.fingerprint(site, weights))
+            found = None if statistics is None else statistics.of(site, lambda: fingerprint(weights))
             return decompose_block(weights.to(device), site, ranking, found)
 
         _over_blocks(self._model, sites, decompose, self._run, self._add)
@@ -148,7 +148,7 @@ def measure(
             return replace(known, pairs=pair_contributions(weights, site))
         if statistics is None:
             return spectra_of(weights, site, ranking)
-        sums = statistics.of(site, lambda: blocks.fingerprint(site, weights))
+        sums = statistics.of(site, lambda: fingerprint(weights))
         return decompose_block(weights, site, ranking, sums).spectra
 
     _over_blocks(model, sites, spectra, run, lambda site, block: found.update({site.name: block}))

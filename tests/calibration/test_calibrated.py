@@ -23,6 +23,7 @@ from pessa_cli.algebra.weighted import Weighting, refitted, weighted_transforms
 from pessa_cli.calibration import collect as calibrate
 from pessa_cli.calibration import listeners
 from pessa_cli.calibration.collect import collect
+from pessa_cli.calibration.listeners import VisibleKeys
 from pessa_cli.common.errors import PessaError, UsageError
 from pessa_cli.models import load as sidebyside
 from pessa_cli.models import windows
@@ -441,3 +442,15 @@ def test_the_commands(tiny_folder: TinyFolder, data: list[Path], tmp_path: Path,
 def test_statistics_of_a_block_add_up() -> None:
     one = BlockStatistics(*(torch.ones((), dtype=torch.float64) for _ in NAMES))
     assert float((one + one).queries) == 2
+
+
+def test_visible_keys_follow_the_mask() -> None:
+    """Layers may alternate between masks of one shape, such as sliding windows and full attention."""
+    full = torch.ones(2, 4, 4).tril() / 4
+    window = full.triu(-1)
+    seen = VisibleKeys()
+    for attention in (full, full, window, full):
+        rows, totals = seen.of(attention)
+        expected = (attention > 0).float() / (attention > 0).sum(-1, keepdim=True)
+        assert torch.equal(rows, expected)
+        assert torch.equal(totals, expected.sum(1))
