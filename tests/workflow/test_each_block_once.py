@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from characters import tokenizer
-from harness import Pessa, TinyFolder, copy_of
+from harness import WEIGHTS, Pessa, TinyFolder, copy_of
 
 from pessa_cli.calibration import collect, trial_cuts
 from pessa_cli.checkpoint.reader import CheckpointReader
@@ -167,3 +167,24 @@ def test_trials_in_little_memory_give_the_same_statistics(
     for name, one in found[0].items():
         for field in ("output", "tried", "harm"):
             torch.testing.assert_close(getattr(one, field), getattr(found[1][name], field), rtol=1e-9, atol=0)
+
+
+def test_jobs_reach_calibration_trials_and_sequence(
+    folder: Path, tmp_path: Path, pessa: Pessa, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every pass over the blocks works on as many at a time as --jobs says, and the bytes do not depend on it."""
+    given: list[int] = []
+    in_order = decomposition.in_order
+
+    def recorded(function: Any, items: Any, jobs: int) -> Any:
+        given.append(jobs)
+        return in_order(function, items, jobs)
+
+    monkeypatch.setattr(decomposition, "in_order", recorded)
+    for jobs in (1, 3):
+        given.clear()
+        out = tmp_path / f"jobs {jobs}"
+        assert pessa("prune", folder, "-o", out, *BUDGET, *data(tmp_path), "--sequential", "--jobs", jobs).code == 0
+        assert len(given) == 4  # trials, ranks, and two blocks in sequence
+        assert set(given) == {jobs}
+    assert (tmp_path / "jobs 1" / WEIGHTS).read_bytes() == (tmp_path / "jobs 3" / WEIGHTS).read_bytes()
