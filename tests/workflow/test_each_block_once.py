@@ -15,6 +15,7 @@ from harness import WEIGHTS, Pessa, TinyFolder, copy_of
 
 from pessa_cli.calibration import collect, trial_cuts
 from pessa_cli.checkpoint.reader import CheckpointReader
+from pessa_cli.common.jobs import in_order
 from pessa_cli.models import hooks
 from pessa_cli.statistics.sums import BlockStatistics
 from pessa_cli.surgery import decomposed_block, decomposition
@@ -174,7 +175,6 @@ def test_jobs_reach_calibration_trials_and_sequence(
 ) -> None:
     """Every pass over the blocks works on as many at a time as --jobs says, and the bytes do not depend on it."""
     given: list[int] = []
-    in_order = decomposition.in_order
 
     def recorded(function: Any, items: Any, jobs: int) -> Any:
         given.append(jobs)
