@@ -7,6 +7,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 MODEL = models/whisper-tiny.en
 CLIP = models/speech/beckett.wav
+SOURCES = pessa_cli scripts tests
 THRESHOLDS = --qk-thr 5e-3 --vo-thr 6e-3
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
@@ -18,10 +19,10 @@ help: ## list the targets
 demo: $(VENV)/.demo ## see what pessa does on a real model: inspect, prune, verify, transcribe
 	$(BIN)/python scripts/fetch_models.py whisper-tiny.en speech
 	$(BIN)/pessa inspect $(MODEL) $(THRESHOLDS)
-	$(BIN)/pessa prune $(MODEL) $(THRESHOLDS) -o out/whisper-tiny.en --force
-	$(BIN)/pessa verify $(MODEL) out/whisper-tiny.en --audio $(CLIP) --tolerance 0.02
+	$(BIN)/pessa prune $(MODEL) $(THRESHOLDS) -o demo/whisper-tiny.en --force
+	$(BIN)/pessa verify $(MODEL) demo/whisper-tiny.en --audio $(CLIP) --tolerance 0.02
 
-check: lint ## run what is for working: ruff, mypy and the fast tests, in a minute, without downloads
+check: lint ## run what is for working: ruff, mypy and the fast tests, without downloads
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not slow and not real"
 
 test: lint docs ## run everything that CI runs, with the real models, which are fetched the first time
@@ -29,8 +30,8 @@ test: lint docs ## run everything that CI runs, with the real models, which are 
 	$(BIN)/python -m pytest
 
 lint: $(VENV)/.test ## run ruff and mypy
-	$(BIN)/ruff check
-	$(BIN)/ruff format --check
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/mypy
 
 docs: $(VENV)/.docs ## build the documentation into site/, and fail on any warning
@@ -57,4 +58,4 @@ $(VENV)/.docs: pyproject.toml constraints.txt
 	touch $@
 
 clean: ## remove the virtual environment and what was built
-	rm -rf $(VENV) out site
+	rm -rf $(VENV) demo site

@@ -90,7 +90,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     del page, config, files
     markdown = re.sub(r"<!-- included: (\S+) -->", lambda found: _included(found[1]), markdown)
     if "<!-- generated: architectures -->" in markdown:
-        markdown = markdown.replace("<!-- generated: architectures -->", pessa("architectures", "--markdown"))
+        markdown = markdown.replace("<!-- generated: architectures -->", _literal(pessa("architectures", "--markdown")))
     if "<!-- generated: packages -->" in markdown:
         markdown = markdown.replace("<!-- generated: packages -->", packages_picture(packages()))
     if "<!-- generated: keys of " in markdown:
@@ -102,6 +102,11 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 def _included(file: str) -> str:
     """A file of the root in a page of docs/project/: its links to pages are relative to the root."""
     return (ROOT / file).read_text(encoding="utf-8").replace("](docs/", "](../")
+
+
+def _literal(table: str) -> str:
+    """A table in which the asterisk of a kind of blocks, as in `text.*`, is no mark of emphasis."""
+    return re.sub(r"\.\*", r".\\*", table)
 
 
 def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:

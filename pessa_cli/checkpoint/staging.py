@@ -32,6 +32,7 @@ from pessa_cli.checkpoint.reader import CheckpointReader
 from pessa_cli.common.errors import PessaError
 
 JOURNAL_FILE = ".pessa-journal.json"
+OTHER = "give another -o"
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -221,14 +222,23 @@ def _check_free(out: Path, source: Path, force: bool) -> None:
         raise PessaError(f"{out} is inside {source}, which is only read", "give an -o outside of it")
     if not (out.exists() or out.is_symlink()):
         return
-    if not force:
-        raise PessaError(f"{out} exists", "give another -o, or --force to replace it")
     if place == read or place in read.parents:
-        raise PessaError(f"the model is read from {out}, so --force does not replace it", "give another -o")
+        obstacle = f"the model is read from {out}"
+    elif not _replaceable(out):
+        obstacle = f"{out} is not a model"
+    elif force:
+        return
+    else:
+        raise PessaError(f"{out} exists", "give another -o, or --force to replace it")
+    raise PessaError(f"{obstacle}, so --force does not replace it" if force else f"{out} exists, and {obstacle}", OTHER)
+
+
+def _replaceable(out: Path) -> bool:
+    """Return whether `out` is a model, an adapter or an empty folder, which --force may replace."""
     weights = (out / SINGLE_FILE).exists() or (out / INDEX_FILE).exists() or any(out.glob("*.onnx"))
-    model = ((out / CONFIG_FILE).exists() and weights) or (out / ADAPTER_FILE).exists()
-    if not model and not (out.is_dir() and not any(out.iterdir())):
-        raise PessaError(f"{out} is not a model, so --force does not replace it", "give another -o")
+    if ((out / CONFIG_FILE).exists() and weights) or (out / ADAPTER_FILE).exists():
+        return True
+    return out.is_dir() and not any(out.iterdir())
 
 
 def _make_parents(out: Path) -> list[Path]:

@@ -57,7 +57,7 @@ def inspect(
 
 
 def architectures(
-    markdown: Annotated[bool, typer.Option("--markdown", help="Print the Markdown table of the README.")] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print a Markdown table.")] = False,
     json: JSON = False,
 ) -> None:
     """List the supported architectures: their attention blocks, what merges, the first release, and the tested models.
