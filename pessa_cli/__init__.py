@@ -22,8 +22,12 @@ if TYPE_CHECKING:
 else:
 
     def __getattr__(name: str) -> Any:
-        api = None if name.startswith("_") else import_module("pessa_cli.api")
-        if api is None or name not in api.__all__:
+        if name.startswith("_") and name != "__all__":
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        api = import_module("pessa_cli.api")
+        if name == "__all__":  # for `from pessa_cli import *`
+            return api.__all__
+        if name not in api.__all__:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         return getattr(api, name)
 

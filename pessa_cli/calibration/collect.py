@@ -159,7 +159,10 @@ def calibrate(
                 few = not any(float(one.frames) for one in others.values())  # a single input cannot be held out
                 loaded.set_attn_implementation("sdpa")
                 tried = CollectedStatistics(found if few else others, hashes)
-                with decomposition_of(model, run, blocks) as trial, run.progress("trying out", 0, PASSES) as tick:
+                with (
+                    decomposition_of(model, run, blocks, reuse=True) as trial,
+                    run.progress("trying out", 0, PASSES) as tick,
+                ):
                     trial.decompose(sites, tried)
                     most = sys.maxsize if free is None else free // 4
                     found = try_out(loaded, sites, on_device(samples, run.device), found, trial, most, tick)

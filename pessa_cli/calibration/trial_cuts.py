@@ -83,12 +83,14 @@ def try_out(
             for side, depths in enumerate(((level, 0.0), (0.0, level))):
                 cut(*depths)
                 for name, each in calls.items():
-                    sums[name].tried[side, at] += _squares(cut_blocks[name], each)
+                    for call in each:
+                        sums[name].tried[side, at] += _square(cut_blocks[name], call)
                 if not remaining:
                     tick(0, 1)
                     ticks_left -= 1
         for name, each in calls.items():
-            sums[name].output += sum(float(call.output.double().square().sum()) for call in each)
+            for call in each:  # one by one, so that the sum does not depend on how many calls fit into memory
+                sums[name].output += float(call.output.double().square().sum())
     tick(0, ticks_left)
     return {
         name: replace(
@@ -102,12 +104,9 @@ def try_out(
 
 
 @torch.inference_mode()
-def _squares(modules: BlockModules, calls: Sequence[Call]) -> float:
-    """Return the sum of squared differences between the outputs of a cut block and those of the recorded calls."""
-    total = 0.0
-    for call in calls:
-        total += float((call.output.double() - replay(modules, call).double()).square().sum())
-    return total
+def _square(modules: BlockModules, call: Call) -> float:
+    """Return the sum of the squared differences between a cut block's output and the output of the call."""
+    return float((call.output.double() - replay(modules, call).double()).square().sum())
 
 
 def _run_and_harm(

@@ -7,8 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
-from math import log10
-from statistics import geometric_mean, median
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -17,6 +16,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from pessa_cli.cli.sparkline import sparkline
 from pessa_cli.common.errors import PessaError
 from pessa_cli.common.text import listed
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from pessa_cli.ranks.budget import Point
     from pessa_cli.tuning.train import TrainingStep
     from pessa_cli.workflow.inspect import InspectedBlock, Inspection
+    from pessa_cli.workflow.steps import Overview, TooLittleData
     from pessa_cli.workflow.verify import Verification
     from pessa_cli.workflow.written import WrittenModel
 
@@ -36,7 +37,6 @@ OUT = Console(highlight=False, soft_wrap=True)
 ERR = Console(stderr=True, highlight=False, soft_wrap=True)
 PERCENT = ("accuracy", "word error rate")  # metrics that are shown in percent
 MOST_STEPS = 12  # rows of the table during training
-BARS = "▁▂▃▄▅▆▇█" if "utf" in OUT.encoding.lower() else "_.-:=+*#"
 
 
 def show_error(error: PessaError) -> None:
@@ -97,18 +97,29 @@ def show_architectures(rows: list[dict[str, Any]]) -> None:
     OUT.print(table)
 
 
-def show_warnings(warnings: list[str]) -> None:
-    """Print the blocks that have too little calibration data, if there are any."""
-    if warnings:
-        note(
-            f"Too little calibration data for {len(warnings)} blocks: their weights partly decide their ranks.\n"
-            + listed(warnings, 3)
-        )
+def notices(json: bool) -> Callable[[Overview | TooLittleData | SearchResult], None]:
+    """Return a function that prints what is known before a command is done; with --json only warnings, to stderr."""
+
+    def show(notice: Overview | TooLittleData | SearchResult) -> None:
+        from pessa_cli.workflow import steps
+
+        if isinstance(notice, steps.TooLittleData):
+            note(
+                f"Too little calibration data for {len(notice.lines)} blocks: "
+                f"their weights partly decide their ranks.\n{listed(notice.lines, 3)}"
+            )
+        elif json:
+            return
+        elif isinstance(notice, steps.Overview):
+            _show_model(notice)
+        else:
+            show_search(notice)
+
+    return show
 
 
 def show_inspection(found: Inspection) -> None:
-    """Print the output of `inspect`: the model, its blocks or the curve, and what the rule would prune."""
-    _show_model(found)
+    """Print the output of `inspect` after its header: the blocks or the curve, and what the rule would prune."""
     if found.curve:
         show_curve(found.curve, found.method)
     else:
@@ -116,7 +127,7 @@ def show_inspection(found: Inspection) -> None:
     show_totals(found.totals, _with_data(found.rule, found.method))
 
 
-def _show_model(found: Inspection) -> None:
+def _show_model(found: Overview) -> None:
     """Print the header of `inspect`: the size of the model and its kinds of blocks."""
     totals, sites = found.totals, found.sites
     attention = totals["attention_parameters"] / totals["parameters"]
@@ -164,7 +175,7 @@ def show_blocks(blocks: list[InspectedBlock]) -> None:
                 spectrum = [sorted((pair**0.5 for pair in head), reverse=True) for head in block.qk_pairs or []]
             values = sorted(value for head in spectrum for value in head)
             numbers = (f"{value:.3g}" for value in (values[-1], median(values), values[0]))
-            table.add_row(name, label, *numbers, f"{kept}/{len(values)}", sparkline(spectrum))
+            table.add_row(name, label, *numbers, f"{kept}/{len(values)}", sparkline(spectrum, OUT.encoding))
             name = ""
     OUT.print(table)
 
@@ -232,10 +243,8 @@ def show_plan(written: WrittenModel) -> None:
 
 
 def _show_pruned(written: WrittenModel) -> str:
-    """Print the search, if there was one, and the totals of a pruned model; return the rule in words."""
+    """Print the totals of a pruned model; return the rule in words."""
     rule = _with_data(written.rule, written.method)
-    if written.search is not None:
-        show_search(written.search)
     if written.command == "prune":
         show_totals(written.totals, rule)
     return rule
@@ -368,20 +377,6 @@ def _quantity(value: float, unit: str) -> str:
     if unit == "seconds":
         return f"{value * 1000:.1f} ms" if value < 1 else f"{value:.2f} s"
     return f"{value:,.0f}"
-
-
-def sparkline(spectrum: list[list[float]], width: int = 20) -> str:
-    """Draw the geometric mean of the heads' spectra as `width` bars, on a logarithmic scale of four decades."""
-    top = max(max(head) for head in spectrum)
-    if top == 0:
-        return BARS[0] * width
-    means = [geometric_mean([max(value, top * 1e-9) for value in column]) for column in zip(*spectrum, strict=True)]
-    bars = []
-    for i in range(min(width, len(means))):
-        value = means[i * len(means) // min(width, len(means))]
-        level = 1 + log10(value / top) / 4  # 1 at the top, 0 at a ten-thousandth
-        bars.append(BARS[min(len(BARS) - 1, max(0, int(level * len(BARS))))])
-    return "".join(bars)
 
 
 def size(count: float) -> str:

@@ -42,12 +42,13 @@ def inspect(
     from pessa_cli.workflow.inspect import inspect as inspect_model
 
     norms = plot is not None and not curve
-    found = inspect_model(model, replace(recipe, rule=rule), run, curve=curve, norms=norms, **source.opening)
+    found = inspect_model(
+        model, replace(recipe, rule=rule), run, curve=curve, norms=norms, notify=console.notices(json), **source.opening
+    )
     if plot is not None and curve:
         plot_curve(plot, found.curve)
     elif plot is not None:
         plot_spectra(plot, found.sites, found.spectra, found.norms)
-    console.show_warnings(found.warnings)
     if json:
         console.show_json(found.to_dict())
         return

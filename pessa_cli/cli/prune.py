@@ -44,7 +44,9 @@ def decompose(
     run = options.run()
     from pessa_cli.workflow.decompose import decompose as decompose_model
 
-    _show(decompose_model(model, out, recipe, run, **source.opening), options.dry_run, json)
+    _show(
+        decompose_model(model, out, recipe, run, notify=console.notices(json), **source.opening), options.dry_run, json
+    )
 
 
 @with_options
@@ -63,7 +65,8 @@ def prune(
     run = options.run()
     from pessa_cli.workflow.prune import prune as prune_model
 
-    _show(prune_model(model, out, recipe, run, **source.opening), options.dry_run, json)
+    written = prune_model(model, out, recipe, run, notify=console.notices(json), **source.opening)
+    _show(written, options.dry_run, json)
 
 
 @with_options
@@ -110,11 +113,10 @@ def run(
     recipe, how = load_recipe(recipe_file), options.run()
     from pessa_cli.workflow.prune import prune as prune_model
 
-    written = prune_model(model, out, recipe, how, **source.opening)
+    written = prune_model(model, out, recipe, how, notify=console.notices(json), **source.opening)
     if recipe.verify is None:
         _show(written, False, json)
         return
-    console.show_warnings(written.warnings)
     if not json:
         console.show_written(written, check=False)
     from pessa_cli.workflow.verify import verify
@@ -132,7 +134,6 @@ def run(
 
 
 def _show(written: WrittenModel, dry_run: bool, json: bool) -> None:
-    console.show_warnings(written.warnings)
     if json:
         console.show_json(written.to_dict())
     elif dry_run:

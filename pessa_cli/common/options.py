@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
+from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -114,12 +115,29 @@ def made(kind: type[T], values: Mapping[str, Any]) -> T:
 
 
 def check_options(instance: Any) -> None:
-    """Raise UsageError for a value that is not one of the choices of its field, or outside its range."""
+    """Check the values of a frozen dataclass, and convert what Python users may give in another form.
+
+    A text becomes what the option's parser makes of it, and a single item or a list of items a tuple. Raises UsageError
+    for a number of the wrong type, a value that is not one of the choices of its field, or outside its range.
+    """
     for each, inner, known in _fields(type(instance)):
         value = getattr(instance, each.name)
         if known is None or value is None:
             continue
         setting = Setting(each.name, inner, None, known)
+        if known.parse is not None and isinstance(value, str):
+            value = known.parse(value, setting.flag)
+            object.__setattr__(instance, each.name, value)
+        if setting.items is not None:
+            given = (value,) if isinstance(value, str | Path) else tuple(value)
+            object.__setattr__(instance, each.name, tuple(setting.items(item) for item in given))
+            continue
+        numbers: tuple[type, ...] = {int: (int,), float: (int, float)}.get(inner, ())
+        if numbers and (isinstance(value, bool) or not isinstance(value, numbers)):
+            raise UsageError(
+                f"{setting.flag} {shortened(value)} has the wrong type, {type(value).__name__}",
+                f"give a number of type {inner.__name__}",
+            )
         if setting.choices and value not in setting.choices:
             raise UsageError(
                 f"{setting.flag} {shortened(value)} is not known", f"give one of {', '.join(setting.choices)}"

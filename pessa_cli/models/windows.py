@@ -25,11 +25,24 @@ def windows(folder: Path, model: Any, items: Sequence[DataItem], transcribed: bo
 
     folder: that of the model, for its tokenizer or processor. transcribed: see `inputs_of`, also for what raises.
     """
+    for item in items:
+        check_kind(folder, model, item)
     encoder = encoder_for(folder, model)
     for item in items:
-        found = list(inputs_of(folder, model, encoder, item, transcribed))
+        found = list(inputs_of(model, encoder, item, transcribed))
         for window in found:
             yield window, item.nbytes // len(found)
+
+
+def check_kind(folder: Path, model: Any, item: DataItem) -> None:
+    """Raise UsageError when a speech model is given text, or a text model audio."""
+    speech = model.config.model_type == "whisper"
+    if speech != (item.audio is not None):
+        what = ("a speech model", "text") if speech else ("a text model", "audio")
+        raise UsageError(
+            f"{folder} is {what[0]}, but the calibration data contains {what[1]}",
+            "give audio to speech models and text to text models",
+        )
 
 
 def encoder_for(folder: Path, model: Any) -> Any:
@@ -53,20 +66,13 @@ def encoder_for(folder: Path, model: Any) -> Any:
     return tokenizer
 
 
-def inputs_of(folder: Path, model: Any, encoder: Any, item: DataItem, transcribed: bool = True) -> Iterator[Inputs]:
+def inputs_of(model: Any, encoder: Any, item: DataItem, transcribed: bool = True) -> Iterator[Inputs]:
     """Encode an item as inputs of batch size 1, cut into windows of at most the model's input length.
 
     encoder: from `encoder_for`. transcribed: whether the decoder of a speech model gets the transcript of each window.
     Where the data give none, the model transcribes the window. False gives the start token alone, for when no decoder
     block is calibrated. Raises UsageError when the item does not fit the model.
     """
-    speech = model.config.model_type == "whisper"
-    if speech != (item.audio is not None):
-        what = ("a speech model", "text") if speech else ("a text model", "audio")
-        raise UsageError(
-            f"{folder} is {what[0]}, but the calibration data contains {what[1]}",
-            "give audio to speech models and text to text models",
-        )
     if item.audio is not None:
         yield from _speech(model, encoder, load_audio(item.audio), item.text, transcribed)
         return

@@ -39,13 +39,14 @@ Found = TypeVar("Found")
 class Decomposition:
     """The decomposed blocks of a model: their spectra by site name, for planning ranks, and the cutting to ranks.
 
-    The transforms from weights to factors are stored in a temporary file. If the reader keeps weights in memory, the
-    factors are kept in memory as well; otherwise `cut` reads the weights a second time.
+    The transforms from weights to factors are stored in a temporary file. `cut` takes the weights from the reader a
+    second time; with `reuse` it keeps the factors in memory, for blocks that are cut again and again.
     """
 
-    def __init__(self, model: Model, blocks: BlockReader, scratch: Scratch, run: Run) -> None:
+    def __init__(self, model: Model, blocks: BlockReader, scratch: Scratch, run: Run, reuse: bool) -> None:
         self.spectra: dict[str, Spectra] = {}
         self._model, self._blocks, self._scratch, self._run = model, blocks, scratch, run
+        self._reuse = reuse
         self._sites = {site.name: site for site in model.sites}  # as the source stores them
         self._factors: dict[str, HeadWeights] = {}
         self._stored: set[str] = set()  # names of the blocks that the checkpoint already stores as factors
@@ -96,7 +97,7 @@ class Decomposition:
             return self._factors[kept.name]
         weights = self._blocks.weights(self._sites[kept.name]).to(self._run.device)
         found = factored(weights, kept, transforms)
-        if self._blocks.keeps:
+        if self._reuse:
             self._factors[kept.name] = found
         return found
 
@@ -110,15 +111,20 @@ class Decomposition:
 
 @contextmanager
 def decomposition_of(
-    model: Model, run: Run, blocks: BlockReader | None = None, scratch: Path | None = None
+    model: Model,
+    run: Run,
+    blocks: BlockReader | None = None,
+    scratch: Path | None = None,
+    *,
+    reuse: bool = False,
 ) -> Iterator[Decomposition]:
     """Create a decomposition without blocks, whose temporary file is deleted at the end of the `with` block.
 
     blocks: a reader that may hold the weights already. scratch: the folder of the temporary file, by default that of
-    the system.
+    the system. reuse: keep the factors of the blocks in memory once they are cut.
     """
     with Scratch(scratch or Path(gettempdir())) as place:
-        yield Decomposition(model, blocks or BlockReader(model.reader), place, run)
+        yield Decomposition(model, blocks or BlockReader(model.reader), place, run, reuse)
 
 
 def measure(

@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from pessa_cli.workflow.inspect import Inspection as Inspection
     from pessa_cli.workflow.recipe import Recipe as Recipe
     from pessa_cli.workflow.recipe import load_recipe as load_recipe
+    from pessa_cli.workflow.steps import Overview as Overview
+    from pessa_cli.workflow.steps import TooLittleData as TooLittleData
     from pessa_cli.workflow.steps import check_output as check_output
     from pessa_cli.workflow.steps import named as named
     from pessa_cli.workflow.steps import opened as opened
@@ -23,7 +25,7 @@ else:
         {
             "inspect": ["InspectedBlock", "Inspection"],
             "recipe": ["Recipe", "load_recipe"],
-            "steps": ["check_output", "named", "opened"],
+            "steps": ["Overview", "TooLittleData", "check_output", "named", "opened"],
             "verify": ["Verification", "verify_files"],
             "written": ["WrittenModel"],
         },

@@ -7,7 +7,7 @@ from pathlib import Path
 from pessa_cli.surgery.prune import decompose_model
 from pessa_cli.surgery.run import Run
 from pessa_cli.workflow.recipe import Recipe
-from pessa_cli.workflow.steps import calibrated, calibration_data, check_output, chosen, named, opened
+from pessa_cli.workflow.steps import Notify, calibrated, calibration_data, check_output, chosen, ignore, named, opened
 from pessa_cli.workflow.written import WrittenModel
 
 
@@ -20,6 +20,7 @@ def decompose(
     architecture: str | None = None,
     revision: str | None = None,
     allow_pickle: bool = False,
+    notify: Notify = ignore,
 ) -> WrittenModel:
     """Write the model to the folder `out` with every head as balanced factors at full rank, and with its spectra.
 
@@ -29,6 +30,8 @@ def decompose(
     used. run: how the work is done, and whether an existing `out` is replaced. architecture: treat the model as this
     `model_type`. revision: branch, tag or commit of a model from a hub. allow_pickle: also convert
     pickled weights.
+    notify: is called before the writing with what is known by then: blocks with too little calibration data, and the
+    result of a search.
 
     Returns the description of the output. Raises UsageError for options that do not fit the model, and PessaError when
     the model cannot be read, and when `out` exists or cannot be written.
@@ -37,7 +40,7 @@ def decompose(
     with opened(model, architecture, revision, allow_pickle) as found:
         sites = chosen(found, recipe)
         check_output(out, found, run)
-        with calibrated(found, sites, recipe, run, calibration_data(recipe)) as known:
+        with calibrated(found, sites, recipe, run, calibration_data(recipe), notify=notify) as known:
             rewrite = decompose_model(
                 found, out, sites, run, known.statistics, blocks=known.blocks, decomposition=known.decomposition
             )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import Any, Literal, get_args, overload
 
 from pessa_cli.common.errors import PessaError, UsageError
 from pessa_cli.common.text import shortened
@@ -79,6 +79,8 @@ def export(
     for a dense model that pessa did not write, and when `out` exists or cannot be written.
     """
     out = Path(out)
+    if layout not in get_args(Layout):
+        raise UsageError(f"--layout {shortened(layout)} is not known", f"give one of {', '.join(get_args(Layout))}")
     if to == "transformers":
         with opened(model, architecture, revision) as found:
             return WrittenModel.of(export_model(found, out, layout, named(run, model)), model, out)

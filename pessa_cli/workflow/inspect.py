@@ -16,7 +16,7 @@ from pessa_cli.surgery.decomposition import measure
 from pessa_cli.surgery.run import Run
 from pessa_cli.surgery.totals import totals
 from pessa_cli.workflow.recipe import Recipe
-from pessa_cli.workflow.steps import calibrated, calibration_data, chosen, named, opened
+from pessa_cli.workflow.steps import Notify, Overview, calibrated, calibration_data, chosen, ignore, named, opened
 
 Rows = list[list[float]]
 
@@ -97,6 +97,7 @@ def inspect(
     architecture: str | None = None,
     revision: str | None = None,
     allow_pickle: bool = False,
+    notify: Notify = ignore,
 ) -> Inspection:
     """Compute the spectra of a model's attention heads, and what a rule would prune; nothing is written.
 
@@ -104,7 +105,8 @@ def inspect(
     `layers`, `calibrate` and `statistics` are used. run: its fields `jobs`, `device` and `progress` are used. curve:
     also predict the errors of budgets, from all of the attention to none. norms: also compute the products of the L2
     norms of the original dimensions. architecture: treat the model as this `model_type`. revision: branch, tag or
-    commit of a model from a hub. allow_pickle: also convert pickled weights.
+    commit of a model from a hub. allow_pickle: also convert pickled weights. notify: is called with an Overview before
+    the work, and with the blocks that have too little data before the spectra are computed.
 
     Returns the blocks with their spectra and ranks, and the totals. Raises UsageError for options that do not fit the
     model, and PessaError when the model cannot be read, or when the rule would prune everything.
@@ -113,13 +115,15 @@ def inspect(
         recipe = Recipe(recipe)
     run, rule = named(run, model), recipe.rule
     with opened(model, architecture, revision, allow_pickle) as found:
-        sites = chosen(found, recipe)
-        with calibrated(found, sites, recipe, run, calibration_data(recipe)) as known:
+        sites, model_type = chosen(found, recipe), str(found.reader.config.get("model_type"))
+        as_it_is = totals(found.reader.header, found.sites, sites, RankPlan.stored(sites))
+        notify(Overview(str(model), model_type, sites, as_it_is))
+        with calibrated(found, sites, recipe, run, calibration_data(recipe), notify=notify) as known:
             spectra = measure(found, sites, run=run, statistics=known.statistics, blocks=known.blocks)
         plan = ranks_for(sites, spectra, rule, found.size)
         return Inspection(
             model=str(model),
-            model_type=str(found.reader.config.get("model_type")),
+            model_type=model_type,
             method="calibrated" if any(each.calibrated for each in spectra.values()) else "svd",
             rule=str(rule),
             blocks=[InspectedBlock.of(site, spectra[site.name], plan) for site in sites],

@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pessa_cli.ranks.rule import Rule
-from pessa_cli.surgery.block_reader import BlockReader
 from pessa_cli.surgery.decomposition import decomposition_of
 from pessa_cli.surgery.model import Model
 from pessa_cli.surgery.prune import prune_model
 from pessa_cli.surgery.run import Run
 from pessa_cli.workflow.recipe import Recipe
-from pessa_cli.workflow.steps import calibrated, calibration_data, check_output, chosen, named, opened
+from pessa_cli.workflow.steps import Notify, calibrated, calibration_data, check_output, chosen, ignore, named, opened
 from pessa_cli.workflow.written import WrittenModel
 
 if TYPE_CHECKING:
@@ -31,6 +30,7 @@ def prune(
     architecture: str | None = None,
     revision: str | None = None,
     allow_pickle: bool = False,
+    notify: Notify = ignore,
 ) -> WrittenModel:
     """Drop the directions of every head that a rule does not keep, and write the smaller model to the folder `out`.
 
@@ -38,6 +38,8 @@ def prune(
     layout and the calibration data; its field `verify` is not used here. run: how the work is done, and whether an
     existing `out` is replaced. architecture: treat the model as this `model_type`. revision: branch, tag or commit of a
     model from a hub. allow_pickle: also convert pickled weights.
+    notify: is called before the writing with what is known by then: blocks with too little calibration data, and the
+    result of a search.
 
     Returns the description of the output, with parameters and bytes before and after. Raises UsageError for options
     that do not fit the model, and PessaError when the model cannot be read, when `out` exists or cannot be written, or
@@ -53,15 +55,15 @@ def prune(
         quality = None if recipe.evaluate is None else _quality(found, recipe, recipe.evaluate, data)
         with ExitStack() as resources:
             in_sequence = rule if recipe.sequential else None
-            known = resources.enter_context(calibrated(found, sites, recipe, run, data, in_sequence))
+            known = resources.enter_context(calibrated(found, sites, recipe, run, data, in_sequence, notify))
             statistics, decomposition = known.statistics, known.decomposition
             if quality is not None:
                 from pessa_cli.evaluation.search import search
 
-                blocks = known.blocks or BlockReader(found.reader, keep=True)
-                decomposition = resources.enter_context(decomposition_of(found, run, blocks))
+                decomposition = resources.enter_context(decomposition_of(found, run, known.blocks, reuse=True))
                 result = search(found, sites, *quality, rule, decomposition, statistics, run)
                 rule = result.rule
+                notify(result)
             rewrite = prune_model(
                 *(found, out, rule, sites, recipe.method, recipe.layout, run, statistics),
                 blocks=known.blocks,

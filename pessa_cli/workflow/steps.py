@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pessa_cli.blocks.site import Site, select
 from pessa_cli.checkpoint.staging import check_free
@@ -21,7 +21,33 @@ from pessa_cli.surgery.run import Run
 from pessa_cli.workflow.recipe import Recipe
 
 if TYPE_CHECKING:
+    from pessa_cli.evaluation.search import SearchResult
     from pessa_cli.models.data import CalibrationData
+
+
+@dataclass(frozen=True)
+class Overview:
+    """A model before any work: its blocks, and its size. totals: as in Inspection, with nothing pruned."""
+
+    model: str
+    model_type: str
+    sites: list[Site]
+    totals: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class TooLittleData:
+    """A line for each block that has too little calibration data."""
+
+    lines: list[str]
+
+
+# Takes what is known before a command is done, so that it can be shown even if the command fails later.
+Notify = Callable[["Overview | TooLittleData | SearchResult"], None]
+
+
+def ignore(_notice: Overview | TooLittleData | SearchResult) -> None:
+    """Do nothing: the notices of a library call are in its result, too."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +111,7 @@ def calibrated(
     run: Run,
     data: CalibrationData | None,
     rule: Rule | None = None,
+    notify: Notify = ignore,
 ) -> Iterator[Known]:
     """Collect or read the statistics of a recipe; their temporary files are deleted after the `with` block.
 
@@ -105,4 +132,6 @@ def calibrated(
             yield Known()
         else:
             warnings = shortages(found.statistics, sites)
+            if warnings:
+                notify(TooLittleData(warnings))
             yield Known(found.statistics, found.blocks, found.decomposition, warnings)

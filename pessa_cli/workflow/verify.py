@@ -58,8 +58,8 @@ def verify(
     candidate: str | Path,
     options: VerifyOptions = VerifyOptions(),
     *,
-    audio: Sequence[Path] = (),
-    text: Sequence[Path] = (),
+    audio: Sequence[str | Path] = (),
+    text: Sequence[str | Path] = (),
     progress: Progress = quietly,
     architecture: str | None = None,
     revision: str | None = None,
@@ -80,7 +80,15 @@ def verify(
         opened(reference, architecture, revision, allow_pickle) as ours,
         opened(candidate, architecture, None, allow_pickle) as theirs,
     ):
-        report = verify_models(ours, theirs, audio=list(audio), text=list(text), progress=progress, **vars(options))
+        clips, texts = ([Path(file) for file in files] for files in (audio, text))
+        report = verify_models(
+            ours,
+            theirs,
+            audio=clips,
+            text=texts,
+            progress=progress,
+            **vars(options),
+        )
     return Verification(str(reference), str(candidate), report)
 
 

@@ -357,13 +357,12 @@ def test_statistics_that_do_not_belong_to_the_model_are_refused(
 def test_repeating_one_input_is_too_little_data_but_works(
     tiny_folder: TinyFolder, data: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def same(
-        _folder: Path, _model: Any, _encoder: Any, _item: DataItem, _transcribed: bool
-    ) -> Iterator[dict[str, Tensor]]:
+    def same(_model: Any, _encoder: Any, _item: DataItem, _transcribed: bool) -> Iterator[dict[str, Tensor]]:
         ids = torch.full((1, 9), 7)
         yield {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
-    monkeypatch.setattr(windows, "encoder_for", lambda *_: None)
+    for stage in ("check_kind", "encoder_for"):
+        monkeypatch.setattr(windows, stage, lambda *_: None)
     monkeypatch.setattr(windows, "inputs_of", same)
     for name in ("bert", "llama", "llama-biased"):
         model = open_model(tiny_folder(name))

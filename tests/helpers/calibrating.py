@@ -39,10 +39,11 @@ def files_of_inputs(
 ) -> list[Path]:
     """Return files that stand for one input each, since tiny models have no tokenizers: `encode(model, number)`."""
 
-    def inputs_of(_folder: Path, model: Any, _encoder: Any, item: DataItem, _transcribed: bool) -> Iterator[Inputs]:
+    def inputs_of(model: Any, _encoder: Any, item: DataItem, _transcribed: bool) -> Iterator[Inputs]:
         yield encode(model, int(item.text or ""))
 
-    monkeypatch.setattr(windows, "encoder_for", lambda *_: None)
+    for name in ("check_kind", "encoder_for"):
+        monkeypatch.setattr(windows, name, lambda *_: None)
     monkeypatch.setattr(windows, "inputs_of", inputs_of)
     paths = [folder / f"{number}.txt" for number in range(count)]
     for number, path in enumerate(paths):

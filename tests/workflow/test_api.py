@@ -355,3 +355,40 @@ def test_mypy_sees_the_types_of_the_public_names(tmp_path: Path) -> None:
     for line_of_mypy, expected in zip(lines, (*REVEALED, *WRONG), strict=True):
         assert expected in line_of_mypy
     assert not [line_of_mypy for line_of_mypy in lines[: len(REVEALED)] if '"Any"' in line_of_mypy]
+
+
+def test_python_users_may_give_lists_texts_and_single_items(tmp_path: Path) -> None:
+    recipe = pessa_cli.Recipe(
+        pessa_cli.Rule(target_size="120MB"),  # type: ignore[arg-type]
+        sites="encoder.self",  # type: ignore[arg-type]
+        layers="0-2",  # type: ignore[arg-type]
+        calibrate=["a.txt", tmp_path],  # type: ignore[arg-type]
+    )
+    assert (recipe.rule.target_size, recipe.sites) == (120_000_000, ("encoder.self",))
+    assert recipe.layers == frozenset({0, 1, 2})
+    assert recipe.calibrate == (Path("a.txt"), tmp_path)
+
+
+@pytest.mark.parametrize("options", [{"ratio": "0.5"}, {"rank": 2.5}, {"rank": True}, {"target_size": "large"}])
+def test_numbers_of_the_wrong_type_are_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(pessa_cli.UsageError, match=f"--{next(iter(options)).replace('_', '-')}"):
+        pessa_cli.Rule(**options)
+
+
+def test_an_unknown_layout_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(pessa_cli.UsageError, match="--layout"):
+        pessa_cli.export(tmp_path, tmp_path / "out", "sparse")  # type: ignore[call-overload]
+
+
+def test_star_import() -> None:
+    names: dict[str, Any] = {}
+    exec("from pessa_cli import *", names)
+    assert set(names) - {"__builtins__"} == set(pessa_cli.api.__all__)
+
+
+def test_what_is_known_early_is_told_even_if_the_command_fails(tiny_folder: TinyFolder, tmp_path: Path) -> None:
+    folder, told = tiny_folder("bert"), list[Any]()
+    with pytest.raises(pessa_cli.PessaError, match="all of Q-K"):
+        pessa_cli.inspect(folder, pessa_cli.Rule(qk_thr=1e9, vo_thr=0.0), notify=told.append)
+    assert [notice.totals["blocks"] for notice in told] == [2]
+    del tmp_path
