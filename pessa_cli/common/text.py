@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from reprlib import Repr
 
 from pessa_cli.common.errors import PessaError
 
@@ -19,9 +20,27 @@ def badness(error: float) -> float:
 
 
 def shortened(value: object) -> str:
-    """Format a value from a file for a message, in at most 80 characters and without terminal control characters."""
-    text = repr(value)
+    """Format a value from a file for a message, in at most 80 characters and without terminal control characters.
+
+    The time does not grow with the value: a nested value of a few bytes can be exponentially long when it is printed.
+    """
+    text = _BRIEF.repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+class _Brief(Repr):
+    """reprlib for values from files, which may be integers with more digits than Python prints."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel = 3
+        self.maxstring = self.maxother = self.maxlong = 200
+
+    def repr_int(self, x: int, level: int) -> str:
+        return super().repr_int(x, level) if abs(x) < 10**80 else f"an integer of {x.bit_length():,} bits"
+
+
+_BRIEF = _Brief()
 
 
 def read_text(path: Path, hint: str = "give a UTF-8 text file") -> str:

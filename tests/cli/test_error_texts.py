@@ -359,7 +359,6 @@ HINTLESS = {
 HIDDEN = {
     "models.instructions._conversation": "a chat template is code of the model, and may raise any error",
     "sources.gguf._architecture": "the package that reads the file may raise any error for a damaged one",
-    "sources.pickled.load_pickle": "torch may raise any error for a damaged file, and its text advises unsafe loading",
 }
 
 

@@ -308,7 +308,7 @@ def test_a_pickle_cannot_run_code(where: str, zipped: bool, pessa: Pessa, tiny_f
 BAD_PICKLES: dict[str, tuple[object, tuple[str, ...]]] = {
     "a list": ([1, 2], ("holds a list",)),
     "numbers": ({"a": 1, "b": torch.ones(2)}, ("a: a int",)),
-    "sparse": ({"a": torch.eye(3).to_sparse()}, ("a: torch.float32, torch.sparse_coo",)),
+    "sparse": ({"a": torch.eye(3).to_sparse()}, ("a: a sparse tensor",)),
     "complex": ({"a": torch.ones(2, dtype=torch.complex64)}, ("a: torch.complex64",)),
     "nothing": ({}, ("holds no tensors",)),
     "endless": ({"a": torch.ones(1).expand(10**13)}, ("a: shape (10000000000000,) but only 4 bytes",)),
