@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -10,15 +9,14 @@ from datetime import timedelta
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
 from rich.live import Live
-from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from pessa_cli.cli.plain_console import PlainConsole, styled
 from pessa_cli.cli.sparkline import sparkline
 from pessa_cli.common.errors import PessaError
-from pessa_cli.common.text import listed
+from pessa_cli.common.text import json_text, listed, visible
 
 if TYPE_CHECKING:
     from pessa_cli.evaluation.bench import Bench
@@ -32,28 +30,23 @@ if TYPE_CHECKING:
     from pessa_cli.workflow.written import WrittenModel
 
 
-# Lines are wrapped by the terminal and not by rich, so that long lines stay whole in pipes and files.
-OUT = Console(highlight=False, soft_wrap=True)
-ERR = Console(stderr=True, highlight=False, soft_wrap=True)
+OUT, ERR = PlainConsole(), PlainConsole(stderr=True)
 PERCENT = ("accuracy", "word error rate")  # metrics that are shown in percent
 MOST_STEPS = 12  # rows of the table during training
+MOST_LINE = 4000  # characters of a line of an error, which may hold two paths
 
 
 def show_error(error: PessaError) -> None:
     """Print an error and its hint to stderr."""
-    ERR.print(f"[bold red]error:[/] {_plain(error.message)}")
-    if error.hint:
-        ERR.print(f"[bold]hint:[/] {_plain(error.hint)}")
-
-
-def _plain(text: str) -> str:
-    """Replace control characters of the terminal, and escape the markup of rich, in text from files and names."""
-    return escape("".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text))
+    for label, style, text in (("error:", "bold red", error.message), ("hint:", "bold", error.hint)):
+        if text:
+            lines = "\n".join(line if len(line) <= MOST_LINE else f"{line[:MOST_LINE]}..." for line in text.split("\n"))
+            ERR.print(styled((label, style), " ", lines))
 
 
 def note(text: str) -> None:
     """Print a message to stderr."""
-    ERR.print(_plain(text))
+    ERR.print(text)
 
 
 def show_text(text: str) -> None:
@@ -63,15 +56,17 @@ def show_text(text: str) -> None:
 
 def show_json(value: Any) -> None:
     """Print one JSON document to stdout."""
-    print(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=True))
+    print(json_text(value))
 
 
 @contextmanager
 def progress(what: str, nbytes: int, blocks: int) -> Iterator[Callable[[int, int], None]]:
     """Show a progress bar on stderr with bytes, blocks and the remaining time; it disappears at the end."""
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TextColumn("{task.fields[blocks]}"))
+    what = visible(what)
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn())
     times = (TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, *times, console=ERR, transient=True, disable=not ERR.is_terminal) as bar:
+    count = TextColumn("{task.fields[blocks]}", markup=False)
+    with Progress(*columns, count, *times, console=ERR, transient=True, disable=not ERR.is_terminal) as bar:
         task = bar.add_task(what, total=nbytes, blocks=f"0/{blocks} blocks")
         done = 0
 
@@ -131,7 +126,7 @@ def _show_model(found: Overview) -> None:
     """Print the header of `inspect`: the size of the model and its kinds of blocks."""
     totals, sites = found.totals, found.sites
     attention = totals["attention_parameters"] / totals["parameters"]
-    OUT.print(f"[bold]{escape(found.model)}[/]  {escape(found.model_type)}, {totals['blocks']} attention blocks")
+    OUT.print(styled((found.model, "bold"), f"  {found.model_type}, {totals['blocks']} attention blocks"))
     OUT.print(
         f"{totals['parameters']:,} parameters in {size(totals['bytes'])}, {attention:.1%} of them in "
         f"{'these' if totals['blocks_chosen'] < totals['blocks'] else 'the'} attention blocks"
@@ -214,8 +209,11 @@ def _with_data(rule: str, method: str) -> str:
 def show_totals(totals: Mapping[str, Any], rule: str) -> None:
     """Print the shares that the ranks remove, counted as in the paper (PESSA/CLOVER, arXiv 2411.17426)."""
     OUT.print(
-        f"[bold]{escape(rule)}[/] prunes {totals['qk_pruned']:.2%} of Q-K and {totals['vo_pruned']:.2%} of V-O "
-        f"= {totals['attention_pruned']:.2%} of this attention = {totals['model_pruned']:.2%} of the model"
+        styled(
+            (rule, "bold"),
+            f" prunes {totals['qk_pruned']:.2%} of Q-K and {totals['vo_pruned']:.2%} of V-O "
+            f"= {totals['attention_pruned']:.2%} of this attention = {totals['model_pruned']:.2%} of the model",
+        )
     )
     OUT.print(
         f"{totals['parameters']:,} -> {totals['parameters_after']:,} parameters, "
@@ -255,24 +253,25 @@ def show_report(found: Verification) -> None:
     report, names = found.report, (found.reference, found.candidate)
     width = max(map(len, names))
     for name, parameters, nbytes in zip(names, report.parameters, report.nbytes, strict=True):
-        OUT.print(f"{escape(name.ljust(width))}  {parameters:,} parameters, {size(nbytes)}")
+        OUT.print(f"{name.ljust(width)}  {parameters:,} parameters, {size(nbytes)}")
     table = Table("level", "measure", "worst", "limit", "where", box=None, pad_edge=False)
     for row in report.rows:
         table.add_row(*row)
     OUT.print(table)
     for text in report.texts:
-        verdict = "the same text" if text.reference == text.candidate else "[red]different texts[/]"
-        OUT.print(f"\n[bold]{escape(text.name)}[/]: {verdict}")
+        verdict = ("the same text", "") if text.reference == text.candidate else ("different texts", "red")
+        OUT.print()
+        OUT.print(styled((text.name, "bold"), ": ", verdict))
         for name, output in zip(names, (text.reference, text.candidate), strict=True):
             on_one_line = output.replace("\n", "\\n")
-            OUT.print(f"  {escape(name.ljust(width))}  {escape(on_one_line)}")
+            OUT.print(f"  {name.ljust(width)}  {on_one_line}")
     OUT.print()
     if report.same:
-        OUT.print("[bold green]same model[/] within these limits")
+        OUT.print(styled(("same model", "bold green"), " within these limits"))
         return
-    OUT.print("[bold red]not the same model[/]")
+    OUT.print(styled(("not the same model", "bold red")))
     for failure in report.failures:
-        OUT.print(f"  {escape(failure)}")
+        OUT.print(f"  {failure}")
 
 
 @contextmanager
@@ -319,11 +318,14 @@ def show_tuned(record: dict[str, Any]) -> None:
     """Print the result of a training run."""
     share = record["trainable_parameters"] / record["parameters"]
     OUT.print(
-        f"[bold]{escape(record['options']['adapter']['method'])}[/] trained {record['trainable_parameters']:,} of "
-        f"{record['parameters']:,} parameters ({share:.2%}) for {record['steps']} steps in {record['seconds']:.0f} s"
+        styled(
+            (record["options"]["adapter"]["method"], "bold"),
+            f" trained {record['trainable_parameters']:,} of {record['parameters']:,} parameters ({share:.2%}) for "
+            f"{record['steps']} steps in {record['seconds']:.0f} s",
+        )
     )
     held_out = "" if record["eval_loss"] is None else f", {record['eval_loss']:.4f} on {record['eval_data']['file']}"
-    OUT.print(f"mean loss {record['loss']:.4f}{escape(held_out)}")
+    OUT.print(f"mean loss {record['loss']:.4f}{held_out}")
 
 
 def show_scores(scores: list[Scores]) -> None:
@@ -334,11 +336,11 @@ def show_scores(scores: list[Scores]) -> None:
         percent = " in %" if score.metric in PERCENT else ""
         captions.setdefault(f"{score.metric}{percent}, {score.how}; {unit}", {})[f"{score.data} {amount:,}"] = None
     for what, data in captions.items():
-        OUT.print(escape(f"{what}: {', '.join(data)}"))
+        OUT.print(f"{what}: {', '.join(data)}")
     table = Table("model", box=None, pad_edge=False)
     for kind, found in scores[0].found.items():
         for score in found:
-            table.add_column(escape(score.data if kind == "tasks" else score.metric), justify="right")
+            table.add_column(score.data if kind == "tasks" else score.metric, justify="right")
         if kind == "tasks":
             table.add_column("mean", justify="right")
     for model in scores:
@@ -347,7 +349,7 @@ def show_scores(scores: list[Scores]) -> None:
             values += [_measured(score.metric, score.value) for score in found]
             if kind == "tasks":
                 values.append(_measured("accuracy", model.mean))
-        table.add_row(escape(model.model), *values)
+        table.add_row(model.model, *values)
     OUT.print(table)
 
 
@@ -360,10 +362,10 @@ def show_bench(bench: Bench, names: tuple[str, str]) -> None:
     settings = bench.settings
     rounds = f"medians of {settings.rounds} alternating runs"
     how = f"{settings.device}, {settings.dtype}, {bench.threads} threads, batch {settings.batch}, {rounds}"
-    OUT.print(f"{how} ({escape(bench.processor)})")
+    OUT.print(f"{how} ({bench.processor})")
     table = Table("", box=None, pad_edge=False)
     for name in (*names, "ratio"):
-        table.add_column(escape(name), justify="right")
+        table.add_column(name, justify="right")
     for measure in bench.measures:
         what = f"generate {settings.tokens} tokens" if measure.name == "generate" else measure.name
         values = (_quantity(value, measure.unit) for value in (measure.reference, measure.candidate))

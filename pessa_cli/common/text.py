@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 from reprlib import Repr
 
@@ -17,6 +19,31 @@ def listed(items: list[str], most: int = 8) -> str:
 def badness(error: float) -> float:
     """Return a sort key for an error measure, in which NaN counts as infinitely large."""
     return float("inf") if error != error else error
+
+
+def visible(text: str) -> str:
+    r"""Replace what a terminal, a report or XML does not show as itself by its escape, such as \x1b, \u202e or \ud800.
+
+    These are control characters, marks of the direction of writing, lone surrogates, and line breaks but those before
+    the indented lines that `listed` makes: a name cannot add a line that looks like one of ours.
+    """
+    return _UNSEEN.sub(lambda found: _escaped(found[0]), text)
+
+
+def json_text(value: object, indent: int | None = 2) -> str:
+    """Return JSON in which the characters that `visible` replaces are escaped, so that it holds the same value."""
+    return _UNSEEN.sub(
+        lambda found: found[0] if found[0] == "\n" else json.dumps(found[0])[1:-1],
+        json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=True),
+    )
+
+
+def _escaped(character: str) -> str:
+    return character if character.isprintable() else repr(character)[1:-1]
+
+
+# Printable characters and indented lines stay; \w and space are the printable ones that are found fastest.
+_UNSEEN = re.compile(r"[^\w !-~\n]|\n(?!  )")
 
 
 def shortened(value: object) -> str:
