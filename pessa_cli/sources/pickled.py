@@ -9,7 +9,7 @@ from typing import Any
 
 from pessa_cli.checkpoint.dtypes import TORCH_DTYPES
 from pessa_cli.checkpoint.files import CONFIG_FILE, INDEX_FILE, PICKLE_SUFFIXES, SINGLE_FILE, read_json
-from pessa_cli.checkpoint.reader import MOST_NAME, TensorInfo
+from pessa_cli.checkpoint.reader import TensorInfo
 from pessa_cli.checkpoint.shards import CheckpointWriter
 from pessa_cli.common.errors import PessaError
 from pessa_cli.common.files import file_size
@@ -18,6 +18,7 @@ from pessa_cli.sources.pickle_machine import Other, StoredTensor
 from pessa_cli.sources.torch_file import DAMAGED, TorchFile, read_torch_file
 
 PICKLE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+MOST_NAME = 512  # characters of a tensor's name
 MOST_SHARED = 4  # how many times the size of a file its tensors may have together
 
 

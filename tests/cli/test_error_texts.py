@@ -358,7 +358,6 @@ HINTLESS = {
 # `raise ... from None` under `except Exception` hides the cause, which must not be an error in our own code.
 HIDDEN = {
     "models.instructions._conversation": "a chat template is code of the model, and may raise any error",
-    "sources.gguf._architecture": "the package that reads the file may raise any error for a damaged one",
 }
 
 
