@@ -8,6 +8,7 @@ from pathlib import Path
 from reprlib import Repr
 
 from pessa_cli.common.errors import PessaError
+from pessa_cli.common.files import file_size
 
 
 def listed(items: list[str], most: int = 8) -> str:
@@ -76,9 +77,10 @@ def read_text(path: Path, hint: str = "give a UTF-8 text file") -> str:
     Raises PessaError, with `hint`, if the file cannot be read, and PessaError if it is empty.
     """
     try:
+        file_size(path)  # a pipe or a device may never end
         content = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise PessaError(f"cannot read {path}: {error}", hint) from None
+        raise PessaError(f"cannot read {path}: {error}", hint) from error
     if not content.strip():
         raise PessaError(f"{path} is empty", "give a file that contains text")
     return content

@@ -43,7 +43,7 @@ def read_data(paths: Sequence[Path]) -> CalibrationData:
     found: dict[str, list[DataItem]] = {}
     for path in paths:
         if path.is_dir():
-            files = sorted(file for file in path.rglob("*") if file.suffix.lower() in AUDIO)
+            files = sorted(file for file in path.rglob("*") if file.suffix.lower() in AUDIO and file.is_file())
             if not files:
                 raise PessaError(
                     f"{path} contains no audio", f"give a folder with files that end in {', '.join(AUDIO)}"
@@ -70,11 +70,11 @@ def _lines(path: Path) -> Iterator[DataItem]:
         try:
             row = json.loads(line)
             audio, text = row.get("audio", row.get("file")), row.get("text")
-            if not isinstance(audio or text, str) or not isinstance(text or "", str):
+            if not all(value is None or isinstance(value, str) for value in (audio, text)) or not (audio or text):
                 raise ValueError("the line has neither text nor audio")
         except (ValueError, AttributeError, RecursionError) as error:
             raise PessaError(f"{path}, line {number}: {error}", 'write {"audio": FILE} or {"text": "..."}') from None
-        clip = None if audio is None else path.parent / audio
+        clip = None if not audio else path.parent / audio
         if clip is not None and not clip.is_file():
             raise PessaError(
                 f"{path}, line {number}: {clip} does not exist", "correct the path; it is relative to the JSONL file"

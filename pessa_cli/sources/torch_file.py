@@ -146,7 +146,7 @@ def _legacy(path: Path, file: BinaryIO) -> Any:
     """Return the value in the form that torch wrote before 1.6: five pickles, then each storage with its count."""
     size = file_size(path)
     file.seek(0)
-    begin = file.read(MOST_PICKLE)
+    begin = file.read(min(size, MOST_PICKLE))
     if begin[257:262] == b"ustar":
         raise PessaError(f"{path} is a tar archive, as torch wrote before version 0.2", SAVE_AGAIN)
     pickles = BytesIO(begin)

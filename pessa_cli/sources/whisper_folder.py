@@ -15,6 +15,7 @@ from typing import Any
 
 from pessa_cli.checkpoint.files import CONFIG_FILE, read_json, write_json
 from pessa_cli.common.errors import PessaError
+from pessa_cli.common.files import file_size
 from pessa_cli.common.text import listed
 
 TOKENIZER_FILE = "tokenizer.json"
@@ -55,11 +56,12 @@ def read_vocabulary(folder: Path, size: int) -> Vocabulary:
     """
     path = next(iter(sorted(folder.glob("vocabulary.*"))), folder / "vocabulary.json")
     try:
+        file_size(path)
         text = path.read_text(encoding="utf-8")
         # splitlines would also split at characters that are tokens themselves. One token may be empty.
         tokens = json.loads(text) if path.suffix == ".json" else text.removesuffix("\n").split("\n")
     except (OSError, UnicodeDecodeError, ValueError, RecursionError) as error:
-        raise PessaError(f"{path} is not a readable vocabulary: {error}", "copy the folder again") from None
+        raise PessaError(f"{path} is not a readable vocabulary: {error}", "copy the folder again") from error
     if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens) or len(tokens) != size:
         count = f"{len(tokens):,} tokens" if isinstance(tokens, list) else "no list of tokens"
         raise PessaError(f"{path} holds {count}, but the embedding has {size:,} rows", "copy the folder again")
@@ -152,8 +154,8 @@ def _tokenizer(source: Path, vocabulary: Vocabulary) -> dict[str, Any]:
         known = {index: token for token, index in model["vocab"].items()}
         known |= {token["id"]: token["content"] for token in added}
         problems = [f"{index}: only in the tokenizer" for index in known if index not in range(len(vocabulary.tokens))]
-    except (AttributeError, KeyError, TypeError):
-        raise PessaError(f"{source} is not a tokenizer with a vocabulary", "copy the file again") from None
+    except (AttributeError, KeyError, TypeError) as error:
+        raise PessaError(f"{source} is not a tokenizer with a vocabulary", "copy the file again") from error
     for index, token in enumerate(vocabulary.tokens):
         # Control tokens have other names in other tokenizer versions (nocaptions, nospeech); text tokens never do.
         control = CONTROL.fullmatch(token) is not None

@@ -62,6 +62,7 @@ class Adapter:
             )
         self.folder = folder
         try:
+            read_json(folder / ADAPTER_FILE)  # which PEFT reads without limits
             self.config = PeftConfig.from_pretrained(str(folder))
             self._file = _opened(folder / ADAPTER_WEIGHTS)
         except (ValueError, TypeError, KeyError, SafetensorError) as error:
