@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from pessa_cli.common.text import shortened
 
 MOST_OPCODES = 1_000_000  # a tensor takes about forty
+MOST_VALUES = 20_000  # on the stack; pickle adds a thousand items at a time
 MOST_DIMENSIONS = 64
 MOST_LONG = 16  # bytes of an integer; the longest that torch.save writes is its magic number, of ten
 # The names of torch's classes of storages, with the dtype and the bytes of an item.
@@ -118,8 +119,8 @@ class Machine:
         memo: dict[int, Any] = {}
         argument: Any
         for count, (opcode, argument, _) in enumerate(pickletools.genops(file)):
-            if count >= MOST_OPCODES:
-                raise ValueError(f"it has more than {MOST_OPCODES:,} opcodes")
+            if count >= MOST_OPCODES or len(stack) > MOST_VALUES:
+                raise ValueError(f"it has more than {MOST_OPCODES:,} opcodes, or {MOST_VALUES:,} values on its stack")
             if opcode.name == "STOP":
                 return stack.pop()
             if opcode.name == "MEMOIZE":
