@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from pessa_cli.checkpoint.files import sha256_of
 from pessa_cli.common.errors import PessaError
+from pessa_cli.common.files import is_there
 from pessa_cli.common.text import read_text
 
 AUDIO = (".wav", ".flac", ".ogg", ".mp3", ".opus")
@@ -42,14 +43,14 @@ def read_data(paths: Sequence[Path]) -> CalibrationData:
     """
     found: dict[str, list[DataItem]] = {}
     for path in paths:
-        if path.is_dir():
+        if is_there(path) and path.is_dir():
             files = sorted(file for file in path.rglob("*") if file.suffix.lower() in AUDIO and file.is_file())
             if not files:
                 raise PessaError(
                     f"{path} contains no audio", f"give a folder with files that end in {', '.join(AUDIO)}"
                 )
             found |= {sha256_of(file): [DataItem(audio=file)] for file in files}
-        elif not path.is_file():
+        elif not (is_there(path) and path.is_file()):
             raise PessaError(f"{path} does not exist", "give audio or text files, folders of audio, or JSON lines")
         elif path.suffix.lower() in AUDIO:
             found[sha256_of(path)] = [DataItem(audio=path)]
@@ -75,7 +76,7 @@ def _lines(path: Path) -> Iterator[DataItem]:
         except (ValueError, AttributeError, RecursionError) as error:
             raise PessaError(f"{path}, line {number}: {error}", 'write {"audio": FILE} or {"text": "..."}') from None
         clip = None if not audio else path.parent / audio
-        if clip is not None and not clip.is_file():
+        if clip is not None and not (is_there(clip) and clip.is_file()):
             raise PessaError(
                 f"{path}, line {number}: {clip} does not exist", "correct the path; it is relative to the JSONL file"
             )

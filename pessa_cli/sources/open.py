@@ -10,6 +10,7 @@ from pathlib import Path
 
 from pessa_cli.checkpoint.files import source_name
 from pessa_cli.common.errors import PessaError, UsageError
+from pessa_cli.common.files import is_there
 from pessa_cli.sources import ctranslate2, hub, pickled
 from pessa_cli.sources import gguf as gguf_source
 from pessa_cli.sources import openai as openai_whisper
@@ -68,7 +69,7 @@ def open_source(name: str, revision: str | None = None, allow_pickle: bool = Fal
     nor the name of one, the download fails or the model is damaged, and UsageError for a revision of a local model.
     """
     path = Path(name)
-    if path.exists():
+    if is_there(path):
         if revision is not None:
             raise UsageError(f"--revision is for models on the hub, but {name} is a local path", "leave it out")
     else:
