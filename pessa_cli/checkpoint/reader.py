@@ -88,12 +88,12 @@ def _read_header(path: Path) -> tuple[dict[str, tuple[TensorInfo, int]], dict[st
             metadata = file.metadata() or {}
         # The library accepts duplicate names and takes the last of them, so they are checked here.
         header = json.loads(encoded, object_pairs_hook=unique_keys)
-    except FileNotFoundError:
-        raise PessaError(f"{path} does not exist", "download the missing shard") from None
+    except FileNotFoundError as error:
+        raise PessaError(f"{path} does not exist", "download the missing shard") from error
     except (SafetensorError, OSError, ValueError) as error:
         raise PessaError(
             f"{path} ({size:,} bytes) is not a complete safetensors file: {error}", "download the file again"
-        ) from None
+        ) from error
     header.pop("__metadata__", None)
     if not all(isinstance(entry, dict) for entry in header.values()):  # the library accepts lists as well
         raise PessaError(f"{path}: its header has lists in place of objects", "do not use this checkpoint")

@@ -336,7 +336,7 @@ def some_old_file(rng: random.Random, content: bytes) -> bytes:
 # GGUF and CTranslate2, built from parts, each of which may lie.
 
 
-def some_gguf(rng: random.Random, _: bytes) -> bytes:
+def some_gguf(rng: random.Random, _content: bytes) -> bytes:
     def lie(value: int) -> int:
         return value if rng.random() < 0.99 else rng.choice(hostile.EDGES) % 2**64
 

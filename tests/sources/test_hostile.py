@@ -361,7 +361,7 @@ def test_code_in_a_model_folder_is_never_run(
     assert not marker.exists()
 
 
-READERS = ("safetensors", "index", "config", "manifest", "spectra", "statistics", "GGUF", "CTranslate2", "pickle")
+READERS: tuple[str, ...] = ("safetensors", "index", "config", "manifest", "spectra", "statistics", "GGUF", "CTranslate2", "pickle")
 READERS += ("old pickle", "openai .pt", "adapter", "adapter's weights", "recipe", "JSONL", "examples", "reader")
 
 
@@ -390,8 +390,9 @@ def test_the_fuzzer_notices() -> None:
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "from").mkdir()
         (Path(folder) / "from" / "x").write_bytes(b"x")
-        readers = {
-            "KeyError": lambda _: {}["x"],
+        none: dict[str, int] = {}
+        readers: dict[str, Callable[[Path], object]] = {
+            "KeyError": lambda _: none["x"],
             "Late": hang,
             "bytes of memory": lambda _: bytes(10**8),
             "message": say,

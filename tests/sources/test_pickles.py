@@ -260,7 +260,7 @@ def test_opcodes_that_no_state_dict_needs_are_refused(trick: str, zipped: bool, 
 
 def test_the_machine_reads_what_pickle_writes() -> None:
     """The control: plain values of every kind that is needed, in every protocol from 2."""
-    value = {
+    value: dict[str, Any] = {
         "a": [1, -1, 300, 70_000, 2**40, 0.5, None, True, False, "é", (), (1,), (1, 2, 3, 4), {"b": [[]]}],
         "b": {},
     }
