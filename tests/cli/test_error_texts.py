@@ -7,6 +7,7 @@ models. The tests look only for parts of a message that do not depend on its wor
 from __future__ import annotations
 
 import shutil
+import struct
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -107,6 +108,14 @@ def openai_file(place: Path) -> None:
     torch.save({"dims": {"n_mels": 80}, "model_state_dict": {}}, place / "mine.pt")
 
 
+def pickled_list(place: Path) -> None:
+    torch.save([1], place / "list.pt")
+
+
+NO_RANKS = {"model.decoder.layers.0.self_attn.q_proj": "many"}
+GGUF_BERT = b"GGUF" + struct.pack("<IQQQ", 3, 0, 1, 20) + b"general.architecture" + struct.pack("<IQ", 8, 4) + b"bert"
+
+
 def huge(tensors: dict[str, torch.Tensor]) -> None:
     """Make weights so large that their products overflow in float64."""
     for name in list(tensors):
@@ -192,6 +201,15 @@ EXAMPLES: Mapping[str, Example] = {
         "inspect pickled --allow-pickle",
         "pytorch_model.bin",
         change=lambda p: [write("pickled/pytorch_model.bin", "x")(p), write("pickled/config.json", "{}")(p)],
+    ),
+    "a rank that is no number": failure(
+        "inspect pruned",
+        "decoder.layers.0",
+        change=within("pruned", edit_json(lambda c: c["quantization_config"].update(modules=NO_RANKS))),
+    ),
+    "a pickle of a list": failure("inspect list.pt", "holds a list", change=pickled_list),
+    "GGUF of another architecture": failure(
+        "inspect x.gguf", "'bert'", "supported: llama", change=write("x.gguf", GGUF_BERT)
     ),
     "no class name in config.json": failure(
         "verify llama llama", "architectures", "weights", change=config("llama", architectures=None)

@@ -361,8 +361,10 @@ def test_code_in_a_model_folder_is_never_run(
     assert not marker.exists()
 
 
-READERS: tuple[str, ...] = ("safetensors", "index", "config", "manifest", "spectra", "statistics", "GGUF", "CTranslate2", "pickle")
-READERS += ("old pickle", "openai .pt", "adapter", "adapter's weights", "recipe", "JSONL", "examples", "reader")
+READERS = (
+    *("safetensors", "index", "config", "manifest", "spectra", "statistics", "GGUF", "CTranslate2", "pickle"),
+    *("old pickle", "openai .pt", "adapter", "adapter's weights", "recipe", "JSONL", "examples", "reader"),
+)
 
 
 @pytest.mark.slow
