@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -78,12 +79,12 @@ def is_gguf(path: Path) -> bool:
 
 def _checked_header(path: Path) -> tuple[GgufHeader, GgufRow]:
     """Read the header. Raises PessaError if the file is unreadable or unsupported, or if a package is missing."""
-    try:
-        import accelerate  # noqa: F401  # transformers needs it to load GGUF files
-        from gguf import GGML_QUANT_SIZES
-    except ImportError as error:
-        what = f"{path} is a GGUF file, and reading it needs {error.name}, which is not installed"
-        raise PessaError(what, "pip install 'pessa[gguf]'") from error
+    for package in ("gguf", "accelerate"):  # transformers needs both; accelerate is slow to import
+        if find_spec(package) is None:
+            what = f"{path} is a GGUF file, and reading it needs {package}, which is not installed"
+            raise PessaError(what, "pip install 'pessa[gguf]'")
+    from gguf import GGML_QUANT_SIZES
+
     header = read_header(path, {int(kind): sizes for kind, sizes in GGML_QUANT_SIZES.items()})
     row = ROWS.get(header.architecture)
     if row is None:

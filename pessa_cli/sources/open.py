@@ -32,6 +32,8 @@ def _converter(path: Path, allow_pickle: bool) -> Convert | None:
         return gguf_source.convert
     if openai_whisper.is_openai_file(path):
         return openai_whisper.convert
+    if not path.is_file():  # a pipe, a socket or a device, which may never end
+        raise PessaError(f"{path} is neither a folder nor a regular file", "copy what it holds into a file first")
     raise PessaError(
         f"{path} is a file, not a folder",
         f"give the folder that holds it, {path.parent}, or an openai-whisper .pt file or a GGUF file",
