@@ -21,7 +21,8 @@ from pessa_cli.algebra.compare import relative_difference
 from pessa_cli.algebra.heads import HeadWeights
 from pessa_cli.blocks.site import Site
 from pessa_cli.checkpoint.dtypes import FLOATS
-from pessa_cli.checkpoint.files import read_json, sha256_of, visible_files
+from pessa_cli.checkpoint.files import read_json, sha256_of
+from pessa_cli.checkpoint.links import visible_files
 from pessa_cli.checkpoint.reader import CheckpointReader
 from pessa_cli.common.errors import PessaError, UsageError
 from pessa_cli.common.progress import Progress, Tick, quietly

@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from pessa_cli.blocks.compact_format import ModuleNames
+from pessa_cli.checkpoint.contents import Contents
 from pessa_cli.checkpoint.files import ADAPTER_FILE, CONFIG_FILE, read_json, sha256_of, write_json
 from pessa_cli.checkpoint.reader import CheckpointReader, Header
 from pessa_cli.checkpoint.staging import Staging, new_folder, run_identity
@@ -32,9 +33,10 @@ from pessa_cli.common.text import listed
 from pessa_cli.common.version import VERSION
 from pessa_cli.models.load import model_class, quiet_transformers
 from pessa_cli.surgery.model import MANIFEST_FILE, Model
-from pessa_cli.surgery.output import copy_side_files, hashes_of, write_shards
+from pessa_cli.surgery.output import hashes_of, write_shards
 from pessa_cli.surgery.rewrite import cut_into_files
 from pessa_cli.surgery.run import Run
+from pessa_cli.surgery.side_files import copy_side_files, output_contents
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_PREFIX = "base_model.model."  # in PEFT's names of modules of the base
@@ -67,7 +69,7 @@ class Adapter:
         except (ValueError, TypeError, KeyError, SafetensorError) as error:
             raise PessaError(
                 f"the adapter {folder} cannot be read: {error!r}", "copy the adapter again, or tune again"
-            ) from None
+            ) from error
         self.names = list(self._file.keys())
         extras = [name for name in NOT_MERGED if getattr(self.config, name, None)]
         extras += ["bias"] if getattr(self.config, "bias", None) not in (None, "none") else []
@@ -176,13 +178,15 @@ class Merger:
 
 
 def merge_adapter(model: Model, adapter: Path, out: Path, run: Run | None = None) -> dict[str, Any]:
-    """Write the model with the adapter merged into its weights; returns the contents of its pessa.json.
+    """Write the model with the adapter merged into its weights.
+
+    Returns the contents of its pessa.json, and "copied" and "left_out", the fields of `Contents`.
 
     All tensors that the adapter does not change are copied byte for byte. Raises PessaError for an adapter of another
     model, and when a merged entry is not finite.
     """
     run = run or Run()
-    reader = model.reader
+    reader, contents = model.reader, output_contents(model.reader, run.unknown_weights)
     with quiet_transformers(), new_folder(out, reader.folder, run.force, run.resume) as staging, one_thread():
         opened = Adapter(adapter)
         merger = Merger(model, opened)
@@ -202,7 +206,7 @@ def merge_adapter(model: Model, adapter: Path, out: Path, run: Run | None = None
         staging.begin(run_identity(reader, summary, names))
         with run.progress("merging", sum(info.nbytes for info in reader.header.values()), len(merger.layers)) as tick:
             write_shards(reader, staging, files, lambda plan: _tensors(plan, owner, merger), last, tick)
-        return _finish(reader, staging, summary)
+        return _finish(reader, staging, contents, summary)
 
 
 def _meta_model(model: Model) -> nn.Module:
@@ -253,10 +257,12 @@ def _tensors(plan: Header, owner: Mapping[str, str], merger: Merger) -> Iterator
         yield name, ready.pop(name, None)
 
 
-def _finish(reader: CheckpointReader, staging: Staging, summary: Mapping[str, Any]) -> dict[str, Any]:
+def _finish(
+    reader: CheckpointReader, staging: Staging, contents: Contents, summary: Mapping[str, Any]
+) -> dict[str, Any]:
     """Write side files, config and manifest; returns the manifest."""
     folder = staging.folder
-    copy_side_files(reader.folder, folder)
+    copy_side_files(reader.folder, folder, contents.copied)
     write_json(folder / CONFIG_FILE, reader.config)
     before = read_json(reader.folder / MANIFEST_FILE) if (reader.folder / MANIFEST_FILE).is_file() else {}
     reader.check_unchanged()
@@ -270,4 +276,4 @@ def _finish(reader: CheckpointReader, staging: Staging, summary: Mapping[str, An
         }
     )
     write_json(folder / MANIFEST_FILE, manifest)
-    return manifest
+    return manifest | {"copied": contents.copied, "left_out": contents.left_out}
