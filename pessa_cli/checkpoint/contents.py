@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
@@ -83,10 +83,8 @@ def contents_of(files: Iterable[str], own: Collection[str]) -> Contents:
 
 def why_left_out(name: str) -> tuple[str, str] | None:
     """Return what of this name is left out, the file or a folder that it is in, and why; None for other files."""
-    for reason, patterns in LEFT_OUT:
-        if (matched := _match(name, patterns)) is not None:
-            return matched, reason
-    return None
+    found = [(matched, reason) for reason, patterns in LEFT_OUT if (matched := _match(name, patterns)) is not None]
+    return min(found, key=lambda match: len(match[0]), default=None)
 
 
 def is_training_state(name: str) -> bool:
@@ -95,16 +93,15 @@ def is_training_state(name: str) -> bool:
     return found is not None and found[1] == TRAINING
 
 
-def _match(name: str, patterns: Iterable[str]) -> str | None:
-    """Return the part of a relative name that one of the patterns matches: the name itself, or one of its folders."""
+def _match(name: str, patterns: Sequence[str]) -> str | None:
+    """Return the first part of a relative name that one of the patterns matches: one of its folders, or all of it."""
     parts = name.split("/")
-    whole = ["/".join(parts[: depth + 1]) + "/" for depth in range(len(parts) - 1)] + [name]
-    for pattern in patterns:
-        top = pattern.startswith("/")
-        for depth, (part, upto) in enumerate(zip(parts, whole, strict=True)):
-            shown = part + "/" * upto.endswith("/")
-            if not (top and depth) and fnmatchcase(shown, pattern.removeprefix("/")):
-                return upto
+    for depth, part in enumerate(parts):
+        last = depth + 1 == len(parts)
+        shown = part if last else f"{part}/"
+        for pattern in patterns:
+            if not (pattern.startswith("/") and depth) and fnmatchcase(shown, pattern.removeprefix("/")):
+                return name if last else "/".join(parts[: depth + 1]) + "/"
     return None
 
 
