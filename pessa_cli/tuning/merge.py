@@ -37,6 +37,8 @@ from pessa_cli.surgery.output import hashes_of, write_shards
 from pessa_cli.surgery.rewrite import cut_into_files
 from pessa_cli.surgery.run import Run
 from pessa_cli.surgery.side_files import copy_side_files, output_contents
+from pessa_cli.tuning.merge_compact import RaggedLayer, brings_back, narrow, whole
+from pessa_cli.tuning.tuner_base import TunerConfig
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_PREFIX = "base_model.model."  # in PEFT's names of modules of the base
@@ -119,6 +121,14 @@ class Merger:
                 f"{adapter.folder} is not an adapter of {model.reader.folder}, which lacks these modules\n{found}",
                 "give the model that it was tuned on",
             )
+        back = brings_back(model.sites, adapter.config, targets)
+        if back:
+            folder = model.reader.folder
+            raise PessaError(
+                f"{adapter.folder} gives directions that were cut from {folder} an effect again\n{listed(back)}",
+                f"write the full shapes first: pessa export {folder} -o dense --layout dense; then merge into that: "
+                f"pessa merge dense {adapter.folder} -o merged",
+            )
 
     def owned(self, layer: str) -> list[str]:
         """The names in the checkpoint of the tensors that merging changes in a layer.
@@ -152,6 +162,9 @@ class Merger:
         for name in ("exclude_modules", "layers_to_transform", "layers_pattern"):
             if hasattr(config, name):
                 setattr(config, name, None)
+        ragged = {} if isinstance(config, TunerConfig) else self._ragged(layer)
+        for target, each in ragged.items():
+            self._model.set_submodule(target, whole(each))
         prefixes = tuple(f"{ADAPTER_PREFIX}{name}." for name in self.layers[layer])
         mine = [name for name in self._adapter.names if name.startswith(prefixes)] + self._shared
         try:
@@ -163,18 +176,26 @@ class Merger:
                     raise ValueError(f"unknown parameters {', '.join(unknown[:3])}")
                 self._model = tuned.merge_and_unload(safe_merge=True)
         except (ValueError, TypeError, KeyError, RuntimeError) as error:
-            hint = "give the model that it was tuned on"
-            if self._reader.config.get("quantization_config"):
-                hint = "the model is compact: export it with `pessa export --layout dense`, and merge into the result"
             reasons = listed(str(error).splitlines())
-            raise PessaError(f"{self._adapter.folder} cannot be merged into {layer}\n{reasons}", hint) from error
+            raise PessaError(
+                f"{self._adapter.folder} cannot be merged into {layer}\n{reasons}",
+                "give the model that it was tuned on",
+            ) from error
         found = {}
         for target in self.layers[layer]:
-            linear = self._model.get_submodule(target)
-            for name, value in linear.named_parameters(recurse=False):
+            linear: Any = self._model.get_submodule(target)
+            parameters = dict(linear.named_parameters(recurse=False))
+            if target in ragged:
+                parameters = narrow(linear, ragged[target])
+            for name, value in parameters.items():
                 found[self._stored.find(f"{target}.{name}")] = value.detach()
         self._model.get_submodule(layer).to("meta")
         return {name: value for name, value in found.items() if name is not None}
+
+    def _ragged(self, layer: str) -> dict[str, RaggedLayer]:
+        """The ragged modules among the adapted ones of a layer, by name."""
+        modules = {name: self._model.get_submodule(name) for name in self.layers[layer]}
+        return {name: each for name, each in modules.items() if isinstance(each, RaggedLayer)}
 
 
 def merge_adapter(model: Model, adapter: Path, out: Path, run: Run | None = None) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -48,6 +48,7 @@ from pessa_cli.models.inputs import random_signal
 from pessa_cli.sources.openai_tokenizer import get_encoding
 from pessa_cli.sources.whisper_folder import read_vocabulary
 from pessa_cli.surgery.model import open_model
+from pessa_cli.surgery.run import Run
 from pessa_cli.surgery.writing import check_layout
 from pessa_cli.tuning.registry import build_config
 from pessa_cli.tuning.tuner_sorsa import regularizer
@@ -213,7 +214,7 @@ EXAMPLES: Mapping[str, Example] = {
     "weights of nobody": failure(
         "prune llama -o out", "llama", "extra.pt", "--unknown-weights", change=write("llama/extra.pt", "x")
     ),
-    "an unknown thing to do with them": usage("prune llama -o out --unknown-weights eat", "'eat'", "leave-out"),
+    "an unknown thing to do with them": usage(lambda _: Run(unknown_weights=cast(Any, "eat")), "'eat'", "leave-out"),
     "a dense layer that is missing": failure(
         "prune bert -o out",
         "2_Dense",
