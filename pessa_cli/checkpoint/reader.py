@@ -200,12 +200,17 @@ class CheckpointReader:
                 "if you trust their author, give --allow-pickle: pessa then converts the tensors of a "
                 "pytorch_model.bin and refuses code",
             )
+        inner = [file for file in found if any((folder / file / name).exists() for name in (SINGLE_FILE, INDEX_FILE))]
+        if inner:
+            raise PessaError(
+                f"{folder} is not a model, but holds models\n{listed(inner)}", f"give one of them: {folder / inner[-1]}"
+            )
         parts = [file for file in found if is_training_state(file) or is_training_state(f"{file}/")]
         if parts:
             raise PessaError(
                 f"{folder} is the state of a training run, without the weights of a model ({parts[0]})",
                 "write them first: `accelerate merge-weights` joins the parts of FSDP, zero_to_fp32.py those of "
-                "DeepSpeed; if there is a folder such as checkpoint-500 with a model, give that one",
+                "DeepSpeed",
             )
         raise PessaError(
             f"{folder} is not a model: it has neither {SINGLE_FILE} nor {INDEX_FILE}",

@@ -230,6 +230,9 @@ EXAMPLES: Mapping[str, Example] = {
     "parts of a training run as a model": failure(
         "inspect run", "run", "merge-weights", change=write("run/__0_0.distcp", "x")
     ),
+    "a folder of models": failure(
+        "inspect models", "models", "whisper", change=lambda p: copy_of(p / "whisper", p / "models" / "whisper")
+    ),
     "no class name in config.json": failure(
         "verify llama llama", "architectures", "weights", change=config("llama", architectures=None)
     ),
