@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -16,23 +17,25 @@ from pessa_cli.checkpoint.contents import why_left_out
 from pessa_cli.common.errors import PessaError
 from pessa_cli.common.text import listed
 
+MOST_FILES = 10_000  # below a model's folder, with the folders
 READ = (".safetensors", ".index.json")  # the ends of names of files that are read for the weights
 
 
 class _Entry(NamedTuple):
-    """A file below a folder, with its relative name; or a link that leads to no file, or out of the folder."""
+    """A file or folder below a folder, with its relative name; or a link that leads to no file, or out of it."""
 
     name: str
     path: Path
     fault: Literal["outside", "nowhere"] | None
 
 
-def visible_files(folder: Path) -> dict[str, Path]:
+def visible_files(folder: Path, enter_links: bool = True) -> dict[str, Path]:
     """Map the relative names of the files below a folder to their paths, without hidden ones.
 
-    All links are followed; `check_links` says whether they may be.
+    Links are followed; `check_links` says whether they may be. enter_links: also enter folders outside of this one.
+    Raises PessaError if there are more than MOST_FILES.
     """
-    return {entry.name: entry.path for entry in _entries(folder, follow=True) if entry.path.is_file()}
+    return {entry.name: entry.path for entry in _listing(folder, enter_links) if entry.path.is_file()}
 
 
 def hidden_files(folder: Path) -> list[str]:
@@ -48,7 +51,7 @@ def check_links(folder: Path, follow: bool = False, everything: bool = False) ->
     that lead nowhere.
     """
     try:
-        faults = [entry for entry in _entries(folder, follow) if entry.fault]
+        faults = [entry for entry in _listing(folder, follow) if entry.fault]
     except OSError as error:
         raise PessaError(f"{folder} cannot be read: {error}", "check the permissions of its files") from error
     if not everything:
@@ -60,7 +63,7 @@ def check_links(folder: Path, follow: bool = False, everything: bool = False) ->
     if nowhere:
         raise PessaError(
             f"{folder} has links that lead to no file\n{listed(nowhere)}",
-            "restore the files, for example with `dvc pull` or `git annex get`, or delete the links",
+            "restore the files, for example by a new download, `dvc pull` or `git annex get`, or delete the links",
         )
     if outside:
         raise PessaError(
@@ -76,21 +79,30 @@ def _matters(entry: _Entry) -> bool:
     return why_left_out(name) is None or name.endswith(READ)
 
 
+def _listing(folder: Path, follow: bool) -> list[_Entry]:
+    found = list(islice(_entries(folder, follow), MOST_FILES + 1))
+    if len(found) > MOST_FILES:  # a few folders with links to one another can stand for any number of files
+        raise PessaError(
+            f"{folder} has more than {MOST_FILES:,} files, or links that make them so many",
+            "give a folder with the files of the model only",
+        )
+    return found
+
+
 def _entries(folder: Path, follow: bool, parts: str = "", roots: tuple[Path, ...] = ()) -> Iterator[_Entry]:
-    """Yield the visible files below a folder in order, and the links with faults.
+    """Yield the visible files and folders below a folder in order, and the links with faults.
 
     follow: enter and yield links that lead out, as if they did not. roots: the model's folder, and the folders above
-    this one.
+    this one, without links in their paths.
     """
-    roots = (*roots, Path(os.path.realpath(folder)))
-    for path in sorted(folder.iterdir()):
+    real = Path(os.path.realpath(folder))
+    for path in sorted(real.iterdir()):
         if path.name.startswith("."):
             continue
-        name, fault = parts + path.name, _fault(path, roots, follow)
-        if path.is_dir() and fault is None:
-            yield from _entries(path, follow, f"{name}/", roots)
-        else:
-            yield _Entry(name, path, fault)
+        name, fault = parts + path.name, _fault(path, (*roots, real), follow)
+        yield _Entry(name, path, fault)
+        if fault is None and path.is_dir():
+            yield from _entries(path, follow, f"{name}/", (*roots, real))
 
 
 def _fault(path: Path, roots: tuple[Path, ...], follow: bool) -> Literal["outside", "nowhere"] | None:

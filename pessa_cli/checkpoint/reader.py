@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from pessa_cli.checkpoint.contents import is_training_state
@@ -188,10 +189,11 @@ class CheckpointReader:
             return files, index
         found = sorted(file.name for file in folder.iterdir())
         if ADAPTER_FILE in found:
-            base = read_json(folder / ADAPTER_FILE).get("base_model_name_or_path") or "BASE"
+            base = str(read_json(folder / ADAPTER_FILE).get("base_model_name_or_path") or "BASE")
+            command = f"pessa merge {quote(_printable(base))} {quote(str(folder))} -o merged"
             raise PessaError(
                 f"{folder} is an adapter of {shortened(base)}, not a model",
-                f"merge it first: pessa merge {_printable(str(base))} {folder} -o merged, and give that folder",
+                f"merge it first: {command}, and give that folder",
             )
         pickles = [file for file in found if file.endswith(PICKLE_SUFFIXES) and not is_training_state(file)]
         if pickles:

@@ -61,9 +61,10 @@ class Adapter:
     def __init__(self, folder: Path) -> None:
         if not (folder / ADAPTER_FILE).is_file() or not (folder / ADAPTER_WEIGHTS).is_file():
             missing = ADAPTER_FILE if not (folder / ADAPTER_FILE).is_file() else ADAPTER_WEIGHTS
-            raise PessaError(
-                f"{folder} is not an adapter: it has no {missing}", "give a folder that `pessa tune -o` wrote"
-            )
+            hint = "give a folder that `pessa tune -o` wrote, or PEFT's save_pretrained"
+            if (folder / "adapter_model.bin").is_file():
+                hint = "load adapter_model.bin with PEFT if you trust it; its save_pretrained writes safetensors"
+            raise PessaError(f"{folder} is not an adapter: it has no {missing}", hint)
         self.folder = folder
         try:
             self.config = PeftConfig.from_pretrained(str(folder))

@@ -182,3 +182,20 @@ def test_links_that_are_not_followed(case: str, model: Path, secret: Path, place
     again = pessa("prune", model, "-o", place / "out", *RULE, "--follow-links", "--unknown-weights", "copy")
     assert (again.code == 0) == (says == "out of it"), again
     assert snapshot(place / "model") == before
+
+
+def test_links_that_multiply_files(model: Path, pessa: Pessa) -> None:
+    """Each folder has ten links to the next one: 10^8 folders, without a circle and without a file."""
+    for depth in range(8):
+        (model / f"d{depth}").mkdir()
+        for number in range(10):
+            (model / f"d{depth}" / str(number)).symlink_to(model / f"d{depth + 1}")
+    (model / "d8").mkdir()
+    is_refusal(pessa("inspect", model), str(model), "10,000")
+
+
+def test_verify_does_not_enter_folders_elsewhere(model: Path, place: Path, pessa: Pessa) -> None:
+    assert pessa("prune", model, "-o", place / "out", *RULE).code == 0
+    (place / "out" / "1_Pooling").rename(place / "elsewhere")
+    (place / "out" / "1_Pooling").symlink_to(place / "elsewhere")
+    is_refusal(pessa("verify", place / "out"), "1_Pooling/config.json: missing")
