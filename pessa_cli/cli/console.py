@@ -16,6 +16,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from pessa_cli.checkpoint.contents import left_out_text
 from pessa_cli.cli.sparkline import sparkline
 from pessa_cli.common.errors import PessaError
 from pessa_cli.common.text import listed
@@ -54,6 +55,12 @@ def _plain(text: str) -> str:
 def note(text: str) -> None:
     """Print a message to stderr."""
     ERR.print(_plain(text))
+
+
+def note_left_out(left_out: Mapping[str, str]) -> None:
+    """Print which files are not in an output, besides hidden ones."""
+    if others := left_out_text(left_out):
+        note(f"not copied\n{others}")
 
 
 def show_text(text: str) -> None:
@@ -227,6 +234,7 @@ def show_written(written: WrittenModel, check: bool = True) -> None:
     """Print what was written, and with `check` the command that verifies it."""
     rule = _show_pruned(written)
     how = f"; check it with: pessa verify {written.source} {written.out}" if check else ""
+    note_left_out(written.left_out)
     note(f"{written.out} written, {rule}, {written.layout}{how}")
 
 
@@ -239,6 +247,7 @@ def show_plan(written: WrittenModel) -> None:
     OUT.print(table)
     for file, nbytes in written.shards.items():
         OUT.print(f"{file}  {size(nbytes)}")
+    OUT.print(escape(written.other_files))
     note(f"dry run: {written.out} would be written, {rule}, {written.layout}; nothing was written")
 
 

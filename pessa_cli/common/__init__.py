@@ -8,6 +8,7 @@ from pessa_cli.common.lazy import lazy_exports
 
 if TYPE_CHECKING:
     from pessa_cli.common.errors import PessaError as PessaError
+    from pessa_cli.common.errors import PessaWarning as PessaWarning
     from pessa_cli.common.errors import UsageError as UsageError
     from pessa_cli.common.files import file_size as file_size
     from pessa_cli.common.jobs import in_order as in_order
@@ -37,7 +38,7 @@ else:
     __getattr__, __all__ = lazy_exports(
         __name__,
         {
-            "errors": ["PessaError", "UsageError"],
+            "errors": ["PessaError", "PessaWarning", "UsageError"],
             "files": ["file_size"],
             "jobs": ["in_order", "one_thread"],
             "lazy": ["lazy_exports"],

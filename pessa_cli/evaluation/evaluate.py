@@ -111,6 +111,7 @@ def evaluate_models(
     settings: ScoreSettings,
     revision: str | None = None,
     allow_pickle: bool = False,
+    follow_links: bool = False,
     progress: Progress = quietly,
 ) -> list[Scores]:
     """Score each model, with its adapter if it has one, on all data.
@@ -123,7 +124,9 @@ def evaluate_models(
         opened: dict[str, Model] = {}
         for name, _ in subjects:
             if name not in opened:
-                opened[name] = open_model(sources.enter_context(open_source(name, revision, allow_pickle)))
+                opened[name] = open_model(
+                    sources.enter_context(open_source(name, revision, allow_pickle, follow_links))
+                )
         for model in opened.values():
             _check(model, data)
         items, prepared, scores = read_items(data, settings), None, []

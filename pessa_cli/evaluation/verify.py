@@ -21,7 +21,8 @@ from pessa_cli.algebra.compare import relative_difference
 from pessa_cli.algebra.heads import HeadWeights
 from pessa_cli.blocks.site import Site
 from pessa_cli.checkpoint.dtypes import FLOATS
-from pessa_cli.checkpoint.files import read_json, sha256_of, visible_files
+from pessa_cli.checkpoint.files import read_json, sha256_of
+from pessa_cli.checkpoint.links import visible_files
 from pessa_cli.checkpoint.reader import CheckpointReader
 from pessa_cli.common.errors import PessaError, UsageError
 from pessa_cli.common.progress import Progress, Tick, quietly
@@ -351,7 +352,7 @@ def verify_folder(folder: Path) -> list[str]:
             f"{folder / MANIFEST_FILE} lists no SHA-256 of its files",
             f"compare the folder with its original: pessa verify ORIGINAL {folder}",
         )
-    found = visible_files(folder).keys() - {MANIFEST_FILE, *({CARD_FILE} - hashes.keys())}
+    found = visible_files(folder, enter_links=False).keys() - {MANIFEST_FILE, *({CARD_FILE} - hashes.keys())}
     faults = [f"{name}: missing" for name in hashes if name not in found]
     faults += [f"{name}: changed" for name in hashes if name in found and sha256_of(folder / name) != hashes[name]]
     return faults + [f"{name}: not in the manifest" for name in sorted(found - hashes.keys())]

@@ -18,6 +18,8 @@ from pessa_cli.surgery.model import Model
 WEIGHTS_ALONE = "compare only the weights: --level weights"
 # Whatever a checkpoint asks for, none of its code runs and nothing is downloaded.
 LOCAL_ONLY = {"trust_remote_code": False, "local_files_only": True}
+# transformers would add an adapter that lies beside the full weights; it looks for one in this folder, which is absent.
+WEIGHTS_ONLY = {"adapter_kwargs": {"subfolder": "no-adapter"}}
 
 
 def load(model: Model, dtype: torch.dtype = torch.float32, **placing: Any) -> Any:
@@ -30,7 +32,7 @@ def load(model: Model, dtype: torch.dtype = torch.float32, **placing: Any) -> An
     hint = "the checkpoint does not match its config.json; to compare only the weights: --level weights"
     try:
         # With ignore_mismatched_sizes transformers reports mismatches with their names, which its exception leaves out.
-        options = {"output_loading_info": True, "ignore_mismatched_sizes": True} | LOCAL_ONLY | placing
+        options = {"output_loading_info": True, "ignore_mismatched_sizes": True} | LOCAL_ONLY | WEIGHTS_ONLY | placing
         loaded, info = kind.from_pretrained(folder, dtype=dtype, **options)
     except Exception as error:  # transformers raises many types, all of them caused by this folder
         raise PessaError(f"transformers cannot load {folder}\n{listed(str(error).splitlines())}", hint) from error

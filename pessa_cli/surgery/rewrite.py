@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib.metadata import version
 from itertools import groupby
@@ -14,6 +14,7 @@ import numpy as np
 
 from pessa_cli.blocks.compact_format import Ranks, pairs_text
 from pessa_cli.blocks.site import Site, in_full
+from pessa_cli.checkpoint.contents import Contents
 from pessa_cli.checkpoint.files import SINGLE_FILE
 from pessa_cli.checkpoint.reader import Header
 from pessa_cli.checkpoint.staging import run_identity
@@ -34,7 +35,7 @@ class Rewrite:
     command: the command that writes it. source: the name that the user gave the model. sites: the blocks that are
     rewritten, as the source stores them. spectra: of the blocks before the cut, by site name. rule: how the ranks were
     chosen, in words. shard_bytes: the largest size of one file of weights. data: the SHA-256 of the calibration data,
-    None without.
+    None without. contents: the other files of the source, and what becomes of them.
     """
 
     command: str
@@ -48,6 +49,7 @@ class Rewrite:
     layout: StorageLayout = "compact"
     shard_bytes: int = SHARD_BYTES
     data: str | None = None
+    contents: Contents = field(default_factory=Contents)
 
     @cached_property
     def stored(self) -> list[Site]:

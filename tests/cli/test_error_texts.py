@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -48,6 +48,7 @@ from pessa_cli.models.inputs import random_signal
 from pessa_cli.sources.openai_tokenizer import get_encoding
 from pessa_cli.sources.whisper_folder import read_vocabulary
 from pessa_cli.surgery.model import open_model
+from pessa_cli.surgery.run import Run
 from pessa_cli.surgery.writing import check_layout
 from pessa_cli.tuning.registry import build_config
 from pessa_cli.tuning.tuner_sorsa import regularizer
@@ -99,6 +100,10 @@ def write(name: str, content: str | bytes) -> Change:
     return change
 
 
+def link(name: str, target: str) -> Change:
+    return lambda place: (place / name).symlink_to((place / target).absolute())
+
+
 def weights(name: str, change: Callable[[dict[str, torch.Tensor]], object]) -> Change:
     return within(name, edit_weights(change))
 
@@ -120,8 +125,15 @@ def without_compact(folder: Path) -> list[Site]:
 
 def run_recipe(place: Path) -> None:
     """Run a recipe whose output is written, outside of the folder that must not change, and then fails to verify."""
-    source = {"architecture": None, "revision": None, "allow_pickle": False}
-    options = {"resume": False, "jobs": 1, "device": "cpu", "max_shard_size": None, "force": False}
+    source = {"architecture": None, "revision": None, "allow_pickle": False, "follow_links": False}
+    options = {
+        "resume": False,
+        "jobs": 1,
+        "device": "cpu",
+        "max_shard_size": None,
+        "unknown_weights": "refuse",
+        "force": False,
+    }
     run(recipe_file=place / "r.toml", model="whisper", out=place.parent / "differs", **options, **source)
 
 
@@ -192,6 +204,34 @@ EXAMPLES: Mapping[str, Example] = {
         "inspect pickled --allow-pickle",
         "pytorch_model.bin",
         change=lambda p: [write("pickled/pytorch_model.bin", "x")(p), write("pickled/config.json", "{}")(p)],
+    ),
+    "a link out of the folder": failure(
+        "inspect llama", "vocab.txt", "words.txt", "--follow-links", change=link("llama/vocab.txt", "words.txt")
+    ),
+    "a link to nothing": failure(
+        "inspect llama --follow-links", "vocab.txt", "no.txt", "dvc pull", change=link("llama/vocab.txt", "no.txt")
+    ),
+    "weights of nobody": failure(
+        "prune llama -o out", "llama", "extra.pt", "--unknown-weights", change=write("llama/extra.pt", "x")
+    ),
+    "an unknown thing to do with them": usage(lambda _: Run(unknown_weights=cast(Any, "eat")), "'eat'", "leave-out"),
+    "a dense layer that is missing": failure(
+        "prune bert -o out",
+        "2_Dense",
+        "modules.json",
+        change=write("bert/modules.json", '[{"path": "2_Dense", "type": "sentence_transformers.models.Dense"}]'),
+    ),
+    "an adapter as a model": failure(
+        "inspect adapter",
+        "adapter of 'llama'",
+        "pessa merge llama adapter",
+        change=write("adapter/adapter_config.json", '{"base_model_name_or_path": "llama"}'),
+    ),
+    "parts of a training run as a model": failure(
+        "inspect run", "run", "merge-weights", change=write("run/__0_0.distcp", "x")
+    ),
+    "a folder of models": failure(
+        "inspect models", "models", "whisper", change=lambda p: copy_of(p / "whisper", p / "models" / "whisper")
     ),
     "no class name in config.json": failure(
         "verify llama llama", "architectures", "weights", change=config("llama", architectures=None)
