@@ -79,7 +79,7 @@ def test_a_change_outside_attention_is_found(source: Path, tmp_path: Path) -> No
         parameter[0] += 1e-6
     changed.save_pretrained(tmp_path / "changed")
     report = verify_models(open_model(source), open_model(tmp_path / "changed"), level="weights")
-    assert report.unequal == [name]
+    assert list(report.unequal) == [name]
     assert not report.same
 
 
