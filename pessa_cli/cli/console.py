@@ -265,7 +265,7 @@ def show_report(found: Verification) -> None:
         table.add_row(*row)
     OUT.print(table)
     for text in report.texts:
-        verdict = "the same text" if text.reference == text.candidate else "[red]different texts[/]"
+        verdict = "the same text" if text.same else "[red]different texts[/]"
         OUT.print(f"\n[bold]{escape(text.name)}[/]: {verdict}")
         for name, output in zip(names, (text.reference, text.candidate), strict=True):
             on_one_line = output.replace("\n", "\\n")

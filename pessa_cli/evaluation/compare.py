@@ -63,11 +63,20 @@ class OutputDifference:
 
 @dataclass(frozen=True)
 class GeneratedText:
-    """The texts of both models under greedy decoding: the transcript of a clip, or the continuation of a prompt."""
+    """The texts of both models under greedy decoding: the transcript of a clip, or the continuation of a prompt.
+
+    judged: whether both must be the same.
+    """
 
     name: str
     reference: str
     candidate: str
+    judged: bool = True
+
+    @property
+    def same(self) -> bool:
+        """Whether both wrote the same."""
+        return self.reference == self.candidate
 
 
 def check_device(device: str) -> None:

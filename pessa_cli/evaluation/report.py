@@ -93,7 +93,7 @@ class Report:
                 checks.append(Check("outputs", "top-1", finding, out.agreement >= limits.agreement))
         for text in self.texts:
             finding = f"{text.reference!r} became {text.candidate!r}"
-            checks.append(Check("texts", text.name, finding, text.reference == text.candidate))
+            checks.append(Check("texts", text.name, finding, text.same or not text.judged))
         return checks
 
     @property
@@ -150,7 +150,7 @@ class Report:
     @property
     def verdict(self) -> str:
         """The result in one line, for the model card."""
-        equal = sum(text.reference == text.candidate for text in self.texts)
+        equal = sum(text.same for text in self.texts)
         texts = f"; {equal} of {len(self.texts)} texts written by both are the same" if self.texts else ""
         return ("the same model within these limits" if self.same else "not the same model") + texts
 

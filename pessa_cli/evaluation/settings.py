@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import transformers
 
 from pessa_cli.checkpoint.dtypes import FLOATS, TORCH_DTYPES
-from pessa_cli.checkpoint.files import CONFIG_FILE, MOST_JSON, sha256_of, visible_files
+from pessa_cli.checkpoint.files import CONFIG_FILE, sha256_of, visible_files
 from pessa_cli.common.text import shortened
 from pessa_cli.models.load import LOCAL_ONLY, quiet_transformers
 from pessa_cli.surgery.card import CARD_FILE
@@ -41,15 +41,29 @@ NOT_COMPARED = {
 # Of the options that transformers gives a tokenizer, these are its own and those of a single call.
 OF_A_CALL = ("chat_template", "max_length", "stride", "truncation_strategy", "pad_to_multiple_of", "pad_token_type_id")
 AS_READ = ("tokenizer_class",)  # has several names for one class
+MOST_PARSED = 64 * 2**20  # bytes of a file whose values are told apart; a larger one is compared as a whole
 SHOWN = 60  # characters of a value
 ABSENT = "(not there)"
 
 
 class Folder(NamedTuple):
-    """A model and the files in its folder, by name."""
+    """A model, the files in its folder, by name, and the `model_type` as which it is treated, if one was given."""
 
     model: Model
     files: dict[str, Path]
+    architecture: str | None
+
+    def document(self, name: str) -> Any:
+        """The content of one of the files; ABSENT without it."""
+        if name not in self.files:
+            return ABSENT
+        found = _document(self.files[name])
+        return found | self.given if name == CONFIG_FILE else found
+
+    @property
+    def given(self) -> dict[str, str]:
+        """What replaces values of config.json."""
+        return {} if self.architecture is None else {"model_type": self.architecture}
 
 
 class Part(NamedTuple):
@@ -90,12 +104,14 @@ class SettingsComparison:
     ignored: list[str]
 
 
-def compare_settings(reference: Model, candidate: Model) -> SettingsComparison:
+def compare_settings(reference: Model, candidate: Model, architecture: str | None = None) -> SettingsComparison:
     """Compare the files that decide what two models do, other than their weights.
 
-    No weights are read, and none of the code in the folders runs.
+    architecture: treat both as this `model_type`. No weights are read, and none of the code in the folders runs.
     """
-    ours, theirs = (Folder(model, visible_files(model.reader.folder)) for model in (reference, candidate))
+    ours, theirs = (
+        Folder(model, visible_files(model.reader.folder), architecture) for model in (reference, candidate)
+    )
     compared: list[str] = []
     differences: list[SettingDifference] = []
     ignored: list[str] = []
@@ -128,8 +144,7 @@ def _compare_part(
         files = ours.files.get(name), theirs.files.get(name)
         if files[0] is not None and files[1] is not None and sha256_of(files[0]) == sha256_of(files[1]):
             continue
-        a, b = (ABSENT if file is None else _document(file) for file in files)
-        for key, x, y in _changes(a, b):
+        for key, x, y in _changes(ours.document(name), theirs.document(name)):
             if _is_ignored(name, key):
                 ignored.append(f"{name} {key}: {_shown(x, y)} and {_shown(y, x)}")
             elif type(x) is type(y) and ABSENT not in (x, y) and key not in AS_READ:
@@ -167,7 +182,7 @@ def _place(found: tuple[str, str, Any, Any]) -> tuple[str, str]:
 
 def _document(path: Path) -> Any:
     """The content of a JSON or text file; the hash of another one, and of one that is too large to parse."""
-    if path.stat().st_size <= MOST_JSON:
+    if path.stat().st_size <= MOST_PARSED:
         try:
             text = path.read_text(encoding="utf-8")
             return json.loads(text) if path.suffix == ".json" else text
@@ -223,7 +238,8 @@ def _plain(value: Any) -> Any:
 
 
 def _read_config(folder: Folder) -> dict[str, Any]:
-    config = {k: v for k, v in folder.model.reader.config.items() if k not in NOT_COMPARED[CONFIG_FILE]}
+    config = folder.model.reader.config | folder.given
+    config = {key: value for key, value in config.items() if key not in NOT_COMPARED[CONFIG_FILE]}
     kind = transformers.CONFIG_MAPPING[config["model_type"]]
     return {CONFIG_FILE: _plain(kind.from_dict(config).to_dict())}
 

@@ -87,6 +87,7 @@ def verify(
             theirs,
             audio=clips,
             text=texts,
+            architecture=architecture,
             progress=progress,
             **vars(options),
         )
