@@ -55,8 +55,9 @@ class Check:
 class Report:
     """All results of `verify`. Errors are relative Frobenius norms.
 
-    settings: of the files beside the weights. unequal: tensors that are missing in one model, have
-    another dtype, or differ in a byte outside attention, with how they differ. ignored: tensors that only one model has, and that change nothing.
+    settings: of the files beside the weights. unequal: tensors that are missing in one model, have another dtype, or
+    differ in a byte outside attention, with how they differ. ignored: tensors that only one model has, and that change
+    nothing.
     """
 
     limits: Limits
@@ -98,7 +99,7 @@ class Report:
 
     @property
     def failures(self) -> list[str]:
-        """One line for each level with failures: the worst one, and the number of failures; all of settings, up to 8."""
+        """A line for each level with failures: the worst one, and their number; of settings a line each."""
         lines, checks = [], self.checks
         for level in LEVELS:
             of_level = [check for check in checks if check.level == level]
@@ -187,5 +188,3 @@ def _rounded_up(error: float) -> str:
 def _within(level: str, where: str, error: float, limit: float) -> Check:
     finding = f"relative error {error:.3g}, limit {limit:.3g}"
     return Check(level, where, finding, error <= limit, badness(error))
-
-

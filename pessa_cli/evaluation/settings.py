@@ -109,9 +109,7 @@ def compare_settings(reference: Model, candidate: Model, architecture: str | Non
 
     architecture: treat both as this `model_type`. No weights are read, and none of the code in the folders runs.
     """
-    ours, theirs = (
-        Folder(model, visible_files(model.reader.folder), architecture) for model in (reference, candidate)
-    )
+    ours, theirs = (Folder(model, visible_files(model.reader.folder), architecture) for model in (reference, candidate))
     compared: list[str] = []
     differences: list[SettingDifference] = []
     ignored: list[str] = []
@@ -260,9 +258,7 @@ def _read_tokenizer(folder: Folder) -> dict[str, Any]:
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder.model.reader.folder, **LOCAL_ONLY)
     if not tokenizer.is_fast:
         raise ValueError("the state of a slow (pure Python) tokenizer cannot be compared")
-    options = {
-        key: value for key, value in tokenizer.init_kwargs.items() if value is not None and key not in OF_A_CALL
-    }
+    options = {key: value for key, value in tokenizer.init_kwargs.items() if value is not None and key not in OF_A_CALL}
     options |= {key: getattr(tokenizer, key) for key in ("padding_side", "truncation_side", "model_max_length")}
     return {
         "tokenizer.json": json.loads(tokenizer.backend_tokenizer.to_str()),

@@ -6,7 +6,6 @@ import math
 import re
 
 import torch
-import transformers
 from torch import Tensor
 
 from pessa_cli.checkpoint.dtypes import TORCH_DTYPES
@@ -26,8 +25,9 @@ def compare_tensors(
 ) -> tuple[dict[str, str], list[str]]:
     """Return the tensors that differ, each with how it differs, and those that do not matter.
 
-    Of the tensors of attention only names and dtypes are compared. Those that do not matter are stored in one checkpoint only: copies of tensors that transformers ties, and buffers that it
-    computes. faults: gets, by reader, a line for each tensor that is not finite. tick: is called with the bytes read.
+    Of the tensors of attention only names and dtypes are compared. Those that do not matter are stored in one
+    checkpoint only: copies of tensors that transformers ties, and buffers that it computes. faults: gets, by reader, a
+    line for each tensor that is not finite. tick: is called with the bytes read.
     """
     ours, theirs = reference.reader, candidate.reader
     attention = [{name for site in model.sites for name in site.tensors} for model in (reference, candidate)]

@@ -1,8 +1,8 @@
 """`pessa verify`: decides whether two models are the same, and locates and measures their differences.
 
-There are three levels, and the files beside the weights are compared on each of them. Weights: the Q-K and V-O products of every head in float64, without building a model, and all
-other tensors byte for byte. Blocks: the output of each attention block of the candidate on the inputs of the
-reference. Outputs: logits, transcripts and continuations.
+There are three levels, and the files beside the weights are compared on each of them. Weights: the Q-K and V-O
+products of every head in float64, without building a model, and all other tensors byte for byte. Blocks: the output of
+each attention block of the candidate on the inputs of the reference. Outputs: logits, transcripts and continuations.
 """
 
 from __future__ import annotations
@@ -48,9 +48,9 @@ def verify_models(
     """Compare two models at one level and those before it; see the module for the levels.
 
     audio, text: files to transcribe and to continue with both models. tolerance, min_agreement: replace the limits of
-    the stored dtype. device: where the models run. architecture: the `model_type` as which both
-    were opened, if not that of config.json. Raises UsageError for options that do not fit the level or the models, PessaError when the models
-    have different blocks, weights that are not finite, or cannot be run.
+    the stored dtype. device: where the models run. architecture: the `model_type` as which both were opened, if not
+    that of config.json. Raises UsageError for options that do not fit the level or the models, PessaError when the
+    models have different blocks, weights that are not finite, or cannot be run.
     """
     VerifyOptions(level, tolerance, min_agreement, device)  # raises UsageError
     if level != "outputs" and (audio or text):

@@ -65,7 +65,14 @@ else:
                 "with_decoder_ids",
             ],
             "instructions": ["Rendered", "Row", "form_of", "read_rows", "render"],
-            "load": ["LOCAL_ONLY", "WEIGHTS_ALONE", "encodes_alike", "from_folder", "model_class", "quiet_transformers"],
+            "load": [
+                "LOCAL_ONLY",
+                "WEIGHTS_ALONE",
+                "encodes_alike",
+                "from_folder",
+                "model_class",
+                "quiet_transformers",
+            ],
             "windows": ["device_of", "on_device"],
         },
     )
