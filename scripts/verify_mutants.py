@@ -4,7 +4,7 @@
     python scripts/verify_mutants.py --only llama
 
 Dense, factored and compact tiny models are changed: a tensor, a value of a config, a token. The exit code is 1 if
-verify misses a change, or reports one that leaves the model the same. The changes are those of tests/helpers/altered.py.
+verify misses a change, or reports one that leaves the model the same. The changes are in tests/helpers/altered.py.
 """
 
 from __future__ import annotations

@@ -129,7 +129,7 @@ def _run_both(
             for name, clip in clips or [(BUILT_IN_SPEECH, built_in_speech())]:
                 transcripts, features, ids = _transcribe(encoder, (ours, theirs) if whole else (ours,), clip)
                 if whole:
-                    texts.append(GeneratedText(name, *transcripts))
+                    texts.append(GeneratedText(name, transcripts[0], transcripts[1]))
                 samples.append(transcript_inputs(ours, features, ids))
             names = [path.name for path in audio] or [BUILT_IN_SPEECH]
         elif not reads:
@@ -204,6 +204,5 @@ def _continue(tokenizer: Any | None, models: tuple[Any, Any], name: str, inputs:
         model.generate(**prompt, max_new_tokens=NEW_TOKENS, do_sample=False, num_beams=1)[0, width:].tolist()
         for model in models
     ]
-    if tokenizer is None:
-        return GeneratedText(name, *(" ".join(map(str, ids)) for ids in tokens))
-    return GeneratedText(name, *(tokenizer.decode(ids) for ids in tokens))
+    first, second = (" ".join(map(str, ids)) if tokenizer is None else tokenizer.decode(ids) for ids in tokens)
+    return GeneratedText(name, first, second)

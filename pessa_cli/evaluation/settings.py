@@ -212,8 +212,8 @@ def _is_ignored(file: str, key: str) -> bool:
 
 def _shown(value: Any, other: Any) -> str:
     """A value for a message; of a long text the part where it begins to differ from another one."""
-    if value is ABSENT:
-        return ABSENT
+    if value == ABSENT:
+        return str(value)
     if isinstance(value, str) and isinstance(other, str) and len(value) > SHOWN:
         start = next((i for i, (x, y) in enumerate(zip(value, other, strict=False)) if x != y), len(other))
         value = f"{'...' if start > 20 else ''}{value[max(0, start - 20) :][:SHOWN]}"
@@ -227,7 +227,7 @@ def _loaded_dtype(model: Model) -> str | None:
     stored = next((info.dtype for info in model.reader.header.values() if info.dtype in FLOATS), None)
     if isinstance(declared, str):
         return declared.removeprefix("torch.")
-    return None if stored is None else TORCH_DTYPES[stored]
+    return TORCH_DTYPES.get(stored or "")
 
 
 def _plain(value: Any) -> Any:
@@ -249,7 +249,7 @@ def _read_generation(folder: Folder) -> dict[str, Any]:
         found = kind.from_pretrained(place, **LOCAL_ONLY)
     else:
         found = kind.from_pretrained(place, CONFIG_FILE, _from_model_config=True, **LOCAL_ONLY)
-    defaults = getattr(kind, "_get_default_generation_params", dict)()
+    defaults: dict[str, Any] = getattr(kind, "_get_default_generation_params", dict)()
     values = {key: defaults.get(key) if value is None else value for key, value in found.to_dict().items()}
     return {GENERATION_FILE: _plain(values)}
 

@@ -24,7 +24,8 @@ def test_the_built_in_clip_is_the_one_whose_source_is_recorded() -> None:
     found = hashlib.sha256(CLIP.read_bytes()).hexdigest()
     assert found == "fcf6d86c9153f3a03b6db1122006028f75a06dfd98c90bb19165617cd89b7064"
     samples = built_in_speech()
-    assert (samples.shape, samples.dtype) == ((80_000,), np.float32)
+    assert samples.shape == (80_000,)
+    assert samples.dtype == np.float32
     assert 0.9 < abs(samples).max() <= 1
     assert abs(float(samples.mean())) < 0.02
 

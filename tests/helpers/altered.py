@@ -121,11 +121,8 @@ def changes(folder: Path) -> Iterator[Change]:
     fewer = {word: i for word, i in vocabulary.items() if word != "word99"}
     yield Change("tokenizer.json a token less", _setting("tokenizer.json", ["model", "vocab"], fewer))
     for key in ("special", "normalized", "lstrip"):
-        path = ["added_tokens", 0, key]
-        yield Change(
-            f"tokenizer.json added_tokens.0.{key}",
-            _setting("tokenizer.json", path, not tokens["added_tokens"][0][key]),
-        )
+        flipped = _setting("tokenizer.json", ["added_tokens", 0, key], not tokens["added_tokens"][0][key])
+        yield Change(f"tokenizer.json added_tokens.0.{key}", flipped)
     yield Change("tokenizer.json normalizer", _setting("tokenizer.json", ["normalizer"], {"type": "Lowercase"}))
     splitter = {"type": "WhitespaceSplit"}
     yield Change("tokenizer.json pre_tokenizer", _setting("tokenizer.json", ["pre_tokenizer"], splitter))
@@ -155,14 +152,14 @@ def harmless(folder: Path) -> Iterator[Change]:
     if kind is not None:
         yield Change("a default written out", _setting("config.json", ["attn_pdrop"], config.get("attn_pdrop", 0.1)))
     defaults = {"bert": "layer_norm_eps", "llama": "rms_norm_eps", "whisper": "activation_function", "t5": "d_kv"}
-    if (key := defaults.get(config["model_type"])) is not None and config[key] in (1e-12, 1e-6, "gelu"):
-        yield Change(f"the default {key} left out", _without("config.json", key))
+    if (name := defaults.get(config["model_type"], "")) and config[name] in (1e-12, 1e-6, "gelu"):
+        yield Change(f"the default {name} left out", _without("config.json", name))
     if config["model_type"] == "llama":
         yield Change("rope_theta as before transformers 5", _old_rope)
         yield Change("head_dim left out", _without("config.json", "head_dim"))
     yield Change("README.md", lambda new: _append(new / "README.md", "more"))
     yield Change("another file", lambda new: _append(new / "notes.txt", "more"))
-    yield Change("indented otherwise", lambda new: (new / "config.json").write_text(json.dumps(config, indent=7)))
+    yield Change("indented otherwise", lambda new: _write(new / "config.json", config, 7))
     yield Change("padding of the tokenizer", _setting("tokenizer.json", ["truncation"], {"max_length": 7}))
     yield Change("template within tokenizer_config.json", _template_inside)
     tensors = load_file(folder / WEIGHTS)
@@ -323,8 +320,8 @@ def _save(tensors: dict[str, torch.Tensor], path: Path) -> None:
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, {"format": "pt"})
 
 
-def _write(path: Path, document: Any) -> None:
-    path.write_text(json.dumps(document, indent=2))
+def _write(path: Path, document: Any, indent: int = 2) -> None:
+    path.write_text(json.dumps(document, indent=indent))
 
 
 def _append(path: Path, text: str) -> None:

@@ -15,7 +15,8 @@ from torch import Tensor
 
 import pessa_cli.algebra.absorb
 from pessa_cli.blocks.table import ARCHITECTURES
-from pessa_cli.evaluation.verify import Report, verify_models
+from pessa_cli.evaluation.report import Report
+from pessa_cli.evaluation.verify import verify_models
 from pessa_cli.ranks.rule import Rule
 from pessa_cli.surgery.export import export_model
 from pessa_cli.surgery.model import Model, open_model
