@@ -7,6 +7,7 @@ counts by what transformers makes of both folders: defaults that are written out
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -42,8 +43,12 @@ NOT_COMPARED = {
 OF_A_CALL = ("chat_template", "max_length", "stride", "truncation_strategy", "pad_to_multiple_of", "pad_token_type_id")
 AS_READ = ("tokenizer_class",)  # has several names for one class
 MOST_PARSED = 64 * 2**20  # bytes of a file whose values are told apart; a larger one is compared as a whole
+MOST_VALUES = 20  # of one file that are told one by one; a tokenizer has 100,000
 SHOWN = 60  # characters of a value
 ABSENT = "(not there)"
+
+
+Found = tuple[str, str, Any, Any]  # file, key, and both values
 
 
 class Folder(NamedTuple):
@@ -136,8 +141,8 @@ def _compare_part(
     part: Part, names: list[str], ours: Folder, theirs: Folder, ignored: list[str]
 ) -> list[SettingDifference]:
     """The differences of one part; adds to `ignored` the values that differ without changing anything."""
-    written: list[tuple[str, str, Any, Any]] = []
-    only_one: list[tuple[str, str, Any, Any]] = []
+    written: list[Found] = []
+    only_one: list[Found] = []
     for name in names:
         files = ours.files.get(name), theirs.files.get(name)
         if files[0] is not None and files[1] is not None and sha256_of(files[0]) == sha256_of(files[1]):
@@ -166,16 +171,24 @@ def _compare_part(
                 if not _is_ignored(name, key) and (key.rpartition(".")[2], str(x), str(y)) not in seen
             ]
             written += found
-            ignored += [
-                f"{name} {key}: {_shown(x, y)} and {_shown(y, x)}".replace(" :", ":")
-                for name, key, x, y in only_one
-                if not found
-            ]
-    return [SettingDifference(name, key, _shown(x, y), _shown(y, x)) for name, key, x, y in sorted(written, key=_place)]
+            if not found:
+                some, more = _first_ones(only_one)
+                ignored += [f"{f'{name} {key}'.strip()}: {_shown(x, y)} and {_shown(y, x)}" for name, key, x, y in some]
+                ignored += [f"{name}: {count} more values" for name, count in more.items()]
+    some, more = _first_ones(written)
+    differences = [SettingDifference(name, key, _shown(x, y), _shown(y, x)) for name, key, x, y in some]
+    return differences + [
+        SettingDifference(name, f"{count} more values", "some", "others") for name, count in more.items()
+    ]
 
 
-def _place(found: tuple[str, str, Any, Any]) -> tuple[str, str]:
-    return found[:2]
+def _first_ones(found: list[Found]) -> tuple[list[Found], dict[str, int]]:
+    """The first MOST_VALUES of each file in order of their keys, and how many more a file has, by name."""
+    some: list[Found] = []
+    count = Counter(name for name, *_ in found)
+    for name in sorted(count):
+        some += sorted((entry for entry in found if entry[0] == name), key=lambda entry: entry[1])[:MOST_VALUES]
+    return some, {name: total - MOST_VALUES for name, total in count.items() if total > MOST_VALUES}
 
 
 def _document(path: Path) -> Any:

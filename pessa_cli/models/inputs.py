@@ -44,7 +44,7 @@ def built_in_speech() -> NDArray[np.float32]:
     """A few seconds of read speech, (time,), at 16 kHz; speech.md beside the file says where it is from."""
     with wave.open(str(Path(__file__).with_name("speech.wav")), "rb") as file:
         samples = np.frombuffer(file.readframes(file.getnframes()), dtype=np.uint8)
-    return (samples.astype(np.float32) - 128) / 128
+    return np.asarray((samples.astype(np.float32) - 128) / 128, dtype=np.float32)
 
 
 def speech_encoder(model: Any) -> Any:
