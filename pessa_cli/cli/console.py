@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 OUT = Console(highlight=False, soft_wrap=True)
 ERR = Console(stderr=True, highlight=False, soft_wrap=True)
 PERCENT = ("accuracy", "word error rate")  # metrics that are shown in percent
+MOST_IGNORED = 4
 MOST_STEPS = 12  # rows of the table during training
 
 
@@ -233,7 +235,9 @@ def show_totals(totals: Mapping[str, Any], rule: str) -> None:
 def show_written(written: WrittenModel, check: bool = True) -> None:
     """Print what was written, and with `check` the command that verifies it."""
     rule = _show_pruned(written)
-    how = f"; check it with: pessa verify {written.source} {written.out}" if check else ""
+    limits = " --tolerance 1 --min-agreement 0" if written.totals["attention_pruned"] else ""
+    command = f"pessa verify {shlex.quote(str(written.source))} {shlex.quote(str(written.out))}{limits}"
+    how = f"; compare it with the original: {command}" if check else ""
     note_left_out(written.left_out)
     note(f"{written.out} written, {rule}, {written.layout}{how}")
 
@@ -270,18 +274,24 @@ def show_report(found: Verification) -> None:
         table.add_row(*row)
     OUT.print(table)
     for text in report.texts:
-        verdict = "the same text" if text.reference == text.candidate else "[red]different texts[/]"
+        verdict = "the same text" if text.same else "[red]different texts[/]"
         OUT.print(f"\n[bold]{escape(text.name)}[/]: {verdict}")
         for name, output in zip(names, (text.reference, text.candidate), strict=True):
             on_one_line = output.replace("\n", "\\n")
             OUT.print(f"  {escape(name.ljust(width))}  {escape(on_one_line)}")
     OUT.print()
+    if report.outputs is not None and report.outputs.agreement is not None:
+        OUT.print("agreement: the share of positions at which both predict the same token after the same tokens")
+    if ignored := [*report.settings.ignored, *report.ignored]:
+        OUT.print(escape(f"ignored, since they change nothing that the model does:\n{listed(ignored, MOST_IGNORED)}"))
     if report.same:
         OUT.print("[bold green]same model[/] within these limits")
         return
     OUT.print("[bold red]not the same model[/]")
     for failure in report.failures:
         OUT.print(f"  {escape(failure)}")
+    if report.hint is not None:
+        note(f"a pruned model differs by what was cut; these limits would accept it: {report.hint}")
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 from pessa_cli.common.errors import PessaError, UsageError
 
 if TYPE_CHECKING:
-    from pessa_cli.evaluation.verify import Report
+    from pessa_cli.evaluation.report import Report
 
 
 def check_junit(path: Path) -> None:

@@ -19,11 +19,13 @@ if TYPE_CHECKING:
     from pessa_cli.models.hooks import output_of as output_of
     from pessa_cli.models.hooks import replay as replay
     from pessa_cli.models.inputs import Inputs as Inputs
+    from pessa_cli.models.inputs import built_in_speech as built_in_speech
     from pessa_cli.models.inputs import clip_features as clip_features
     from pessa_cli.models.inputs import has_tokenizer as has_tokenizer
     from pessa_cli.models.inputs import random_signal as random_signal
     from pessa_cli.models.inputs import random_speech as random_speech
     from pessa_cli.models.inputs import random_tokens as random_tokens
+    from pessa_cli.models.inputs import speech_encoder as speech_encoder
     from pessa_cli.models.inputs import text_prompts as text_prompts
     from pessa_cli.models.inputs import transcribe_greedily as transcribe_greedily
     from pessa_cli.models.inputs import transcript_inputs as transcript_inputs
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
     from pessa_cli.models.instructions import form_of as form_of
     from pessa_cli.models.instructions import read_rows as read_rows
     from pessa_cli.models.instructions import render as render
+    from pessa_cli.models.load import LOCAL_ONLY as LOCAL_ONLY
     from pessa_cli.models.load import WEIGHTS_ALONE as WEIGHTS_ALONE
     from pessa_cli.models.load import encodes_alike as encodes_alike
     from pessa_cli.models.load import from_folder as from_folder
@@ -49,18 +52,27 @@ else:
             "hooks": ["BlockModules", "Call", "block_modules", "block_squares", "on_calls", "output_of", "replay"],
             "inputs": [
                 "Inputs",
+                "built_in_speech",
                 "clip_features",
                 "has_tokenizer",
                 "random_signal",
                 "random_speech",
                 "random_tokens",
+                "speech_encoder",
                 "text_prompts",
                 "transcribe_greedily",
                 "transcript_inputs",
                 "with_decoder_ids",
             ],
             "instructions": ["Rendered", "Row", "form_of", "read_rows", "render"],
-            "load": ["WEIGHTS_ALONE", "encodes_alike", "from_folder", "model_class", "quiet_transformers"],
+            "load": [
+                "LOCAL_ONLY",
+                "WEIGHTS_ALONE",
+                "encodes_alike",
+                "from_folder",
+                "model_class",
+                "quiet_transformers",
+            ],
             "windows": ["device_of", "on_device"],
         },
     )

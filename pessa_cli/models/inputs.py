@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import wave
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -15,6 +17,7 @@ from pessa_cli.models.audio import SAMPLE_RATE
 from pessa_cli.models.load import WEIGHTS_ALONE
 
 SEED = 0
+FRAMES_PER_SECOND = 100  # of log-mel features
 TEXT_TOKENS = 512  # a longer text is truncated
 PASSAGE = """The lighthouse at the end of the harbour had been dark for eleven years when the letter arrived. It was
 addressed to the keeper, a post that no longer existed, and so the postmistress read it herself. "Please light the
@@ -37,6 +40,20 @@ def random_speech(model: Any, batch: int = 1) -> Inputs:
     return {"input_features": features.clamp(-1, 1.5), "decoder_input_ids": ids}
 
 
+def built_in_speech() -> NDArray[np.float32]:
+    """A few seconds of read speech, (time,), at 16 kHz; speech.md beside the file says where it is from."""
+    with wave.open(str(Path(__file__).with_name("speech.wav")), "rb") as file:
+        samples = np.frombuffer(file.readframes(file.getnframes()), dtype=np.uint8)
+    return np.asarray((samples.astype(np.float32) - 128) / 128, dtype=np.float32)
+
+
+def speech_encoder(model: Any) -> Any:
+    """What encodes clips for a Whisper whose folder has no preprocessor: windows of the model's own length."""
+    config = model.config
+    seconds = max(1, -(-2 * config.max_source_positions // FRAMES_PER_SECOND))
+    return transformers.WhisperFeatureExtractor(feature_size=config.num_mel_bins, chunk_length=seconds)
+
+
 def transcript_inputs(model: Any, features: Tensor, ids: Tensor) -> Inputs:
     """The first window of a clip, with the token ids of a transcript as the decoder's input, cut to its positions."""
     return {
@@ -46,14 +63,15 @@ def transcript_inputs(model: Any, features: Tensor, ids: Tensor) -> Inputs:
 
 
 def clip_features(processor: Any, samples: NDArray[np.float32]) -> Inputs:
-    """Encode a clip for a speech model: input_features (1, mels, frames).
+    """Encode a clip for a speech model, with its processor or feature extractor: input_features (1, mels, frames).
 
     A clip of at most one window is padded to the window. A longer one keeps its length and gets an attention_mask
     (1, frames).
     """
-    long = len(samples) > processor.feature_extractor.n_samples
+    extractor = getattr(processor, "feature_extractor", processor)
+    long = len(samples) > extractor.n_samples
     more = {"truncation": False, "padding": "longest", "return_attention_mask": True} if long else {}
-    return dict(processor(samples, sampling_rate=SAMPLE_RATE, return_tensors="pt", **more))
+    return dict(extractor(samples, sampling_rate=SAMPLE_RATE, return_tensors="pt", **more))
 
 
 def transcribe_greedily(model: Any, inputs: Inputs, **options: Any) -> Tensor:

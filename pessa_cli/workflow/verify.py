@@ -9,7 +9,8 @@ from typing import Any
 
 from pessa_cli.common.progress import Progress, quietly
 from pessa_cli.evaluation.limits import VerifyOptions
-from pessa_cli.evaluation.verify import Report, verify_folder, verify_models
+from pessa_cli.evaluation.report import Report
+from pessa_cli.evaluation.verify import verify_folder, verify_models
 from pessa_cli.workflow.steps import opened
 
 
@@ -87,6 +88,7 @@ def verify(
             theirs,
             audio=clips,
             text=texts,
+            architecture=architecture,
             progress=progress,
             **vars(options),
         )
