@@ -103,6 +103,21 @@ def test_degenerate_heads_and_samples_keep_the_product(kind: str, data: str) -> 
     )  # both factors are in the range of 16-bit numbers
 
 
+@pytest.mark.parametrize("shrinkage", [0.0, 0.3])
+@pytest.mark.parametrize("both", [False, True], ids=["one factor", "both factors"])
+@pytest.mark.parametrize("condition", [1e7, 1e10])
+def test_full_rank_is_exact_for_ill_conditioned_heads(condition: float, both: bool, shrinkage: float) -> None:
+    """The weighted product of small directions is below the rounding error of the Gram matrices of the factors."""
+    pair = products.of_condition(condition, both)
+    left, right = (f.mT @ second_moment(i, f.shape[-2]) @ f for i, f in enumerate((pair.left, pair.right)))
+    found = transformed(pair, weighted_transforms(pair, Weighting(left, right, shrinkage)))
+    product = products.product(pair)
+    assert (products.product(found) - product).norm() < 1e-13 * product.norm()
+    # Negative control: the smallest direction counts, where float64 can hold its product.
+    lost = (products.product(products.truncated(found, 7)) - product).norm() / product.norm()
+    assert both or lost > 0.01 / condition
+
+
 def test_large_shrinkage_gives_the_plain_decomposition() -> None:
     pair = products.random_pair()
     gram = pair.left.mT @ second_moment(1, 40) @ pair.left
