@@ -94,24 +94,41 @@ def _roots(factor: Tensor, gram: Tensor | None, shrinkage: float) -> tuple[Tenso
     the square root of the rounding error. Directions of the factor that are too small for the Gram matrix to resolve
     are weighted by the plain Gram matrix. Columns may have any scale, also zero.
     """
-    r, _ = triangular(factor)
+    r, ill = triangular(factor)
     if gram is None:
         return r, r
     check_product_size(gram)
-    norms = r.norm(dim=-2)
-    inverse = torch.where(norms > 0, 1 / norms.where(norms > 0, 1.0), 0.0)
-    _, values, vh = torch.linalg.svd(r * inverse.unsqueeze(-2), full_matrices=False)
-    resolved = values > RESOLVED * values[:, :1]
-    whitening = (
-        inverse.unsqueeze(-1) * vh.mT * torch.where(resolved, 1 / values.where(resolved, 1.0), 0.0).unsqueeze(-2)
-    )
-    found, own = traces(gram), norms.square().sum(-1).reshape(-1, 1, 1)
+    # `within` are the coordinates of the factor's columns in an orthonormal basis, and `whitening` is its inverse.
+    within, resolved = r, torch.ones_like(r[..., 0], dtype=torch.bool)
+    if ill.any():
+        within, whitening, resolved = _singular_basis(r)
+    else:
+        whitening = torch.linalg.solve_triangular(r, torch.eye(r.shape[-1]).to(r), upper=True)
+    found, own = traces(gram), r.square().sum((-2, -1)).reshape(-1, 1, 1)
     ratio = (found / own.where(own > 0, 1.0)).squeeze(-1)
     weights = whitening.mT @ gram @ whitening + torch.diag_embed(ratio * (shrinkage + (~resolved).double()))
     squares, vectors = torch.linalg.eigh(weights)
     root = squares.clamp(min=0).maximum(NEGLIGIBLE * squares[:, -1:]).sqrt()
-    weighted = (root.unsqueeze(-1) * vectors.mT) @ (values.unsqueeze(-1) * vh * norms.unsqueeze(-2))
+    weighted = root.unsqueeze(-1) * (vectors.mT @ within)
     return torch.where(found > 0, weighted, r), r  # inputs that are always zero give no weights
+
+
+def _singular_basis(r: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the columns of R, (G, k, d), in the basis of the left singular vectors of R with columns of unit norm.
+
+    Also returns the pseudo-inverse of these columns, (G, d, k), without the directions that a Gram matrix in float64
+    does not resolve, and which directions it resolves, (G, k).
+    """
+    norms = r.norm(dim=-2)
+    inverse = torch.where(norms > 0, 1 / norms.where(norms > 0, 1.0), 0.0)
+    _, values, vh = torch.linalg.svd(r * inverse.unsqueeze(-2), full_matrices=False)
+    resolved = values > RESOLVED * values[:, :1]
+    over = torch.where(resolved, 1 / values.where(resolved, 1.0), 0.0)
+    return (
+        values.unsqueeze(-1) * vh * norms.unsqueeze(-2),
+        inverse.unsqueeze(-1) * vh.mT * over.unsqueeze(-2),
+        resolved,
+    )
 
 
 def refitted(o: Tensor, moment: Tensor, kept: Tensor, ridge: float) -> Tensor:

@@ -32,12 +32,12 @@ def read_documents(path: Path) -> Documents:
 
     Raises PessaError when the file cannot be read or contains audio.
     """
-    items, hashes = read_data([path])
+    items, _ = read_data([path])
     if any(item.audio for item in items):
         raise PessaError(
             f"{path} contains audio, but perplexity needs text", 'give a text file, or JSON lines: {"text": "..."}'
         )
-    return Documents(path, [item.text or "" for item in items], next(iter(hashes), ""))
+    return Documents(path, [item.text or "" for item in items], next((item.sha256 for item in items), ""))
 
 
 @dataclass(frozen=True)

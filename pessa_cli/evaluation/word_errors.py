@@ -98,8 +98,8 @@ def read_clips(path: Path) -> list[Clip]:
 
     Their SHA-256 can be compared with those in a statistics file. Raises PessaError for lines without audio.
     """
-    items, hashes = read_data([path])
-    clips = [Clip(item.audio, sha, item.text) for item, sha in zip(items, hashes, strict=False) if item.audio]
+    items, _ = read_data([path])
+    clips = [Clip(item.audio, item.sha256, item.text) for item in items if item.audio]
     if len(clips) < len(items):
         raise PessaError(
             f"{path}: {len(items) - len(clips)} lines name no audio", 'write {"audio": FILE, "text": "..."}'

@@ -34,7 +34,7 @@ class Rewrite:
     command: the command that writes it. source: the name that the user gave the model. sites: the blocks that are
     rewritten, as the source stores them. spectra: of the blocks before the cut, by site name. rule: how the ranks were
     chosen, in words. shard_bytes: the largest size of one file of weights. data: the SHA-256 of the calibration data,
-    None without.
+    None without. sequential: the rule by which the blocks before each block were pruned during calibration, if any.
     """
 
     command: str
@@ -48,6 +48,7 @@ class Rewrite:
     layout: StorageLayout = "compact"
     shard_bytes: int = SHARD_BYTES
     data: str | None = None
+    sequential: str | None = None
 
     @cached_property
     def stored(self) -> list[Site]:
@@ -98,6 +99,7 @@ class Rewrite:
             "source": self.source,
             "method": self.method,
             **({} if self.data is None else {"calibration_sha256": self.data}),
+            **({} if self.sequential is None else {"calibration_sequential": self.sequential}),
             "rule": self.rule,
             "layout": self.layout,
             "ranks": {

@@ -24,9 +24,9 @@ from pessa_cli.calibration import collect as calibrate
 from pessa_cli.calibration import listeners
 from pessa_cli.calibration.collect import collect
 from pessa_cli.calibration.listeners import VisibleKeys
-from pessa_cli.common.errors import PessaError, UsageError
-from pessa_cli.models import load as sidebyside
-from pessa_cli.models import windows
+from pessa_cli.calibration.memory import needs
+from pessa_cli.common.errors import PessaError
+from pessa_cli.models import dense, windows
 from pessa_cli.models.data import DataItem, read_data
 from pessa_cli.ranks.budget import ranks_for
 from pessa_cli.ranks.rule import Rule
@@ -241,16 +241,16 @@ def test_a_model_that_does_not_fit_is_read_from_disk_block_by_block(
 ) -> None:
     model = open_model(tiny_folder(name))
     whole = collected(model, data, tmp_path / "whole")
-    monkeypatch.setattr(calibrate, "free_memory", lambda: 4 * model.parameters // 2)
+    monkeypatch.setattr(calibrate, "free_memory", lambda: needs(model, model.sites).on_disk)
     placed: list[set[str]] = []
-    load = sidebyside.load
+    load = dense.load
 
     def loading(model: Model, **placing: Any) -> Any:
         loaded = load(model, **placing)
         placed.append(set(map(str, loaded.hf_device_map.values())))
         return loaded
 
-    monkeypatch.setattr(calibrate, "load", loading)
+    monkeypatch.setattr(dense, "load", loading)
     parts = collected(model, data, tmp_path / "parts")
     assert "disk" in placed[0]
     for site in model.sites:
@@ -260,8 +260,11 @@ def test_a_model_that_does_not_fit_is_read_from_disk_block_by_block(
         assert one.trials is not None
     assert "no trial cuts" in shortages(parts, model.sites)[-1] or "independent" in shortages(parts, model.sites)[-1]
     assert ranks_for(model.sites, measure(model, model.sites, statistics=parts), Rule(target_attention=0.8), model.size)
-    with pytest.raises(PessaError, match="do not fit twice"):
+    with pytest.raises(PessaError, match="--sequential: calibration needs"):
         collected(model, data, tmp_path / "no", Rule(rank=4))
+    monkeypatch.setattr(calibrate, "free_memory", lambda: needs(model, model.sites).on_disk - 1)
+    with pytest.raises(PessaError, match="for the statistics alone"):
+        collected(model, data, tmp_path / "no")
 
 
 @pytest.mark.parametrize("name", tiny.NAMES)
@@ -364,9 +367,6 @@ def test_statistics_that_do_not_belong_to_the_model_are_refused(
         SavedStatistics(tiny_folder("whisper") / "model.safetensors")
     with pytest.raises(PessaError, match="not a statistics file"):
         SavedStatistics(tmp_path / "nowhere")
-    prune_model(model, tmp_path / "compact", Rule(rank=4))
-    with pytest.raises(UsageError, match="is compact"):
-        collect(compact := open_model(tmp_path / "compact"), compact.sites, data, tmp_path / "t")
 
 
 def test_repeating_one_input_is_too_little_data_but_works(
