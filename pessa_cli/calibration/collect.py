@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -160,6 +160,8 @@ def calibrate(
             if fits:
                 held_out, others = folds
                 few = not any(float(one.frames) for one in others.values())  # a single input cannot be held out
+                with suppress(ValueError):  # it is faster, but some models, such as Gemma 2, do not have it
+                    loaded.set_attn_implementation("sdpa")
                 tried = CollectedStatistics(held_out if few else others, identities)
                 with (
                     decomposition_of(model, run, blocks, reuse=True) as trial,

@@ -42,6 +42,7 @@ def collect_in_sequence(
     """
     spectra = measure(model, sites, run=run, statistics=CollectedStatistics(found, ()), blocks=blocks)
     plan = ranks_for(list(sites), spectra, rule, model.size)
+    loaded.set_attn_implementation("eager")  # the one that returns attention weights
     modules, result = block_modules(sites, loaded), dict(found)
     total = sum(nbytes for _, nbytes in inputs)
     for site in sorted(sites, key=_place):
