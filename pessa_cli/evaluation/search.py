@@ -25,7 +25,7 @@ from pessa_cli.evaluation.measures import ScoreSettings
 from pessa_cli.models.dense import dense_model
 from pessa_cli.models.hooks import block_modules
 from pessa_cli.models.load import quiet_transformers
-from pessa_cli.ranks.budget import ranks_for
+from pessa_cli.ranks.budget import UnmetBudgetError, ranks_for
 from pessa_cli.ranks.rule import Rule
 from pessa_cli.statistics.file import Statistics, files_of
 from pessa_cli.surgery.decomposition import Decomposition
@@ -121,7 +121,7 @@ def search(
                 share = (low + high) / 2
                 try:
                     plan = ranks_for(sites, decomposition.spectra, replace(rule, target_attention=share), model.size)
-                except PessaError:  # the budget is below the smallest possible size
+                except UnmetBudgetError:  # the budget is below the smallest possible size
                     low = share
                     continue
                 for site in sites:
