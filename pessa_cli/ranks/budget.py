@@ -59,9 +59,9 @@ def ranks_for(sites: list[Site], spectra: Mapping[str, Spectra], rule: Rule, who
     """Return the ranks that a rule gives to the chosen blocks of a model whose total size is `whole`.
 
     For a rule with a budget, directions are dropped in the order of their price until the budget is met; at least one
-    direction of Q-K and one of V-O remain. Raises UnmetBudgetError if the budget cannot be met, and PessaError if a rule
-    without a budget would prune all of Q-K or all of V-O; UsageError if --max-error is used without calibration, and for
-    ranks that are larger than every head.
+    direction of Q-K and one of V-O remain. Raises UnmetBudgetError if the budget cannot be met, and PessaError if a
+    rule without a budget would prune all of Q-K or all of V-O; UsageError if --max-error is used without calibration,
+    and for ranks that are larger than every head.
     """
     check_ranks(sites, rule)
     if not rule.budgeted:
@@ -115,16 +115,16 @@ def ordered_steps(sites: Sequence[Site], spectra: Mapping[str, Spectra], rule: R
 
     If they would drop all of Q-K or all of V-O, the last step of that side is left out.
     """
-    steps: list[PruneStep] = []
+    steps = [step for site in sites for side in SIDES for step in _steps(site, side, spectra[site.name], rule)]
+    # The sort is stable and prices within one side never decrease, so the steps of a side stay in their order.
+    steps.sort(key=lambda step: step.price)
     for side in SIDES:
-        own = [step for site in sites for step in _steps(site, side, spectra[site.name], rule)]
-        own.sort(key=lambda step: step.price)  # stable, and prices within one side never decrease: the order stays
+        own = [step for step in steps if step.side == side]
         least = {(site.name, head): rank for site in sites for head, rank in enumerate(_stored(site, side))}
         least |= {(step.site.name, step.head): step.rank for step in own}
         if own and not any(least.values()):
-            own.pop()
-        steps += own
-    return sorted(steps, key=lambda step: step.price)
+            steps.remove(own[-1])
+    return steps
 
 
 def _steps(site: Site, side: str, spectra: Spectra, rule: Rule) -> Iterator[PruneStep]:
