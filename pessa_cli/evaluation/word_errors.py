@@ -122,12 +122,12 @@ def transcribe(
         elif _code(settings.language) != "en":
             raise UsageError(f"--language {settings.language}: this model is English only", "leave --language out")
     texts: list[str] = []
-    with progress("transcribing", len(clips), 1) as tick:
+    with progress("transcribing", 0, len(clips)) as tick:
         for batch in _batches(clips, settings.batch):
             inputs = {key: torch.cat([clip[key] for clip in batch]) for key in batch[0]}
             tokens = transcribe_greedily(model, inputs, **options)
             texts += [text.strip() for text in processor.batch_decode(tokens, skip_special_tokens=True)]
-            tick(len(batch), 0)
+            tick(0, len(batch))
     return texts
 
 

@@ -67,6 +67,7 @@ def of_condition(number: float, both: bool) -> Pair:
         shapes = ((3, length, 8), (3, 8, 8))
         left, right = (torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes)
         values = torch.logspace(0, torch.tensor(smallest).log10().item(), 8, dtype=torch.float64)
-        return torch.linalg.qr(left).Q * values @ torch.linalg.qr(right).Q
+        made: Tensor = torch.linalg.qr(left).Q * values @ torch.linalg.qr(right).Q
+        return made
 
     return Pair(factor(40, 1 / number), factor(30, 1 / number if both else 1.0))

@@ -96,7 +96,7 @@ def test_a_budget_never_prunes_all_of_qk_or_of_vo(rule: Rule, fits: bool) -> Non
 @pytest.mark.parametrize("option", ["rank", "min_rank"])
 def test_a_rank_larger_than_every_head_is_refused(option: str) -> None:
     for rank in (4, 5):
-        rule = Rule(**{option: rank})
+        rule = Rule(rank=rank) if option == "rank" else Rule(min_rank=rank)
         if rank == 4:
             assert ranks_for(SITES, spectra_of(0.5, 0.7), rule, WHOLE).vo[SITE.name] == (4, 4)
         else:
