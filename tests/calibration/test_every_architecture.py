@@ -5,6 +5,7 @@ Models read real files through a tokenizer; nothing is replaced.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from pessa_cli.models.hooks import output_of
 from pessa_cli.models.load import load
 from pessa_cli.models.windows import windows
 from pessa_cli.ranks.rule import Rule
+from pessa_cli.statistics.weighing import weigh
 from pessa_cli.surgery.model import Model, open_model
 from pessa_cli.surgery.prune import decompose_model, prune_model
 from pessa_cli.surgery.run import Run
@@ -110,3 +112,24 @@ def test_blocks_that_the_data_do_not_reach(tmp_path: Path, pessa: Pessa) -> None
     made("mllama", tmp_path)
     given = ("--sites", "text.self,text.cross", "--calibrate", tmp_path / "0.txt")
     is_refusal(pessa("inspect", tmp_path / "model", *given), "text.cross.1", "--sites text.self", code=2)
+
+
+def test_of_partly_rotated_heads_the_merged_directions_are_weighted(tmp_path: Path) -> None:
+    """RoPE rotates the first directions of each head; the statistics of the others weight what is decomposed."""
+    model, data = made("phi", tmp_path)
+    site = model.sites[0]
+    with calibrate(model, [site], data, None, Run()) as found:
+        sums = replace(found.statistics.of(site), influence=torch.zeros_like(found.statistics.of(site).influence))
+    loaded, seen = load(model), list[torch.Tensor]()
+    query = next(module for name, module in loaded.named_modules() if name.endswith(site.q))
+    query.register_forward_hook(lambda _module, _args, output: seen.append(output[0].double()))
+    with torch.no_grad():
+        for window, _ in windows(model.reader.folder, loaded, data.items, True):
+            output_of(loaded, window)
+    queries = torch.cat(seen).reshape(-1, site.kv_heads, site.head_dim)[..., site.unmerged :].transpose(0, 1)
+    weighed = weigh(sums, site, None).qk
+    assert 0 < site.unmerged < site.head_dim
+    assert torch.allclose(weighed.left, queries.mT @ queries / queries.shape[1], rtol=1e-4, atol=1e-5)
+    assert weighed.right is not None
+    keys = sums.keys[:, site.unmerged :, site.unmerged :] / sums.frames
+    assert torch.allclose(weighed.right * site.head_dim, keys)
