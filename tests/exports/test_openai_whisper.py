@@ -319,10 +319,10 @@ def test_invalid_destinations_are_refused(shaped: Path, file: Path, pessa: Pessa
     is_refusal(pessa("export", model, *to, "-o", place / "out.pt", "--resume"), "has no --resume", code=2)
     is_refusal(pessa("export", model, *to, "-o", place / "a.pt", "--layout", "compact"), "no --layout", code=2)
     is_refusal(pessa("export", model, *to, "-o", model / "out.pt"), "is inside", "only read")
-    is_refusal(pessa("export", file, *to, "-o", file, "--force"), "cannot be replaced because the run reads from it")
+    is_refusal(pessa("export", file, *to, "-o", file, "--force"), "is the model to be exported")
     assert snapshot(place) == before
     (place / "notes.pt").write_text("not a model")
-    is_refusal(pessa("export", model, *to, "-o", place / "notes.pt", "--force"), "not written by pessa")
+    is_refusal(pessa("export", model, *to, "-o", place / "notes.pt", "--force"), "not written by torch.save")
     assert (place / "notes.pt").read_text() == "not a model"
 
 
