@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from statistics import median
+from threading import Timer
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 OUT = Console(highlight=False, soft_wrap=True)
 ERR = Console(stderr=True, highlight=False, soft_wrap=True)
 PERCENT = ("accuracy", "word error rate")  # metrics that are shown in percent
+PATIENCE = 10.0  # seconds of work without a word, where there is no terminal to show a progress bar
 MOST_IGNORED = 4
 MOST_STEPS = 12  # rows of the table during training
 
@@ -76,20 +78,30 @@ def show_json(value: Any) -> None:
 
 
 @contextmanager
-def progress(what: str, nbytes: int, blocks: int) -> Iterator[Callable[[int, int], None]]:
-    """Show a progress bar on stderr with bytes, blocks and the remaining time; it disappears at the end."""
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TextColumn("{task.fields[blocks]}"))
-    times = (TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, *times, console=ERR, transient=True, disable=not ERR.is_terminal) as bar:
-        task = bar.add_task(what, total=nbytes, blocks=f"0/{blocks} blocks")
-        done = 0
+def progress(what: str, nbytes: int, steps: int) -> Iterator[Callable[[int, int], None]]:
+    """Show a progress bar on stderr with what is done and the remaining time; it disappears at the end.
 
-        def tick(more: int, blocks_more: int) -> None:
+    Where stderr is no terminal, a stage that takes longer than PATIENCE is named once.
+    """
+    long, unit, done = Timer(PATIENCE, note, [f"{what} ..."]), " blocks" if nbytes else "", 0
+    columns = (TextColumn("{task.description}"), BarColumn(), *([DownloadColumn()] if nbytes else []))
+    more = (TextColumn("{task.fields[steps]}"), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, *more, console=ERR, transient=True, disable=not ERR.is_terminal) as bar:
+        task = bar.add_task(what, total=nbytes or steps, steps="")
+
+        def tick(bytes_more: int, steps_more: int) -> None:
             nonlocal done
-            done += blocks_more
-            bar.update(task, advance=more, blocks=f"{done}/{blocks} blocks")
+            done += steps_more
+            bar.update(task, advance=bytes_more if nbytes else steps_more, steps=f"{done}/{steps}{unit}" * bool(steps))
 
-        yield tick
+        tick(0, 0)
+        if not ERR.is_terminal:
+            long.daemon = True
+            long.start()
+        try:
+            yield tick
+        finally:
+            long.cancel()
 
 
 def show_architectures(rows: list[dict[str, Any]]) -> None:

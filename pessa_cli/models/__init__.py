@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from pessa_cli.models.audio import load_audio as load_audio
     from pessa_cli.models.data import CalibrationData as CalibrationData
     from pessa_cli.models.data import read_data as read_data
+    from pessa_cli.models.dense import dense_model as dense_model
+    from pessa_cli.models.dense import text_part as text_part
     from pessa_cli.models.hooks import BlockModules as BlockModules
     from pessa_cli.models.hooks import Call as Call
     from pessa_cli.models.hooks import block_modules as block_modules
@@ -49,6 +51,7 @@ else:
         {
             "audio": ["SAMPLE_RATE", "load_audio"],
             "data": ["CalibrationData", "read_data"],
+            "dense": ["dense_model", "text_part"],
             "hooks": ["BlockModules", "Call", "block_modules", "block_squares", "on_calls", "output_of", "replay"],
             "inputs": [
                 "Inputs",

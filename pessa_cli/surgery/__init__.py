@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pessa_cli.surgery.block_io import NotFiniteError, read_site, write_site
+from pessa_cli.surgery.block_io import NotFiniteError, read_site, split_fused, write_site
 from pessa_cli.surgery.block_reader import BlockReader
 from pessa_cli.surgery.card import CARD_FILE, check_card, write_figures
 from pessa_cli.surgery.decomposition import Decomposition, decomposition_of, measure
@@ -37,6 +37,7 @@ __all__ = [
     "output_contents",
     "prune_model",
     "read_site",
+    "split_fused",
     "write_figures",
     "write_shards",
     "write_site",

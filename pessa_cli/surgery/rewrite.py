@@ -35,7 +35,8 @@ class Rewrite:
     command: the command that writes it. source: the name that the user gave the model. sites: the blocks that are
     rewritten, as the source stores them. spectra: of the blocks before the cut, by site name. rule: how the ranks were
     chosen, in words. shard_bytes: the largest size of one file of weights. data: the SHA-256 of the calibration data,
-    None without. contents: the other files of the source, and what becomes of them.
+    None without. sequential: the rule by which the blocks before each block were pruned during calibration, if any.
+    contents: the other files of the source, and what becomes of them.
     """
 
     command: str
@@ -49,6 +50,7 @@ class Rewrite:
     layout: StorageLayout = "compact"
     shard_bytes: int = SHARD_BYTES
     data: str | None = None
+    sequential: str | None = None
     contents: Contents = field(default_factory=Contents)
 
     @cached_property
@@ -100,6 +102,7 @@ class Rewrite:
             "source": self.source,
             "method": self.method,
             **({} if self.data is None else {"calibration_sha256": self.data}),
+            **({} if self.sequential is None else {"calibration_sequential": self.sequential}),
             "rule": self.rule,
             "layout": self.layout,
             "ranks": {

@@ -87,5 +87,5 @@ def _quality(
 
     limit = QualityLimit.of(recipe.max_wer_increase, recipe.max_ppl_increase)
     items = read_quality_data(model, limit, path)
-    check_apart(items, [] if data is None else data.sha256)
+    check_apart(items, [] if data is None else data.identities)
     return limit, items
