@@ -18,6 +18,7 @@ from torch import Tensor
 from pessa_cli.common.errors import PessaError, UsageError
 from pessa_cli.common.text import listed, read_text
 from pessa_cli.models.audio import load_audio
+from pessa_cli.models.classes import WEIGHTS_ALONE
 from pessa_cli.models.hooks import block_squares, output_of
 from pessa_cli.models.inputs import (
     Inputs,
@@ -30,7 +31,7 @@ from pessa_cli.models.inputs import (
     transcript_inputs,
     with_decoder_ids,
 )
-from pessa_cli.models.load import WEIGHTS_ALONE, from_folder, load, quiet_transformers
+from pessa_cli.models.load import from_folder, load, quiet_transformers
 from pessa_cli.surgery.model import Model
 
 PROMPT_TOKENS = 32  # of a text, which the models then continue greedily

@@ -25,7 +25,8 @@ from pessa_cli.evaluation.multiple_choice import QuestionFile, Task, read_tasks
 from pessa_cli.evaluation.perplexity import Documents, Perplexity, read_documents
 from pessa_cli.evaluation.similarity import Embedding, SentencePairs, Similarity, embedding_of, read_pairs
 from pessa_cli.evaluation.word_errors import Clip, WordErrors, read_clips
-from pessa_cli.models.load import encodes_alike, from_folder, load, model_class, quiet_transformers
+from pessa_cli.models.classes import model_class
+from pessa_cli.models.load import encodes_alike, from_folder, load, quiet_transformers
 from pessa_cli.sources.open import open_source
 from pessa_cli.surgery.model import Model, open_model
 

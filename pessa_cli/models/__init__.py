@@ -9,6 +9,10 @@ from pessa_cli.common.lazy import lazy_exports
 if TYPE_CHECKING:
     from pessa_cli.models.audio import SAMPLE_RATE as SAMPLE_RATE
     from pessa_cli.models.audio import load_audio as load_audio
+    from pessa_cli.models.classes import WEIGHTS_ALONE as WEIGHTS_ALONE
+    from pessa_cli.models.classes import ModelClass as ModelClass
+    from pessa_cli.models.classes import class_of as class_of
+    from pessa_cli.models.classes import model_class as model_class
     from pessa_cli.models.data import CalibrationData as CalibrationData
     from pessa_cli.models.data import read_data as read_data
     from pessa_cli.models.hooks import BlockModules as BlockModules
@@ -33,10 +37,8 @@ if TYPE_CHECKING:
     from pessa_cli.models.instructions import form_of as form_of
     from pessa_cli.models.instructions import read_rows as read_rows
     from pessa_cli.models.instructions import render as render
-    from pessa_cli.models.load import WEIGHTS_ALONE as WEIGHTS_ALONE
     from pessa_cli.models.load import encodes_alike as encodes_alike
     from pessa_cli.models.load import from_folder as from_folder
-    from pessa_cli.models.load import model_class as model_class
     from pessa_cli.models.load import quiet_transformers as quiet_transformers
     from pessa_cli.models.windows import device_of as device_of
     from pessa_cli.models.windows import on_device as on_device
@@ -45,6 +47,7 @@ else:
         __name__,
         {
             "audio": ["SAMPLE_RATE", "load_audio"],
+            "classes": ["WEIGHTS_ALONE", "ModelClass", "class_of", "model_class"],
             "data": ["CalibrationData", "read_data"],
             "hooks": ["BlockModules", "Call", "block_modules", "block_squares", "on_calls", "output_of", "replay"],
             "inputs": [
@@ -60,7 +63,7 @@ else:
                 "with_decoder_ids",
             ],
             "instructions": ["Rendered", "Row", "form_of", "read_rows", "render"],
-            "load": ["WEIGHTS_ALONE", "encodes_alike", "from_folder", "model_class", "quiet_transformers"],
+            "load": ["encodes_alike", "from_folder", "quiet_transformers"],
             "windows": ["device_of", "on_device"],
         },
     )

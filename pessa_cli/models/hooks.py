@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from pessa_cli.blocks.names import module_names
 from pessa_cli.blocks.site import Site
 from pessa_cli.common.errors import PessaError
+from pessa_cli.models.classes import WEIGHTS_ALONE
 from pessa_cli.models.inputs import Inputs
-from pessa_cli.models.load import WEIGHTS_ALONE
 
 
 class BlockModules(NamedTuple):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pessa_cli.common.errors import UsageError
 from pessa_cli.models.audio import SAMPLE_RATE
-from pessa_cli.models.load import WEIGHTS_ALONE
+from pessa_cli.models.classes import WEIGHTS_ALONE
 
 SEED = 0
 TEXT_TOKENS = 512  # a longer text is truncated

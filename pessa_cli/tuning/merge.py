@@ -30,7 +30,8 @@ from pessa_cli.common.errors import PessaError
 from pessa_cli.common.jobs import one_thread
 from pessa_cli.common.text import listed
 from pessa_cli.common.version import VERSION
-from pessa_cli.models.load import model_class, quiet_transformers
+from pessa_cli.models.classes import model_class
+from pessa_cli.models.load import quiet_transformers
 from pessa_cli.surgery.model import MANIFEST_FILE, Model
 from pessa_cli.surgery.output import copy_side_files, hashes_of, write_shards
 from pessa_cli.surgery.rewrite import cut_into_files
