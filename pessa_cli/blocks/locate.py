@@ -102,13 +102,13 @@ def layer_faults(specs: Sequence[AttentionSpec], config: Mapping[str, Any], head
         depth = number(config, spec, spec.depth, "number of layers", MOST_LAYERS)
         for prefix in sorted(prefixes.get(_stack(spec), ())):
             there = {layer for where, layer in _matches(spec, f"{_stem(spec)}{{i}}.", header) if where == prefix}
-            # A layer without any tensor is counted by the last one that should exist.
-            needed = there if depth is None else {layer for layer in there if layer < depth} | {depth - 1}
+            last = max(there, default=-1)
+            needed = there if depth is None else range(min(depth, last + 1))
             gaps = [] if spec.sparse else sorted(layer for layer in needed if (prefix, layer) not in found)
             faults += [f"{prefix}{_stem(spec)}{layer}: this layer has no {spec.kind} attention" for layer in gaps]
             if depth is None:
                 continue
-            key, last = in_config(config, spec, spec.depth), max((layer for layer in there), default=-1)
+            key = in_config(config, spec, spec.depth)
             if last + 1 < depth:
                 faults.append(f"{prefix}{_stem(spec)}: config.json has {depth} layers ({key}), the file {last + 1}")
             faults += [

@@ -24,12 +24,14 @@ from pessa_cli.models.inputs import (
     Inputs,
     clip_features,
     has_tokenizer,
+    hears,
     random_signal,
     random_speech,
     text_prompts,
     transcribe_greedily,
     transcript_inputs,
     with_decoder_ids,
+    with_encoder_states,
 )
 from pessa_cli.models.load import from_folder, load, quiet_transformers
 from pessa_cli.surgery.model import Model
@@ -80,7 +82,7 @@ def _run_both(
     reference: Model, candidate: Model, whole: bool, audio: list[Path], text: list[Path]
 ) -> tuple[list[tuple[str, float]], OutputDifference | None, list[GeneratedText]]:
     ours, theirs = load(reference), load(candidate)
-    speech, reads = ours.config.model_type == "whisper", ours.main_input_name == "input_ids"
+    speech, reads = hears(ours), ours.main_input_name == "input_ids"
     if audio and not speech:
         raise UsageError(
             f"--audio needs a speech model; {reference.reader.folder} is not one", "leave --audio out, or give --text"
@@ -97,6 +99,10 @@ def _run_both(
             processor = from_folder(transformers.AutoProcessor, folder, "preprocessor and tokenizer") if clips else None
             samples = [random_speech(ours)] if not clips else []
             for name, clip in clips:
+                if not ours.can_generate():
+                    features = clip_features(processor, clip)["input_features"]
+                    samples.append(transcript_inputs(ours, features, random_speech(ours)["decoder_input_ids"]))
+                    continue
                 transcripts, features, ids = _transcribe(processor, (ours, theirs), clip)
                 texts.append(GeneratedText(name, *transcripts))
                 samples.append(transcript_inputs(ours, features, ids))
@@ -106,7 +112,10 @@ def _run_both(
             contents, known = [(path.name, read_text(path)) for path in text], has_tokenizer(folder)
             tokenizer = from_folder(transformers.AutoTokenizer, folder, "tokenizer") if known or text else None
             prompts = text_prompts(tokenizer, ours, contents)
+            crosses = [site.key_width for site in reference.sites if site.spec.kind.endswith(".cross")]
             samples = [with_decoder_ids(ours, inputs) for _, inputs in prompts]
+            if crosses:
+                samples = [with_encoder_states(ours, crosses[0], inputs) for inputs in samples]
             if whole and ours.can_generate():
                 decoder = tokenizer if known else None
                 texts = [_continue(decoder, (ours, theirs), name, inputs) for name, inputs in prompts]

@@ -51,11 +51,12 @@ class Fit:
     """What transformers says about the tensors of a file as a model of one class.
 
     faults: a line for each tensor that is missing or has another shape, and for each attention block that the class
-    does not have. unused: the number of tensors that are not loaded.
+    does not have. unused: the number of tensors that are not loaded. error: why the class cannot be made at all.
     """
 
     faults: list[str]
     unused: int
+    error: Exception | None = None
 
 
 _chosen: WeakKeyDictionary[CheckpointReader, ModelClass] = WeakKeyDictionary()
@@ -102,7 +103,9 @@ def _choose(model: Model) -> ModelClass:
     if best is not None:
         return best[1]
     if first is not None:
-        raise PessaError(f"{folder} does not contain the weights of a {first[0]}\n{listed(first[1].faults)}", MISFIT)
+        name, fit = first
+        what = f"does not contain the weights of a {name}" if fit.error is None else f"cannot be loaded as a {name}"
+        raise PessaError(f"{folder} {what}\n{listed(fit.faults)}", MISFIT) from fit.error
     raise PessaError(
         f"{folder}: `architectures` in config.json is {words}, which is not a model class of transformers\n"
         f"{listed(str(unknown).splitlines(), most=1)}",
@@ -171,9 +174,7 @@ def _fit(model: Model, candidate: ModelClass) -> Fit:
             **candidate.options,
         )
     except Exception as error:  # transformers raises many types, all of them caused by this folder
-        raise PessaError(
-            f"transformers cannot load {reader.folder}\n{listed(str(error).splitlines())}", MISFIT
-        ) from error
+        return Fit(str(error).splitlines() or [repr(error)], 0, error)
     faults = [f"{name}: missing" for name in sorted(info["missing_keys"])]
     faults += [
         f"{name}: {tuple(found)}, the model has {tuple(own)}" for name, found, own in sorted(info["mismatched_keys"])
