@@ -29,7 +29,7 @@ SPARE = ("num_nextn_predict_layers",)  # layers behind the last one, which predi
 
 
 @dataclass(frozen=True)
-class Place:
+class Location:
     """Where one block is: its row, the prefix of its names, its layer, and the module names of its projections."""
 
     spec: AttentionSpec
@@ -59,14 +59,14 @@ def refuse_wrapped(header: Header) -> None:
             )
 
 
-def places(specs: Sequence[AttentionSpec], header: Header) -> list[Place]:
+def places(specs: Sequence[AttentionSpec], header: Header) -> list[Location]:
     """Return every block of which the header has any projection, by row, prefix and layer."""
     found = []
     for spec in specs:
         names = {"q": spec.q, "k": spec.k, "v": spec.v, "o": spec.o}
         for prefix, layer in _locations(spec, header):
             modules = {side: prefix + name.replace("{i}", str(layer)) for side, name in names.items()}
-            found.append(Place(spec, prefix, layer, modules))
+            found.append(Location(spec, prefix, layer, modules))
     return found
 
 

@@ -19,6 +19,7 @@ from pessa_cli.cli.prune import decompose, export, prune, run
 from pessa_cli.cli.tune import merge, tune
 from pessa_cli.cli.verify import bench, verify
 from pessa_cli.common.errors import PessaError, UsageError
+from pessa_cli.common.memory import raise_if_out_of_memory
 from pessa_cli.common.version import VERSION
 
 app = typer.Typer(
@@ -48,6 +49,14 @@ def _terminated(number: int, _frame: object) -> None:
     sys.exit(128 + number)
 
 
+def _run() -> None:
+    try:
+        app()
+    except (MemoryError, OSError, RuntimeError) as error:
+        raise_if_out_of_memory(error)
+        raise
+
+
 def main() -> None:
     """Run the command line. Exit codes: 0 for success, 1 for a failure, 2 for wrong usage."""
     for stream in (sys.stdout, sys.stderr):
@@ -55,7 +64,7 @@ def main() -> None:
             stream.reconfigure(errors="replace")  # a character that the terminal cannot show is no error
     signal.signal(signal.SIGTERM, _terminated)
     try:
-        app()
+        _run()
     except UsageError as error:
         console.show_error(error)
         sys.exit(2)

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator
 
 from pessa_cli.common.errors import PessaError
+from pessa_cli.common.text import listed
 
 # torch raises RuntimeError with these texts on the CPU, and a class of its own on accelerators.
 TEXTS = re.compile(r"can't allocate memory|cannot allocate memory|not enough memory|out of memory|bad_alloc", re.I)
@@ -24,11 +25,13 @@ def out_of_memory(error: BaseException) -> bool:
     )
 
 
-def raise_if_out_of_memory(error: BaseException, what: str, hint: str = MORE_MEMORY) -> None:
+def raise_if_out_of_memory(error: BaseException, what: str = "", hint: str = MORE_MEMORY) -> None:
     """Raise PessaError if memory ran out; `what` says what there was not enough memory to do."""
     if out_of_memory(error):
-        reason = str(error).splitlines()
-        raise PessaError(f"not enough memory to {what}" + (f"\n  {reason[0]}" if reason else ""), hint) from error
+        reason = listed(str(error).splitlines(), most=1)
+        raise PessaError(
+            "not enough memory" + f" to {what}" * bool(what) + f"\n{reason}" * bool(reason), hint
+        ) from error
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:

@@ -17,6 +17,7 @@ import torch
 from transformers import AutoTokenizer, WhisperProcessor
 
 from pessa_cli.common.errors import PessaError, UsageError
+from pessa_cli.common.memory import raise_if_out_of_memory
 from pessa_cli.common.packages import need
 from pessa_cli.common.progress import Progress, quietly
 from pessa_cli.common.text import listed
@@ -230,6 +231,7 @@ def with_adapter(base: Any, folder: Path, adapter: Path) -> Any:
     try:
         return PeftModel.from_pretrained(base.to("cpu"), str(adapter))
     except (ValueError, TypeError, KeyError, RuntimeError) as error:
+        raise_if_out_of_memory(error, f"put the adapter {adapter} on {folder}")
         reasons = listed(str(error).splitlines())
         raise PessaError(
             f"the adapter {adapter} does not fit {folder}\n{reasons}", "give the model that the adapter was tuned on"

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from pessa_cli.models.inputs import Inputs as Inputs
     from pessa_cli.models.inputs import clip_features as clip_features
     from pessa_cli.models.inputs import has_tokenizer as has_tokenizer
+    from pessa_cli.models.inputs import hears as hears
     from pessa_cli.models.inputs import random_signal as random_signal
     from pessa_cli.models.inputs import random_speech as random_speech
     from pessa_cli.models.inputs import random_tokens as random_tokens
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from pessa_cli.models.inputs import transcribe_greedily as transcribe_greedily
     from pessa_cli.models.inputs import transcript_inputs as transcript_inputs
     from pessa_cli.models.inputs import with_decoder_ids as with_decoder_ids
+    from pessa_cli.models.inputs import with_encoder_states as with_encoder_states
     from pessa_cli.models.instructions import Rendered as Rendered
     from pessa_cli.models.instructions import Row as Row
     from pessa_cli.models.instructions import form_of as form_of
@@ -54,6 +56,7 @@ else:
                 "Inputs",
                 "clip_features",
                 "has_tokenizer",
+                "hears",
                 "random_signal",
                 "random_speech",
                 "random_tokens",
@@ -61,6 +64,7 @@ else:
                 "transcribe_greedily",
                 "transcript_inputs",
                 "with_decoder_ids",
+                "with_encoder_states",
             ],
             "instructions": ["Rendered", "Row", "form_of", "read_rows", "render"],
             "load": ["encodes_alike", "from_folder", "quiet_transformers"],

@@ -28,6 +28,7 @@ from pessa_cli.checkpoint.reader import CheckpointReader, Header
 from pessa_cli.checkpoint.staging import Staging, new_folder, run_identity
 from pessa_cli.common.errors import PessaError
 from pessa_cli.common.jobs import one_thread
+from pessa_cli.common.memory import raise_if_out_of_memory
 from pessa_cli.common.text import listed
 from pessa_cli.common.version import VERSION
 from pessa_cli.models.classes import model_class
@@ -162,6 +163,7 @@ class Merger:
                     raise ValueError(f"unknown parameters {', '.join(unknown[:3])}")
                 self._model = tuned.merge_and_unload(safe_merge=True)
         except (ValueError, TypeError, KeyError, RuntimeError) as error:
+            raise_if_out_of_memory(error, f"merge {self._adapter.folder} into {layer}")
             hint = "give the model that it was tuned on"
             if self._reader.config.get("quantization_config"):
                 hint = "the model is compact: export it with `pessa export --layout dense`, and merge into the result"

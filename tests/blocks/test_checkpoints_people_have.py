@@ -268,7 +268,7 @@ def said(model: Any) -> torch.Tensor:
     ids[:, -1] = 2  # CLIP reads the output at the end of the text
     shapes = {"input_features": (2, 8, 60), "pixel_values": (2, 3, 16, 16)}
     name = model.main_input_name
-    inputs = {name: torch.randn(shapes[name], generator=generator) if name in shapes else ids}
+    inputs: dict[str, Any] = {name: torch.randn(shapes[name], generator=generator) if name in shapes else ids}
     if "decoder_input_ids" in takes:
         inputs["decoder_input_ids"] = ids
     elif model.config.model_type == "whisper" and name == "input_ids":
