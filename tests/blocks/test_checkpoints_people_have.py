@@ -17,8 +17,9 @@ from typing import Any
 
 import pytest
 import torch
-from harness import Tensors, edit_json, edit_weights
+from harness import Pessa, Tensors, edit_json, edit_weights, is_refusal
 from tiny_models import build
+from tuned import with_tokenizer
 
 from pessa_cli.common.errors import PessaError
 from pessa_cli.evaluation.verify import verify_models
@@ -343,3 +344,40 @@ def test_refused_and_why(name: str, tmp_path: Path) -> None:
             assert "Error" in type(other).__name__  # noqa: PT017
             return
     assert bool(info["missing_keys"] or info["mismatched_keys"]) != case.loads
+
+
+STORY = "the keeper lit the lamp on the ninth of march, and it burned until three sails came home. " * 8
+
+
+@pytest.mark.slow
+def test_commands_work_on_a_bare_encoder_named_otherwise(tmp_path: Path, pessa: Pessa) -> None:
+    """inspect, prune, verify, eval and --calibrate, as a user would call them."""
+    made(RIGHT["BertForMaskedLM over a bare encoder"], tmp_path / "plain")
+    source = with_tokenizer(tmp_path / "plain", tmp_path / "source")
+    (tmp_path / "story.txt").write_text(STORY)
+    (tmp_path / "pairs.csv").write_text("the lamp,the lamp,5\nthe keeper,the lamp,1\nthe ninth,three sails,2\n")
+    for arguments in (
+        ("inspect", source, "--calibrate", tmp_path / "story.txt"),
+        ("prune", source, "-o", tmp_path / "out", "--target-attention", "0.7", "--calibrate", tmp_path / "story.txt"),
+        ("decompose", source, "-o", tmp_path / "whole"),
+        ("verify", source, tmp_path / "whole"),
+        ("verify", source, tmp_path / "whole", "--level", "blocks"),
+        ("eval", source, tmp_path / "out", "--pairs", tmp_path / "pairs.csv"),
+    ):
+        done = pessa(*arguments)
+        assert done.code == 0, done.err
+    is_refusal(pessa("eval", source, "--text", tmp_path / "story.txt"), "BertModel", "--pairs", code=2)
+
+
+def test_commands_work_on_a_whisper_encoder_alone(tmp_path: Path, pessa: Pessa) -> None:
+    made(RIGHT["a Whisper encoder alone"], tmp_path / "source")
+    for arguments in (
+        ("inspect", tmp_path / "source"),
+        ("prune", tmp_path / "source", "-o", tmp_path / "out", "--ratio", "0.3"),
+        ("export", tmp_path / "out", "-o", tmp_path / "dense", "--layout", "dense"),
+        ("verify", tmp_path / "out", tmp_path / "dense"),
+    ):
+        done = pessa(*arguments)
+        assert done.code == 0, done.err
+    assert pessa("verify", tmp_path / "source", tmp_path / "out").code == 1
+    is_refusal(pessa("eval", tmp_path / "source", "--speech", tmp_path), "WhisperEncoder", code=2)

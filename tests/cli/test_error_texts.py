@@ -47,6 +47,7 @@ from pessa_cli.evaluation.word_errors import WordErrors
 from pessa_cli.models.classes import class_of
 from pessa_cli.models.hooks import block_modules
 from pessa_cli.models.inputs import random_signal
+from pessa_cli.models.load import from_folder
 from pessa_cli.sources.openai_tokenizer import get_encoding
 from pessa_cli.sources.whisper_folder import read_vocabulary
 from pessa_cli.surgery.model import open_model
@@ -200,7 +201,9 @@ EXAMPLES: Mapping[str, Example] = {
         *("llama", "architectures", "MyLlama", "--level weights"),
         change=config("llama", architectures=["MyLlama"], model_type="mine"),
     ),
-    "a model without a tokenizer": failure("eval whisper --speech sums.jsonl", "whisper", "tokenizer"),
+    "a model without a tokenizer": failure(
+        lambda place: from_folder(transformers.AutoTokenizer, place / "whisper", "tokenizer"), "whisper", "tokenizer"
+    ),
     "a model that was saved within a wrapper": failure(
         "inspect llama",
         *("DataParallel", "module.", "save_pretrained"),

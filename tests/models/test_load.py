@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -86,8 +87,8 @@ def test_a_checkpoint_of_no_class_names_what_is_missing(tiny_folder: TinyFolder,
         tensors["bert.words.weight"] = tensors.pop("bert.embeddings.word_embeddings.weight")
 
     edit_weights(rename)(folder)
-    for names in (["BertForMaskedLM"], None):
-        edit_json(lambda config, names=names: config.update(architectures=names))(folder)
+    for names in (["BertForMaskedLM"], []):
+        edit_json(partial(dict.update, architectures=names))(folder)
         with quiet_transformers(), pytest.raises(PessaError, match=r"word_embeddings.weight: missing") as raised:
             load(open_model(folder))
         assert str(folder) in raised.value.message
