@@ -202,7 +202,9 @@ EXAMPLES: Mapping[str, Example] = {
         change=config("llama", architectures=["MyLlama"], model_type="mine"),
     ),
     "a model without a tokenizer": failure(
-        lambda place: from_folder(transformers.AutoTokenizer, place / "whisper", "tokenizer"), "whisper", "tokenizer"
+        lambda place: from_folder(transformers.WhisperProcessor, place / "whisper", "preprocessor"),
+        "whisper",
+        "preprocessor",
     ),
     "a model that was saved within a wrapper": failure(
         "inspect llama",
