@@ -272,6 +272,8 @@ def _show_pruned(written: WrittenModel) -> str:
     rule = _with_data(written.rule, written.method)
     if written.command == "prune":
         show_totals(written.totals, rule)
+    for line in written.notes:
+        note(line)
     return rule
 
 

@@ -22,6 +22,7 @@ from pessa_cli.cli.prune import decompose, export, prune, run
 from pessa_cli.cli.tune import merge, tune
 from pessa_cli.cli.verify import bench, verify
 from pessa_cli.common.errors import PessaError, PessaWarning, UsageError
+from pessa_cli.common.memory import raise_if_out_of_memory
 from pessa_cli.common.version import VERSION
 
 app = typer.Typer(
@@ -68,6 +69,14 @@ def _warnings_shown() -> Iterator[None]:
         yield
 
 
+def _run() -> None:
+    try:
+        app()
+    except (MemoryError, OSError, RuntimeError) as error:
+        raise_if_out_of_memory(error)
+        raise
+
+
 def main() -> None:
     """Run the command line. Exit codes: 0 for success, 1 for a failure, 2 for wrong usage."""
     for stream in (sys.stdout, sys.stderr):
@@ -76,7 +85,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, _terminated)
     try:
         with _warnings_shown():
-            app()
+            _run()
     except UsageError as error:
         console.show_error(error)
         sys.exit(2)

@@ -19,20 +19,24 @@ from torch import Tensor
 from pessa_cli.common.errors import PessaError, UsageError
 from pessa_cli.common.text import listed, read_text
 from pessa_cli.models.audio import load_audio
+from pessa_cli.models.classes import WEIGHTS_ALONE
 from pessa_cli.models.hooks import block_squares, output_of
 from pessa_cli.models.inputs import (
     Inputs,
     built_in_speech,
     clip_features,
     has_tokenizer,
+    hears,
     random_signal,
+    random_speech,
     speech_encoder,
     text_prompts,
     transcribe_greedily,
     transcript_inputs,
     with_decoder_ids,
+    with_encoder_states,
 )
-from pessa_cli.models.load import WEIGHTS_ALONE, from_folder, load, quiet_transformers
+from pessa_cli.models.load import from_folder, load, quiet_transformers
 from pessa_cli.models.windows import on_device
 from pessa_cli.surgery.model import Model
 
@@ -105,7 +109,7 @@ def _run_both(
     reference: Model, candidate: Model, whole: bool, audio: list[Path], text: list[Path], device: str = "cpu"
 ) -> tuple[list[tuple[str, float]], OutputDifference | None, list[GeneratedText]]:
     ours, theirs = load(reference).to(device), load(candidate).to(device)
-    speech, reads = ours.config.model_type == "whisper", ours.main_input_name == "input_ids"
+    speech, reads = hears(ours), ours.main_input_name == "input_ids"
     if audio and not speech:
         raise UsageError(
             f"--audio needs a speech model; {reference.reader.folder} is not one", "leave --audio out, or give --text"
@@ -127,6 +131,10 @@ def _run_both(
             )
             samples = []
             for name, clip in clips or [(BUILT_IN_SPEECH, built_in_speech())]:
+                if not ours.can_generate():
+                    features = clip_features(encoder, clip)["input_features"]
+                    samples.append(transcript_inputs(ours, features, random_speech(ours)["decoder_input_ids"]))
+                    continue
                 transcripts, features, ids = _transcribe(encoder, (ours, theirs) if whole else (ours,), clip)
                 if whole:
                     texts.append(GeneratedText(name, transcripts[0], transcripts[1]))
@@ -138,7 +146,10 @@ def _run_both(
             contents, known = [(path.name, read_text(path)) for path in text], has_tokenizer(folder)
             tokenizer = from_folder(transformers.AutoTokenizer, folder, "tokenizer") if known or text else None
             prompts = text_prompts(tokenizer, ours, contents)
+            crosses = [site.key_width for site in reference.sites if site.spec.kind.endswith(".cross")]
             samples, names = [with_decoder_ids(ours, inputs) for _, inputs in prompts], [name for name, _ in prompts]
+            if crosses:
+                samples = [with_encoder_states(ours, crosses[0], inputs) for inputs in samples]
             if whole and ours.can_generate():
                 decoder = tokenizer if known else None
                 texts = [_continue(decoder, (ours, theirs), name, inputs) for name, inputs in prompts]

@@ -17,13 +17,16 @@ from typing import Any, NamedTuple
 import transformers
 
 from pessa_cli.checkpoint.dtypes import FLOATS, TORCH_DTYPES
-from pessa_cli.checkpoint.files import CONFIG_FILE, sha256_of, visible_files
+from pessa_cli.checkpoint.files import CONFIG_FILE, sha256_of
+from pessa_cli.checkpoint.links import visible_files
+from pessa_cli.common.errors import PessaError
 from pessa_cli.common.text import shortened
-from pessa_cli.models.load import LOCAL_ONLY, quiet_transformers
+from pessa_cli.models.classes import LOCAL_ONLY
+from pessa_cli.models.load import quiet_transformers
 from pessa_cli.surgery.card import CARD_FILE
+from pessa_cli.surgery.generation import GENERATION_FILE, mended_generation_config
 from pessa_cli.surgery.model import MANIFEST_FILE, Model
 
-GENERATION_FILE = "generation_config.json"
 # Who wrote a file, from where, and how attention is computed. `dtype` is compared as the dtype that is loaded, and the
 # `quantization_config` of pessa, which gives the shapes of its tensors, with the weights.
 NOT_COMPARED = {
@@ -62,8 +65,18 @@ class Folder(NamedTuple):
         """The content of one of the files; ABSENT without it."""
         if name not in self.files:
             return ABSENT
+        if name == GENERATION_FILE and (mended := self.mended_generation) is not None:
+            return mended
         found = _document(self.files[name])
         return found | self.given if name == CONFIG_FILE else found
+
+    @property
+    def mended_generation(self) -> dict[str, Any] | None:
+        """What an output of this folder has as its generation config; None if that is the file as it is."""
+        try:
+            return mended_generation_config(self.model.reader.folder, self.model.reader.config)
+        except PessaError:  # the file cannot be read, and is compared as text
+            return None
 
     @property
     def given(self) -> dict[str, str]:
@@ -263,7 +276,8 @@ def _read_generation(folder: Folder) -> dict[str, Any]:
     else:
         found = kind.from_pretrained(place, CONFIG_FILE, _from_model_config=True, **LOCAL_ONLY)
     defaults: dict[str, Any] = getattr(kind, "_get_default_generation_params", dict)()
-    values = {key: defaults.get(key) if value is None else value for key, value in found.to_dict().items()}
+    written = found.to_dict() | (folder.mended_generation or {})
+    values = {key: defaults.get(key) if value is None else value for key, value in written.items()}
     return {GENERATION_FILE: _plain(values)}
 
 

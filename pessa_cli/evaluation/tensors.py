@@ -12,7 +12,7 @@ from pessa_cli.checkpoint.dtypes import TORCH_DTYPES
 from pessa_cli.checkpoint.reader import CheckpointReader
 from pessa_cli.common.errors import PessaError
 from pessa_cli.common.progress import Tick
-from pessa_cli.models.load import model_class
+from pessa_cli.models.classes import model_class
 from pessa_cli.surgery.model import Model
 
 # Buffers that transformers computes, and that old checkpoints store.

@@ -28,6 +28,7 @@ from pessa_cli.checkpoint.links import visible_files
 from pessa_cli.checkpoint.reader import CheckpointReader
 from pessa_cli.checkpoint.staging import new_folder
 from pessa_cli.common.errors import PessaError
+from pessa_cli.common.memory import raise_if_out_of_memory
 from pessa_cli.common.progress import Progress, quietly
 from pessa_cli.common.text import badness, listed
 from pessa_cli.common.version import VERSION
@@ -260,6 +261,7 @@ def _write(graph: Graph, path: Path) -> None:
             verbose=False,
         )
     except Exception as error:  # torch raises many types, all of them caused by this model
+        raise_if_out_of_memory(error, f"export {path.name}")
         raise PessaError(
             f"torch cannot export {path.name}\n{listed(str(error).splitlines())}", "install another version of torch"
         ) from error

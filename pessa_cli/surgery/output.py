@@ -27,6 +27,7 @@ from pessa_cli.checkpoint.staging import Staging
 from pessa_cli.common.jobs import in_order
 from pessa_cli.ranks.spectra import Spectra, Spectrum
 from pessa_cli.surgery.card import CARD_FILE, ORIGINAL_FILE, front_matter, is_card, model_card, read_card
+from pessa_cli.surgery.generation import GENERATION_FILE, write_generation_config
 from pessa_cli.surgery.model import MANIFEST_FILE
 from pessa_cli.surgery.rewrite import Rewrite
 from pessa_cli.surgery.side_files import copy_side_files
@@ -62,6 +63,7 @@ def write_output(
     finally:
         hasher.shutdown(cancel_futures=True)
     copied = copy_side_files(reader.folder, folder, rewrite.contents.copied)
+    write_generation_config(reader.folder, folder, reader.config)
     _write_config(reader.config, rewrite.stored, folder)
     _write_card(rewrite, folder)
     if known := _output_spectra(rewrite):
@@ -69,7 +71,8 @@ def write_output(
     reader.check_unchanged()
     outputs = hashes_of(staging)
     sources |= {CONFIG_FILE: sha256_of(reader.folder / CONFIG_FILE)} | {
-        name: outputs[copy] for name, copy in copied.items()
+        name: sha256_of(reader.folder / name) if name == GENERATION_FILE else outputs[copy]
+        for name, copy in copied.items()
     }
     manifest = rewrite.summary | {
         "source_sha256": dict(sorted(sources.items())),

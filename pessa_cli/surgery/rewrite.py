@@ -22,6 +22,7 @@ from pessa_cli.common.version import VERSION
 from pessa_cli.ranks.plan import RankPlan
 from pessa_cli.ranks.spectra import Spectra, Spectrum
 from pessa_cli.surgery.block_io import StorageLayout
+from pessa_cli.surgery.generation import generation_notes
 from pessa_cli.surgery.model import Model
 
 Ranking = Literal["svd", "vanilla", "calibrated"]
@@ -89,6 +90,11 @@ class Rewrite:
         """The weight files of the output by name, each with its part of the header."""
         return cut_into_files(self.header, {name: site.name for name, site in self.owner.items()}, self.shard_bytes)
 
+    @cached_property
+    def notes(self) -> list[str]:
+        """A sentence for each file whose content the output changes, because it does not fit the model."""
+        return generation_notes(self.model.reader.folder, self.model.reader.config)
+
     @property
     def summary(self) -> dict[str, Any]:
         """The content of pessa.json without the hashes: versions, options, ranks and dropped norms of each block."""
@@ -104,6 +110,7 @@ class Rewrite:
             **({} if self.data is None else {"calibration_sha256": self.data}),
             **({} if self.sequential is None else {"calibration_sequential": self.sequential}),
             "rule": self.rule,
+            **({"notes": self.notes} if self.notes else {}),
             "layout": self.layout,
             "ranks": {
                 s.name: {side: _ranks_text(plan[s.name]) for side, plan in sides.items()} | pairs.get(s.name, {})

@@ -29,9 +29,11 @@ from pessa_cli.checkpoint.reader import CheckpointReader, Header
 from pessa_cli.checkpoint.staging import Staging, new_folder, run_identity
 from pessa_cli.common.errors import PessaError
 from pessa_cli.common.jobs import one_thread
+from pessa_cli.common.memory import raise_if_out_of_memory
 from pessa_cli.common.text import listed
 from pessa_cli.common.version import VERSION
-from pessa_cli.models.load import model_class, quiet_transformers
+from pessa_cli.models.classes import model_class
+from pessa_cli.models.load import quiet_transformers
 from pessa_cli.surgery.model import MANIFEST_FILE, Model
 from pessa_cli.surgery.output import hashes_of, write_shards
 from pessa_cli.surgery.rewrite import cut_into_files
@@ -177,6 +179,7 @@ class Merger:
                     raise ValueError(f"unknown parameters {', '.join(unknown[:3])}")
                 self._model = tuned.merge_and_unload(safe_merge=True)
         except (ValueError, TypeError, KeyError, RuntimeError) as error:
+            raise_if_out_of_memory(error, f"merge {self._adapter.folder} into {layer}")
             reasons = listed(str(error).splitlines())
             raise PessaError(
                 f"{self._adapter.folder} cannot be merged into {layer}\n{reasons}",

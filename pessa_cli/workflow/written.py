@@ -68,6 +68,11 @@ class WrittenModel:
         return str(self.manifest["method"])
 
     @property
+    def notes(self) -> list[str]:
+        """A sentence for each file whose content the output changes, because it does not fit the model."""
+        return list(self.manifest.get("notes", ()))
+
+    @property
     def layout(self) -> str:
         """How the weights are stored: compact or dense."""
         return str(self.manifest["layout"])

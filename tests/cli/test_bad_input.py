@@ -185,10 +185,10 @@ FAULTS = {
     "unknown, named as llama": Fault(config(model_type="mystery"), ("'mystery'", "try --as llama"), "llama"),
     "another's model_type": Fault(config(model_type="bert"), ("bert", "--as")),
     "heads as text": Fault(config(encoder_attention_heads="4"), ("encoder_attention_heads is '4'",)),
-    "heads missing": Fault(edit_json(lambda c: c.pop("decoder_attention_heads")), ("decoder_attention_heads is None",)),
+    "heads missing": Fault(edit_json(lambda c: c.pop("decoder_attention_heads")), ("32 rows, but 6 heads",)),
     "heads zero": Fault(config(encoder_attention_heads=0), ("encoder_attention_heads is 0",)),
     "heads true": Fault(config(encoder_attention_heads=True), ("encoder_attention_heads is True",)),
-    "heads that do not divide": Fault(config(encoder_attention_heads=5), (Q0, "5 heads", "(32, 32)")),
+    "heads that do not divide": Fault(config(encoder_attention_heads=5), (Q0, "5 heads", "32 rows")),
     "groups that do not divide": Fault(config(num_key_value_heads=3), ("4 heads", "3 key/value heads"), "llama"),
     "groups of another size": Fault(config(num_key_value_heads=4), ("k_proj.weight", "(16, 32)"), "llama"),
     # Shards and their index.

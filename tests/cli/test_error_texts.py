@@ -40,11 +40,14 @@ from pessa_cli.checkpoint.reader import TensorInfo
 from pessa_cli.checkpoint.shards import CheckpointWriter
 from pessa_cli.cli.prune import run
 from pessa_cli.common.errors import PessaError, UsageError
+from pessa_cli.common.memory import raise_if_out_of_memory
 from pessa_cli.common.packages import need
 from pessa_cli.evaluation.measures import ScoreSettings
 from pessa_cli.evaluation.word_errors import WordErrors
+from pessa_cli.models.classes import class_of
 from pessa_cli.models.hooks import block_modules
 from pessa_cli.models.inputs import random_signal
+from pessa_cli.models.load import from_folder
 from pessa_cli.sources.openai_tokenizer import get_encoding
 from pessa_cli.sources.whisper_folder import read_vocabulary
 from pessa_cli.surgery.model import open_model
@@ -233,8 +236,23 @@ EXAMPLES: Mapping[str, Example] = {
     "a folder of models": failure(
         "inspect models", "models", "whisper", change=lambda p: copy_of(p / "whisper", p / "models" / "whisper")
     ),
-    "no class name in config.json": failure(
-        "verify llama llama", "architectures", "weights", change=config("llama", architectures=None)
+    "a model_type that transformers does not have": failure(
+        lambda place: class_of(open_model(place / "llama", "llama")),
+        *("llama", "architectures", "MyLlama", "--level weights"),
+        change=config("llama", architectures=["MyLlama"], model_type="mine"),
+    ),
+    "a model without a tokenizer": failure(
+        lambda place: from_folder(transformers.WhisperProcessor, place / "whisper", "preprocessor"),
+        "whisper",
+        "preprocessor",
+    ),
+    "a model that was saved within a wrapper": failure(
+        "inspect llama",
+        *("DataParallel", "module.", "save_pretrained"),
+        change=weights("llama", lambda found: found.update({f"module.{name}": found.pop(name) for name in [*found]})),
+    ),
+    "memory that runs out": failure(
+        lambda place: raise_if_out_of_memory(MemoryError("no room"), f"load {place}"), "memory", "no room", "load"
     ),
     "weights of another size": failure(
         "verify llama llama", "embed_tokens", "(90, 32)", change=config("llama", vocab_size=90)
@@ -389,8 +407,10 @@ SMALL: dict[str, int] = {
 INTERNAL = "only an error in pessa itself can cause it"
 BY_CALLER = "find_sites collects these errors, and adds the hint"
 HINTLESS = {
-    "blocks.discover._head_count": BY_CALLER,
-    "blocks.discover._rotated_directions": BY_CALLER,
+    "blocks.config_values.number": BY_CALLER,
+    "blocks.config_values.head_counts": BY_CALLER,
+    "blocks.config_values.rotated_directions": BY_CALLER,
+    "blocks.discover._head_dim": BY_CALLER,
     "blocks.discover._site": BY_CALLER,
     "checkpoint.shards.ShardWriter": INTERNAL,
     "checkpoint.shards.CheckpointWriter": INTERNAL,

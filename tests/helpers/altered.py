@@ -56,7 +56,7 @@ def pairs(place: Path) -> dict[str, Pair]:
     """Tiny models with all that people keep beside the weights: dense, factored and compact."""
     dense = {name: _dense(name, place / name) for name in ("bert", "llama", "whisper", "gpt2", "t5")}
     found = {name: Pair(folder, folder) for name, folder in dense.items()}
-    for name in ("t5", "whisper"):
+    for name in ("bert", "t5", "whisper"):
         decompose(dense[name], place / f"{name}-factored")
         found[f"{name}, factored"] = Pair(dense[name], place / f"{name}-factored")
     for name in ("llama", "whisper"):
