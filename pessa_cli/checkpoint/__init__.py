@@ -2,6 +2,15 @@
 
 from __future__ import annotations
 
+from pessa_cli.checkpoint.contents import (
+    CHOSEN,
+    HIDDEN,
+    MODULES_FILE,
+    WEIGHT_SUFFIXES,
+    Contents,
+    contents_of,
+    left_out_text,
+)
 from pessa_cli.checkpoint.dtypes import FLOATS, ITEM_BYTES, TORCH_DTYPES, UNDERFLOW, UNIT_ROUNDOFF
 from pessa_cli.checkpoint.files import (
     ADAPTER_FILE,
@@ -13,32 +22,41 @@ from pessa_cli.checkpoint.files import (
     read_json,
     sha256_of,
     source_name,
-    visible_files,
     write_json,
 )
+from pessa_cli.checkpoint.links import check_links, hidden_files, visible_files
 from pessa_cli.checkpoint.reader import CheckpointReader, Header, TensorInfo
 from pessa_cli.checkpoint.shards import CheckpointWriter, ShardWriter, write_index
 from pessa_cli.checkpoint.staging import Staging, check_free, new_folder, partial_folder, run_identity
 
 __all__ = [
     "ADAPTER_FILE",
+    "CHOSEN",
     "CONFIG_FILE",
     "FLOATS",
+    "HIDDEN",
     "INDEX_FILE",
     "ITEM_BYTES",
+    "MODULES_FILE",
     "MOST_JSON",
     "PICKLE_SUFFIXES",
     "SINGLE_FILE",
     "TORCH_DTYPES",
     "UNDERFLOW",
     "UNIT_ROUNDOFF",
+    "WEIGHT_SUFFIXES",
     "CheckpointReader",
     "CheckpointWriter",
+    "Contents",
     "Header",
     "ShardWriter",
     "Staging",
     "TensorInfo",
     "check_free",
+    "check_links",
+    "contents_of",
+    "hidden_files",
+    "left_out_text",
     "new_folder",
     "partial_folder",
     "read_json",

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import shlex
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from datetime import timedelta
 from statistics import median
+from threading import Timer
 from typing import TYPE_CHECKING, Any
 
 from rich.live import Live
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from pessa_cli.checkpoint.contents import left_out_text
 from pessa_cli.cli.plain_console import PlainConsole, styled
+from pessa_cli.cli.quantities import PERCENT, measured, quantity, size, step_row
 from pessa_cli.cli.sparkline import sparkline
 from pessa_cli.common.errors import PessaError
 from pessa_cli.common.text import json_text, listed, visible
@@ -31,7 +34,8 @@ if TYPE_CHECKING:
 
 
 OUT, ERR = PlainConsole(), PlainConsole(stderr=True)
-PERCENT = ("accuracy", "word error rate")  # metrics that are shown in percent
+PATIENCE = 10.0  # seconds of work without a word, where there is no terminal to show a progress bar
+MOST_IGNORED = 4
 MOST_STEPS = 12  # rows of the table during training
 MOST_LINE = 4000  # characters of a line of an error, which may hold two paths
 
@@ -49,6 +53,12 @@ def note(text: str) -> None:
     ERR.print(text)
 
 
+def note_left_out(left_out: Mapping[str, str]) -> None:
+    """Print which files are not in an output, besides hidden ones."""
+    if others := left_out_text(left_out):
+        note(f"not copied\n{others}")
+
+
 def show_text(text: str) -> None:
     """Print text to stdout, unchanged and not wrapped."""
     print(text)
@@ -60,22 +70,31 @@ def show_json(value: Any) -> None:
 
 
 @contextmanager
-def progress(what: str, nbytes: int, blocks: int) -> Iterator[Callable[[int, int], None]]:
-    """Show a progress bar on stderr with bytes, blocks and the remaining time; it disappears at the end."""
+def progress(what: str, nbytes: int, steps: int) -> Iterator[Callable[[int, int], None]]:
+    """Show a progress bar on stderr with what is done and the remaining time; it disappears at the end.
+
+    Where stderr is no terminal, a stage that takes longer than PATIENCE is named once.
+    """
     what = visible(what)
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn())
-    times = (TimeElapsedColumn(), TimeRemainingColumn())
-    count = TextColumn("{task.fields[blocks]}", markup=False)
-    with Progress(*columns, count, *times, console=ERR, transient=True, disable=not ERR.is_terminal) as bar:
-        task = bar.add_task(what, total=nbytes, blocks=f"0/{blocks} blocks")
-        done = 0
+    long, unit, done = Timer(PATIENCE, note, [f"{what} ..."]), " blocks" if nbytes else "", 0
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), *([DownloadColumn()] if nbytes else []))
+    more = (TextColumn("{task.fields[steps]}", markup=False), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, *more, console=ERR, transient=True, disable=not ERR.is_terminal) as bar:
+        task = bar.add_task(what, total=nbytes or steps, steps="")
 
-        def tick(more: int, blocks_more: int) -> None:
+        def tick(bytes_more: int, steps_more: int) -> None:
             nonlocal done
-            done += blocks_more
-            bar.update(task, advance=more, blocks=f"{done}/{blocks} blocks")
+            done += steps_more
+            bar.update(task, advance=bytes_more if nbytes else steps_more, steps=f"{done}/{steps}{unit}" * bool(steps))
 
-        yield tick
+        tick(0, 0)
+        if not ERR.is_terminal:
+            long.daemon = True
+            long.start()
+        try:
+            yield tick
+        finally:
+            long.cancel()
 
 
 def show_architectures(rows: list[dict[str, Any]]) -> None:
@@ -224,7 +243,10 @@ def show_totals(totals: Mapping[str, Any], rule: str) -> None:
 def show_written(written: WrittenModel, check: bool = True) -> None:
     """Print what was written, and with `check` the command that verifies it."""
     rule = _show_pruned(written)
-    how = f"; check it with: pessa verify {written.source} {written.out}" if check else ""
+    limits = " --tolerance 1 --min-agreement 0" if written.totals["attention_pruned"] else ""
+    command = f"pessa verify {shlex.quote(str(written.source))} {shlex.quote(str(written.out))}{limits}"
+    how = f"; compare it with the original: {command}" if check else ""
+    note_left_out(written.left_out)
     note(f"{written.out} written, {rule}, {written.layout}{how}")
 
 
@@ -237,6 +259,7 @@ def show_plan(written: WrittenModel) -> None:
     OUT.print(table)
     for file, nbytes in written.shards.items():
         OUT.print(f"{file}  {size(nbytes)}")
+    OUT.print(written.other_files)
     note(f"dry run: {written.out} would be written, {rule}, {written.layout}; nothing was written")
 
 
@@ -245,6 +268,8 @@ def _show_pruned(written: WrittenModel) -> str:
     rule = _with_data(written.rule, written.method)
     if written.command == "prune":
         show_totals(written.totals, rule)
+    for line in written.notes:
+        note(line)
     return rule
 
 
@@ -259,19 +284,25 @@ def show_report(found: Verification) -> None:
         table.add_row(*row)
     OUT.print(table)
     for text in report.texts:
-        verdict = ("the same text", "") if text.reference == text.candidate else ("different texts", "red")
+        verdict = ("the same text", "") if text.same else ("different texts", "red")
         OUT.print()
         OUT.print(styled((text.name, "bold"), ": ", verdict))
         for name, output in zip(names, (text.reference, text.candidate), strict=True):
             on_one_line = output.replace("\n", "\\n")
             OUT.print(f"  {name.ljust(width)}  {on_one_line}")
     OUT.print()
+    if report.outputs is not None and report.outputs.agreement is not None:
+        OUT.print("agreement: the share of positions at which both predict the same token after the same tokens")
+    if ignored := [*report.settings.ignored, *report.ignored]:
+        OUT.print(f"ignored, since they change nothing that the model does:\n{listed(ignored, MOST_IGNORED)}")
     if report.same:
         OUT.print(styled(("same model", "bold green"), " within these limits"))
         return
     OUT.print(styled(("not the same model", "bold red")))
     for failure in report.failures:
         OUT.print(f"  {failure}")
+    if report.hint is not None:
+        note(f"a pruned model differs by what was cut; these limits would accept it: {report.hint}")
 
 
 @contextmanager
@@ -285,33 +316,19 @@ def training() -> Iterator[Callable[[TrainingStep], None]]:
                 shown.append(step)
                 live.update(_steps_table(shown), refresh=True)
             else:
-                ERR.print("  ".join(filter(None, (f"{h} {v}" if v else "" for h, v in _step_row(step).items()))))
+                ERR.print("  ".join(filter(None, (f"{h} {v}" if v else "" for h, v in step_row(step).items()))))
 
         yield watch
 
 
 def _steps_table(steps: Iterable[TrainingStep]) -> Table:
     table = Table(box=None, pad_edge=False)
-    rows = [_step_row(step) for step in steps]
+    rows = [step_row(step) for step in steps]
     for heading in rows[0]:
         table.add_column(heading, justify="right")
     for row in rows:
         table.add_row(*row.values())
     return table
-
-
-def _step_row(step: TrainingStep) -> dict[str, str]:
-    left = step.seconds / max(1, step.step - step.first) * (step.steps - step.step)
-    return {
-        "step": f"{step.step}/{step.steps}",
-        "epoch": f"{step.epoch:.2f}",
-        "loss": "" if step.loss is None else f"{step.loss:.4f}",
-        "eval loss": "" if step.eval_loss is None else f"{step.eval_loss:.4f}",
-        "learning rate": "" if step.learning_rate is None else f"{step.learning_rate:.2e}",
-        "tokens/s": f"{step.tokens_per_second:,.0f}" if step.tokens_per_second else "",
-        "time": f"{timedelta(seconds=round(step.seconds))}",
-        "left": f"{timedelta(seconds=round(left))}",
-    }
 
 
 def show_tuned(record: dict[str, Any]) -> None:
@@ -346,15 +363,11 @@ def show_scores(scores: list[Scores]) -> None:
     for model in scores:
         values = []
         for kind, found in model.found.items():
-            values += [_measured(score.metric, score.value) for score in found]
+            values += [measured(score.metric, score.value) for score in found]
             if kind == "tasks":
-                values.append(_measured("accuracy", model.mean))
+                values.append(measured("accuracy", model.mean))
         table.add_row(model.model, *values)
     OUT.print(table)
-
-
-def _measured(metric: str, value: float) -> str:
-    return f"{100 * value:.1f}" if metric in PERCENT else f"{value:.4g}"
 
 
 def show_bench(bench: Bench, names: tuple[str, str]) -> None:
@@ -368,23 +381,6 @@ def show_bench(bench: Bench, names: tuple[str, str]) -> None:
         table.add_column(name, justify="right")
     for measure in bench.measures:
         what = f"generate {settings.tokens} tokens" if measure.name == "generate" else measure.name
-        values = (_quantity(value, measure.unit) for value in (measure.reference, measure.candidate))
+        values = (quantity(value, measure.unit) for value in (measure.reference, measure.candidate))
         table.add_row(what, *values, "" if measure.ratio is None else f"{measure.ratio:.3f}")
     OUT.print(table)
-
-
-def _quantity(value: float, unit: str) -> str:
-    if unit == "bytes":
-        return size(value)
-    if unit == "seconds":
-        return f"{value * 1000:.1f} ms" if value < 1 else f"{value:.2f} s"
-    return f"{value:,.0f}"
-
-
-def size(count: float) -> str:
-    """Format bytes in decimal units, as file managers and hubs do."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"

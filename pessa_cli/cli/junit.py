@@ -10,7 +10,7 @@ from pessa_cli.common.errors import PessaError, UsageError
 from pessa_cli.common.text import visible
 
 if TYPE_CHECKING:
-    from pessa_cli.evaluation.verify import Report
+    from pessa_cli.evaluation.report import Report
 
 
 def check_junit(path: Path) -> None:

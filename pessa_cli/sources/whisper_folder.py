@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pessa_cli.blocks.alignment import alignment_heads
 from pessa_cli.checkpoint.files import CONFIG_FILE, MOST_JSON, read_json, write_json
 from pessa_cli.common.errors import PessaError
 from pessa_cli.common.files import file_size
-from pessa_cli.common.text import listed
+from pessa_cli.common.text import listed, shortened
 
 TOKENIZER_FILE = "tokenizer.json"
 SAMPLING_RATE, HOP_LENGTH, WINDOW = 16000, 160, 400  # the same in every Whisper model; lengths in samples
@@ -117,20 +118,14 @@ def _generation_config(source: Path, config: Mapping[str, Any], vocabulary: Voca
         if tokens:
             result[ours] = tokens
     pairs = theirs.get("alignment_heads") or []
-    if not isinstance(pairs, list) or not all(
-        isinstance(pair, list)
-        and [type(index) for index in pair] == [int, int]
-        # The same as 0 <= layer < layers and 0 <= head < heads.
-        and pair[0] in range(layers)
-        and pair[1] in range(heads)
-        for pair in pairs
-    ):
+    found = alignment_heads(pairs, layers, heads)
+    if found is None:
         raise PessaError(
-            f"{source}: alignment_heads are not pairs of a layer below {layers} and a head below {heads}",
+            f"{source}: alignment_heads is {shortened(pairs)}, not a list of pairs of a layer and a head",
             "copy the folder again",
         )
-    if pairs:
-        result["alignment_heads"] = pairs
+    if found:
+        result["alignment_heads"] = [list(pair) for pair in found]
     if vocabulary.multilingual:
         languages = vocabulary.tokens[ids[START] + 1 : ids[TRANSLATE]]
         # The first tokenizers used the code iw for Hebrew; transformers uses he.

@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import get_args
 
 import torch
 
 from pessa_cli.blocks.site import Site
 from pessa_cli.common.errors import UsageError
 from pessa_cli.common.progress import Progress, quietly
+from pessa_cli.common.text import shortened
 from pessa_cli.surgery.rewrite import SHARD_BYTES
+from pessa_cli.surgery.side_files import UnknownWeights
 
 IN_FLIGHT = 400 * 10**6  # bytes of float64 weights computed at the same time; one block is always allowed
 
@@ -23,7 +26,8 @@ class Run:
     source: the name that the user gave the model; by default that of its folder. force: replace an existing output.
     resume: continue with the shards that a killed run has finished. dry: only plan, and write nothing. jobs: the
     largest number of blocks computed at the same time, 0 for one per core. device: of the computations, as torch names
-    it. shard_bytes: the largest size of one file of weights. progress: reports the work that was done.
+    it. shard_bytes: the largest size of one file of weights. unknown_weights: what is done with files of
+    weights of which the names do not tell whether they belong to the model. progress: reports the work that was done.
 
     Raises UsageError for values that cannot be used.
     """
@@ -35,6 +39,7 @@ class Run:
     jobs: int = 0
     device: str = "cpu"
     shard_bytes: int = SHARD_BYTES
+    unknown_weights: UnknownWeights = "refuse"
     progress: Progress = quietly
 
     def __post_init__(self) -> None:
@@ -42,11 +47,14 @@ class Run:
             raise UsageError(f"--jobs {self.jobs} is less than 0", "give 1 or more, or 0 for one per core")
         if self.shard_bytes < 1:
             raise UsageError(f"--max-shard-size {self.shard_bytes} is less than 1 byte", "give a size such as 5GB")
+        if self.unknown_weights not in get_args(UnknownWeights):
+            choices = ", ".join(get_args(UnknownWeights))
+            raise UsageError(f"--unknown-weights {shortened(self.unknown_weights)} is not known", f"give {choices}")
         try:
             torch.zeros(1, dtype=torch.float64, device=self.device)
         except (RuntimeError, AssertionError, TypeError) as error:
             reason = str(error).splitlines()[0]
-            raise UsageError(f"--device {self.device} cannot be used: {reason}", "give cpu, or leave it out") from None
+            raise UsageError(f"--device {self.device} cannot be used: {reason}", "give cpu, or leave it out") from error
 
     def jobs_for(self, sites: Sequence[Site]) -> int:
         """Return how many of these blocks may be computed at the same time."""

@@ -68,13 +68,17 @@ class Known:
 
 @contextmanager
 def opened(
-    model: str | Path, architecture: str | None = None, revision: str | None = None, allow_pickle: bool = False
+    model: str | Path,
+    architecture: str | None = None,
+    revision: str | None = None,
+    allow_pickle: bool = False,
+    follow_links: bool = False,
 ) -> Iterator[Model]:
     """Open a folder, a file or a name on a hub as a Model; converted copies are deleted after the `with` block.
 
     Raises PessaError when the model cannot be found, converted or read.
     """
-    with open_source(str(model), revision, allow_pickle) as folder:
+    with open_source(str(model), revision, allow_pickle, follow_links) as folder:
         yield open_model(folder, architecture)
 
 
