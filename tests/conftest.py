@@ -31,7 +31,7 @@ from fetch_models import fetch
 from harness import Once, Pessa, Real, RealPruned, Result, TinyFolder
 from tuned import with_tokenizer
 
-from pessa_cli.cli.main import main
+from pessa_cli.cli.main import BUG, main
 from pessa_cli.ranks.rule import Rule
 from pessa_cli.surgery.model import open_model
 from pessa_cli.surgery.prune import prune_model
@@ -139,7 +139,7 @@ def clip(real: Real) -> Path:
 
 @pytest.fixture
 def pessa(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Pessa:
-    """`pessa("inspect", folder, "--json")`: the command in this process; an uncaught exception fails the test."""
+    """`pessa("inspect", folder, "--json")`: the command in this process; an unexpected error fails the test."""
 
     def call(*arguments: object) -> Result:
         monkeypatch.setattr(sys, "argv", ["pessa", *map(str, arguments)])
@@ -151,6 +151,7 @@ def pessa(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -
             code = leaving.code or 0
         printed = capsys.readouterr()
         assert isinstance(code, int), code
+        assert code != BUG, printed.err
         return Result(code, printed.out, printed.err)
 
     return call

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pessa_cli.blocks.compact_format import (
+    HINT_BEGINS,
     LOAD_HINT,
     QUANT_METHOD,
     ModuleNames,
@@ -25,6 +26,7 @@ from pessa_cli.blocks.table import ARCHITECTURES, FIRST_RELEASE, PUBLISHED, SINC
 __all__ = [
     "ARCHITECTURES",
     "FIRST_RELEASE",
+    "HINT_BEGINS",
     "LOAD_HINT",
     "PUBLISHED",
     "QUANT_METHOD",
