@@ -39,10 +39,13 @@ from pessa_cli.surgery.prune import prune_model
 # One thread a test process: for tiny matrices more are slower, and the cores are for other tests.
 os.environ["OMP_NUM_THREADS"] = "1"  # of the commands that tests start
 torch.set_num_threads(1)
+LIBRARIES = ("compat", "runtime", "tuning", "sources/test_sources.py")  # tests that the libraries' versions decide
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
-    """Tests of real models are marked by what they take, so that none can be forgotten."""
+    """Mark tests of real models by what they take, and those of other libraries' versions by their folder."""
+    if any(item.path.is_relative_to(Path(__file__).parent / folder) for folder in LIBRARIES):
+        item.add_marker(pytest.mark.libraries)
     if "real" in getattr(item, "fixturenames", ()):
         item.add_marker(pytest.mark.real)
 
@@ -148,10 +151,11 @@ def pessa(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -
         try:
             main()
         except SystemExit as leaving:
+            if leaving.code == BUG and leaving.__context__ is not None:
+                raise leaving.__context__
             code = leaving.code or 0
         printed = capsys.readouterr()
         assert isinstance(code, int), code
-        assert code != BUG, printed.err
         return Result(code, printed.out, printed.err)
 
     return call

@@ -55,8 +55,8 @@ def _terminated(number: int, _frame: object) -> None:
 def main() -> None:
     """Run the command line.
 
-    Exit codes: 0 for success, 1 for a failure, 2 for wrong usage, 70 for a bug in pessa. An error is printed without its
-    traceback, unless PESSA_TRACEBACK is set; a bug is printed with it.
+    Exit codes: 0 for success, 1 for a failure, 2 for wrong usage, 70 for a bug in pessa. An error is printed without
+    its traceback, unless PESSA_TRACEBACK is set; a bug is printed with it.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -76,6 +76,8 @@ def main() -> None:
         sys.exit(1)
     except Exception as error:
         console.show_traceback(error)
-        what = f"pessa {VERSION} did not expect this error, {type(error).__name__}: this is a bug in pessa"
-        console.show_error(PessaError(what, "report it with the command line and the lines above"))
+        console.note(
+            f"error: pessa {VERSION} did not expect this error, {type(error).__name__}: this is a bug in pessa"
+        )
+        console.note("hint: report it with the command line and the lines above")
         sys.exit(BUG)

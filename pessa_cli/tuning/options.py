@@ -73,8 +73,7 @@ class TrainOptions:
     seed: int = option(0, "Random seed for the order of the data and the initial adapter.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
         "auto",
-        "Dtype of the frozen weights; auto is bfloat16 on an accelerator that has it, and float32 on others and on a CPU. "
-        "The adapter is trained in float32.",
+        "Dtype of the frozen weights; auto is bfloat16 on an accelerator that has it, else float32.",
     )
     device: Literal["auto", "cpu"] = option("auto", "Device to train on; auto is an accelerator if there is one.")
     gradient_checkpointing: bool = option(

@@ -112,7 +112,8 @@ def attach(model: PreTrainedModel, config: PeftConfig, batches: Iterable[Mapping
     EVA starts from the principal components of each layer's inputs and distributes ranks by explained variance
     (Paischer et al. 2024, arXiv:2410.07170). CorDA starts from the decomposition of W C, where C is the covariance of
     the inputs (Yang et al. 2024, arXiv:2406.05223). batches: keyword arguments of the model; they are
-    moved to its device. Raises UsageError when a method needs data and none are given, PessaError when CorDA lacks a package.
+    moved to its device. Raises UsageError when a method needs data and none are given, PessaError when CorDA lacks a
+    package.
     """
     from peft import get_peft_model
 

@@ -103,6 +103,8 @@ def tune(job: Job) -> dict[str, Any] | None:
         warnings.simplefilter("ignore", FutureWarning)  # deprecations inside transformers
         arguments = _arguments(job)
         base = load(job.model, _dtype(job.tuning.train))
+        if arguments.device.type != "mps":  # adapters start from decompositions, which MPS does not have
+            base = base.to(arguments.device)
         collate, examples = _data(job, base, job.data)
         held_out = None if job.eval_data is None else _data(job, base, job.eval_data)[1]
         model = adapted(base, job.tuning, _steps(job.tuning, len(examples)), _sample(examples, collate, arguments))

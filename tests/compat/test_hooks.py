@@ -25,11 +25,16 @@ BERT = "hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_
     ("library", "hooked", "module", "name", "use"),
     [
         (
-            *("transformers", "transformers.quantizers.auto", "transformers.quantizers.auto", "register_quantizer"),
+            *(
+                "transformers",
+                "transformers.quantizers.auto",
+                "transformers.quantizers.auto",
+                "AUTO_QUANTIZATION_CONFIG_MAPPING",
+            ),
             f"from transformers import BertConfig, BertModel; BertModel(BertConfig({BERT}))",
         ),
         (
-            *("peft", "peft", "peft.tuners.tuners_utils", "check_target_module_exists"),
+            *("peft", "peft", "peft.utils", "register_peft_method"),
             "import torch, peft; peft.get_peft_model(torch.nn.Sequential(torch.nn.Linear(4, 4)), "
             "peft.LoraConfig(target_modules=['0']))",
         ),
