@@ -152,7 +152,7 @@ def pessa(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -
             main()
         except SystemExit as leaving:
             if leaving.code == BUG and leaving.__context__ is not None:
-                raise leaving.__context__
+                raise leaving.__context__ from leaving.__context__.__cause__
             code = leaving.code or 0
         printed = capsys.readouterr()
         assert isinstance(code, int), code
