@@ -287,10 +287,7 @@ def _arguments(job: Job) -> TrainingArguments:
 
 
 def _dtype(train: TrainOptions) -> torch.dtype:
-    """The dtype of the frozen weights. Raises UsageError for float16 on a CPU.
-
-    Gradients smaller than float16 can represent need loss scaling, which PyTorch has for accelerators only.
-    """
+    """The dtype of the frozen weights. Raises UsageError for float16 on a CPU, which has no loss scaling."""
     on_accelerator = train.device != "cpu" and torch.accelerator.is_available()
     if train.dtype == "auto":
         return torch.bfloat16 if on_accelerator and bfloat16_is_fast() else torch.float32

@@ -100,9 +100,9 @@ def test_attention_with_another_signature_keeps_its_stock_forward(monkeypatch: p
 
         def forward(self: Any, key_value_states: Any, hidden_states: Any) -> None: ...
 
+        original = import_module("pessa_cli.runtime.patched_attention")
         with monkeypatch.context() as patched:
             patched.setattr(stock, "forward", forward)
-            patched.delitem(sys.modules, "pessa_cli.runtime.patched_attention", raising=False)
+            patched.delitem(sys.modules, "pessa_cli.runtime.patched_attention")
             assert stock not in import_module("pessa_cli.runtime.patched_attention").PATCHED
-        sys.modules.pop("pessa_cli.runtime.patched_attention", None)
-        assert stock in import_module("pessa_cli.runtime.patched_attention").PATCHED
+        assert stock in original.PATCHED
