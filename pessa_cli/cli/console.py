@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -49,6 +50,11 @@ def show_error(error: PessaError) -> None:
     ERR.print(f"[bold red]error:[/] {_plain(error.message)}")
     if error.hint:
         ERR.print(f"[bold]hint:[/] {_plain(error.hint)}")
+
+
+def show_traceback(error: BaseException) -> None:
+    """Print the traceback of an error to stderr, with those of the errors that it was raised from."""
+    ERR.print(_plain("".join(traceback.format_exception(error)).rstrip()))
 
 
 def _plain(text: str) -> str:

@@ -31,8 +31,10 @@ def read_text(path: Path, hint: str = "give a UTF-8 text file") -> str:
     """
     try:
         content = path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise PessaError(f"{path} does not exist", hint) from error
     except (OSError, UnicodeDecodeError) as error:
-        raise PessaError(f"cannot read {path}: {error}", hint) from None
+        raise PessaError(f"cannot read {path}: {error}", hint) from error
     if not content.strip():
         raise PessaError(f"{path} is empty", "give a file that contains text")
     return content
