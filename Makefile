@@ -5,16 +5,17 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
+LOWEST = .venv-lowest
 MODEL = models/whisper-tiny.en
 CLIP = models/speech/beckett.wav
 SOURCES = pessa_cli scripts tests
 THRESHOLDS = --qk-thr 5e-3 --vo-thr 6e-3
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: help demo check test lint docs clean
+.PHONY: help demo check test test-lowest lint docs clean
 
 help: ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/\1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 10
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 13
 
 demo: $(VENV)/.demo ## see what pessa does on a real model: inspect, prune, verify, transcribe
 	$(BIN)/python scripts/fetch_models.py whisper-tiny.en speech
@@ -28,6 +29,9 @@ check: lint ## run what is for working: ruff, mypy and the fast tests, without d
 test: lint docs ## run everything that CI runs, with the real models, which are fetched the first time
 	$(BIN)/python scripts/fetch_models.py --all
 	$(BIN)/python -m pytest
+
+test-lowest: $(LOWEST)/.test ## run the tests of other libraries with the lowest versions that pyproject.toml names
+	HF_HUB_OFFLINE=1 $(LOWEST)/bin/python -m pytest -m "libraries and not slow and not real"
 
 lint: $(VENV)/.test ## run ruff and mypy
 	$(BIN)/ruff check $(SOURCES)
@@ -51,6 +55,12 @@ $(VENV)/.test: pyproject.toml constraints.txt
 	$(INSTALL) -e '.[dev]'
 	touch $@ $(VENV)/.demo $(VENV)/.docs
 
+$(LOWEST)/.test: pyproject.toml constraints-lowest.txt
+	test -d $(LOWEST) || $(PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-lowest.txt \
+		-e '.[whisper,plot,gguf,tune]' jiwer pytest pytest-xdist hypothesis
+	touch $@
+
 $(VENV)/.docs: pyproject.toml constraints.txt
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
 	@echo "installing pessa and what its documentation needs into $(VENV) (a few minutes the first time)"
@@ -58,4 +68,4 @@ $(VENV)/.docs: pyproject.toml constraints.txt
 	touch $@
 
 clean: ## remove the virtual environment and what was built
-	rm -rf $(VENV) demo site
+	rm -rf $(VENV) $(LOWEST) demo site

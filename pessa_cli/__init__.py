@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import wrapt
 
 from pessa_cli.common.version import VERSION
-from pessa_cli.tuning.peft_plugin import TUNERS
+from pessa_cli.compat.hooks import guarded
+from pessa_cli.tuning.peft_plugin import WAITED_FOR
 
 __version__ = VERSION
 
@@ -38,18 +39,22 @@ def __dir__() -> list[str]:
     return ["__version__", *api.__all__]
 
 
-@wrapt.when_imported("transformers.quantizers.auto")  # type: ignore[untyped-decorator,unused-ignore]
-def _register(_module: object) -> None:
+def _register_loader() -> None:
     from pessa_cli.runtime.transformers_loader import register
 
     register()
 
 
-def _register_tuners(_module: object) -> None:
+def _register_tuners() -> None:
     from pessa_cli.tuning.peft_plugin import register_all
 
     register_all()
 
 
-for _name in ("peft", *(f"pessa_cli.tuning.{tuner}" for tuner in ("tuner_base", *TUNERS))):
-    wrapt.register_post_import_hook(_register_tuners, _name)
+wrapt.register_post_import_hook(
+    guarded("transformers", "compact models cannot be loaded", _register_loader), "transformers.quantizers.auto"
+)
+for _name in ("peft", *(f"pessa_cli.{module}" for module in WAITED_FOR)):
+    wrapt.register_post_import_hook(
+        guarded("peft", "the fine-tuning methods of pessa are not available", _register_tuners), _name
+    )

@@ -31,7 +31,7 @@ from fetch_models import fetch
 from harness import Once, Pessa, Real, RealPruned, Result, TinyFolder
 from tuned import with_tokenizer
 
-from pessa_cli.cli.main import main
+from pessa_cli.cli.main import BUG, main
 from pessa_cli.ranks.rule import Rule
 from pessa_cli.surgery.model import open_model
 from pessa_cli.surgery.prune import prune_model
@@ -39,10 +39,13 @@ from pessa_cli.surgery.prune import prune_model
 # One thread a test process: for tiny matrices more are slower, and the cores are for other tests.
 os.environ["OMP_NUM_THREADS"] = "1"  # of the commands that tests start
 torch.set_num_threads(1)
+LIBRARIES = ("compat", "runtime", "tuning", "sources/test_sources.py")  # tests that the libraries' versions decide
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
-    """Tests of real models are marked by what they take, so that none can be forgotten."""
+    """Mark tests of real models by what they take, and those of other libraries' versions by their folder."""
+    if any(item.path.is_relative_to(Path(__file__).parent / folder) for folder in LIBRARIES):
+        item.add_marker(pytest.mark.libraries)
     if "real" in getattr(item, "fixturenames", ()):
         item.add_marker(pytest.mark.real)
 
@@ -139,7 +142,7 @@ def clip(real: Real) -> Path:
 
 @pytest.fixture
 def pessa(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Pessa:
-    """`pessa("inspect", folder, "--json")`: the command in this process; an uncaught exception fails the test."""
+    """`pessa("inspect", folder, "--json")`: the command in this process; an unexpected error fails the test."""
 
     def call(*arguments: object) -> Result:
         monkeypatch.setattr(sys, "argv", ["pessa", *map(str, arguments)])
@@ -148,6 +151,8 @@ def pessa(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -
         try:
             main()
         except SystemExit as leaving:
+            if leaving.code == BUG and leaving.__context__ is not None:
+                raise leaving.__context__ from leaving.__context__.__cause__
             code = leaving.code or 0
         printed = capsys.readouterr()
         assert isinstance(code, int), code

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pessa_cli.algebra.absorb import Absorbed, Pair, recompose
+from pessa_cli.algebra.absorb import Absorbed, Pair, recompose, value_bias_effect
 from pessa_cli.algebra.compare import relative_difference
 from pessa_cli.algebra.decompose import (
     Transforms,
@@ -42,5 +42,6 @@ __all__ = [
     "traces",
     "transformed",
     "triangular",
+    "value_bias_effect",
     "weighted_transforms",
 ]

@@ -72,10 +72,21 @@ def absorb(weights: HeadWeights, site: Site, dtype: torch.dtype = torch.float64)
     if o_bias is None or not site.moves_v_bias:
         v = _with_bias(v, weights.v_bias)
     elif weights.v_bias is not None:
-        each = weights.v_bias.double().unsqueeze(1).expand(g, m, d)  # shared by the query heads of a group
-        o_bias = o_bias + o.double().reshape(len(o), -1) @ each.reshape(-1)
+        o_bias = o_bias + value_bias_effect(weights)
     o = o.to(dtype).permute(1, 2, 0, 3).reshape(g, m * site.output_width, d)
     return Absorbed(qk, Pair(v.mT, o), o_bias)
+
+
+def value_bias_effect(weights: HeadWeights) -> Tensor:
+    """Return what the value biases add to the output where attention weights sum to one, (D_o,) in float64.
+
+    It is `sum_h b_V,h W_O,h`, and zero for a block without value biases.
+    """
+    o = weights.o.double()  # (D_o, G, M, d)
+    if weights.v_bias is None:
+        return o.new_zeros(len(o))
+    each = weights.v_bias.double().unsqueeze(1).expand(o.shape[1:])  # shared by the query heads of a group
+    return o.reshape(len(o), -1) @ each.reshape(-1)
 
 
 def _with_bias(weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pessa_cli.blocks.alignment import alignment_heads, usual_heads
 from pessa_cli.blocks.compact_format import (
+    HINT_BEGINS,
     LOAD_HINT,
     QUANT_METHOD,
     ModuleNames,
@@ -26,6 +27,7 @@ from pessa_cli.blocks.table import ARCHITECTURES, FIRST_RELEASE, PUBLISHED, SINC
 __all__ = [
     "ARCHITECTURES",
     "FIRST_RELEASE",
+    "HINT_BEGINS",
     "LOAD_HINT",
     "PUBLISHED",
     "QUANT_METHOD",

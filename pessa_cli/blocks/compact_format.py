@@ -17,7 +17,8 @@ from pessa_cli.common.text import shortened
 QUANT_METHOD = "pessa"
 # This text is written to config.json as `attn_implementation`, and pessa's loader removes it. Without pessa,
 # transformers fails with an error that quotes it; no other entry of config.json is quoted in an error.
-LOAD_HINT = "compact model: pip install pessa, and `import pessa_cli` before from_pretrained"
+HINT_BEGINS = "compact model: "  # also of the hints of earlier versions
+LOAD_HINT = f"{HINT_BEGINS}install pessa, and `import pessa_cli` before from_pretrained"
 Ranks = tuple[int, ...]  # one rank per head; for a whole block, one per key/value head
 # The frequency pairs that one head keeps, as ascending ranges. RoPE rotates directions i and i + d/2 of a head together
 # as pair i, so both are kept or both are cut. Ranges rather than single numbers, so that parsing a short text from a

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -85,9 +86,13 @@ def sha256_of(path: Path) -> str:
 
 
 def source_name(folder: Path) -> str:
-    """Return a name for the model in a folder: `owner/name` for a snapshot of the hub, else the folder name."""
+    """Return a name for the model in a folder: `owner/name` for a snapshot of the hub, else the folder name.
+
+    For a link it is the name of the link, which is what the user gave.
+    """
+    given = Path(os.path.abspath(folder)).name  # noqa: PTH100  # resolves ".." and no links
     folder = folder.resolve()
     place = folder.parent.parent.name.split("--")
     if folder.parent.name == "snapshots" and place[0] == "models" and len(place) > 1:
         return "/".join(place[1:])
-    return folder.name
+    return given

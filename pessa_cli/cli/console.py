@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -46,6 +47,11 @@ def show_error(error: PessaError) -> None:
         if text:
             lines = "\n".join(line if len(line) <= MOST_LINE else f"{line[:MOST_LINE]}..." for line in text.split("\n"))
             ERR.print(styled((label, style), " ", lines))
+
+
+def show_traceback(error: BaseException) -> None:
+    """Print the traceback of an error to stderr, with those of the errors that it was raised from."""
+    ERR.print("".join(traceback.format_exception(error)).rstrip())
 
 
 def note(text: str) -> None:

@@ -6,6 +6,7 @@ Heavy libraries such as torch are imported inside the commands that need them, s
 from __future__ import annotations
 
 import io
+import os
 import signal
 import sys
 import warnings
@@ -24,6 +25,9 @@ from pessa_cli.cli.verify import bench, verify
 from pessa_cli.common.errors import PessaError, PessaWarning, UsageError
 from pessa_cli.common.memory import raise_if_out_of_memory
 from pessa_cli.common.version import VERSION
+
+BUG = 70  # the exit code of an error that pessa did not expect, as in sysexits.h
+TRACEBACK = "PESSA_TRACEBACK"  # the environment variable that shows the causes of errors
 
 app = typer.Typer(
     name="pessa",
@@ -78,7 +82,11 @@ def _run() -> None:
 
 
 def main() -> None:
-    """Run the command line. Exit codes: 0 for success, 1 for a failure, 2 for wrong usage."""
+    """Run the command line.
+
+    Exit codes: 0 for success, 1 for a failure, 2 for wrong usage, 70 for a bug in pessa. An error is printed without
+    its traceback, unless PESSA_TRACEBACK is set; a bug is printed with it.
+    """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a character that the terminal cannot show is no error
@@ -86,14 +94,20 @@ def main() -> None:
     try:
         with _warnings_shown():
             _run()
-    except UsageError as error:
-        console.show_error(error)
-        sys.exit(2)
     except PessaError as error:
+        if os.environ.get(TRACEBACK):
+            console.show_traceback(error)
         console.show_error(error)
-        sys.exit(1)
+        sys.exit(2 if isinstance(error, UsageError) else 1)
     except KeyboardInterrupt:
         console.note("interrupted; if shards were finished, --resume continues with them")
         sys.exit(130)
     except BrokenPipeError:
         sys.exit(1)
+    except Exception as error:
+        console.show_traceback(error)
+        console.note(
+            f"error: pessa {VERSION} did not expect this error, {type(error).__name__}: this is a bug in pessa"
+        )
+        console.note("hint: report it with the command line and the lines above")
+        sys.exit(BUG)

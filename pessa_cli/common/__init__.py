@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from pessa_cli.common.text import visible as visible
     from pessa_cli.common.toml import from_table as from_table
     from pessa_cli.common.toml import read_toml as read_toml
+    from pessa_cli.common.values import check_device as check_device
     from pessa_cli.common.values import parse_layers as parse_layers
     from pessa_cli.common.values import size_of as size_of
     from pessa_cli.common.version import VERSION as VERSION
@@ -54,7 +55,7 @@ else:
             "progress": ["Progress", "Tick", "quietly"],
             "text": ["badness", "json_text", "listed", "read_text", "shortened", "visible"],
             "toml": ["from_table", "read_toml"],
-            "values": ["parse_layers", "size_of"],
+            "values": ["check_device", "parse_layers", "size_of"],
             "version": ["VERSION"],
         },
     )

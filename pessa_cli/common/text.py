@@ -79,6 +79,8 @@ def read_text(path: Path, hint: str = "give a UTF-8 text file") -> str:
     try:
         file_size(path)  # a pipe or a device may never end
         content = path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise PessaError(f"{path} does not exist", hint) from error
     except (OSError, UnicodeDecodeError) as error:
         raise PessaError(f"cannot read {path}: {error}", hint) from error
     if not content.strip():

@@ -14,6 +14,14 @@ from pessa_cli.common.text import shortened
 
 MOST_BYTES = 2**20  # the largest recipe that is read
 PLAIN: Mapping[Any, tuple[type, ...]] = {float: (float, int), int: (int,), bool: (bool,), str: (str,), Path: (str,)}
+TOML_NAMES: Mapping[type, str] = {
+    float: "a number",
+    int: "an integer",
+    bool: "true or false",
+    str: "a string",
+    list: "a list of strings",
+    dict: "a table",
+}
 EXAMPLES = "see the examples in configs/"
 T = TypeVar("T")
 
@@ -28,8 +36,12 @@ def read_toml(path: Path, *tables: str) -> dict[str, Any]:
         if size > MOST_BYTES:
             raise ValueError(f"it has {size:,} bytes, more than {MOST_BYTES:,}")
         content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise PessaError(
+            f"the recipe {path} does not exist", "give the path of a TOML file, such as those in configs/"
+        ) from error
     except (OSError, ValueError, RecursionError) as error:  # UnicodeDecodeError and TOMLDecodeError are ValueErrors
-        raise PessaError(f"{path} is not a readable recipe: {error}", EXAMPLES) from None
+        raise PessaError(f"{path} is not a readable recipe: {error}", EXAMPLES) from error
     unknown = [key for key in content if key not in tables]
     if unknown:
         known = " and ".join(f"[{table}]" for table in tables)
@@ -51,7 +63,7 @@ def from_table(kind: type[T], path: Path, table: str, values: Any) -> T:
     try:
         return made(kind, {key: _value(known[key], value) for key, value in values.items()})
     except UsageError as error:
-        raise UsageError(f"{path}: {error.message}", error.hint) from None
+        raise UsageError(f"{path}: {error.message}", error.hint) from error
 
 
 def toml_types(setting: Setting) -> tuple[type, ...]:
@@ -70,7 +82,10 @@ def _value(setting: Setting, value: Any) -> Any:
     """The value of a field for a value in TOML. Raises UsageError if that has another type or is not a choice."""
     key, types = setting.name, toml_types(setting)
     if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
-        raise UsageError(f"{key} = {shortened(value)} has the wrong type, {type(value).__name__}", EXAMPLES)
+        wanted = " or ".join(TOML_NAMES[kind] for kind in types)
+        raise UsageError(
+            f"{key} = {shortened(value)} is {TOML_NAMES.get(type(value), 'a date or time')}", f"give {wanted}"
+        )
     if isinstance(value, int) and abs(value) > 2**53:
         raise UsageError(f"{key} = {shortened(value)} is too large", EXAMPLES)
     if setting.choices and value not in setting.choices:

@@ -1,4 +1,4 @@
-"""Parsers of option values: sizes and lists of layers."""
+"""Parsers and checks of option values: sizes, lists of layers, and devices."""
 
 from __future__ import annotations
 
@@ -30,3 +30,17 @@ def parse_layers(text: str, flag: str = "--layers") -> frozenset[int]:
             raise wrong
         layers |= set(range(int(match[1]), int(match[2] or match[1]) + 1))
     return frozenset(layers)
+
+
+def check_device(device: str, dtype: str = "float32") -> None:
+    """Raise UsageError if torch cannot make tensors of this dtype on a device and read them back.
+
+    MPS has no float64, and tensors on meta have no values.
+    """
+    import torch
+
+    try:
+        torch.zeros(1, dtype=getattr(torch, dtype), device=device).cpu()
+    except (RuntimeError, AssertionError, TypeError, ImportError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UsageError(f"--device {device} cannot be used: {reason}", "give cpu, or leave --device out") from error

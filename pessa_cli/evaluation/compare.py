@@ -83,15 +83,6 @@ class GeneratedText:
         return self.reference == self.candidate
 
 
-def check_device(device: str) -> None:
-    """Raise UsageError for a device on which torch cannot compute here."""
-    try:
-        torch.zeros(1, dtype=torch.float64, device=device)
-    except (RuntimeError, AssertionError, TypeError) as error:
-        reason = str(error).splitlines()[0]
-        raise UsageError(f"--device {device} cannot be used: {reason}", "give cpu, or leave it out") from error
-
-
 def run_both(
     reference: Model, candidate: Model, whole: bool, audio: list[Path], text: list[Path], device: str = "cpu"
 ) -> tuple[list[tuple[str, float]], OutputDifference | None, list[GeneratedText]]:

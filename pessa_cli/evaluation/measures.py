@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 from pessa_cli.common.errors import UsageError
 from pessa_cli.common.progress import Progress, quietly
+from pessa_cli.common.values import check_device
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class ScoreSettings:
     new_tokens: int = 0
 
     def __post_init__(self) -> None:
+        check_device(self.device, self.dtype)
         if self.batch < 1:
             raise UsageError(f"--batch {self.batch}: a batch needs at least 1 input", "give 1 or more")
         if self.limit < 0:

@@ -24,7 +24,8 @@ from pessa_cli.checkpoint.links import visible_files
 from pessa_cli.checkpoint.reader import CheckpointReader
 from pessa_cli.common.errors import PessaError, UsageError
 from pessa_cli.common.progress import Progress, quietly
-from pessa_cli.evaluation.compare import check_device, run_both
+from pessa_cli.common.values import check_device
+from pessa_cli.evaluation.compare import run_both
 from pessa_cli.evaluation.limits import Level, VerifyOptions
 from pessa_cli.evaluation.report import LIMITS, Difference, Limits, Report
 from pessa_cli.evaluation.settings import compare_settings

@@ -109,7 +109,7 @@ def _need_packages() -> None:
     except ImportError as error:
         raise PessaError(
             f"--to onnx needs a package that is not installed: {error}", "pip install 'pessa[onnx]'"
-        ) from None
+        ) from error
 
 
 def _whisper(model: Model, loaded: Any, tick: Callable[[int, int], None]) -> tuple[list[Graph], Check]:
@@ -235,6 +235,11 @@ def _swap_attention(model: Model, loaded: Any, tick: Callable[[int, int], None])
 
 def _attention(reader: CheckpointReader, site: Site, scaling: float) -> HeadByHead | CacheSlots:
     """The module for a block: slots where there is a cache or the input is short, otherwise head by head."""
+    if not site.spec.sums_to_one:
+        raise PessaError(
+            f"{site.name}: its attention weights do not sum to one, which the ONNX modules rely on",
+            "export with --layout dense, and use another exporter",
+        )
     heads, o_bias = kept_heads(read_site(reader, site), scaling)
     if site.spec.kind.startswith("decoder"):
         return CacheSlots(site.name, heads, o_bias)

@@ -2,7 +2,8 @@
 
 Three identities make these graphs smaller than those of other exporters, also for unpruned models. The softmax scale is
 multiplied into W_Q. The key bias is dropped, because it adds the same number to every score of a query and softmax
-removes that. The value bias moves into the output bias, because attention weights sum to one.
+removes that. The value bias moves into the output bias, because attention weights sum to one. `exports.onnx` refuses
+blocks with attention sinks, in which they do not.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pessa_cli.algebra.absorb import value_bias_effect
 from pessa_cli.algebra.heads import HeadWeights
 
 # The cost of a slot in addition to its entries, in entries: measured for one query against 1500 frames.
@@ -51,8 +53,7 @@ def kept_heads(weights: HeadWeights, scaling: float) -> tuple[list[Head], Tensor
     o = weights.o.flatten(1, 2).permute(1, 2, 0).float()  # (H, d, D_o)
     q_bias = q.new_zeros(q.shape[:2]) if weights.q_bias is None else weights.q_bias.flatten(0, 1).float() * scaling
     o_bias = o.new_zeros(o.shape[-1]) if weights.o_bias is None else weights.o_bias.float()
-    if weights.v_bias is not None:
-        o_bias = o_bias + torch.einsum("hd,hdo->o", weights.v_bias.double(), o.double()).float()
+    o_bias = (o_bias.double() + value_bias_effect(weights)).float()
     qk = ((q != 0).any(-1) | (q_bias != 0)) & (k != 0).any(-1)  # (H, d)
     vo = (v != 0).any(-1) & (o != 0).any(-1)
     live = [head for head in range(len(q)) if vo[head].any()] or [0]

@@ -23,11 +23,11 @@ def load_audio(path: Path) -> NDArray[np.float32]:
     except ImportError as error:
         raise PessaError(
             f"reading audio needs the package {error.name}, which is not installed", "pip install 'pessa[whisper]'"
-        ) from None
+        ) from error
     try:
         samples, rate = soundfile.read(path, dtype="float32", always_2d=True)
     except (soundfile.LibsndfileError, OSError, TypeError) as error:
-        raise PessaError(f"cannot read {path}: {error}", "give a WAV, FLAC, OGG or MP3 file") from None
+        raise PessaError(f"cannot read {path}: {error}", "give a WAV, FLAC, OGG or MP3 file") from error
     if not len(samples):
         raise PessaError(f"{path} contains no samples", "give a clip with speech in it")
     mono: NDArray[np.float32] = samples.mean(axis=1)

@@ -187,4 +187,9 @@ def device_of(model: Any) -> torch.device:
 
 def on_device(inputs: Sequence[Inputs], device: str | torch.device) -> list[Inputs]:
     """Copies of the inputs on a device. Copies are no inference tensors, so autograd can use them."""
-    return [{name: tensor.clone().to(device) for name, tensor in given.items()} for given in inputs]
+
+    def moved(value: Any) -> Any:
+        # Outputs of an encoder are given to a decoder as a tuple of tensors.
+        return tuple(map(moved, value)) if isinstance(value, tuple) else value.clone().to(device)
+
+    return [{name: moved(value) for name, value in given.items()} for given in inputs]

@@ -24,9 +24,16 @@ from pessa_cli.surgery.block_io import read_site
 from pessa_cli.surgery.model import open_model
 
 try:
-    from whisper.model import Linear, ModelDimensions, MultiHeadAttention, ResidualAttentionBlock, Whisper
+    from pessa_cli.compat.for_whisper import (
+        Linear,
+        ModelDimensions,
+        MultiHeadAttention,
+        ResidualAttentionBlock,
+        Whisper,
+        uses_fused_attention,
+    )
 except ImportError as error:
-    raise PessaError(f"openai-whisper cannot be imported: {error}", "pip install 'pessa[whisper]'") from None
+    raise PessaError(f"openai-whisper cannot be imported: {error}", "pip install 'pessa[whisper]'") from error
 
 
 JOINING = 15  # microseconds per bucket to split rows and join results, measured in a layer of Whisper tiny at decoding
@@ -76,7 +83,7 @@ class RaggedAttention(MultiHeadAttention):  # type: ignore[misc]
         for q_heads, k_heads, v_heads in zip(
             self._heads(q, self.qk_widths), self._heads(k, self.qk_widths), self._heads(v, self.vo_widths), strict=True
         ):
-            if MultiHeadAttention.use_sdpa:
+            if uses_fused_attention():
                 output = self._fused(q_heads, k_heads, v_heads, causal=mask is not None and q.shape[1] > 1)
             else:
                 output, score = self._plain(q_heads, k_heads, v_heads, mask)

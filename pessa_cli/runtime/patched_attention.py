@@ -2,7 +2,8 @@
 
 They use the stock forward, with full-width heads, where bucketed attention does not apply: with an attention
 implementation other than sdpa (eager returns attention weights), with adapters around the projections, on kinds of
-devices without measured costs, and after `set_backend("scatter")`.
+devices without measured costs, and after `set_backend("scatter")`. In a version of transformers whose modules have
+another forward, no module is replaced.
 """
 
 from __future__ import annotations
@@ -14,13 +15,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import Cache, EncoderDecoderCache
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.bert.modeling_bert import BertSelfAttention
-from transformers.models.whisper.modeling_whisper import WhisperAttention
 
+from pessa_cli.compat.for_transformers import (
+    attention_implementation,
+    attention_kernel,
+    attention_modules,
+    store_cross_attention,
+    stored_cross_attention,
+)
+from pessa_cli.compat.uses import BERT_ATTENTION, WHISPER_ATTENTION, change_of
 from pessa_cli.runtime.bucketed_attention import CONTINUING, DECODING, ENCODING, BlockLayout, lay_out
 from pessa_cli.runtime.buckets import Cost, get_backend
 from pessa_cli.runtime.compact_linear import RaggedIn, RaggedOut
+
+WhisperAttention, BertSelfAttention = attention_modules()
 
 
 class _PatchedAttention(nn.Module):
@@ -68,7 +76,7 @@ class _PatchedAttention(nn.Module):
         return (
             backend != "scatter"
             and (backend == "bucketed" or (x.device.type in costs and self.layout.plan.pays))
-            and self.config._attn_implementation == "sdpa"
+            and attention_implementation(self.config) == "sdpa"
             and all(isinstance(projection, RaggedOut) for projection in self.projections())
         )
 
@@ -92,7 +100,7 @@ class _PatchedAttention(nn.Module):
                 return scaled_dot_product_attention(q, k, v, mask, dropout, scale=self.scaling).transpose(1, 2)
 
         else:
-            kernel = ALL_ATTENTION_FUNCTIONS["sdpa"]
+            kernel = attention_kernel("sdpa")
 
             def call(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
                 result: Tensor = kernel(self, q, k, v, mask, dropout=dropout, scaling=self.scaling, **kwargs)[0]
@@ -101,7 +109,7 @@ class _PatchedAttention(nn.Module):
         return self.layout.attend(call, q, k, v, mask)
 
 
-class NarrowWhisperAttention(_PatchedAttention, WhisperAttention):  # type: ignore[misc]
+class NarrowWhisperAttention(_PatchedAttention, WhisperAttention):  # type: ignore[misc,valid-type]
     """WhisperAttention with bucketed attention: encoder and decoder self-attention, and cross-attention."""
 
     q_proj: Any
@@ -140,20 +148,18 @@ class NarrowWhisperAttention(_PatchedAttention, WhisperAttention):  # type: igno
         self, x: Tensor, encoded: Tensor, caches: Any, mask: Tensor | None, dropout: float, **kwargs: Any
     ) -> Tensor:
         """Attend to the encoder's output, whose keys and values are computed once and then read from the cache."""
-        layout, cache = self.layout, caches.cross_attention_cache
-        if caches.is_updated.get(self.layer_idx):
-            k, v = cache.layers[self.layer_idx].keys, cache.layers[self.layer_idx].values
-        else:
+        layout, stored = self.layout, stored_cross_attention(caches, self.layer_idx)
+        if stored is None:
             k = layout.k.pack(self.k_proj(encoded, layout.k.slots))
             v = layout.v.pack(self.v_proj(encoded, layout.v.slots))
-            k, v = cache.update(k, v, self.layer_idx)
-            caches.is_updated[self.layer_idx] = True
+            stored = store_cross_attention(caches, self.layer_idx, k, v)
+        k, v = stored
         if x.shape[:2] == (1, 1) and x.is_cpu and x.dtype == torch.float32 and mask is None and not dropout:
             return layout.attend_once(self.q_proj(x, layout.q.slots) * self.scaling, k, v)
         return self.attend(x, layout.k.of_packed(k), layout.v.of_packed(v), mask, dropout, **kwargs)
 
 
-class NarrowBertSelfAttention(_PatchedAttention, BertSelfAttention):  # type: ignore[misc]
+class NarrowBertSelfAttention(_PatchedAttention, BertSelfAttention):  # type: ignore[misc,valid-type]
     """BertSelfAttention with bucketed attention; W_O is in another module, so the result has full-width heads."""
 
     query: Any
@@ -188,8 +194,12 @@ def _self_attention_cache(cache: Any) -> Any:
 
 
 PATCHED: dict[type[nn.Module], type[_PatchedAttention]] = {
-    WhisperAttention: NarrowWhisperAttention,
-    BertSelfAttention: NarrowBertSelfAttention,
+    stock: narrow
+    for stock, narrow, use in (
+        (WhisperAttention, NarrowWhisperAttention, WHISPER_ATTENTION),
+        (BertSelfAttention, NarrowBertSelfAttention, BERT_ATTENTION),
+    )
+    if change_of(use) is None
 }
 
 

@@ -9,18 +9,18 @@ from __future__ import annotations
 from typing import Any
 
 from torch import nn
-from transformers.pytorch_utils import Conv1D
-from transformers.quantizers.auto import (
-    AUTO_QUANTIZATION_CONFIG_MAPPING,
-    register_quantization_config,
-    register_quantizer,
-)
-from transformers.quantizers.base import HfQuantizer
-from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from pessa_cli.blocks.compact_format import LOAD_HINT, QUANT_METHOD, match_module, ragged_modules
+from pessa_cli.blocks.compact_format import HINT_BEGINS, LOAD_HINT, QUANT_METHOD, match_module, ragged_modules
 from pessa_cli.blocks.names import module_names
 from pessa_cli.common.errors import PessaError
+from pessa_cli.compat.for_transformers import (
+    Conv1D,
+    LoaderHook,
+    QuantizationConfigMixin,
+    attention_implementation,
+    forget_attention_implementation,
+    register_loader,
+)
 from pessa_cli.runtime.compact_linear import RaggedIn, RaggedOut, ragged_module
 
 
@@ -35,20 +35,15 @@ class PessaConfig(QuantizationConfigMixin):  # type: ignore[misc]
         return {"quant_method": self.quant_method, "modules": dict(self.modules)}
 
 
-class PessaQuantizer(HfQuantizer):  # type: ignore[misc]
+class PessaQuantizer(LoaderHook):
     """The loader hook that replaces the projections named in the config by ragged ones; nothing is quantised."""
 
-    requires_calibration = False
-
-    def update_attn_implementation(self, config: Any) -> Any:
+    def before_attention_is_chosen(self, config: Any) -> None:
         """Remove the hint that config.json holds for loading without pessa; the user's own choice is kept."""
-        if config._attn_implementation == LOAD_HINT:
-            config._attn_implementation = None
-        return config
+        if str(attention_implementation(config)).startswith(HINT_BEGINS):
+            forget_attention_implementation(config)
 
-    update_tp_plan = update_attn_implementation  # transformers before 5.20 calls this hook in its place
-
-    def _process_model_before_weight_loading(self, model: Any, **_: Any) -> Any:
+    def before_loading(self, model: nn.Module) -> None:
         modules = ragged_modules({"quantization_config": self.quantization_config.to_dict()})
         found: dict[str, str] = {}
         for entry, name in module_names(model, modules).items():
@@ -72,36 +67,20 @@ class PessaQuantizer(HfQuantizer):  # type: ignore[misc]
                 "load the class named under `architectures` in config.json",
             )
         self.quantization_config.modules = found
-        return model
 
-    def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
+    def after_loading(self, model: Any) -> None:
         for module in model.modules():
             if isinstance(module, (RaggedIn, RaggedOut)):
                 module.to_device(module.weight.device)
-            if hasattr(module, "config"):
-                module.config._is_quantized = False
-        # Imported here, because it imports transformers' modeling files.
-        from pessa_cli.runtime.patched_attention import patch_attention
-
-        patch_attention(model)
         model.config.attn_implementation = LOAD_HINT  # has no effect here, but save_pretrained writes it
-        model.is_quantized = False  # the weights are floats, so half(), to(dtype) and training must be allowed
-        return model
-
-    def is_serializable(self) -> bool:
-        return True
-
-    @property
-    def is_trainable(self) -> bool:
-        return True
-
-    @property
-    def is_compileable(self) -> bool:
-        return True
+        try:
+            # Imported here, because it imports transformers' modeling files.
+            from pessa_cli.runtime.patched_attention import patch_attention
+        except ImportError:  # another version of transformers has no such modules: all heads keep slots of head_dim
+            return
+        patch_attention(model)
 
 
 def register() -> None:
     """Register `quant_method: pessa` with transformers; a second call does nothing."""
-    if QUANT_METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
-        register_quantization_config(QUANT_METHOD)(PessaConfig)
-        register_quantizer(QUANT_METHOD)(PessaQuantizer)
+    register_loader(QUANT_METHOD, PessaConfig, PessaQuantizer)

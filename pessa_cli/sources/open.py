@@ -80,6 +80,11 @@ def open_source(
         if revision is not None:
             raise UsageError(f"--revision is for models on the hub, but {name} is a local path", "leave it out")
     else:
+        if path.parent != Path() and path.parent.is_dir():  # a mistyped path, which could be a name on the hub, too
+            raise PessaError(
+                f"{name} does not exist, but the folder {path.parent} does, so this is no name on a hub",
+                "correct the path; to download a model, run pessa where there is no folder of its owner's name",
+            )
         repository = hub.repository_of(name)
         if repository is None:
             raise PessaError(

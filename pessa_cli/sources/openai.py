@@ -115,12 +115,14 @@ def _alignment_heads(dims: Mapping[str, int]) -> list[list[int]]:
     import gzip
 
     import numpy as np
-    from whisper import _ALIGNMENT_HEADS
+
+    from pessa_cli.compat.for_whisper import alignment_heads
 
     sizes = dims["n_text_layer"], dims["n_text_state"], dims["n_audio_layer"]
     names = [name for (name, tokens), known in KNOWN.items() if tokens == dims["n_vocab"] and known == sizes]
     shape = dims["n_text_layer"], dims["n_text_head"]
-    for dump in [_ALIGNMENT_HEADS[name] for name in names if name in _ALIGNMENT_HEADS]:
+    heads = alignment_heads()
+    for dump in [heads[name] for name in names if name in heads]:
         chosen = np.frombuffer(gzip.decompress(base64.b85decode(dump)), dtype=bool)
         if chosen.size == shape[0] * shape[1]:
             return [[int(layer), int(head)] for layer, head in np.argwhere(chosen.reshape(shape))]

@@ -136,7 +136,7 @@ def _loading(config: Mapping[str, Any], layout: str) -> str:
         "that cannot be, `pessa export FOLDER -o dense/ --layout dense` writes the same numbers in original shapes."
     )
     return f"## How to load\n\n{why}\n\n" + _code(
-        f"import pessa_cli  # once, before loading; pip install pessa\nfrom transformers import {kind}", kind
+        f"import pessa_cli  # once, before loading; needs pessa to be installed\nfrom transformers import {kind}", kind
     )
 
 

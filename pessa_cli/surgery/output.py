@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from pessa_cli.blocks.compact_format import LOAD_HINT, QUANT_METHOD, Ranks
+from pessa_cli.blocks.compact_format import HINT_BEGINS, LOAD_HINT, QUANT_METHOD, Ranks
 from pessa_cli.blocks.site import Site, ragged_site
 from pessa_cli.checkpoint.files import CONFIG_FILE, sha256_of, source_name, write_json
 from pessa_cli.checkpoint.links import visible_files
@@ -133,7 +133,7 @@ def _new_tensors(
 def _write_config(config: dict[str, Any], stored: list[Site], folder: Path) -> None:
     modules = {name: str(ragged) for site in stored for name, ragged in ragged_site(site).items()}
     config = {key: value for key, value in config.items() if key != "quantization_config"}
-    if config.get("attn_implementation") == LOAD_HINT:
+    if str(config.get("attn_implementation")).startswith(HINT_BEGINS):
         del config["attn_implementation"]
     if modules:
         config.setdefault("attn_implementation", LOAD_HINT)

@@ -7,12 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import get_args
 
-import torch
-
 from pessa_cli.blocks.site import Site
 from pessa_cli.common.errors import UsageError
 from pessa_cli.common.progress import Progress, quietly
 from pessa_cli.common.text import shortened
+from pessa_cli.common.values import check_device
 from pessa_cli.surgery.rewrite import SHARD_BYTES
 from pessa_cli.surgery.side_files import UnknownWeights
 
@@ -50,11 +49,7 @@ class Run:
         if self.unknown_weights not in get_args(UnknownWeights):
             choices = ", ".join(get_args(UnknownWeights))
             raise UsageError(f"--unknown-weights {shortened(self.unknown_weights)} is not known", f"give {choices}")
-        try:
-            torch.zeros(1, dtype=torch.float64, device=self.device)
-        except (RuntimeError, AssertionError, TypeError) as error:
-            reason = str(error).splitlines()[0]
-            raise UsageError(f"--device {self.device} cannot be used: {reason}", "give cpu, or leave it out") from error
+        check_device(self.device, "float64")
 
     def jobs_for(self, sites: Sequence[Site]) -> int:
         """Return how many of these blocks may be computed at the same time."""

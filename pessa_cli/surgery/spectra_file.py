@@ -58,7 +58,7 @@ def load_spectra(folder: Path, sites: list[Site]) -> dict[str, Spectra]:
             tensors = {name: file.get_tensor(name) for name in wanted if name in there}
     except (SafetensorError, OSError, TypeError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
-        raise PessaError(f"{path} is not a spectra file: {reason}", DELETE) from None
+        raise PessaError(f"{path} is not a spectra file: {reason}", DELETE) from error
     spectra: dict[str, Spectra] = {}
     for site in sites:
         vo, qk = tensors.get(f"{site.name}.vo"), tensors.get(f"{site.name}.qk")

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from pessa_cli.tuning.merge import merge_adapter as merge_adapter
     from pessa_cli.tuning.options import Tuning as Tuning
     from pessa_cli.tuning.options import load_tuning as load_tuning
-    from pessa_cli.tuning.peft_plugin import TUNERS as TUNERS
+    from pessa_cli.tuning.peft_plugin import WAITED_FOR as WAITED_FOR
     from pessa_cli.tuning.peft_plugin import register_all as register_all
     from pessa_cli.tuning.train import Job as Job
     from pessa_cli.tuning.train import TrainingStep as TrainingStep
@@ -27,7 +27,7 @@ else:
         {
             "merge": ["merge_adapter"],
             "options": ["Tuning", "load_tuning"],
-            "peft_plugin": ["TUNERS", "register_all"],
+            "peft_plugin": ["WAITED_FOR", "register_all"],
             "train": ["Job", "TrainingStep", "tune"],
             "tuner_lora_xs": ["LoraXsConfig"],
             "tuner_pessa": ["PessaTunerConfig"],

@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel, set_peft_model_state_dict
-from peft.tuners.tuners_utils import check_target_module_exists
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
@@ -32,6 +31,7 @@ from pessa_cli.common.jobs import one_thread
 from pessa_cli.common.memory import raise_if_out_of_memory
 from pessa_cli.common.text import listed
 from pessa_cli.common.version import VERSION
+from pessa_cli.compat.for_peft import check_target_module_exists
 from pessa_cli.models.classes import model_class
 from pessa_cli.models.load import quiet_transformers
 from pessa_cli.surgery.model import MANIFEST_FILE, Model
@@ -245,11 +245,11 @@ def _meta_model(model: Model) -> nn.Module:
         from pessa_cli.runtime.transformers_loader import PessaConfig, PessaQuantizer
 
         quantizer = PessaQuantizer(PessaConfig(**quantization))
-        config = quantizer.update_attn_implementation(config)
+        quantizer.before_attention_is_chosen(config)
     with torch.device("meta"):
         empty: nn.Module = kind(config)
         if quantizer is not None:
-            quantizer._process_model_before_weight_loading(empty)
+            quantizer.before_loading(empty)
     return empty.eval()
 
 

@@ -72,7 +72,8 @@ class TrainOptions:
     max_grad_norm: float = option(1.0, "Gradients are clipped to this norm.", allowed=at_least(0), recipe_only=True)
     seed: int = option(0, "Random seed for the order of the data and the initial adapter.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
-        "auto", "Dtype of the frozen weights; auto is bfloat16 on an accelerator and float32 on a CPU."
+        "auto",
+        "Dtype of the frozen weights; auto is bfloat16 on an accelerator that has it, else float32.",
     )
     device: Literal["auto", "cpu"] = option("auto", "Device to train on; auto is an accelerator if there is one.")
     gradient_checkpointing: bool = option(

@@ -111,8 +111,9 @@ def attach(model: PreTrainedModel, config: PeftConfig, batches: Iterable[Mapping
 
     EVA starts from the principal components of each layer's inputs and distributes ranks by explained variance
     (Paischer et al. 2024, arXiv:2410.07170). CorDA starts from the decomposition of W C, where C is the covariance of
-    the inputs (Yang et al. 2024, arXiv:2406.05223). batches: keyword arguments of the model, on its device. Raises
-    UsageError when a method needs data and none are given, PessaError when CorDA lacks a package.
+    the inputs (Yang et al. 2024, arXiv:2406.05223). batches: keyword arguments of the model; they are
+    moved to its device. Raises UsageError when a method needs data and none are given, PessaError when CorDA lacks a
+    package.
     """
     from peft import get_peft_model
 
@@ -122,21 +123,21 @@ def attach(model: PreTrainedModel, config: PeftConfig, batches: Iterable[Mapping
         raise UsageError(
             f"{config.init_lora_weights} is initialised from data, but no data are given", "pass batches to attach()"
         )
+    given = [{name: tensor.to(model.device) for name, tensor in batch.items()} for batch in batches]
     if config.init_lora_weights == "eva":
         from peft import initialize_lora_eva_weights
 
         tuned = get_peft_model(model, config, low_cpu_mem_usage=True)
-        initialize_lora_eva_weights(tuned, list(batches))
+        initialize_lora_eva_weights(tuned, given)
         return tuned
     import torch
-    from peft.tuners.lora.config import CordaConfig
+
+    from pessa_cli.compat.for_peft import corda
 
     try:
-        from peft.tuners.lora.corda import preprocess_corda
-    except ImportError as error:  # PEFT 0.21 imports attrs there without depending on it
-        raise PessaError(f"CorDA needs a package that PEFT does not install: {error}", "pip install attrs") from None
-
-    given = list(batches)
+        corda_config, preprocess_corda = corda()
+    except ImportError as error:
+        raise PessaError(f"CorDA needs a package that PEFT does not install: {error}", "pip install attrs") from error
 
     @torch.no_grad()
     def run() -> None:
@@ -145,7 +146,7 @@ def attach(model: PreTrainedModel, config: PeftConfig, batches: Iterable[Mapping
                 model(**row)
 
     if config.corda_config is None:
-        config.corda_config = CordaConfig()
+        config.corda_config = corda_config()
     preprocess_corda(model, config, run_model=run)
     return get_peft_model(model, config)
 

@@ -14,7 +14,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,18 +22,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate import PartialState
 from torch import Tensor, nn
-from transformers import AutoTokenizer, Trainer, TrainerCallback, TrainingArguments, WhisperProcessor
-from transformers.trainer_callback import PrinterCallback
+from transformers import AutoTokenizer, PrinterCallback, Trainer, TrainerCallback, TrainingArguments, WhisperProcessor
 
 from pessa_cli.checkpoint.files import ADAPTER_FILE, read_json, sha256_of, write_json
 from pessa_cli.checkpoint.staging import Staging, new_folder, partial_folder, run_identity
 from pessa_cli.common.errors import PessaError, UsageError
 from pessa_cli.common.version import VERSION
+from pessa_cli.compat.for_transformers import bfloat16_is_fast, recomputing, use_one_device
 from pessa_cli.models.instructions import form_of, read_rows
 from pessa_cli.models.load import from_folder, load, quiet_transformers
 from pessa_cli.surgery.model import Model
 from pessa_cli.tuning.examples import SpeechData, collate_speech, collate_text, encode_text
-from pessa_cli.tuning.options import Tuning
+from pessa_cli.tuning.options import TrainOptions, Tuning
 from pessa_cli.tuning.registry import callbacks
 
 if TYPE_CHECKING:
@@ -102,7 +102,9 @@ def tune(job: Job) -> dict[str, Any] | None:
     with quiet_transformers(), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # deprecations inside transformers
         arguments = _arguments(job)
-        base = load(job.model, _dtype(job.tuning, arguments))
+        base = load(job.model, _dtype(job.tuning.train))
+        if arguments.device.type != "mps":  # adapters start from decompositions, which MPS does not have
+            base = base.to(arguments.device)
         collate, examples = _data(job, base, job.data)
         held_out = None if job.eval_data is None else _data(job, base, job.eval_data)[1]
         model = adapted(base, job.tuning, _steps(job.tuning, len(examples)), _sample(examples, collate, arguments))
@@ -135,7 +137,7 @@ def _sample(examples: Any, collate: Callable[..., dict[str, Tensor]], arguments:
     size = arguments.per_device_train_batch_size
     for start in range(0, min(len(examples), SAMPLE_BATCHES * size), size):
         rows = [examples[i] for i in range(start, min(start + size, len(examples)))]
-        yield {name: tensor.to(arguments.device) for name, tensor in collate(rows).items()}
+        yield collate(rows)
 
 
 def adapted(base: Any, tuning: Tuning, steps: int = 0, batches: Iterable[Mapping[str, Tensor]] = ()) -> PeftModel:
@@ -239,8 +241,12 @@ class ProgressCallback(TrainerCallback):  # type: ignore[misc]
 
 
 def _arguments(job: Job) -> TrainingArguments:
-    """The options of a run for the Trainer. Raises UsageError when the batch cannot be split over the processes."""
+    """The options of a run for the Trainer.
+
+    Raises UsageError when the batch cannot be split over the processes, and for float16 on a CPU.
+    """
     train = job.tuning.train
+    dtype = _dtype(train)
     plain = {name: getattr(train, name) for name in ("learning_rate", "weight_decay", "max_grad_norm", "seed")}
     arguments = TrainingArguments(
         output_dir=str(partial_folder(job.out)),
@@ -256,8 +262,10 @@ def _arguments(job: Job) -> TrainingArguments:
         save_strategy="steps" if train.save_steps else "no",
         save_steps=train.save_steps or 500,
         save_total_limit=2,  # a run that is killed while it saves still has the previous checkpoint
-        **_recomputing(train.gradient_checkpointing),
+        **recomputing(train.gradient_checkpointing),
         use_cpu=train.device == "cpu",
+        bf16=dtype == torch.bfloat16,  # autocast: the adapter stays in float32
+        fp16=dtype == torch.float16,  # autocast, and loss scaling
         report_to="none",
         disable_tqdm=True,
         remove_unused_columns=False,
@@ -266,7 +274,7 @@ def _arguments(job: Job) -> TrainingArguments:
         ddp_find_unused_parameters=False,
         **plain,
     )
-    arguments._n_gpu = min(1, arguments.n_gpu)  # further devices are used by further processes
+    use_one_device(arguments)
     micro = train.micro_batch or max(1, train.batch // arguments.world_size)
     if train.batch % (micro * arguments.world_size):
         raise UsageError(
@@ -275,21 +283,17 @@ def _arguments(job: Job) -> TrainingArguments:
         )
     arguments.per_device_train_batch_size = arguments.per_device_eval_batch_size = micro
     arguments.gradient_accumulation_steps = train.batch // (micro * arguments.world_size)
-    arguments.bf16 = train.dtype == "bfloat16" or (train.dtype == "auto" and arguments.device.type != "cpu")
     return arguments
 
 
-def _recomputing(wanted: bool) -> dict[str, Any]:
-    """The arguments for gradient checkpointing, whose names depend on the version of transformers."""
-    known = {f.name for f in fields(TrainingArguments)}
-    name = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
-    return {name: True, f"{name}_kwargs": {"use_reentrant": False}} if wanted else {}
-
-
-def _dtype(tuning: Tuning, arguments: TrainingArguments) -> torch.dtype:
-    if tuning.train.dtype == "auto":
-        return torch.float32 if arguments.device.type == "cpu" else torch.bfloat16
-    dtype: torch.dtype = getattr(torch, tuning.train.dtype)
+def _dtype(train: TrainOptions) -> torch.dtype:
+    """The dtype of the frozen weights. Raises UsageError for float16 on a CPU, which has no loss scaling."""
+    on_accelerator = train.device != "cpu" and torch.accelerator.is_available()
+    if train.dtype == "auto":
+        return torch.bfloat16 if on_accelerator and bfloat16_is_fast() else torch.float32
+    dtype: torch.dtype = getattr(torch, train.dtype)
+    if dtype == torch.float16 and not on_accelerator:
+        raise UsageError("--dtype float16 needs an accelerator, such as a GPU", "give --dtype float32 or bfloat16")
     return dtype
 
 
@@ -346,8 +350,8 @@ def _tensorboard(folder: Path | None) -> list[TrainerCallback]:
         return []
     try:
         from tensorboardX import SummaryWriter
-    except ImportError:
-        raise PessaError("--tensorboard needs the package tensorboardX", "pip install 'pessa[tune]'") from None
+    except ImportError as error:
+        raise PessaError("--tensorboard needs the package tensorboardX", "pip install 'pessa[tune]'") from error
     from transformers.integrations import TensorBoardCallback
 
     return [TensorBoardCallback(SummaryWriter(str(folder)))]

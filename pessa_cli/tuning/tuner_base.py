@@ -15,16 +15,21 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from peft.config import PeftConfig
-from peft.tuners._buffer_dict import BufferDict
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
-from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-from peft.utils.quantization_utils import get_quantization_kwargs, resolve_quantization_backend
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
-from pessa_cli.algebra.heads import live
+from pessa_cli.compat.for_peft import (
+    TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
+    BufferDict,
+    PeftLayer,
+    PeftTuner,
+    check_adapters_to_merge,
+    extend_peft_type,
+    get_quantization_kwargs,
+    resolve_quantization_backend,
+)
+from pessa_cli.compat.for_transformers import Conv1D
 from pessa_cli.runtime.compact_linear import RaggedIn, RaggedOut
-from pessa_cli.tuning.peft_plugin import extend_peft_type
 
 BASE = "__base__"  # the name that PEFT gives the base model in `adapter_names`
 
@@ -68,7 +73,7 @@ class TunerConfig(PeftConfig):  # type: ignore[misc]
             raise ValueError("When `layers_pattern` is specified, `layers_to_transform` must also be specified. ")
 
 
-class TunerLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
+class TunerLayer(nn.Module, PeftLayer):
     """A linear layer with adapters of one method. The layer may also be a Conv1D, or compact, or quantised.
 
     A subclass lists the parts of an adapter by name, each beginning with "<method>_", and implements `initial`,
@@ -94,8 +99,7 @@ class TunerLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
     ) -> None:
         super().__init__()
         self.base_layer = base_layer
-        self._disable_adapters = False
-        self._active_adapter = adapter_name
+        self.start_with(adapter_name)
         self.merged_adapters: list[str] = []
         self.originals: tuple[Tensor, Tensor | None] | None = None  # of the base, while merged
         self.quantization_backend = resolve_quantization_backend(self.get_base_layer(), **(quantization or {}))
@@ -158,7 +162,7 @@ class TunerLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         for name in self.adapter_layer_names:
             if start[name] is not None:  # None: this adapter has no such part
                 getattr(self, name)[adapter_name] = nn.Parameter(start[name])
-        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.move_to_base(adapter_name)
         for name in self.frozen_names:  # after moving, which would round buffers to the dtype of the base
             buffer = start[name]
             if buffer is None:
@@ -178,7 +182,7 @@ class TunerLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
             return result
         if self.quantization_backend is not None:
             result = self.quantization_backend.maybe_clone_base_result(result)
-        for adapter in self._present(self.active_adapters):
+        for adapter in self.present(self.active_adapters):
             result = self.adapt(adapter, x, result)
         return result
 
@@ -195,7 +199,7 @@ class TunerLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
             )
         result: Tensor = self.base_layer(x, *args, **kwargs)
         parts = result.clone()
-        for adapter in self._present(list(dict.fromkeys(adapter_names))):
+        for adapter in self.present(list(dict.fromkeys(adapter_names))):
             rows = torch.tensor([i for i, name in enumerate(adapter_names) if name == adapter], device=x.device)
             parts[rows] = self.adapt(adapter, x[rows], result[rows])
         return parts
@@ -205,7 +209,7 @@ class TunerLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
 
         With `safe_merge`, raises ValueError and changes nothing if a merged entry is not finite.
         """
-        names = self._present(check_adapters_to_merge(self, adapter_names))
+        names = self.present(check_adapters_to_merge(self, adapter_names))
         if not names:
             return
         stored = self.original_weights()
@@ -236,11 +240,11 @@ class TunerLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         if bias is not None:
             base.bias.data = bias.to(base.bias.device, base.bias.dtype)
 
-    def _present(self, names: list[str]) -> list[str]:
+    def present(self, names: list[str]) -> list[str]:
         """The adapters among `names` that this layer has."""
-        return [name for name in names if self._trained(name)]
+        return [name for name in names if self.trained(name)]
 
-    def _trained(self, adapter: str) -> list[nn.Parameter]:
+    def trained(self, adapter: str) -> list[nn.Parameter]:
         """The trained parameters of an adapter."""
         groups = [getattr(self, name) for name in self.adapter_layer_names]
         return [group[adapter] for group in groups if adapter in group]
@@ -265,13 +269,12 @@ class AdditiveLayer(TunerLayer):
 
     def adapt(self, adapter: str, x: Tensor, result: Tensor) -> Tensor:
         base = self.get_base_layer()
-        trained = self._trained(adapter)[0]
+        trained = self.trained(adapter)[0]
         if isinstance(base, RaggedIn) and x.shape[-1] != base.weight.shape[1]:
-            x = x.index_select(-1, live(base.ragged.ranks, base.ragged.head_dim).to(x.device))
-        change = self.change(adapter, self._cast_input_dtype(x, trained.dtype))
+            x = base.slots.fill(x)
+        change = self.change(adapter, self.cast_input(x, trained.dtype))
         if isinstance(base, RaggedOut):
-            slots = live(base.ragged.ranks, base.ragged.head_dim, pairs=base.ragged.pairs).to(x.device)
-            change = change.new_zeros(result.shape).index_copy(-1, slots, change)
+            change = base.slots.fill(change)
         return result + change.to(result.dtype)
 
     def merge_into(self, adapter: str, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -286,7 +289,7 @@ class AdditiveLayer(TunerLayer):
         return not isinstance(self.get_base_layer(), (RaggedIn, RaggedOut))
 
 
-class Tuner(BaseTuner):  # type: ignore[misc]
+class Tuner(PeftTuner):
     """A model with adapters of one method.
 
     A subclass sets `prefix`, which is "<method>_", and `tuner_layer_cls`.
@@ -298,37 +301,24 @@ class Tuner(BaseTuner):  # type: ignore[misc]
         """Keyword arguments for a layer's `initial` that depend on the modules around it."""
         return {}
 
-    def _create_and_replace(
-        self,
-        peft_config: Any,
-        adapter_name: str,
-        target: nn.Module,
-        target_name: str,
-        parent: nn.Module,
-        current_key: str,
-        parameter_name: str | None = None,  # noqa: ARG002
-    ) -> None:
-        context = self.context(peft_config, target, current_key)
+    def adapt_module(self, config: Any, adapter: str, target: nn.Module, key: str) -> nn.Module | None:
+        context = self.context(config, target, key)
         if isinstance(target, self.tuner_layer_cls):
-            target.update_layer(adapter_name, peft_config, context)
-            return
+            target.update_layer(adapter, config, context)
+            return None
         quantization = get_quantization_kwargs(self.model)
-        layer = self.tuner_layer_cls(target, adapter_name, peft_config, context, quantization)
-        if adapter_name not in self.active_adapters:
+        layer: nn.Module = self.tuner_layer_cls(target, adapter, config, context, quantization)
+        if adapter not in self.active_adapters:
             layer.requires_grad_(False)
-        self._replace_module(parent, target_name, layer, target)
+        return layer
 
     @contextmanager
-    def _enable_peft_forward_hooks(self, *_: Any, **kwargs: Any) -> Iterator[None]:
+    def with_adapter_names(self, names: list[str]) -> Iterator[None]:
         """Pass the `adapter_names` of a mixed batch to every layer."""
-        names = kwargs.pop("adapter_names", None)
-        if names is None:
-            yield
-            return
         if self.training:
             raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
         layers = [module for module in self.modules() if isinstance(module, TunerLayer)]
-        known = {name for layer in layers for name in layer._get_available_adapters()}
+        known = {name for layer in layers for name in layer.adapter_names()}
         unknown = sorted(set(names) - known - {BASE})
         if unknown:
             raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")

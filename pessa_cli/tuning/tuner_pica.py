@@ -122,7 +122,7 @@ class PicaTuner(Tuner):
             )
         super().__init__(model, peft_config, *args, **kwargs)
 
-    def _pre_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:  # noqa: ARG002
+    def before_injection(self, model: nn.Module) -> None:  # noqa: ARG002
         self.pica_bank = nn.ModuleDict()  # adapter -> function and shape -> M
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
@@ -137,15 +137,13 @@ class PicaTuner(Tuner):
         function = re.sub(r"\.\d+(?=\.)", "", name).replace(".", "-")
         return {**super().context(config, target, name), "bank": self.pica_bank, "function": function}
 
-    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
-        if not autocast_adapter_dtype and adapter_name in self.pica_bank:
+    def after_cast(self, adapter: str, to_float32: bool) -> None:
+        if not to_float32 and adapter in self.pica_bank:
             # The bank is created in float32. Without autocasting PEFT expects the dtype of the base.
             for layer in self.modules():
-                if isinstance(layer, PicaLayer) and adapter_name in layer.pica_shared:
-                    shared = layer.pica_shared[adapter_name]
-                    _, dtype = layer._get_base_layer_device_and_dtype(layer.get_base_layer())
-                    shared.data = shared.data.to(dtype if dtype and dtype.is_floating_point else torch.float32)
+                if isinstance(layer, PicaLayer) and adapter in layer.pica_shared:
+                    shared = layer.pica_shared[adapter]
+                    shared.data = shared.data.to(layer.base_dtype() or torch.float32)
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)

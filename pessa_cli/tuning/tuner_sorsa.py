@@ -53,8 +53,8 @@ class DifferenceLayer(AdditiveLayer):
     def initial(self, config: Any, weight: Tensor, bias: Tensor | None, **context: Any) -> dict[str, Any]:  # noqa: ARG002
         factors = self.factors(config, weight)
         # PEFT rounds trained parameters to the dtype of the base. Rounding the copies, too, keeps the start exact.
-        _, dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())
-        if dtype is not None and dtype.is_floating_point:
+        dtype = self.base_dtype()
+        if dtype is not None:
             factors = tuple(factor.to(dtype).to(factor.dtype) for factor in factors)
         noise = 0.0 if config.init_weights else 0.1
         trained = (factor + noise * torch.randn_like(factor) for factor in factors)
@@ -70,7 +70,7 @@ class DifferenceLayer(AdditiveLayer):
         return after, before
 
     def delta(self, adapter: str) -> Tensor:
-        after, before = self._factors(adapter, working_dtype(self._trained(adapter)[0].dtype))
+        after, before = self._factors(adapter, working_dtype(self.trained(adapter)[0].dtype))
         return _product(after) - _product(before)
 
     def change(self, adapter: str, x: Tensor) -> Tensor:
@@ -126,7 +126,7 @@ def regularizer(model: nn.Module) -> Tensor:
     norms = []
     for layer in model.modules():
         if isinstance(layer, SorsaLayer):
-            for adapter in layer._present(layer.active_adapters):
+            for adapter in layer.present(layer.active_adapters):
                 norms += [_off_orthonormal(layer.sorsa_A[adapter]), _off_orthonormal(layer.sorsa_B[adapter].mT)]
     if not norms:
         raise PessaError(

@@ -12,6 +12,7 @@ from pathlib import Path
 SOURCE = Path(__file__).resolve().parents[2] / "pessa_cli"
 PACKAGES = (
     "common",
+    "compat",
     "checkpoint",
     "blocks",
     "sources",

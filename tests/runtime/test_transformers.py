@@ -148,7 +148,7 @@ for folder in folders:
         try:
             load(folder)
         except Exception as error:
-            print(type(error).__name__, "pip install pessa, and `import pessa_cli`" in str(error))
+            print(type(error).__name__, "install pessa, and `import pessa_cli`" in str(error))
         else:
             print("loaded")
 assert "pessa_cli" not in sys.modules
