@@ -31,6 +31,7 @@ from pessa_cli.checkpoint.files import (
     read_json,
     unique_keys,
 )
+from pessa_cli.checkpoint.quantized import ORIGINAL, method_of, refuse, refuse_quantised
 from pessa_cli.common.errors import PessaError, PessaWarning
 from pessa_cli.common.files import file_size
 from pessa_cli.common.text import listed, shortened
@@ -109,11 +110,12 @@ def _read_header(path: Path) -> tuple[dict[str, tuple[TensorInfo, int]], dict[st
             f"{path}: these tensor names are not printable, or longer than {MOST_NAME} characters\n{listed(odd)}",
             "do not use this checkpoint",
         )
+    refuse_quantised(path, {name: str(entry["dtype"]) for name, entry in header.items()})
     unknown = [f"{name}: {entry['dtype']}" for name, entry in header.items() if entry["dtype"] not in ITEM_BYTES]
     if unknown:
         raise PessaError(
             f"{path} holds tensors of a dtype that pessa cannot copy\n{listed(unknown)}",
-            "give the float checkpoint that this one was made from, and quantise after pruning",
+            ORIGINAL,
         )
     return {
         name: (TensorInfo(entry["dtype"], tuple(entry["shape"])), 8 + length + entry["data_offsets"][0])
@@ -135,6 +137,8 @@ class CheckpointReader:
         self.folder = folder
         self.files, index = self._weight_files(folder)
         self.config = read_json(folder / CONFIG_FILE)
+        if (method := method_of(self.config)) is not None:
+            refuse(folder, method)
         self._opened = self.stats()
         self.metadata: dict[str, str] = {}
         self._places: dict[str, Place] = {}

@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from datetime import timedelta
 from statistics import median
 from threading import Timer
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
 from rich.live import Live
-from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from pessa_cli.checkpoint.contents import left_out_text
+from pessa_cli.cli.plain_console import PlainConsole, styled
+from pessa_cli.cli.quantities import PERCENT, measured, quantity, size, step_row
 from pessa_cli.cli.sparkline import sparkline
 from pessa_cli.common.errors import PessaError
-from pessa_cli.common.text import listed
+from pessa_cli.common.text import json_text, listed, visible
 
 if TYPE_CHECKING:
     from pessa_cli.evaluation.bench import Bench
@@ -36,35 +34,29 @@ if TYPE_CHECKING:
     from pessa_cli.workflow.written import WrittenModel
 
 
-# Lines are wrapped by the terminal and not by rich, so that long lines stay whole in pipes and files.
-OUT = Console(highlight=False, soft_wrap=True)
-ERR = Console(stderr=True, highlight=False, soft_wrap=True)
-PERCENT = ("accuracy", "word error rate")  # metrics that are shown in percent
+OUT, ERR = PlainConsole(), PlainConsole(stderr=True)
 PATIENCE = 10.0  # seconds of work without a word, where there is no terminal to show a progress bar
 MOST_IGNORED = 4
 MOST_STEPS = 12  # rows of the table during training
+MOST_LINE = 4000  # characters of a line of an error, which may hold two paths
 
 
 def show_error(error: PessaError) -> None:
     """Print an error and its hint to stderr."""
-    ERR.print(f"[bold red]error:[/] {_plain(error.message)}")
-    if error.hint:
-        ERR.print(f"[bold]hint:[/] {_plain(error.hint)}")
+    for label, style, text in (("error:", "bold red", error.message), ("hint:", "bold", error.hint)):
+        if text:
+            lines = "\n".join(line if len(line) <= MOST_LINE else f"{line[:MOST_LINE]}..." for line in text.split("\n"))
+            ERR.print(styled((label, style), " ", lines))
 
 
 def show_traceback(error: BaseException) -> None:
     """Print the traceback of an error to stderr, with those of the errors that it was raised from."""
-    ERR.print(_plain("".join(traceback.format_exception(error)).rstrip()))
-
-
-def _plain(text: str) -> str:
-    """Replace control characters of the terminal, and escape the markup of rich, in text from files and names."""
-    return escape("".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text))
+    ERR.print("".join(traceback.format_exception(error)).rstrip())
 
 
 def note(text: str) -> None:
     """Print a message to stderr."""
-    ERR.print(_plain(text))
+    ERR.print(text)
 
 
 def note_left_out(left_out: Mapping[str, str]) -> None:
@@ -80,7 +72,7 @@ def show_text(text: str) -> None:
 
 def show_json(value: Any) -> None:
     """Print one JSON document to stdout."""
-    print(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=True))
+    print(json_text(value))
 
 
 @contextmanager
@@ -89,9 +81,10 @@ def progress(what: str, nbytes: int, steps: int) -> Iterator[Callable[[int, int]
 
     Where stderr is no terminal, a stage that takes longer than PATIENCE is named once.
     """
+    what = visible(what)
     long, unit, done = Timer(PATIENCE, note, [f"{what} ..."]), " blocks" if nbytes else "", 0
-    columns = (TextColumn("{task.description}"), BarColumn(), *([DownloadColumn()] if nbytes else []))
-    more = (TextColumn("{task.fields[steps]}"), TimeElapsedColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), *([DownloadColumn()] if nbytes else []))
+    more = (TextColumn("{task.fields[steps]}", markup=False), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, *more, console=ERR, transient=True, disable=not ERR.is_terminal) as bar:
         task = bar.add_task(what, total=nbytes or steps, steps="")
 
@@ -158,7 +151,7 @@ def _show_model(found: Overview) -> None:
     """Print the header of `inspect`: the size of the model and its kinds of blocks."""
     totals, sites = found.totals, found.sites
     attention = totals["attention_parameters"] / totals["parameters"]
-    OUT.print(f"[bold]{escape(found.model)}[/]  {escape(found.model_type)}, {totals['blocks']} attention blocks")
+    OUT.print(styled((found.model, "bold"), f"  {found.model_type}, {totals['blocks']} attention blocks"))
     OUT.print(
         f"{totals['parameters']:,} parameters in {size(totals['bytes'])}, {attention:.1%} of them in "
         f"{'these' if totals['blocks_chosen'] < totals['blocks'] else 'the'} attention blocks"
@@ -241,8 +234,11 @@ def _with_data(rule: str, method: str) -> str:
 def show_totals(totals: Mapping[str, Any], rule: str) -> None:
     """Print the shares that the ranks remove, counted as in the paper (PESSA/CLOVER, arXiv 2411.17426)."""
     OUT.print(
-        f"[bold]{escape(rule)}[/] prunes {totals['qk_pruned']:.2%} of Q-K and {totals['vo_pruned']:.2%} of V-O "
-        f"= {totals['attention_pruned']:.2%} of this attention = {totals['model_pruned']:.2%} of the model"
+        styled(
+            (rule, "bold"),
+            f" prunes {totals['qk_pruned']:.2%} of Q-K and {totals['vo_pruned']:.2%} of V-O "
+            f"= {totals['attention_pruned']:.2%} of this attention = {totals['model_pruned']:.2%} of the model",
+        )
     )
     OUT.print(
         f"{totals['parameters']:,} -> {totals['parameters_after']:,} parameters, "
@@ -269,7 +265,7 @@ def show_plan(written: WrittenModel) -> None:
     OUT.print(table)
     for file, nbytes in written.shards.items():
         OUT.print(f"{file}  {size(nbytes)}")
-    OUT.print(escape(written.other_files))
+    OUT.print(written.other_files)
     note(f"dry run: {written.out} would be written, {rule}, {written.layout}; nothing was written")
 
 
@@ -288,28 +284,29 @@ def show_report(found: Verification) -> None:
     report, names = found.report, (found.reference, found.candidate)
     width = max(map(len, names))
     for name, parameters, nbytes in zip(names, report.parameters, report.nbytes, strict=True):
-        OUT.print(f"{escape(name.ljust(width))}  {parameters:,} parameters, {size(nbytes)}")
+        OUT.print(f"{name.ljust(width)}  {parameters:,} parameters, {size(nbytes)}")
     table = Table("level", "measure", "worst", "limit", "where", box=None, pad_edge=False)
     for row in report.rows:
         table.add_row(*row)
     OUT.print(table)
     for text in report.texts:
-        verdict = "the same text" if text.same else "[red]different texts[/]"
-        OUT.print(f"\n[bold]{escape(text.name)}[/]: {verdict}")
+        verdict = ("the same text", "") if text.same else ("different texts", "red")
+        OUT.print()
+        OUT.print(styled((text.name, "bold"), ": ", verdict))
         for name, output in zip(names, (text.reference, text.candidate), strict=True):
             on_one_line = output.replace("\n", "\\n")
-            OUT.print(f"  {escape(name.ljust(width))}  {escape(on_one_line)}")
+            OUT.print(f"  {name.ljust(width)}  {on_one_line}")
     OUT.print()
     if report.outputs is not None and report.outputs.agreement is not None:
         OUT.print("agreement: the share of positions at which both predict the same token after the same tokens")
     if ignored := [*report.settings.ignored, *report.ignored]:
-        OUT.print(escape(f"ignored, since they change nothing that the model does:\n{listed(ignored, MOST_IGNORED)}"))
+        OUT.print(f"ignored, since they change nothing that the model does:\n{listed(ignored, MOST_IGNORED)}")
     if report.same:
-        OUT.print("[bold green]same model[/] within these limits")
+        OUT.print(styled(("same model", "bold green"), " within these limits"))
         return
-    OUT.print("[bold red]not the same model[/]")
+    OUT.print(styled(("not the same model", "bold red")))
     for failure in report.failures:
-        OUT.print(f"  {escape(failure)}")
+        OUT.print(f"  {failure}")
     if report.hint is not None:
         note(f"a pruned model differs by what was cut; these limits would accept it: {report.hint}")
 
@@ -325,14 +322,14 @@ def training() -> Iterator[Callable[[TrainingStep], None]]:
                 shown.append(step)
                 live.update(_steps_table(shown), refresh=True)
             else:
-                ERR.print("  ".join(filter(None, (f"{h} {v}" if v else "" for h, v in _step_row(step).items()))))
+                ERR.print("  ".join(filter(None, (f"{h} {v}" if v else "" for h, v in step_row(step).items()))))
 
         yield watch
 
 
 def _steps_table(steps: Iterable[TrainingStep]) -> Table:
     table = Table(box=None, pad_edge=False)
-    rows = [_step_row(step) for step in steps]
+    rows = [step_row(step) for step in steps]
     for heading in rows[0]:
         table.add_column(heading, justify="right")
     for row in rows:
@@ -340,29 +337,18 @@ def _steps_table(steps: Iterable[TrainingStep]) -> Table:
     return table
 
 
-def _step_row(step: TrainingStep) -> dict[str, str]:
-    left = step.seconds / max(1, step.step - step.first) * (step.steps - step.step)
-    return {
-        "step": f"{step.step}/{step.steps}",
-        "epoch": f"{step.epoch:.2f}",
-        "loss": "" if step.loss is None else f"{step.loss:.4f}",
-        "eval loss": "" if step.eval_loss is None else f"{step.eval_loss:.4f}",
-        "learning rate": "" if step.learning_rate is None else f"{step.learning_rate:.2e}",
-        "tokens/s": f"{step.tokens_per_second:,.0f}" if step.tokens_per_second else "",
-        "time": f"{timedelta(seconds=round(step.seconds))}",
-        "left": f"{timedelta(seconds=round(left))}",
-    }
-
-
 def show_tuned(record: dict[str, Any]) -> None:
     """Print the result of a training run."""
     share = record["trainable_parameters"] / record["parameters"]
     OUT.print(
-        f"[bold]{escape(record['options']['adapter']['method'])}[/] trained {record['trainable_parameters']:,} of "
-        f"{record['parameters']:,} parameters ({share:.2%}) for {record['steps']} steps in {record['seconds']:.0f} s"
+        styled(
+            (record["options"]["adapter"]["method"], "bold"),
+            f" trained {record['trainable_parameters']:,} of {record['parameters']:,} parameters ({share:.2%}) for "
+            f"{record['steps']} steps in {record['seconds']:.0f} s",
+        )
     )
     held_out = "" if record["eval_loss"] is None else f", {record['eval_loss']:.4f} on {record['eval_data']['file']}"
-    OUT.print(f"mean loss {record['loss']:.4f}{escape(held_out)}")
+    OUT.print(f"mean loss {record['loss']:.4f}{held_out}")
 
 
 def show_scores(scores: list[Scores]) -> None:
@@ -373,25 +359,21 @@ def show_scores(scores: list[Scores]) -> None:
         percent = " in %" if score.metric in PERCENT else ""
         captions.setdefault(f"{score.metric}{percent}, {score.how}; {unit}", {})[f"{score.data} {amount:,}"] = None
     for what, data in captions.items():
-        OUT.print(escape(f"{what}: {', '.join(data)}"))
+        OUT.print(f"{what}: {', '.join(data)}")
     table = Table("model", box=None, pad_edge=False)
     for kind, found in scores[0].found.items():
         for score in found:
-            table.add_column(escape(score.data if kind == "tasks" else score.metric), justify="right")
+            table.add_column(score.data if kind == "tasks" else score.metric, justify="right")
         if kind == "tasks":
             table.add_column("mean", justify="right")
     for model in scores:
         values = []
         for kind, found in model.found.items():
-            values += [_measured(score.metric, score.value) for score in found]
+            values += [measured(score.metric, score.value) for score in found]
             if kind == "tasks":
-                values.append(_measured("accuracy", model.mean))
-        table.add_row(escape(model.model), *values)
+                values.append(measured("accuracy", model.mean))
+        table.add_row(model.model, *values)
     OUT.print(table)
-
-
-def _measured(metric: str, value: float) -> str:
-    return f"{100 * value:.1f}" if metric in PERCENT else f"{value:.4g}"
 
 
 def show_bench(bench: Bench, names: tuple[str, str]) -> None:
@@ -399,29 +381,12 @@ def show_bench(bench: Bench, names: tuple[str, str]) -> None:
     settings = bench.settings
     rounds = f"medians of {settings.rounds} alternating runs"
     how = f"{settings.device}, {settings.dtype}, {bench.threads} threads, batch {settings.batch}, {rounds}"
-    OUT.print(f"{how} ({escape(bench.processor)})")
+    OUT.print(f"{how} ({bench.processor})")
     table = Table("", box=None, pad_edge=False)
     for name in (*names, "ratio"):
-        table.add_column(escape(name), justify="right")
+        table.add_column(name, justify="right")
     for measure in bench.measures:
         what = f"generate {settings.tokens} tokens" if measure.name == "generate" else measure.name
-        values = (_quantity(value, measure.unit) for value in (measure.reference, measure.candidate))
+        values = (quantity(value, measure.unit) for value in (measure.reference, measure.candidate))
         table.add_row(what, *values, "" if measure.ratio is None else f"{measure.ratio:.3f}")
     OUT.print(table)
-
-
-def _quantity(value: float, unit: str) -> str:
-    if unit == "bytes":
-        return size(value)
-    if unit == "seconds":
-        return f"{value * 1000:.1f} ms" if value < 1 else f"{value:.2f} s"
-    return f"{value:,.0f}"
-
-
-def size(count: float) -> str:
-    """Format bytes in decimal units, as file managers and hubs do."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from xml.etree import ElementTree
 
 from pessa_cli.common.errors import PessaError, UsageError
+from pessa_cli.common.text import visible
 
 if TYPE_CHECKING:
     from pessa_cli.evaluation.report import Report
@@ -26,10 +27,10 @@ def write_junit(path: Path, report: Report) -> None:
     failed = sum(not check.passed for check in report.checks)
     suite = ElementTree.Element("testsuite", name="pessa verify", tests=str(len(report.checks)), failures=str(failed))
     for check in report.checks:
-        case = ElementTree.SubElement(suite, "testcase", classname=f"pessa.{check.level}", name=check.where)
+        case = ElementTree.SubElement(suite, "testcase", classname=f"pessa.{check.level}", name=visible(check.where))
         if not check.passed:
-            ElementTree.SubElement(case, "failure", message=check.finding)
+            ElementTree.SubElement(case, "failure", message=visible(check.finding))
     try:
         ElementTree.ElementTree(suite).write(path, encoding="utf-8", xml_declaration=True)
     except OSError as error:
-        raise PessaError(f"cannot write {path}: {error}", "give --junit a file in a folder that exists") from None
+        raise PessaError(f"cannot write {path}: {error}", "give --junit a file in a folder that exists") from error

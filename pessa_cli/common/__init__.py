@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from pessa_cli.common.errors import PessaWarning as PessaWarning
     from pessa_cli.common.errors import UsageError as UsageError
     from pessa_cli.common.files import file_size as file_size
+    from pessa_cli.common.files import is_there as is_there
     from pessa_cli.common.jobs import in_order as in_order
     from pessa_cli.common.jobs import one_thread as one_thread
     from pessa_cli.common.lazy import lazy_exports as lazy_exports
@@ -29,9 +30,11 @@ if TYPE_CHECKING:
     from pessa_cli.common.progress import Tick as Tick
     from pessa_cli.common.progress import quietly as quietly
     from pessa_cli.common.text import badness as badness
+    from pessa_cli.common.text import json_text as json_text
     from pessa_cli.common.text import listed as listed
     from pessa_cli.common.text import read_text as read_text
     from pessa_cli.common.text import shortened as shortened
+    from pessa_cli.common.text import visible as visible
     from pessa_cli.common.toml import from_table as from_table
     from pessa_cli.common.toml import read_toml as read_toml
     from pessa_cli.common.values import check_device as check_device
@@ -43,14 +46,14 @@ else:
         __name__,
         {
             "errors": ["PessaError", "PessaWarning", "UsageError"],
-            "files": ["file_size"],
+            "files": ["file_size", "is_there"],
             "jobs": ["in_order", "one_thread"],
             "lazy": ["lazy_exports"],
             "memory": ["MORE_MEMORY", "out_of_memory", "raise_if_out_of_memory"],
             "options": ["Range", "Setting", "at_least", "check_options", "made", "option", "settings_of"],
             "packages": ["need"],
             "progress": ["Progress", "Tick", "quietly"],
-            "text": ["badness", "listed", "read_text", "shortened"],
+            "text": ["badness", "json_text", "listed", "read_text", "shortened", "visible"],
             "toml": ["from_table", "read_toml"],
             "values": ["check_device", "parse_layers", "size_of"],
             "version": ["VERSION"],

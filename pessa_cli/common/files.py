@@ -1,9 +1,23 @@
-"""Sizes of files that a user names."""
+"""Whether files that a user names exist, and their sizes."""
 
 from __future__ import annotations
 
+import errno
 import stat
 from pathlib import Path
+
+
+def is_there(path: Path) -> bool:
+    """Return whether a path exists; a name that is too long for a file, or has a null character, does not.
+
+    Raises OSError if that cannot be known, for example without permission for its folder.
+    """
+    try:
+        return path.exists()
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            return False
+        raise
 
 
 def file_size(path: Path) -> int:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from pessa_cli.checkpoint.files import sha256_of
 from pessa_cli.common.errors import PessaError
+from pessa_cli.common.files import is_there
 from pessa_cli.common.text import read_text
 
 AUDIO = (".wav", ".flac", ".ogg", ".mp3", ".opus")
@@ -57,13 +58,13 @@ def read_data(paths: Sequence[Path]) -> CalibrationData:
     """
     found: dict[str, list[DataItem]] = {}  # by the SHA-256 of the file
     for path in paths:
-        if path.is_dir():
-            files = sorted(file for file in path.rglob("*") if file.suffix.lower() in AUDIO)
+        if is_there(path) and path.is_dir():
+            files = sorted(file for file in path.rglob("*") if file.suffix.lower() in AUDIO and file.is_file())
             if not files:
                 raise PessaError(
                     f"{path} contains no audio", f"give a folder with files that end in {', '.join(AUDIO)}"
                 )
-        elif not path.is_file():
+        elif not (is_there(path) and path.is_file()):
             raise PessaError(f"{path} does not exist", "give audio or text files, folders of audio, or JSON lines")
         else:
             files = [path]
@@ -101,14 +102,14 @@ def _lines(path: Path) -> Iterator[DataItem]:
         try:
             row = json.loads(line)
             audio, text, language = row.get("audio", row.get("file")), row.get("text"), row.get("language")
-            if not isinstance(audio or text, str) or not isinstance(text or "", str):
+            if not all(value is None or isinstance(value, str) for value in (audio, text)) or not (audio or text):
                 raise ValueError("the line has neither text nor audio")
             if not isinstance(language or "", str):
                 raise ValueError(f'the language is {language!r}, which is not a code such as "en"')
         except (ValueError, AttributeError, RecursionError) as error:
             raise PessaError(f"{path}, line {number}: {error}", 'write {"audio": FILE} or {"text": "..."}') from error
-        clip = None if audio is None else path.parent / audio
-        if clip is not None and not clip.is_file():
+        clip = None if not audio else path.parent / audio
+        if clip is not None and not (is_there(clip) and clip.is_file()):
             raise PessaError(
                 f"{path}, line {number}: {clip} does not exist", "correct the path; it is relative to the JSONL file"
             )

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pessa_cli.common.errors import PessaError
+from pessa_cli.common.files import file_size
 from pessa_cli.common.text import listed
 
 ALPACA = (
@@ -41,6 +42,7 @@ def read_rows(path: Path) -> list[Row]:
     Raises PessaError when the file is unreadable or empty, and lists examples whose keys are none of FORMS.
     """
     try:
+        file_size(path)
         text = path.read_text(encoding="utf-8")
         rows = json.loads(text) if text.lstrip().startswith("[") else _lines(text)
     except (OSError, ValueError, RecursionError) as error:

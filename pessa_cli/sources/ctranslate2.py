@@ -2,7 +2,7 @@
 
 `model.bin` is a list of named variables. They are located first and then read one at a time, so that the conversion
 needs only the memory of the largest tensor. Sizes, vocabulary and languages are read from the files; the name of the
-model is not used.
+model is not used. Weights of int8 and int16 become float32: each is divided by the scale of its row, or of the weight.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ from pessa_cli.checkpoint.files import SINGLE_FILE
 from pessa_cli.checkpoint.reader import TensorInfo
 from pessa_cli.checkpoint.shards import CheckpointWriter
 from pessa_cli.common.errors import PessaError
-from pessa_cli.common.text import listed
+from pessa_cli.common.text import listed, shortened
 from pessa_cli.sources.whisper_folder import read_vocabulary, whisper_config, write_side_files
 
 if TYPE_CHECKING:
@@ -28,7 +29,9 @@ if TYPE_CHECKING:
 MODEL_FILE = "model.bin"
 BINARY_VERSION, SPEC, REVISION = 6, "WhisperSpec", 3
 DTYPES = ("F32", "I8", "I16", "I32", "F16", "BF16")  # the index is the format's dtype number
-FLOATS = ("F32", "F16", "BF16")
+FLOATS, INTEGERS = ("F32", "F16", "BF16"), ("I8", "I16")
+MOST_VARIABLES, MOST_NAME = 100_000, 200  # the largest Whisper has 1,300; characters of a name in a message
+SCALE = "_scale"  # the end of the name of a quantised weight's scales
 # Options with the values that they have in every Whisper; with another value the model is not a Whisper.
 SWITCHES = {"activation": 3, "alibi": 0, "pre_norm": 1, "scale_embeddings": 0, "start_from_zero_embedding": 0}
 # Scalars that do not affect the weights: how CTranslate2 computes, and details of ALiBi, which is off.
@@ -65,6 +68,15 @@ class CTranslate2Model:
             what = f"has no {name}" if found is None else f"holds {name} in shape {found.info.shape}"
             raise PessaError(f"{self.path} {what}, so it is not a Whisper model", CONVERT_AGAIN)
         return found.info.shape
+
+    @cached_property
+    def quantised(self) -> bool:
+        """Whether there are weights of integers; then all tensors become float32, so that no block has two dtypes."""
+        return any(found.info.dtype in INTEGERS and found.info.shape for found in self.variables.values())
+
+    def dtype_of(self, name: str) -> str:
+        """Return the dtype that a variable has after the conversion."""
+        return "F32" if self.quantised else self.variables[name].info.dtype
 
     def scalar(self, name: str) -> int:
         """Return the first byte of a scalar variable as a signed integer."""
@@ -133,27 +145,30 @@ def read_model(path: Path) -> CTranslate2Model:
             raise PessaError(f"{path} has binary version {version}, but pessa reads {BINARY_VERSION}", CONVERT_AGAIN)
         if (spec := (string(), number(4))) != (SPEC, REVISION):
             raise PessaError(
-                f"{path} holds a {spec[0]}, revision {spec[1]}, but pessa reads {SPEC}, revision {REVISION}",
+                f"{path} holds a {spec[0][:MOST_NAME]}, revision {spec[1]}; pessa reads {SPEC}, revision {REVISION}",
                 CONVERT_AGAIN,
             )
-        for _ in range(number(4)):
+        count = number(4)
+        if count > MOST_VARIABLES:
+            raise PessaError(f"{path} claims to hold {count:,} variables, more than {MOST_VARIABLES:,}", DAMAGED)
+        for _ in range(count):
             name = string()
-            shape = tuple(number(4) for _ in range(number(1)))
+            shape = tuple(number(4) for _ in range(number(1)))  # at most 255 dimensions
             dtype, nbytes, offset = number(1), number(4), file.tell()
             if dtype >= len(DTYPES) or math.prod(shape) * ITEM_BYTES[DTYPES[dtype]] != nbytes or name in variables:
                 raise PessaError(
-                    f"{path} has an invalid entry for {name}: dtype {dtype}, shape {shape}, {nbytes:,} bytes"
-                    + (", and the name occurs twice" if name in variables else ""),
+                    f"{path} has an invalid entry for {name[:MOST_NAME]}: dtype {dtype}, shape {shortened(shape)}, "
+                    f"{nbytes:,} bytes" + (", and the name occurs twice" if name in variables else ""),
                     DAMAGED,
                 )
             if offset + nbytes > size:
-                raise PessaError(f"{path} ends early, in {name}: it has {size:,} bytes", DAMAGED)
+                raise PessaError(f"{path} ends early, in {name[:MOST_NAME]}: it has {size:,} bytes", DAMAGED)
             variables[name] = Variable(TensorInfo(DTYPES[dtype], shape), offset)
             file.seek(nbytes, 1)
-        for _ in range(number(4)):
+        for _ in range(min(number(4), MOST_VARIABLES)):
             alias, name = string(), string()
             if name not in variables or alias in variables:
-                raise PessaError(f"{path} has an invalid alias: {alias} for {name}", DAMAGED)
+                raise PessaError(f"{path} has an invalid alias: {alias[:MOST_NAME]} for {name[:MOST_NAME]}", DAMAGED)
             variables[alias] = variables[name]
         if file.tell() != size:
             raise PessaError(f"{path} has {size - file.tell():,} bytes after its last entry", DAMAGED)
@@ -213,11 +228,12 @@ def _sizes(model: CTranslate2Model) -> dict[str, Any]:
         "max_target_positions": model.shape("decoder/position_encodings/encodings", 2)[0],
         "tie_word_embeddings": model.variables["decoder/embeddings/weight"]
         is model.variables.get("decoder/projection/weight"),
-        "dtype": TORCH_DTYPES[model.variables["decoder/embeddings/weight"].info.dtype],
+        "dtype": TORCH_DTYPES[model.dtype_of("decoder/embeddings/weight")],
     }
     for side in ("encoder", "decoder"):
         layers, heads = 0, model.scalar(f"{side}/num_heads")
-        while any(name.startswith(f"{side}/layer_{layers}/") for name in model.variables):
+        there = {"/".join(name.split("/", 2)[:2]) for name in model.variables}
+        while f"{side}/layer_{layers}" in there:
             layers += 1
         if heads < 1 or width % heads:
             raise PessaError(
@@ -242,36 +258,54 @@ def _check(model: CTranslate2Model, plan: Mapping[str, Piece]) -> None:
             problems[f"{piece.variable}: missing"] = None
         elif found.info.shape != wanted:
             problems[f"{piece.variable}: shape {found.info.shape}, expected {wanted}"] = None
+        elif found.info.dtype not in (*FLOATS, *INTEGERS):
+            problems[f"{piece.variable}: {found.info.dtype}, expected floats, int8 or int16"] = None
+        elif found.info.dtype in INTEGERS:
+            scale = model.variables.get(f"{piece.variable}{SCALE}")
+            if scale is None or scale.info.dtype not in FLOATS or scale.info.shape not in ((), wanted[:1]):
+                problems[f"{piece.variable}{SCALE}: missing, or not one number for each of {wanted[0]} rows"] = None
     owned = {piece.variable for piece in plan.values()} | {"decoder/projection/weight"}
+    owned |= {f"{name}{SCALE}" for name in owned}
     for name in model.variables.keys() - owned:
         leaf = name.rpartition("/")[2]
         if leaf in SWITCHES and model.scalar(name) != SWITCHES[leaf]:
             problems[f"{name}: {model.scalar(name)}, expected {SWITCHES[leaf]}"] = None
         elif leaf not in (*SWITCHES, *IGNORED, "num_heads"):
-            problems[f"{name}: not part of a Whisper model"] = None
+            problems[f"{name[:MOST_NAME]}: not part of a Whisper model"] = None
     if problems:
         raise PessaError(f"{model.path} is not a plain Whisper model\n{listed(sorted(problems))}", CONVERT_AGAIN)
 
 
 def _tensor(model: CTranslate2Model, piece: Piece) -> torch.Tensor:
+    """Return a tensor of the plan; integers are divided by their scales. Raises PessaError if a scale is no number."""
+    values = _read(model, piece.variable, piece.part, piece.parts).reshape(piece.shape)
+    info = model.variables[piece.variable].info
+    if info.dtype in INTEGERS:
+        name = f"{piece.variable}{SCALE}"
+        single = not model.variables[name].info.shape
+        scale = _read(model, name, *((0, 1) if single else (piece.part, piece.parts))).float()
+        if not bool((scale.isfinite() & (scale > 0)).all()):
+            raise PessaError(f"{model.path}: {name} holds something other than positive numbers", DAMAGED)
+        values = values.float() / scale.reshape(-1, *(1 for _ in piece.shape[1:]))
+    return values.float() if model.quantised else values
+
+
+def _read(model: CTranslate2Model, name: str, part: int, parts: int) -> torch.Tensor:
     import torch
 
-    dtype: torch.dtype = getattr(torch, TORCH_DTYPES[model.variables[piece.variable].info.dtype])
-    return torch.frombuffer(model.read(piece.variable, piece.part, piece.parts), dtype=dtype).reshape(piece.shape)
+    dtype: torch.dtype = getattr(torch, TORCH_DTYPES[model.variables[name].info.dtype])
+    return torch.frombuffer(model.read(name, part, parts), dtype=dtype)
 
 
 def convert(folder: Path, into: Path) -> None:
-    """Write the CTranslate2 Whisper model in `folder` as a complete Hugging Face folder, in the same dtype.
+    """Write the CTranslate2 Whisper model in `folder` as a complete Hugging Face folder.
 
-    `into` is created if it does not exist; after an error its content is incomplete. Raises PessaError if the folder
-    does not hold a Whisper model of binary version 6 in floats, for example if it has another specification, is
-    quantised or damaged, has a key bias (Whisper has none), or has the vocabulary or tokenizer of another model.
+    It has the same dtype, or float32 if the model is quantised. `into` is created if it does not exist; after an error
+    its content is incomplete. Raises PessaError if the folder does not hold a Whisper model of binary version 6, for
+    example if it has another specification, is damaged, has a key bias (Whisper has none), or has the vocabulary or
+    tokenizer of another model.
     """
     model = read_model(folder / MODEL_FILE)
-    integers = [name for name, found in model.variables.items() if found.info.shape and found.info.dtype not in FLOATS]
-    if integers:
-        dtype = model.variables[integers[0]].info.dtype.replace("I", "int")
-        raise PessaError(f"{model.path} is quantised: {integers[0]} is {dtype}", CONVERT_AGAIN)
     sizes = _sizes(model)
     vocabulary = read_vocabulary(folder, sizes["vocab_size"])
     config = whisper_config(sizes, vocabulary)
@@ -287,7 +321,7 @@ def convert(folder: Path, into: Path) -> None:
     into.mkdir(parents=True, exist_ok=True)
     write_side_files(folder, into, config, vocabulary)
     names = sorted(plan.keys() - set(key_biases))
-    header = {name: TensorInfo(model.variables[plan[name].variable].info.dtype, plan[name].shape) for name in names}
+    header = {name: TensorInfo(model.dtype_of(plan[name].variable), plan[name].shape) for name in names}
     with CheckpointWriter(into, {SINGLE_FILE: header}, {"format": "pt"}) as writer:
         for name in names:
             writer.put(name, _tensor(model, plan[name]))

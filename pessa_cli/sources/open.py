@@ -11,6 +11,7 @@ from pathlib import Path
 from pessa_cli.checkpoint.files import CONFIG_FILE, source_name
 from pessa_cli.checkpoint.links import check_links
 from pessa_cli.common.errors import PessaError, UsageError
+from pessa_cli.common.files import is_there
 from pessa_cli.sources import ctranslate2, hub, pickled
 from pessa_cli.sources import gguf as gguf_source
 from pessa_cli.sources import openai as openai_whisper
@@ -32,6 +33,8 @@ def _converter(path: Path, allow_pickle: bool) -> Convert | None:
         return gguf_source.convert
     if openai_whisper.is_openai_file(path):
         return openai_whisper.convert
+    if not path.is_file():  # a pipe, a socket or a device, which may never end
+        raise PessaError(f"{path} is neither a folder nor a regular file", "copy what it holds into a file first")
     raise PessaError(
         f"{path} is a file, not a folder",
         f"give the folder that holds it, {path.parent}, or an openai-whisper .pt file or a GGUF file",
@@ -73,7 +76,7 @@ def open_source(
     model.
     """
     path = Path(name)
-    if path.exists():
+    if is_there(path):
         if revision is not None:
             raise UsageError(f"--revision is for models on the hub, but {name} is a local path", "leave it out")
     else:

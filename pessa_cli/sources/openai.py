@@ -9,21 +9,17 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pessa_cli.checkpoint.dtypes import TORCH_DTYPES
 from pessa_cli.checkpoint.files import CONFIG_FILE, SINGLE_FILE, write_json
 from pessa_cli.checkpoint.reader import TensorInfo
 from pessa_cli.checkpoint.shards import CheckpointWriter
 from pessa_cli.common.errors import PessaError
-from pessa_cli.common.text import listed
+from pessa_cli.common.text import listed, shortened
 from pessa_cli.sources.openai_tokenizer import get_encoding, suppressed, tokens_and_tokenizer
 from pessa_cli.sources.pickled import header_of, load_pickle
 from pessa_cli.sources.whisper_folder import TOKENIZER_FILE, Vocabulary, whisper_config, write_side_files
-
-if TYPE_CHECKING:
-    import torch
-
 
 DIMENSIONS = (
     *("n_mels", "n_vocab"),
@@ -91,7 +87,11 @@ def _dimensions(path: Path, checkpoint: Mapping[Any, Any]) -> dict[str, int]:
         raise PessaError(
             f"{path} is not an openai-whisper checkpoint: it has no dims and model_state_dict", NOT_WHISPER
         )
-    wrong = [f"{name}: {dims.get(name)!r}" for name in DIMENSIONS if type(dims.get(name)) is not int or dims[name] < 1]
+    wrong = [
+        f"{name}: {shortened(dims.get(name))}"
+        for name in DIMENSIONS
+        if type(dims.get(name)) is not int or dims[name] < 1
+    ]
     if not wrong and dims["n_audio_state"] != dims["n_text_state"]:
         wrong = ["n_audio_state and n_text_state: encoder and decoder differ in width"]
     for kind in () if wrong else ("audio", "text"):
@@ -163,8 +163,8 @@ def convert(path: Path, into: Path) -> None:
     another shape than the file's dims require, or if openai-whisper is not installed.
     """
     checkpoint = load_pickle(path)
-    dims = _dimensions(path, checkpoint)
-    state: dict[str, torch.Tensor] = checkpoint["model_state_dict"]
+    dims = _dimensions(path, checkpoint.value)
+    state: dict[str, Any] = checkpoint.value["model_state_dict"]
     header = header_of(path, state)
     plan = {theirs: (ours, shape) for theirs, ours, shape in tensor_names(dims)}
     problems = [f"{name}: not part of a Whisper model" for name in header if name not in plan]
@@ -182,4 +182,4 @@ def convert(path: Path, into: Path) -> None:
     ours: dict[str, TensorInfo] = {name: header[theirs] for theirs, (name, _) in plan.items()}
     with CheckpointWriter(into, {SINGLE_FILE: ours}, {"format": "pt"}) as writer:
         for theirs, (name, _) in plan.items():
-            writer.put(name, state[theirs])
+            writer.put(name, checkpoint.read(state[theirs]))

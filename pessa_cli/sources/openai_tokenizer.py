@@ -20,12 +20,12 @@ def get_encoding(path: Path, size: int) -> Encoding:
     """
     try:
         from whisper.tokenizer import get_encoding as theirs
-    except ImportError:
+    except ImportError as error:
         raise PessaError(
             f"{path} is an openai-whisper checkpoint; converting it needs the tokenizer in openai-whisper, which is "
             "not installed",
             "pip install 'pessa[whisper]'",
-        ) from None
+        ) from error
     multilingual = size >= MULTILINGUAL_SIZE
     languages = size - 51765 - multilingual  # the rule in openai-whisper
     encoding: Encoding | None = None

@@ -1,18 +1,12 @@
-"""Conversion of pickled weights to safetensors, reading tensors only.
-
-They are read by torch.load with `weights_only=True`, which refuses a pickle that refers to anything but tensors and
-plain containers, before any of its code is run.
-"""
+"""Conversion of pickled weights to safetensors, reading tensors only: nothing in a pickle is run."""
 
 from __future__ import annotations
 
-import re
 import shutil
 import warnings
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pessa_cli.checkpoint.contents import contents_of, left_out_text
 from pessa_cli.checkpoint.dtypes import TORCH_DTYPES
@@ -21,14 +15,14 @@ from pessa_cli.checkpoint.links import visible_files
 from pessa_cli.checkpoint.reader import TensorInfo
 from pessa_cli.checkpoint.shards import CheckpointWriter
 from pessa_cli.common.errors import PessaError, PessaWarning
-from pessa_cli.common.text import listed
-
-if TYPE_CHECKING:
-    import torch
-
+from pessa_cli.common.files import file_size
+from pessa_cli.common.text import listed, shortened
+from pessa_cli.sources.pickle_machine import Other, StoredTensor
+from pessa_cli.sources.torch_file import DAMAGED, TorchFile, read_torch_file
 
 PICKLE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
-DAMAGED = "the file is damaged or incomplete: copy or download it again"
+MOST_NAME = 512  # characters of a tensor's name
+MOST_SHARED = 4  # how many times the size of a file its tensors may have together
 
 
 def is_pickled(folder: Path) -> bool:
@@ -37,58 +31,53 @@ def is_pickled(folder: Path) -> bool:
     return found and not any((folder / name).exists() for name in (SINGLE_FILE, INDEX_FILE))
 
 
-def load_pickle(path: Path) -> dict[Any, Any]:
-    """Return the dictionary in a file of torch.save, with its tensors memory-mapped where the file allows it.
+def load_pickle(path: Path) -> TorchFile:
+    """Return what a file of torch.save holds, which is a dictionary, without the data of its tensors.
 
-    Raises PessaError if the file would run code, is missing or damaged, or does not hold a dictionary.
+    Raises PessaError in the same cases as `read_torch_file`, and if the file does not hold a dictionary.
     """
-    import torch
-
-    try:
-        value = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except FileNotFoundError:
-        raise PessaError(f"{path} does not exist", "give the folder of a complete checkpoint") from None
-    except Exception as error:  # a hostile or damaged pickle can end in any of Python's errors
-        named = re.search(r"GLOBAL ([\w.]+)", str(error))
-        if named:
-            raise PessaError(
-                f"{path} wants to run code when it is loaded ({named[1]}); none of it was run",
-                "do not use this file; ask its author for safetensors",
-            ) from None
-        # The first line of torch's message advises to run the file's code, so it must not be shown.
-        told = re.search(r"(?:WeightsUnpickler error: |\A(?!Weights only))(.+)", str(error))
-        reason = told[1] if told else type(error).__name__
-        raise PessaError(f"{path} is not a readable file of torch.save: {reason}", DAMAGED) from None
-    if not isinstance(value, dict):
+    file = read_torch_file(path)
+    if not isinstance(file.value, dict):
         raise PessaError(
-            f"{path} holds a {type(value).__name__}, not a dictionary of tensors", "give the weights of a model"
+            f"{path} holds a {type(file.value).__name__}, not a dictionary of tensors", "give the weights of a model"
         )
-    return value
+    return file
 
 
 def header_of(path: Path, tensors: Mapping[Any, Any]) -> dict[str, TensorInfo]:
     """Return the dtypes and shapes of a dictionary of tensors.
 
-    Raises PessaError, which lists all faults, if a value is not a plain dense tensor or if there are none.
+    Raises PessaError, which lists all faults, if a value is not a plain dense tensor, if there are none, or if together
+    they would be far larger than the file.
     """
-    import torch
-
-    dtypes = {getattr(torch, name): dtype for dtype, name in TORCH_DTYPES.items()}
+    dtypes = {name: dtype for dtype, name in TORCH_DTYPES.items()}
     header: dict[str, TensorInfo] = {}
     problems: list[str] = []
     for name, value in tensors.items():
-        if not isinstance(name, str) or not isinstance(value, torch.Tensor):
-            problems.append(f"{name}: a {type(value).__name__}")
-        elif value.layout != torch.strided or value.is_quantized or value.is_meta or value.dtype not in dtypes:
-            problems.append(f"{name}: {value.dtype}, {value.layout}")
-        elif value.untyped_storage().nbytes() < value.nbytes:  # strides of zero let a small file claim a large tensor
-            problems.append(f"{name}: shape {tuple(value.shape)} but only {value.untyped_storage().nbytes():,} bytes")
+        shown = name[:MOST_NAME] if isinstance(name, str) else shortened(name)
+        if isinstance(value, Other):
+            problems.append(f"{shown}: {value.words}")
+        elif not isinstance(name, str) or not isinstance(value, StoredTensor):
+            problems.append(f"{shown}: a {type(value).__name__}")
+        elif not name.isprintable() or len(name) > MOST_NAME:
+            problems.append(f"{shown!r}: not printable, or longer than {MOST_NAME} characters")
+        elif value.dtype not in dtypes:
+            problems.append(f"{name}: torch.{value.dtype}")
+        elif max(value.count, value.end) > value.storage.count:  # strides of zero let a small file claim a large tensor
+            nbytes = value.storage.count * value.storage.item
+            problems.append(f"{name}: shape {shortened(value.shape)} but only {nbytes:,} bytes")
         else:
-            header[name] = TensorInfo(dtypes[value.dtype], tuple(value.shape))
+            header[name] = TensorInfo(dtypes[value.dtype], value.shape)
     if problems or not header:
         raise PessaError(
             f"{path} holds no tensors" if not problems else f"{path} holds more than plain tensors\n{listed(problems)}",
             "give a file of weights only, as save_pretrained writes it",
+        )
+    total, size = sum(info.nbytes for info in header.values()), file_size(path)
+    if total > MOST_SHARED * size:  # tied tensors share data, and are written once under each name
+        raise PessaError(
+            f"{path} has {size:,} bytes, but its tensors would have {total:,}",
+            "do not use this file",
         )
     return header
 
@@ -121,7 +110,7 @@ def convert(folder: Path, into: Path) -> None:
     plan: dict[str, dict[str, TensorInfo]] = {}
     seen: dict[str, str] = {}
     for number, file in enumerate(files, 1):
-        header = header_of(folder / file, load_pickle(folder / file))
+        header = header_of(folder / file, load_pickle(folder / file).value)
         twice = sorted(header.keys() & seen.keys())
         if twice:
             raise PessaError(f"{folder}: {twice[0]} is in two shards, {seen[twice[0]]} and {file}", DAMAGED)
@@ -130,9 +119,9 @@ def convert(folder: Path, into: Path) -> None:
     into.mkdir(parents=True, exist_ok=True)
     with CheckpointWriter(into, plan, {"format": "pt"}) as writer:
         for file, header in zip(files, plan.values(), strict=True):
-            tensors: dict[str, torch.Tensor] = load_pickle(folder / file)
+            found = load_pickle(folder / file)
             for name in header:
-                writer.put(name, tensors[name])
+                writer.put(name, found.read(found.value[name]))
     present = visible_files(folder)
     contents = contents_of(present, {CONFIG_FILE, PICKLE_INDEX, *files})
     for name in (CONFIG_FILE, *contents.copied, *contents.unknown):

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from pessa_cli.blocks.alignment import alignment_heads
-from pessa_cli.checkpoint.files import CONFIG_FILE, read_json, write_json
+from pessa_cli.checkpoint.files import CONFIG_FILE, MOST_JSON, read_json, write_json
 from pessa_cli.common.errors import PessaError
+from pessa_cli.common.files import file_size
 from pessa_cli.common.text import listed, shortened
 
 TOKENIZER_FILE = "tokenizer.json"
@@ -56,6 +57,8 @@ def read_vocabulary(folder: Path, size: int) -> Vocabulary:
     """
     path = next(iter(sorted(folder.glob("vocabulary.*"))), folder / "vocabulary.json")
     try:
+        if (nbytes := file_size(path)) > MOST_JSON:
+            raise ValueError(f"it has {nbytes:,} bytes, more than {MOST_JSON:,}")
         text = path.read_text(encoding="utf-8")
         # splitlines would also split at characters that are tokens themselves. One token may be empty.
         tokens = json.loads(text) if path.suffix == ".json" else text.removesuffix("\n").split("\n")

@@ -20,6 +20,7 @@ import torch
 from pessa_cli.algebra.heads import HeadWeights
 from pessa_cli.blocks.site import Site
 from pessa_cli.common.errors import PessaError
+from pessa_cli.common.files import file_size
 from pessa_cli.common.text import listed, shortened
 from pessa_cli.statistics.sums import NAMES, BlockStatistics, shapes_of
 from pessa_cli.statistics.weighing import independent
@@ -184,6 +185,7 @@ def _about(path: Path) -> dict[str, Any]:
     from safetensors import SafetensorError, safe_open
 
     try:
+        file_size(path)
         with safe_open(path, framework="pt") as file:
             about = file.metadata() or {}
         if about.get("format") != FORMAT:

@@ -13,6 +13,7 @@ from typing import Any
 
 from pessa_cli.common.errors import PessaError
 from pessa_cli.common.files import file_size
+from pessa_cli.common.text import visible
 
 CARD_FILE = "README.md"
 ORIGINAL_FILE = "README.original.md"  # the card of the source, unchanged
@@ -91,7 +92,7 @@ def _name(source: str) -> str:
 
 def _inline(text: str) -> str:
     """Escape text from outside for one line of Markdown, so that it starts no tag, comment, table cell or new line."""
-    return re.sub(r"([\\`*_\[\]<>|])", r"\\\1", " ".join(text.split()))
+    return re.sub(r"([\\`*_\[\]<>|&])", r"\\\1", visible(" ".join(text.split())))
 
 
 def _action(summary: Mapping[str, Any]) -> str:

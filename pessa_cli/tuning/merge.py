@@ -69,6 +69,7 @@ class Adapter:
             raise PessaError(f"{folder} is not an adapter: it has no {missing}", hint)
         self.folder = folder
         try:
+            read_json(folder / ADAPTER_FILE)  # which PEFT reads without limits
             self.config = PeftConfig.from_pretrained(str(folder))
             self._file = _opened(folder / ADAPTER_WEIGHTS)
         except (ValueError, TypeError, KeyError, SafetensorError) as error:

@@ -12,6 +12,7 @@ from pessa_cli.blocks.site import Site, select
 from pessa_cli.checkpoint.files import source_name
 from pessa_cli.checkpoint.staging import check_free
 from pessa_cli.common.errors import UsageError
+from pessa_cli.common.files import is_there
 from pessa_cli.ranks.rule import Rule
 from pessa_cli.sources.open import open_source
 from pessa_cli.statistics.file import Statistics, shortages
@@ -85,7 +86,7 @@ def opened(
 def named(run: Run, model: str | Path) -> Run:
     """Return the run with the model's name, which output files contain; paths on this machine are left out."""
     path = Path(model)
-    return replace(run, source=run.source or (source_name(path) if path.exists() else str(model)))
+    return replace(run, source=run.source or (source_name(path) if is_there(path) else str(model)))
 
 
 def chosen(model: Model, recipe: Recipe) -> list[Site]:

@@ -7,6 +7,7 @@ models. The tests look only for parts of a message that do not depend on its wor
 from __future__ import annotations
 
 import shutil
+import struct
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -115,6 +116,14 @@ def openai_file(place: Path) -> None:
     torch.save({"dims": {"n_mels": 80}, "model_state_dict": {}}, place / "mine.pt")
 
 
+def pickled_list(place: Path) -> None:
+    torch.save([1], place / "list.pt")
+
+
+NO_RANKS = {"model.decoder.layers.0.self_attn.q_proj": "many"}
+GGUF_BERT = b"GGUF" + struct.pack("<IQQQ", 3, 0, 1, 20) + b"general.architecture" + struct.pack("<IQ", 8, 4) + b"bert"
+
+
 def huge(tensors: dict[str, torch.Tensor]) -> None:
     """Make weights so large that their products overflow in float64."""
     for name in list(tensors):
@@ -207,6 +216,15 @@ EXAMPLES: Mapping[str, Example] = {
         "inspect pickled --allow-pickle",
         "pytorch_model.bin",
         change=lambda p: [write("pickled/pytorch_model.bin", "x")(p), write("pickled/config.json", "{}")(p)],
+    ),
+    "a rank that is no number": failure(
+        "inspect pruned",
+        "decoder.layers.0",
+        change=within("pruned", edit_json(lambda c: c["quantization_config"].update(modules=NO_RANKS))),
+    ),
+    "a pickle of a list": failure("inspect list.pt", "holds a list", change=pickled_list),
+    "GGUF of another architecture": failure(
+        "inspect x.gguf", "'bert'", "supported: llama", change=write("x.gguf", GGUF_BERT)
     ),
     "a link out of the folder": failure(
         "inspect llama", "vocab.txt", "words.txt", "--follow-links", change=link("llama/vocab.txt", "words.txt")
@@ -418,8 +436,6 @@ HINTLESS = {
 # `raise ... from None` under `except Exception` hides the cause, which must not be an error in our own code.
 HIDDEN = {
     "models.instructions._conversation": "a chat template is code of the model, and may raise any error",
-    "sources.gguf._architecture": "the package that reads the file may raise any error for a damaged one",
-    "sources.pickled.load_pickle": "torch may raise any error for a damaged file, and its text advises unsafe loading",
 }
 
 

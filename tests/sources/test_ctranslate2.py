@@ -276,6 +276,60 @@ def test_float32_stays_float32(english: Case, tmp_path: Path) -> None:
     assert {info.dtype for info in CheckpointReader(tmp_path / "out").header.values()} == {"F32"}
 
 
+@pytest.fixture(scope="module")
+def converter(english: Case, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """CTranslate2's own converter, of a Hugging Face folder of the tiny model."""
+    from ctranslate2.converters import TransformersConverter
+
+    folder = tmp_path_factory.mktemp("hf") / "model"
+    shutil.copytree(english.converted, folder)
+    return TransformersConverter(str(folder), copy_files=["tokenizer.json"])
+
+
+@pytest.mark.parametrize("kind", ["int8", "int8_float16", "int8_bfloat16", "int16", "float16"])
+def test_quantised_weights_are_those_that_ctranslate2_computes_with(
+    kind: str, converter: Any, english: Case, tmp_path: Path
+) -> None:
+    import ctranslate2
+
+    converter.convert(str(tmp_path / "theirs"), quantization=kind)
+    convert(tmp_path / "theirs", tmp_path / "ours")
+    ours = WhisperForConditionalGeneration.from_pretrained(tmp_path / "ours", dtype=torch.float32).eval()
+    features = np.random.default_rng(0).standard_normal((1, 80, 100)).astype(np.float32)
+    theirs = ctranslate2.models.Whisper(str(tmp_path / "theirs"), compute_type="float32", intra_threads=1)
+    states = np.array(theirs.encode(ctranslate2.StorageView.from_array(features)))
+    prompt = [ours.generation_config.decoder_start_token_id, ours.generation_config.no_timestamps_token_id]
+    generated = theirs.generate(
+        ctranslate2.StorageView.from_array(features), [prompt], beam_size=1, max_length=4, return_logits_vocab=True,
+        suppress_tokens=[], suppress_blank=False,
+    )  # fmt: skip
+    first = np.array(generated[0].logits[0][0])
+    with torch.no_grad():
+        hidden = ours.model.encoder(torch.from_numpy(features)).last_hidden_state.numpy()
+        logits_ = ours(input_features=torch.from_numpy(features), decoder_input_ids=torch.tensor([prompt])).logits
+    error = np.abs(hidden - states).max()
+    assert error < 2e-4, error
+    kept = first > -1e30  # others are suppressed by its rules
+    assert kept.sum() > 50_000
+    assert np.abs(logits_[0, -1].numpy() - first)[kept].max() < 2e-3
+    # The control: the weights before they were quantised are farther away.
+    with torch.no_grad():
+        other = english.model.model.encoder(torch.from_numpy(features)).last_hidden_state.numpy()
+    assert kind == "float16" or np.abs(other - states).max() > 5 * error
+
+
+def test_scales_that_are_not_positive_numbers_are_refused(converter: Any, tmp_path: Path) -> None:
+    converter.convert(str(tmp_path / "theirs"), quantization="int8")
+    file = tmp_path / "theirs" / "model.bin"
+    found = read_model(file).variables["encoder/layer_0/ffn/linear_0/weight_scale"]
+    for value in (0.0, float("nan"), float("inf"), -1.0):
+        content = bytearray(file.read_bytes())
+        struct.pack_into("<f", content, found.offset, value)
+        file.write_bytes(content)
+        with pytest.raises(PessaError, match="weight_scale holds something other than positive numbers"):
+            convert(tmp_path / "theirs", tmp_path / "ours")
+
+
 def test_truncated_anywhere(english: Case, tmp_path: Path) -> None:
     path = english.copy(tmp_path) / "model.bin"
     size = path.stat().st_size
@@ -335,7 +389,8 @@ SELF, CROSS = "decoder/layer_1/self_attention/linear_0", "decoder/layer_1/attent
     [
         (edit(f"{SELF}/bias", with_bias), r"key biases.*\n.*layers\.1\.self_attn\.k_proj\.bias$"),
         (edit(f"{CROSS}/bias", lambda a: with_bias(a[::-1])[::-1]), r"key biases.*\n.*encoder_attn\.k_proj\.bias$"),
-        (edit(f"{SELF}/weight", lambda a: a.astype(np.int8)), f"quantised: {SELF}/weight is int8"),
+        (edit(f"{SELF}/weight", lambda a: a.astype(np.int8)), f"{SELF}/weight_scale: missing"),
+        (edit(f"{SELF}/weight", lambda a: a.astype(np.int32)), f"{SELF}/weight: I32, expected floats, int8 or int16"),
         (
             edit(f"{SELF}/weight", lambda a: a[:-1]),
             rf"\n  {SELF}/weight: shape \(47, 16\), expected \(48, 16\)",
@@ -365,7 +420,7 @@ def test_other_models_are_refused(
 @pytest.mark.parametrize(
     ("header", "message"),
     [
-        ({"spec": "TransformerSpec"}, "holds a TransformerSpec, revision 3, but pessa reads WhisperSpec, revision 3"),
+        ({"spec": "TransformerSpec"}, "holds a TransformerSpec, revision 3; pessa reads WhisperSpec, revision 3"),
         ({"revision": 2}, "holds a WhisperSpec, revision 2"),
         ({"version": 5}, "binary version 5, but pessa reads 6"),
     ],

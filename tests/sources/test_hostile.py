@@ -8,7 +8,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import socket
 import struct
+import tempfile
+from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -16,6 +19,7 @@ from typing import Any
 
 import pytest
 import torch
+from fuzzing import Fuzzer, limited, make_fuzzers
 from harness import TinyFolder, copy_of, edit_json
 from hostile import (
     CONFIG,
@@ -38,11 +42,20 @@ from safetensors.torch import load_file, save
 from pessa_cli.checkpoint.files import MOST_JSON, read_json, write_json
 from pessa_cli.checkpoint.reader import CheckpointReader
 from pessa_cli.common.errors import PessaError
+from pessa_cli.common.text import read_text
 from pessa_cli.evaluation.verify import verify_models
+from pessa_cli.models.data import read_data
+from pessa_cli.models.instructions import read_rows
 from pessa_cli.ranks.rule import Rule
+from pessa_cli.sources.open import open_source
+from pessa_cli.sources.torch_file import read_torch_file
+from pessa_cli.sources.whisper_folder import read_vocabulary
+from pessa_cli.statistics.file import SavedStatistics
 from pessa_cli.surgery.model import open_model
 from pessa_cli.surgery.prune import prune_model
 from pessa_cli.surgery.run import Run
+from pessa_cli.surgery.spectra_file import load_spectra
+from pessa_cli.tuning.merge import Adapter
 from pessa_cli.workflow.recipe import load_recipe
 
 TARGETS = ("header", "bytes", "index", "config", "manifest", "spectra", "recipe")
@@ -350,3 +363,100 @@ def test_code_in_a_model_folder_is_never_run(
     with suppress(PessaError):  # there is no tokenizer without that code
         verify_models(open_model(model), open_model(tmp_path / "out"), level="outputs")
     assert not marker.exists()
+
+
+READERS = (
+    *("safetensors", "index", "config", "manifest", "spectra", "statistics", "GGUF", "CTranslate2", "pickle"),
+    *("old pickle", "openai .pt", "adapter", "adapter's weights", "recipe", "JSONL", "examples", "reader"),
+)
+
+
+@pytest.mark.slow
+def test_every_reader_refuses_or_reads(tmp_path: Path) -> None:
+    """A hundred cases of each of the fuzzers of scripts/fuzz.py, which runs as many as it is asked for."""
+    (tmp_path / "bases").mkdir()
+    fuzzers = make_fuzzers(tmp_path / "bases")
+    assert set(READERS) == fuzzers.keys() - {"GGUF, whole"}
+    for name in READERS:
+        kinds = Counter(fuzzers[name].run(number, tmp_path / name, measured=False).kind for number in range(100))
+        assert set(kinds) <= {"read", "PessaError"}, (name, kinds)
+        assert kinds["PessaError"] > 20, (name, kinds)
+
+
+def test_the_fuzzer_notices() -> None:
+    """The control: an exception, a hang, much memory and an endless message are failures."""
+
+    def hang(_: Path) -> None:
+        while True:
+            pass
+
+    def say(path: Path) -> None:
+        raise PessaError(str(path) * 10_000)
+
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "from").mkdir()
+        (Path(folder) / "from" / "x").write_bytes(b"x")
+        none: dict[str, int] = {}
+        readers: dict[str, Callable[[Path], object]] = {
+            "KeyError": lambda _: none["x"],
+            "Late": hang,
+            "bytes of memory": lambda _: bytes(10**8),
+            "message": say,
+        }
+        for says, read in readers.items():
+            found = Fuzzer(Path(folder) / "from", "x", lambda _, content: content, read).run(0, Path(folder) / "to")
+            assert found.kind.startswith("FAILURE")
+            assert says in found.kind
+
+
+@pytest.mark.parametrize("kind", ["pipe", "/dev/zero", "a socket"])
+def test_pipes_are_read_by_no_reader(kind: str, bases: Bases, tmp_path: Path) -> None:
+    """Opening a pipe blocks until somebody writes to it; each reader asks first what it is."""
+
+    def special(path: Path) -> Path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.unlink(missing_ok=True)
+        if kind == "pipe":
+            os.mkfifo(path)
+        elif kind == "a socket":
+            with socket.socket(socket.AF_UNIX) as listener:
+                listener.bind(os.path.relpath(path))
+        else:
+            path.symlink_to(kind)
+        return path
+
+    sites = open_model(bases["bert"]).sites
+    model = copy_of(bases["bert"], tmp_path / "m")
+    (model / WEIGHTS).unlink()
+    special(model / "pytorch_model.bin")
+    ct2 = copy_of(bases["bert"], tmp_path / "c")
+    (ct2 / WEIGHTS).unlink()
+    (ct2 / "model.bin").write_bytes(b"x")
+    special(ct2 / "vocabulary.txt")
+    adapter = tmp_path / "a" / "adapter_config.json"
+    readers: dict[str, Callable[[], object]] = {
+        "GGUF": lambda: _opened(special(tmp_path / "x.gguf")),
+        "openai": lambda: _opened(special(tmp_path / "x.pt")),
+        "pickle": lambda: _opened(model),
+        "torch": lambda: read_torch_file(special(tmp_path / "y.pt")),
+        "vocabulary": lambda: read_vocabulary(ct2, 3),
+        "recipe": lambda: load_recipe(special(tmp_path / "r.toml")),
+        "data": lambda: read_data([special(tmp_path / "d.jsonl")]),
+        "audio": lambda: read_data([special(tmp_path / "audio" / "d.wav").parent]),
+        "examples": lambda: read_rows(special(tmp_path / "e.json")),
+        "text": lambda: read_text(special(tmp_path / "t.txt")),
+        "statistics": lambda: SavedStatistics(special(tmp_path / "s.safetensors")),
+        "adapter": lambda: Adapter(special(adapter).parent),
+    }
+    for name, read in readers.items():
+        with limited(), pytest.raises(PessaError) as error:
+            read()
+        assert error.value.message, name
+    special(copy_of(bases["decomposed"], tmp_path / "p") / SPECTRA)
+    with limited():
+        assert load_spectra(tmp_path / "p", sites) == {}  # as if it were not there
+
+
+def _opened(path: Path) -> None:
+    with open_source(str(path), allow_pickle=True) as folder:
+        open_model(folder)

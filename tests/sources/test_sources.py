@@ -11,14 +11,11 @@ import pickle
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import gguf
-import numpy as np
 import pytest
-import tiny
 import torch
 from harness import (
     PESSA,
@@ -34,7 +31,7 @@ from harness import (
     snapshot,
 )
 from hub_server import Hub, commit, hub
-from transformers import LlamaForCausalLM, WhisperForConditionalGeneration
+from transformers import WhisperForConditionalGeneration
 from whisper.model import ModelDimensions, Whisper
 
 from pessa_cli.checkpoint.files import source_name
@@ -308,7 +305,7 @@ def test_a_pickle_cannot_run_code(where: str, zipped: bool, pessa: Pessa, tiny_f
 BAD_PICKLES: dict[str, tuple[object, tuple[str, ...]]] = {
     "a list": ([1, 2], ("holds a list",)),
     "numbers": ({"a": 1, "b": torch.ones(2)}, ("a: a int",)),
-    "sparse": ({"a": torch.eye(3).to_sparse()}, ("a: torch.float32, torch.sparse_coo",)),
+    "sparse": ({"a": torch.eye(3).to_sparse()}, ("a: a sparse tensor",)),
     "complex": ({"a": torch.ones(2, dtype=torch.complex64)}, ("a: torch.complex64",)),
     "nothing": ({}, ("holds no tensors",)),
     "endless": ({"a": torch.ones(1).expand(10**13)}, ("a: shape (10000000000000,) but only 4 bytes",)),
@@ -486,96 +483,3 @@ def test_without_openai_whisper_the_error_names_the_extra(
 ) -> None:
     monkeypatch.setitem(sys.modules, "whisper.tokenizer", None)
     is_refusal(pessa("inspect", openai_file), str(openai_file), "openai-whisper", "pip install 'pessa[whisper]'")
-
-
-# --- GGUF
-
-
-Type = gguf.GGMLQuantizationType
-
-
-def gguf_names(layers: int) -> Iterator[tuple[str, str, str]]:
-    """Yield llama.cpp's name, Hugging Face's name, and the config key of the heads if llama.cpp permutes their rows."""
-    yield from (("token_embd", "model.embed_tokens", ""), ("output_norm", "model.norm", ""), ("output", "lm_head", ""))
-    for i in range(layers):
-        for theirs, ours, heads in (
-            *(("attn_q", "self_attn.q_proj", "num_attention_heads"), ("attn_output", "self_attn.o_proj", "")),
-            *(("attn_k", "self_attn.k_proj", "num_key_value_heads"), ("attn_v", "self_attn.v_proj", "")),
-            *(("ffn_gate", "mlp.gate_proj", ""), ("ffn_up", "mlp.up_proj", ""), ("ffn_down", "mlp.down_proj", "")),
-            *(("attn_norm", "input_layernorm", ""), ("ffn_norm", "post_attention_layernorm", "")),
-        ):
-            yield f"blk.{i}.{theirs}", f"model.layers.{i}.{ours}", heads
-
-
-def write_gguf(path: Path, kind: Any = Type.F32, architecture: str = "llama") -> dict[str, torch.Tensor]:
-    """Write the tiny LLaMA as llama.cpp stores it; returns its tensors after quantisation and dequantisation."""
-    model = tiny.build("llama")
-    config, state = model.config, model.state_dict()
-    writer = gguf.GGUFWriter(path, architecture)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_tokenizer_model("gpt2")
-    letters = [chr(code) for code in range(0x21, 0x7B)]
-    writer.add_token_list(["<unk>", "<s>", "</s>", *letters, "ab", "cd", "ef", "gh", "ij", "kl", "mn"])
-    writer.add_token_types([3] * 3 + [1] * 97)
-    writer.add_token_merges(["a b", "c d", "e f", "g h", "i j", "k l", "m n"])
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
-    stored: dict[str, torch.Tensor] = {}
-    for theirs, ours, key in gguf_names(config.num_hidden_layers):
-        tensor = state[f"{ours}.weight"]
-        heads, shape = getattr(config, key) if key else 1, tensor.shape
-        split = (heads, 2, shape[0] // heads // 2, *shape[1:])
-        array = tensor.reshape(split).transpose(1, 2).reshape(shape).contiguous() if key else tensor
-        as_kind = kind if array.ndim == 2 and shape[1] % 32 == 0 else Type.F32
-        data = gguf.quants.quantize(array.numpy(), as_kind)
-        writer.add_tensor(f"{theirs}.weight", data, raw_dtype=as_kind)
-        back = torch.from_numpy(np.array(gguf.quants.dequantize(data, as_kind), dtype=np.float32)).reshape(shape)
-        joined = (heads, shape[0] // heads // 2, 2, *shape[1:])
-        stored[f"{ours}.weight"] = back.reshape(joined).transpose(1, 2).reshape(shape) if key else back
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return stored
-
-
-@pytest.mark.parametrize("kind", [Type.F32, Type.F16, Type.Q8_0], ids=lambda kind: str(kind.name))
-def test_a_gguf_file(kind: Any, pessa: Pessa, place: Path) -> None:
-    stored = write_gguf(place / "m.gguf", kind)
-    reference = tiny.build("llama")
-    with open_source(str(place / "m.gguf")) as folder:
-        found = raw_tensors(folder)
-        assert {name: data for name, (_, _, data) in found.items()} == {
-            name: tensor.contiguous().numpy().tobytes() for name, tensor in stored.items()
-        }
-        loaded = LlamaForCausalLM.from_pretrained(folder).eval()
-    reference.load_state_dict(stored)
-    sample = tiny.inputs(reference)
-    with torch.no_grad():
-        assert torch.allclose(loaded(**sample).logits, reference(**sample).logits, rtol=1e-4, atol=1e-4)
-    if kind == Type.Q8_0:
-        assert pessa("prune", place / "m.gguf", *RULE, "-o", place / "out").code == 0
-        assert (place / "out" / "tokenizer.json").exists()
-    assert list((place / "tmp").iterdir()) == []
-
-
-def test_bad_gguf_files_are_refused(pessa: Pessa, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_gguf(place / "m.gguf", architecture="mamba")
-    is_refusal(pessa("inspect", place / "m.gguf"), "GGUF architecture 'mamba'; supported: llama")
-    write_gguf(place / "m.gguf")
-    content = (place / "m.gguf").read_bytes()
-    for size in (4, 30, 2000, len(content) - 1000):
-        (place / "m.gguf").write_bytes(content[:size])
-        is_refusal(pessa("inspect", place / "m.gguf"), f"{place / 'm.gguf'} is not a readable GGUF file", "download")
-    (place / "m.gguf").write_bytes(content)
-    monkeypatch.setitem(sys.modules, "gguf", None)
-    is_refusal(pessa("inspect", place / "m.gguf"), "needs gguf, which is not installed", "pip install 'pessa[gguf]'")
-    (place / "notes.txt").write_text("hello")
-    is_refusal(pessa("inspect", place / "notes.txt"), f"{place / 'notes.txt'} is a file, not a folder")
