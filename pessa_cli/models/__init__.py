@@ -9,6 +9,7 @@ from pessa_cli.common.lazy import lazy_exports
 if TYPE_CHECKING:
     from pessa_cli.models.audio import SAMPLE_RATE as SAMPLE_RATE
     from pessa_cli.models.audio import load_audio as load_audio
+    from pessa_cli.models.classes import LOCAL_ONLY as LOCAL_ONLY
     from pessa_cli.models.classes import WEIGHTS_ALONE as WEIGHTS_ALONE
     from pessa_cli.models.classes import ModelClass as ModelClass
     from pessa_cli.models.classes import class_of as class_of
@@ -53,7 +54,7 @@ else:
         __name__,
         {
             "audio": ["SAMPLE_RATE", "load_audio"],
-            "classes": ["WEIGHTS_ALONE", "ModelClass", "class_of", "model_class"],
+            "classes": ["LOCAL_ONLY", "WEIGHTS_ALONE", "ModelClass", "class_of", "model_class"],
             "data": ["CalibrationData", "read_data"],
             "dense": ["dense_model", "text_part"],
             "hooks": ["BlockModules", "Call", "block_modules", "block_squares", "on_calls", "output_of", "replay"],

@@ -7,6 +7,7 @@ from pessa_cli.surgery.block_reader import BlockReader
 from pessa_cli.surgery.card import CARD_FILE, check_card, write_figures
 from pessa_cli.surgery.decomposition import Decomposition, decomposition_of, measure
 from pessa_cli.surgery.export import export_model
+from pessa_cli.surgery.generation import GENERATION_FILE, mended_generation_config
 from pessa_cli.surgery.model import MANIFEST_FILE, Model, open_model
 from pessa_cli.surgery.output import hashes_of, write_shards
 from pessa_cli.surgery.prune import decompose_model, prune_model
@@ -16,6 +17,7 @@ from pessa_cli.surgery.side_files import UnknownWeights, copy_side_files, output
 
 __all__ = [
     "CARD_FILE",
+    "GENERATION_FILE",
     "MANIFEST_FILE",
     "SHARD_BYTES",
     "BlockReader",
@@ -33,6 +35,7 @@ __all__ = [
     "export_model",
     "hashes_of",
     "measure",
+    "mended_generation_config",
     "open_model",
     "output_contents",
     "prune_model",

@@ -396,7 +396,7 @@ EXAMPLES: Mapping[str, Example] = {
         lambda p: pessa_cli.load_whisper(p / "whisper"),
         "openai-whisper",
         "pip install",
-        missing=("whisper.model", "pessa_cli.runtime.openai_whisper"),
+        missing=("whisper.model", "pessa_cli.compat.for_whisper", "pessa_cli.runtime.openai_whisper"),
     ),
     "a package that is not installed": failure(
         lambda _: need("nobodys_package", extra="eval"), "nobodys_package", "pip install"
