@@ -84,8 +84,8 @@ def make_bases(folder: Path) -> dict[str, Path]:
     llama = {f"{block}{side}_proj.weight": torch.randn(WIDTH, WIDTH) for side in "qo"}
     llama |= {f"{block}{side}_proj.weight": torch.randn(WIDTH // 2, WIDTH) for side in "kv"}
     configs: dict[str, dict[str, Any]] = {
-        "bert": {"model_type": "bert", "num_attention_heads": 2},
-        "llama": {"model_type": "llama", "num_attention_heads": 4, "num_key_value_heads": 2},
+        "bert": {"model_type": "bert", "num_attention_heads": 2, "num_hidden_layers": 1},
+        "llama": {"model_type": "llama", "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 1},
     }
     for name, tensors in (("bert", bert), ("llama", llama)):
         (folder / name).mkdir()
