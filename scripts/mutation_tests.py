@@ -4,7 +4,8 @@
 
 For each package, mutmut makes the mutants in a copy of the repository and runs the fast tests that reach the changed
 function, until one fails. Printed are the numbers of mutants per package, and with --survivors every change that no
-test noticed. The exit code is 1 if a package has less than 90 % killed.
+test noticed. The exit code is 1 if a package has less than 90 % killed. With --work FOLDER the copies are kept, and a
+second run with the same folder only tests again what was not killed, after you have added a test or changed the code.
 
 Not mutated are annotations, docstrings, decorators and what runs while a module is imported (mutmut mutates functions,
 and switches mutants on after the import), and the arguments of raised errors: their texts are for people, and have
@@ -78,7 +79,7 @@ def main() -> int:
     parser.add_argument("packages", nargs="*", choices=[*TESTS, []], help="default: all of them")
     parser.add_argument("--survivors", action="store_true", help="print each change that no test noticed")
     parser.add_argument("--jobs", type=int, default=2, help="mutants that are tested at the same time")
-    parser.add_argument("--work", type=Path, help="a new folder for the copies, kept; by default a temporary one")
+    parser.add_argument("--work", type=Path, help="keep the copies in this folder, or continue with those there")
     given = parser.parse_args()
     listed = tomllib.loads(LISTED.read_text(encoding="utf-8"))
     enough = True
@@ -92,9 +93,12 @@ def main() -> int:
 
 
 def _copy(folder: Path, package: str) -> Path:
-    """Copy what the tests need into a new folder, with the settings of mutmut for one package."""
-    folder.mkdir(parents=True)
+    """Copy what the tests need into the folder, with the settings of mutmut for one package."""
+    folder.mkdir(parents=True, exist_ok=True)
     for part in ("pessa_cli", "tests", "scripts"):
+        for copy in (folder / part, folder / "mutants" / part):
+            if copy.exists() and not (part == "pessa_cli" and copy.parent != folder):  # mutmut renews its mutants
+                shutil.rmtree(copy)
         shutil.copytree(ROOT / part, folder / part, ignore=shutil.ignore_patterns("__pycache__"))
     tests = ", ".join(f'"{argument}"' for argument in TESTS[package])
     settings = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
@@ -110,14 +114,15 @@ def _environment() -> dict[str, str]:
 
 def _mutated(folder: Path, jobs: int) -> Iterator[Mutant]:
     """Run mutmut in the folder, and yield what became of each mutant."""
-    command = [sys.executable, "-m", "mutmut", "run", "--max-children", str(jobs)]
+    known = {name: code for _, results in _results(folder) for name, code in results.items()}
+    left = [name for name, code in known.items() if STATUS.get(code, "timeout") not in ("killed", "timeout")]
+    command = [sys.executable, "-m", "mutmut", "run", "--max-children", str(jobs), *left]
     with (folder / "mutmut.log").open("w") as log:
         done = subprocess.run(command, cwd=folder, env=_environment(), stdout=log, stderr=subprocess.STDOUT)
     if done.returncode:
         text = (folder / "mutmut.log").read_text(encoding="utf-8", errors="replace")
         raise SystemExit(f"mutmut failed in {folder}:\n{text[-3000:]}")
-    for path in sorted(folder.glob("mutants/pessa_cli/*/*.meta")):
-        results: dict[str, int | None] = json.loads(path.read_text(encoding="utf-8"))["exit_code_by_key"]
+    for path, results in _results(folder):
         functions = _functions(path.with_suffix(""))
         for name, code in results.items():
             module, _, function = name.rpartition(".")
@@ -127,6 +132,12 @@ def _mutated(folder: Path, jobs: int) -> Iterator[Mutant]:
             changed = [line for line in ndiff(old, new) if line[:2] in ("- ", "+ ")]
             sides = (" ".join(line[2:].strip() for line in changed if line[0] == sign) for sign in "-+")
             yield Mutant(where.removeprefix("pessa_cli."), *sides, STATUS.get(code, "timeout"))
+
+
+def _results(folder: Path) -> Iterator[tuple[Path, dict[str, int | None]]]:
+    """Yield the file of each module's results, and the exit code of the tests for each mutant by its name."""
+    for path in sorted(folder.glob("mutants/pessa_cli/*/*.meta")):
+        yield path, json.loads(path.read_text(encoding="utf-8"))["exit_code_by_key"]
 
 
 def _functions(path: Path) -> dict[str, list[str]]:

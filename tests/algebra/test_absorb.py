@@ -111,6 +111,10 @@ def test_the_dtype_is_that_asked_for_and_biases_are_added_in_float64() -> None:
         }
         assert absorbed.o_bias is not None
         assert absorbed.o_bias.dtype == torch.float64
+    stays = absorb(weights_of(site), replace(site, spec=OTHER), torch.float32)  # with biases as rows
+    assert stays.vo.left.dtype == torch.float32
+    assert double.qk is not None
+    assert double.qk.right.shape == (2, 6, 3)  # without a row for the key bias
     o, v_bias, o_bias = (arrays(weights)[name] for name in ("o", "v_bias", "o_bias"))
     assert o is not None and v_bias is not None and o_bias is not None  # noqa: PT018
     assert np.allclose(double.o_bias, o_bias + np.einsum("ogmd,gd->o", o, v_bias), rtol=1e-14)

@@ -159,6 +159,16 @@ def test_growth_is_the_norm_of_the_terms_by_that_of_the_column() -> None:
     assert mixed.growth.isinf().tolist() == [False, True, False]
 
 
+def test_heads_of_one_direction() -> None:
+    pair = random_pair(heads=2, width=1)
+    norms = pair.left.norm(dim=-2) * pair.right.norm(dim=-2)
+    for transforms in (svd_transforms(pair), norm_transforms(pair)):
+        assert torch.allclose(transforms.spectrum, norms)
+        assert torch.allclose(transforms.growth, torch.ones(2, dtype=torch.float64))
+    zero = svd_transforms(Pair(torch.zeros_like(pair.left), pair.right))
+    assert zero.growth.isinf().all()
+
+
 def test_transforms_are_applied_in_the_dtype_of_the_weights() -> None:
     pair = degenerate("rank-deficient")
     single = Pair(pair.left.float(), pair.right.float())

@@ -43,6 +43,12 @@ def test_parts_have_as_many_heads_as_fit_and_join_to_the_block(
     assert same(joined(parts, weights), weights)
 
 
+def test_a_block_of_one_head_is_one_part() -> None:
+    weights = weights_of(replace(SITE, heads=2, kv_heads=1))
+    assert len(parts := list(weights.parts())) == 1
+    assert same(parts[0], weights)
+
+
 def test_joined_has_the_dtypes_of_the_block_and_the_last_output_bias() -> None:
     weights = weights_of(SITE, dtype=torch.float16)
     parts = [weights_of(replace(SITE, heads=4, kv_heads=2), seed) for seed in (1, 2)]

@@ -72,10 +72,12 @@ def test_shrinkage_adds_inputs_of_unit_variance() -> None:
     assert torch.allclose(plain.spectrum, torch.linalg.svdvals(product(pair))[:, :5], rtol=1e-8)
 
 
-def test_growth_bounds_the_terms_of_each_column() -> None:
+@pytest.mark.parametrize("scale", [1.0, 1e-3])
+def test_growth_bounds_the_terms_of_each_column(scale: float) -> None:
     """The norm of the terms `|a_i| t_ij`, by that of the column j, for the worst column of both factors."""
     pair = random_pair(heads=2, left=20, right=15, width=5)
     pair.left[1] = pair.left[1, :, :1] + 1e-2 * pair.left[1]  # nearly parallel columns cancel
+    pair = Pair(scale * pair.left, scale * pair.right)
     x, y = inputs(pair)
     found = weighted_transforms(pair, Weighting(*moments(pair, x, y), 0.1))
     factors = transformed(pair, found)
@@ -102,6 +104,19 @@ def test_heads_without_inputs_or_weights() -> None:
     assert found.growth[1] == 1
     assert found.spectrum[2, 4] < 1e-6 * found.spectrum[2, 3]
     assert all(t.isfinite().all() for t in (found.left, found.right, found.growth))
+
+
+def test_dependent_columns() -> None:
+    pair = random_pair(heads=2, left=20, right=15, width=5)
+    pair.left[1, :, 4] = pair.left[1, :, 0] - 2 * pair.left[1, :, 1]
+    x, y = inputs(pair)
+    for weighting in (Weighting(*moments(pair, x, y), 0.0), Weighting(moments(pair, x, y)[0], None, 0.3)):
+        found = weighted_transforms(pair, weighting)
+        assert torch.allclose(product(transformed(pair, found)), product(pair), rtol=1e-6, atol=1e-6)
+        assert found.spectrum[1, 4] < 1e-6 * found.spectrum[1, 3]
+    single = random_pair(heads=2, left=20, right=15, width=1)
+    one = weighted_transforms(single, Weighting(*moments(single, *inputs(single)), 0.0))
+    assert torch.allclose(one.growth, torch.ones(2, dtype=torch.float64))
 
 
 def test_products_that_would_overflow_are_refused() -> None:
@@ -156,13 +171,13 @@ def least_squares(o: NDArray[np.float64], values: NDArray[np.float64], kept: lis
     return torch.from_numpy(fitted)
 
 
-@pytest.mark.parametrize("ridge", [0.0, 0.5])
+@pytest.mark.parametrize("ridge", [0.0, 0.3])
 def test_the_refit_is_least_squares(ridge: float) -> None:
     kept = [0, 1, 4]
     o, values = normal(7, 6), normal(50, 6, seed=9) @ normal(6, 6, seed=10) * torch.logspace(1, -1, 6)
     moment = values.mT @ values
     found = refitted(o, moment, torch.tensor(kept), ridge)
-    assert torch.allclose(found, least_squares(o.numpy(), values.numpy(), kept, ridge), rtol=1e-8)
+    assert torch.allclose(found, least_squares(o.numpy(), values.numpy(), kept, ridge), rtol=1e-10)
     before, after = ((values @ o.mT - values[:, kept] @ each[:, kept].mT).norm() for each in (o, found))
     assert after < 0.95 * before  # the refit matters
     assert torch.equal(found[:, [2, 3, 5]], o[:, [2, 3, 5]])

@@ -175,7 +175,7 @@ def test_blocks_with_too_little_data_are_listed() -> None:
     values = torch.randn(12, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
     def short(frames: float, rows: int, wide: int = 12, output: float = 1.0) -> list[str]:
-        used = values[:rows] * (torch.arange(12) < wide)
+        used = 0.1 * values[:rows] * (torch.arange(12) < wide)
         found = block(
             frames=torch.tensor(frames, dtype=torch.float64),
             mixtures=used.mT @ used,

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pessa_cli.algebra.rope import PairWeighting
+from pessa_cli.algebra.weighted import traces
 from pessa_cli.blocks.site import ROPE, Site
 from pessa_cli.blocks.table import ARCHITECTURES
 from pessa_cli.statistics.sums import NAMES, BlockStatistics, shapes_of
@@ -99,6 +100,10 @@ def test_keys_are_weighed_by_their_influence_and_partly_all_alike() -> None:
     none = weigh(replace(found, influence=0 * found.influence), GROUPED, None).qk.right
     assert none is not None
     assert torch.allclose(none, found.keys / (FRAMES * D))
+    turned = weigh(replace(found, influence=found.influence.flip(-1, -2)), GROUPED, None).qk.right  # of the same traces
+    assert turned is not None
+    assert torch.allclose(traces(turned), traces(right))
+    assert (turned - right).norm() > 0.3 * right.norm()
     half = replace(found, influence=found.influence * torch.tensor([1.0, 0.0]).reshape(2, 1, 1))
     one = weigh(half, GROUPED, None).qk.right
     assert one is not None
@@ -174,6 +179,9 @@ def test_the_number_of_independent_terms() -> None:
     values = np.random.default_rng(1).normal(size=(4, 6)) * np.array([1.0, 1e3, 1e-3, 1.0, 1.0, 0.0])
     assert independent(torch.from_numpy(values.T @ values)) == 4
     assert independent(torch.from_numpy(values[:1].T @ values[:1])) == 1
+    assert independent(1e9 * torch.from_numpy(values.T @ values)) == 4
+    small = torch.eye(2, dtype=torch.float64) + (1 - 1e-9) * (1 - torch.eye(2, dtype=torch.float64))
+    assert independent(small) == 2  # the share of the smaller eigenvalue is 5e-10
     assert independent(torch.eye(6, dtype=torch.float64)) == 6
     assert independent(torch.zeros(3, 3, dtype=torch.float64)) == 0
 
