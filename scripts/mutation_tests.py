@@ -130,8 +130,8 @@ def _mutated(folder: Path, jobs: int) -> Iterator[Mutant]:
             where = f"{module}.{plain.removeprefix('x_').removeprefix('xǁ').replace('ǁ', '.')}"
             old, new = functions[f"{plain}__mutmut_orig"], functions[function]
             changed = [line for line in ndiff(old, new) if line[:2] in ("- ", "+ ")]
-            sides = (" ".join(line[2:].strip() for line in changed if line[0] == sign) for sign in "-+")
-            yield Mutant(where.removeprefix("pessa_cli."), *sides, STATUS.get(code, "timeout"))
+            before, after = (" ".join(line[2:].strip() for line in changed if line[0] == sign) for sign in "-+")
+            yield Mutant(where.removeprefix("pessa_cli."), before, after, STATUS.get(code, "timeout"))
 
 
 def _results(folder: Path) -> Iterator[tuple[Path, dict[str, int | None]]]:

@@ -91,8 +91,9 @@ def test_directions_that_are_not_stored_are_not_dropped_again() -> None:
 
 def test_directions_that_cannot_be_merged_are_always_kept() -> None:
     partial = replace(BIASED, head_dim=5, unmerged=2, qk_ranks=(5, 5), vo_ranks=(3, 3))
-    steps = [s for s in ordered_steps([partial], spectra_of(partial), Rule()) if s.side == "qk"]
-    assert sorted((s.head, s.rank) for s in steps) == [(h, r) for h in range(2) for r in (2, 3, 4)]
+    steps = ordered_steps([partial], spectra_of(partial), Rule())
+    for side, ranks in (("qk", (2, 3, 4)), ("vo", (0, 1, 2))):
+        assert sorted((s.head, s.rank) for s in steps if s.side == side) == [(h, r) for h in range(2) for r in ranks]
     plan = ranks_for([partial], spectra_of(partial), Rule(qk_thr=1.2), WHOLE)
     assert plan.qk[partial.name] == (4, 4)
     assert plan.vo[partial.name] == (3, 3)
@@ -191,6 +192,8 @@ def test_the_trade_off_by_hand() -> None:
         trade_off(sites, spectra, Rule(), Size(5000, 1), points=20)
     )
     assert trade_off(sites, spectra, Rule(), Size(5000, 1), points=1)[-1].attention == whole
+    exactly = trade_off([GROUPED], {GROUPED.name: Spectra(QK, VO)}, Rule(), Size(5000, 1), points=1)
+    assert [point.attention for point in exactly] == [6 * (2 * 5 + 6 + 6 + 2 * 7), 0]  # without an output bias
     rounded = trade_off(sites, spectra, Rule(min_rank=2), Size(5000, 1), points=1000)
     assert rounded[-1].attention == 2 * (4 * (QK_EACH + VO_EACH) + 7)
 
@@ -287,18 +290,19 @@ def test_pairs_that_a_rule_keeps(rule: Rule, kept: tuple[list[int], list[int]] |
 
 
 def test_pairs_that_are_not_stored_stay_away() -> None:
-    stored = replace(ROTATED, pairs=((range(0, 1), range(2, 3)), (range(1, 3),)), qk_ranks=(4, 4))
+    pairs = ((range(0, 1), range(2, 3)), (range(1, 3),))
+    stored = replace(ROTATED, pairs=pairs, qk_ranks=(4, 4))
     zeros = PAIRS * np.array([[1, 0, 1, 0], [0, 1, 1, 0]])
     assert plan_ranks([stored], {stored.name: Spectra(None, EIGHT, pairs=zeros)}, Rule(rope_ratio=0.0)).pairs == {
-        stored.name: stored.pairs
+        stored.name: pairs
     }
     plan = plan_ranks([stored], {stored.name: Spectra(None, EIGHT, pairs=zeros)}, Rule(ratio=0.5))
-    assert plan.pairs == {stored.name: stored.pairs}
+    assert plan.pairs == {stored.name: pairs}
     assert plan.qk[stored.name] == (4, 4)
     assert RankPlan.stored([stored, BIASED]) == RankPlan(
         {stored.name: (4, 4), BIASED.name: (3, 3)},
         {stored.name: (8, 8), BIASED.name: (3, 3)},
-        {stored.name: stored.pairs},
+        {stored.name: pairs},
     )
     mixed = plan_ranks(
         [replace(BIASED, layer=3), ROTATED],
@@ -314,7 +318,13 @@ def test_pairs_that_are_not_stored_stay_away() -> None:
 def test_the_largest_pairs_and_shares() -> None:
     found = largest_pairs(np.array([[9.0, 1, 8, 7], [1, 1, 1, 1], [0, 0, 0, 5]]), np.array([3, 2, 0]))
     assert found == ((range(0, 1), range(2, 4)), (range(0, 2),), ())
-    assert largest_pairs(np.ones((1, 40)), np.array([20])) == ((range(0, 20),),)
+    ties = largest_pairs(np.tile([1.0, 3.0, 2.0], (1, 40)), np.array([60]))  # all of the 3.0, and the first 2.0
+    assert ties == (
+        (
+            *(range(3 * place + 1, 3 * place + 3) for place in range(20)),
+            *(range(place, place + 1) for place in range(61, 120, 3)),
+        ),
+    )
     assert all(type(run.start) is int for runs in found for run in runs)
     shares = pair_shares(np.array([[1.0, 3.0], [0.0, 0.0], [0.1, 0.1]]))
     assert shares.tolist() == [[0.25, 0.75], [0.0, 0.0], [0.5, 0.5]]

@@ -109,7 +109,7 @@ def test_the_weights_of_each_head_and_the_file_again(kind: str, tmp_path: Path) 
     found = read_site(reader, site)
     assert same(found, weights)
     for layout in ("compact", "dense"):
-        again = write_site(found, site, reader.header, layout)  # type: ignore[arg-type]
+        again = write_site(found, site, reader.header, layout)
         assert again.keys() == tensors.keys()
         assert all(torch.equal(again[name], tensor) and again[name].is_contiguous() for name, tensor in tensors.items())
 

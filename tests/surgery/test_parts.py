@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -335,7 +336,7 @@ def test_tensors_are_the_same_after_the_temporary_file(tmp_path: Path) -> None:
 def test_how_many_blocks_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     entries = 3 * (4 * (5 + 7) + 2 * 2 * 6)
     monkeypatch.setattr(run_module, "IN_FLIGHT", 8 * entries * 5)
-    monkeypatch.setattr(run_module.os, "cpu_count", lambda: 3)
+    monkeypatch.setattr(os, "cpu_count", lambda: 3)
     assert Run().jobs_for([BIASED]) == 3
     assert Run(jobs=4).jobs_for([BIASED]) == 4
     assert Run(jobs=9).jobs_for([BIASED]) == 5
@@ -343,7 +344,7 @@ def test_how_many_blocks_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run_module, "IN_FLIGHT", 1)
     assert Run(jobs=9).jobs_for([BIASED]) == 1
     monkeypatch.setattr(run_module, "IN_FLIGHT", 10**9)
-    monkeypatch.setattr(run_module.os, "cpu_count", lambda: None)
+    monkeypatch.setattr(os, "cpu_count", lambda: None)
     assert Run().jobs_for([BIASED]) == 1
 
 
