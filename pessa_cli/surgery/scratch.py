@@ -37,7 +37,7 @@ class Scratch:
         places = self._places[block] = {}
         for name, tensor in tensors.items():
             array = np.ascontiguousarray(tensor.cpu().numpy())
-            places[name] = _Place(self._end, array.shape)
+            places[name] = _Place(self._end, tuple(tensor.shape))  # `array` of a number has the shape (1,)
             self._end += self._file.write(array.data)
         self._file.flush()
 

@@ -1,4 +1,4 @@
-"""Pruning of Q-K by frequency pairs under RoPE: the choice of pairs, their compensation, and the written models."""
+"""Pruning of Q-K by frequency pairs under RoPE: the choice of pairs, and the written models."""
 
 from __future__ import annotations
 
@@ -17,13 +17,11 @@ from harness import Pessa, Real, TinyFolder, copy_of, edit_json, edit_weights, i
 from peft import get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from tuned import disturb
 
 import pessa_cli
-from pessa_cli.algebra import rope
-from pessa_cli.algebra.heads import HeadWeights, live
-from pessa_cli.blocks.compact_format import PairRuns, Ragged, pair_ranks, pairs_text, parse_pairs
+from pessa_cli.algebra.heads import live
+from pessa_cli.blocks.compact_format import Ragged, pair_ranks, pairs_text, parse_pairs
 from pessa_cli.calibration.collect import collect
 from pessa_cli.common.errors import PessaError, UsageError
 from pessa_cli.evaluation.verify import verify_models
@@ -39,167 +37,8 @@ from pessa_cli.surgery.model import open_model
 from pessa_cli.surgery.prune import decompose_model, prune_model
 from pessa_cli.tuning.registry import build_config
 
-HALF, DIRECTIONS = 4, 8
 NAMES = ("llama", "llama-biased")
 CUT = Rule(rope_ratio=0.5, ratio=0.3)
-
-
-def weights(seed: int = 0, groups: int = 2, members: int = 2) -> HeadWeights:
-    """Return the weights of a block with heads of eight directions; only queries and keys matter here."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=torch.float64)
-
-    k = normal(groups, DIRECTIONS, 12)
-    return HeadWeights(normal(groups, members, DIRECTIONS, 12), k, k, k.mT)
-
-
-def sample(seed: int = 1) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return strongly correlated rotated queries (2, 2, 30, 8) and keys (2, 50, 8), their attention weights, and values
-    after W_O, (2, 2, 50, 5)."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=torch.float64)
-
-    queries = normal(2, 2, 30, DIRECTIONS) @ normal(2, 1, DIRECTIONS, DIRECTIONS)
-    keys = normal(2, 50, DIRECTIONS) @ normal(2, DIRECTIONS, DIRECTIONS) + 3
-    return queries, keys, (queries @ keys.unsqueeze(1).mT / 10).softmax(-1), normal(2, 2, 50, 5) + 2
-
-
-def features(queries: Tensor, keys: Tensor, attention: Tensor, values: Tensor) -> Tensor:
-    """Return the derivatives of every output of one group by the coefficients of each pair, (M n w, pairs, 2), computed
-    with autograd through softmax."""
-    (q1, q2), (k1, k2) = queries.chunk(2, -1), keys.chunk(2, -1)
-    scaled = torch.einsum("mip,jp->pmij", q1, k1) + torch.einsum("mip,jp->pmij", q2, k2)
-    turned = torch.einsum("mip,jp->pmij", q2, k1) - torch.einsum("mip,jp->pmij", q1, k2)
-
-    def outputs(scores: Tensor) -> Tensor:
-        return scores.softmax(-1) @ values
-
-    columns = [torch.func.jvp(outputs, (attention.log(),), (each,))[1].flatten() for each in [*scaled, *turned]]
-    return torch.stack(columns, -1).reshape(-1, 2, HALF).mT
-
-
-def weighting(shrinkage: float = 1e-10) -> tuple[rope.PairWeighting, list[Tensor]]:
-    """Return a weighting, and the features of each group from which it is computed."""
-    inputs = sample()
-    return rope.PairWeighting(rope.output_gram(*inputs), shrinkage), [
-        features(*one) for one in zip(*inputs, strict=True)
-    ]
-
-
-def residual(features: Tensor, kept: list[int]) -> float:
-    """Return the squared error of the least-squares fit of all pairs' output by the kept pairs."""
-    scores = features[..., 0].sum(-1)
-    if not kept:
-        return float(scores.square().sum())
-    fit = features[:, kept].flatten(1)
-    return float((scores - fit @ torch.linalg.lstsq(fit, scores).solution).square().sum())
-
-
-def test_rotated_agrees_with_transformers() -> None:
-    x = torch.randn(5, 3, DIRECTIONS, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    angle = torch.rand(5, HALF, generator=torch.Generator().manual_seed(1), dtype=torch.float64).repeat(1, 2)
-    heads = x.transpose(0, 1).unsqueeze(0)
-    expected, _ = apply_rotary_pos_emb(heads, heads, angle.cos().unsqueeze(0), angle.sin().unsqueeze(0))
-    assert torch.allclose(rope.rotated(x, angle.cos(), angle.sin()), expected[0].transpose(0, 1))
-
-
-def test_compensation_is_least_squares() -> None:
-    """The coefficients equal those of torch.linalg.lstsq on the explicit outputs of every query."""
-    block, (weighed, by_group) = weights(), weighting()
-    pairs: tuple[PairRuns, ...] = ((range(0, 2), range(3, 4)), (range(1, 3),))
-    found = rope.compensated(block, pairs, weighed)
-    for g, kept in enumerate(([0, 1, 3], [1, 2])):
-        each = by_group[g]
-        best = torch.linalg.lstsq(each[:, kept].flatten(1), each[..., 0].sum(-1)).solution.reshape(-1, 2)
-        first, second = block.q[g].chunk(2, -2)
-        a, b = best[:, :1], best[:, 1:]
-        expected = torch.cat([a * first[:, kept] + b * second[:, kept], a * second[:, kept] - b * first[:, kept]], 1)
-        got = found.q[g][:, kept + [HALF + p for p in kept]]
-        assert torch.allclose(got, expected, rtol=1e-6, atol=1e-8)
-    assert torch.equal(found.k, block.k)
-
-
-@pytest.mark.parametrize("shrinkage", [1e-10, 1e-2, 0.3, 10.0])
-def test_compensation_is_never_worse_than_none_on_its_data(shrinkage: float) -> None:
-    block, (weighed, by_group) = weights(), weighting(shrinkage)
-    found = rope.compensated(block, ((range(0, 2),), (range(1, 4),)), weighed)
-    for g, kept in enumerate(([0, 1], [1, 2, 3])):
-        each = by_group[g]
-        scores = each[..., 0].sum(-1)
-        # The factor of each kept pair, from its two rows as complex numbers.
-        old, new = (torch.complex(q[g, 0, kept], q[g, 0, [HALF + p for p in kept]]) for q in (block.q, found.q))
-        factor = (new / old).mean(-1)  # a - i b, for the transpose of the matrix between W_Q and W_K
-        x = torch.stack([factor.real, -factor.imag], -1)
-        compensated = scores - torch.einsum("npc,pc->n", each[:, kept], x)
-        plain = scores - each[:, kept, 0].sum(-1)
-        assert compensated.norm() <= plain.norm()
-        if shrinkage < 1e-3:
-            assert compensated.norm() < 0.95 * plain.norm()
-            assert float(compensated.square().sum()) == pytest.approx(residual(each, kept))
-
-
-def test_contributions_are_the_errors_of_backward_elimination() -> None:
-    """In each step no other pair adds a smaller error, and the contributions of dropped pairs add up to the error."""
-    weighed, by_group = weighting()
-    worth = rope.contributions(weights(), weighed)
-    for each, row in zip(by_group, worth, strict=True):
-        kept, lost = list(range(HALF)), 0.0
-        for p in row.argsort().tolist():
-            least = min(residual(each, [o for o in kept if o != other]) for other in kept)
-            kept.remove(p)
-            assert residual(each, kept) == pytest.approx(least, rel=1e-5)
-            lost += float(row[p])
-            assert lost >= residual(each, kept) * (1 - 1e-6)  # contributions never decrease in the order of elimination
-
-
-def test_without_data_contributions_are_products_of_norms() -> None:
-    """The contribution is the mean over rotations of the squared norm of the pair's part of W_Q R W_K^T."""
-    block = weights()
-    worth = rope.contributions(block)
-    g, p = 1, 2
-    both = [p, p + HALF]
-    turns = torch.linspace(0, 2 * torch.pi, 9, dtype=torch.float64)[:-1]
-    total = 0.0
-    for turn in turns:
-        c, s = turn.cos(), turn.sin()
-        rotation = torch.stack([torch.stack([c, -s]), torch.stack([s, c])])
-        total += sum(float((q[both].mT @ rotation @ block.k[g][both]).square().sum()) for q in block.q[g]) / len(turns)
-    assert float(worth[g, p]) == pytest.approx(total)
-    biased = replace(block, k_bias=torch.ones(2, DIRECTIONS, dtype=torch.float64))
-    assert (rope.contributions(biased) > worth).all()  # under RoPE the key bias affects the scores
-
-
-@pytest.mark.parametrize("kind", ["zero queries", "zero keys", "one pair", "no data", "one query", "one key"])
-def test_degenerate_heads_and_data_give_finite_results(kind: str) -> None:
-    block, (queries, keys, attention, values) = weights(), sample()
-    q, k = block.q.clone(), block.k.clone()
-    if kind == "zero queries":
-        q, queries = torch.zeros_like(q), torch.zeros_like(queries)
-    if kind == "zero keys":
-        k[0], keys[0] = 0, 0
-    if kind == "one pair":
-        gone = [1, 2, 3, 5, 6, 7]
-        q[..., gone, :], k[..., gone, :], queries[..., gone], keys[..., gone] = 0, 0, 0, 0
-    if kind == "no data":
-        queries = torch.zeros_like(queries)
-    if kind == "one query":
-        queries, attention = queries[:, :, :1], attention[:, :, :1]
-    if kind == "one key":
-        keys, values, attention = keys[:, :1], values[:, :, :1], torch.ones_like(attention[..., :1])
-    block = replace(block, q=q, k=k)
-    weighed = rope.PairWeighting(rope.output_gram(queries, keys, attention, values), 1e-2)
-    worth = rope.contributions(block, weighed)
-    assert worth.isfinite().all()
-    assert (worth >= 0).all()
-    found = rope.compensated(block, ((range(0, 2),), ()), weighed)
-    assert found.q.isfinite().all()
-    if kind in ("no data", "one key"):
-        assert torch.allclose(worth, rope.contributions(block))
-        assert torch.allclose(found.q[0][:, [0, 1, 4, 5]], block.q[0][:, [0, 1, 4, 5]])
 
 
 def test_pairs_text_round_trips() -> None:

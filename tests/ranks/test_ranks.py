@@ -103,3 +103,12 @@ def test_invalid_rules_are_refused(options: dict[str, Any]) -> None:
 def test_pruning_everything_is_an_error_that_names_the_largest_value(rule: Rule, side: str) -> None:
     with pytest.raises(PessaError, match=f"all of {side}.*{4 if side == 'Q-K' else 8}"):
         planned(rule)
+
+
+@pytest.mark.parametrize("rule", [Rule(), Rule(energy=0.5), Rule(energy=1.0)])
+def test_a_head_of_zeros_keeps_nothing_and_is_no_division_by_zero(rule: Rule) -> None:
+    qk = [[0.0] * 4, [0.4, 0.3, 0.2, 0.1]]
+    with np.errstate(all="raise"):
+        ranks = [planned(rule, qk=qk)[0] for _ in range(5)]
+    assert {head for head, _ in ranks} == {0}
+    assert all(other > 0 for _, other in ranks)
