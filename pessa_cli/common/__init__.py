@@ -9,7 +9,15 @@ from pessa_cli.common.lazy import lazy_exports
 if TYPE_CHECKING:
     from pessa_cli.common.errors import PessaError as PessaError
     from pessa_cli.common.errors import UsageError as UsageError
+    from pessa_cli.common.files import FULL_DISK as FULL_DISK
+    from pessa_cli.common.files import TEMPORARY as TEMPORARY
+    from pessa_cli.common.files import check_writable as check_writable
     from pessa_cli.common.files import file_size as file_size
+    from pessa_cli.common.files import reason as reason
+    from pessa_cli.common.files import rename_new as rename_new
+    from pessa_cli.common.files import sync_folder as sync_folder
+    from pessa_cli.common.files import whole_file as whole_file
+    from pessa_cli.common.files import write_file as write_file
     from pessa_cli.common.jobs import in_order as in_order
     from pessa_cli.common.jobs import one_thread as one_thread
     from pessa_cli.common.lazy import lazy_exports as lazy_exports
@@ -38,7 +46,17 @@ else:
         __name__,
         {
             "errors": ["PessaError", "UsageError"],
-            "files": ["file_size"],
+            "files": [
+                "FULL_DISK",
+                "TEMPORARY",
+                "check_writable",
+                "file_size",
+                "reason",
+                "rename_new",
+                "sync_folder",
+                "whole_file",
+                "write_file",
+            ],
             "jobs": ["in_order", "one_thread"],
             "lazy": ["lazy_exports"],
             "options": ["Range", "Setting", "at_least", "check_options", "made", "option", "settings_of"],

@@ -22,6 +22,7 @@ from pessa_cli.algebra.heads import HeadWeights
 from pessa_cli.blocks.site import Site
 from pessa_cli.checkpoint.dtypes import FLOATS
 from pessa_cli.checkpoint.files import read_json, sha256_of, visible_files
+from pessa_cli.checkpoint.manifest import CARD_FILE, MANIFEST_FILE
 from pessa_cli.checkpoint.reader import CheckpointReader
 from pessa_cli.common.errors import PessaError, UsageError
 from pessa_cli.common.progress import Progress, Tick, quietly
@@ -29,8 +30,7 @@ from pessa_cli.common.text import badness
 from pessa_cli.evaluation.compare import GeneratedText, OutputDifference, run_both
 from pessa_cli.evaluation.limits import Level, VerifyOptions
 from pessa_cli.surgery.block_io import NotFiniteError, read_site
-from pessa_cli.surgery.card import CARD_FILE
-from pessa_cli.surgery.model import MANIFEST_FILE, Model
+from pessa_cli.surgery.model import Model
 
 
 @dataclass(frozen=True)

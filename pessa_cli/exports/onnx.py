@@ -25,6 +25,7 @@ from torch.export import Dim
 from pessa_cli.blocks.compact_format import ModuleNames
 from pessa_cli.blocks.site import Site
 from pessa_cli.checkpoint.files import CONFIG_FILE, sha256_of, visible_files, write_json
+from pessa_cli.checkpoint.manifest import UNHASHED, write_manifest
 from pessa_cli.checkpoint.reader import CheckpointReader
 from pessa_cli.checkpoint.staging import new_folder
 from pessa_cli.common.errors import PessaError
@@ -35,7 +36,7 @@ from pessa_cli.exports.onnx_attention import CacheSlots, HeadByHead, kept_heads
 from pessa_cli.exports.onnx_modules import Encoder, FirstPass, LaterPass, TextEncoder
 from pessa_cli.models.load import load, quiet_transformers
 from pessa_cli.surgery.block_io import read_site
-from pessa_cli.surgery.model import MANIFEST_FILE, Model, open_model
+from pessa_cli.surgery.model import Model, open_model
 from pessa_cli.surgery.output import WEIGHT_SUFFIXES
 
 TOLERANCE = 1e-4  # relative Frobenius error of a graph's output, the limit of `verify` for float32
@@ -75,7 +76,7 @@ def export_onnx(folder: Path, out: Path, force: bool = False, progress: Progress
             f"{folder}: a {kind} {'decoder ' if kind == 'bert' else ''}cannot be exported to ONNX",
             "only whisper models and bert encoders can; for others run `pessa export --layout dense`, then use optimum",
         )
-    with new_folder(out, folder, force) as staging, torch.no_grad(), _quiet():
+    with new_folder(out, [folder], force) as staging, torch.no_grad(), _quiet():
         loaded = load(model)
         with progress("tracing", model.nbytes, len(model.sites)) as tick:
             graphs, check = (_whisper if kind == "whisper" else _bert)(model, loaded, tick)
@@ -301,23 +302,22 @@ def _error(found: list[Any], expected: Tensor) -> float:
 def _write_side_files(reader: CheckpointReader, folder: Path, errors: dict[str, float]) -> None:
     """Copy the side files of the model, such as its tokenizer, and write config.json and pessa.json."""
     sources = visible_files(reader.folder)
-    own = (CONFIG_FILE, MANIFEST_FILE, "README.md")  # these describe the folder that they are in
+    own = (CONFIG_FILE, *UNHASHED)  # these describe the folder that they are in
     for name, path in sources.items():
         if name not in own and not name.endswith((*WEIGHT_SUFFIXES, ".py")):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, folder / name)
     config = {key: value for key, value in reader.config.items() if key not in ("quantization_config", "auto_map")}
     write_json(folder / CONFIG_FILE, config | {key: "float32" for key in ("dtype", "torch_dtype") if key in config})
-    manifest = {
+    about = {
         "pessa": VERSION,
         "versions": {name: version(name) for name in ("torch", "transformers", "onnxscript", "onnxruntime")},
         "command": "export",
         "to": "onnx",
         "error": errors,
         "tolerance": TOLERANCE,
-        "sha256": {name: sha256_of(path) for name, path in visible_files(folder).items()},
     }
-    write_json(folder / MANIFEST_FILE, manifest)
+    write_manifest(folder, about, {name: sha256_of(path) for name, path in visible_files(folder).items()})
 
 
 def _seeded() -> torch.Generator:

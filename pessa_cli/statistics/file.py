@@ -20,6 +20,7 @@ import torch
 from pessa_cli.algebra.heads import HeadWeights
 from pessa_cli.blocks.site import Site
 from pessa_cli.common.errors import PessaError
+from pessa_cli.common.files import write_file
 from pessa_cli.common.text import listed, shortened
 from pessa_cli.statistics.sums import NAMES, BlockStatistics, shapes_of
 from pessa_cli.statistics.weighing import independent
@@ -126,19 +127,14 @@ def save_statistics(
     """Write the statistics of all blocks to a safetensors file.
 
     blocks: by site name. weights: the fingerprints of the blocks' weights, by site name. data: the SHA-256 of each file
-    of calibration data. Raises PessaError when the file cannot be written.
+    of calibration data. A file that is there already is left as it is. Raises PessaError when the file cannot be
+    written.
     """
     from safetensors.torch import save
 
     tensors = {f"{s}.{name}": getattr(found, name).contiguous() for s, found in blocks.items() for name in NAMES}
     about = {"format": FORMAT, "weights": json.dumps(dict(weights)), "data": json.dumps(sorted(data))}
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.write_bytes(save(tensors, about))
-        partial.replace(path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise PessaError(f"cannot write {path}: {error}", "give --statistics a file in a folder that exists") from error
+    write_file(path, save(tensors, about), "--statistics", new=True)
 
 
 def fingerprint(weights: HeadWeights) -> str:
@@ -165,7 +161,7 @@ def _about(path: Path) -> dict[str, Any]:
         return read
     except (SafetensorError, OSError, ValueError, KeyError) as error:
         reason = str(error).splitlines()[0]
-        raise PessaError(f"{path} is not a statistics file: {reason}", "write one with --calibrate DATA") from None
+        raise PessaError(f"{path} is not a statistics file: {reason}", "write one with --calibrate DATA") from error
 
 
 def _plausible(found: BlockStatistics, site: Site) -> bool:

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from pessa_cli.surgery.block_io import NotFiniteError, read_site, write_site
 from pessa_cli.surgery.block_reader import BlockReader
-from pessa_cli.surgery.card import CARD_FILE, check_card, write_figures
+from pessa_cli.surgery.card import check_card, write_figures
 from pessa_cli.surgery.decomposition import Decomposition, decomposition_of, measure
 from pessa_cli.surgery.export import export_model
-from pessa_cli.surgery.model import MANIFEST_FILE, Model, open_model
+from pessa_cli.surgery.model import Model, open_model
 from pessa_cli.surgery.output import WEIGHT_SUFFIXES, copy_side_files, hashes_of, write_shards
 from pessa_cli.surgery.prune import decompose_model, prune_model
 from pessa_cli.surgery.rewrite import SHARD_BYTES, Rewrite, cut_into_files
 from pessa_cli.surgery.run import Run
 
 __all__ = [
-    "CARD_FILE",
-    "MANIFEST_FILE",
     "SHARD_BYTES",
     "WEIGHT_SUFFIXES",
     "BlockReader",

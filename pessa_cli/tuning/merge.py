@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from pessa_cli.blocks.compact_format import ModuleNames
 from pessa_cli.checkpoint.files import ADAPTER_FILE, CONFIG_FILE, read_json, sha256_of, write_json
+from pessa_cli.checkpoint.manifest import MANIFEST_FILE, write_manifest
 from pessa_cli.checkpoint.reader import CheckpointReader, Header
 from pessa_cli.checkpoint.staging import Staging, new_folder, run_identity
 from pessa_cli.common.errors import PessaError
@@ -31,7 +32,7 @@ from pessa_cli.common.jobs import one_thread
 from pessa_cli.common.text import listed
 from pessa_cli.common.version import VERSION
 from pessa_cli.models.load import model_class, quiet_transformers
-from pessa_cli.surgery.model import MANIFEST_FILE, Model
+from pessa_cli.surgery.model import Model
 from pessa_cli.surgery.output import copy_side_files, hashes_of, write_shards
 from pessa_cli.surgery.rewrite import cut_into_files
 from pessa_cli.surgery.run import Run
@@ -183,7 +184,8 @@ def merge_adapter(model: Model, adapter: Path, out: Path, run: Run | None = None
     """
     run = run or Run()
     reader = model.reader
-    with quiet_transformers(), new_folder(out, reader.folder, run.force, run.resume) as staging, one_thread():
+    sources = [reader.folder, adapter]
+    with quiet_transformers(), new_folder(out, sources, run.force, run.resume) as staging, one_thread():
         opened = Adapter(adapter)
         merger = Merger(model, opened)
         owner = {name: layer for layer in merger.layers for name in merger.owned(layer)}
@@ -261,13 +263,6 @@ def _finish(reader: CheckpointReader, staging: Staging, summary: Mapping[str, An
     before = read_json(reader.folder / MANIFEST_FILE) if (reader.folder / MANIFEST_FILE).is_file() else {}
     reader.check_unchanged()
     sources = {file: sha256_of(reader.folder / file) for file in (*reader.files, CONFIG_FILE)}
-    manifest = (
-        dict(summary)
-        | {name: before[name] for name in KEPT if name in before}
-        | {
-            "source_sha256": dict(sorted(sources.items())),
-            "sha256": hashes_of(staging),
-        }
-    )
-    write_json(folder / MANIFEST_FILE, manifest)
-    return manifest
+    kept = {name: before[name] for name in KEPT if name in before}
+    about = dict(summary) | kept | {"source_sha256": dict(sorted(sources.items()))}
+    return write_manifest(folder, about, hashes_of(staging))

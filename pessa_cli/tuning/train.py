@@ -25,8 +25,10 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, Trainer, TrainerCallback, TrainingArguments, WhisperProcessor
 from transformers.trainer_callback import PrinterCallback
 
-from pessa_cli.checkpoint.files import ADAPTER_FILE, read_json, sha256_of, write_json
-from pessa_cli.checkpoint.staging import Staging, new_folder, partial_folder, run_identity
+from pessa_cli.checkpoint.files import ADAPTER_FILE, read_json, sha256_of, visible_files, write_json
+from pessa_cli.checkpoint.manifest import write_manifest
+from pessa_cli.checkpoint.places import partial_output
+from pessa_cli.checkpoint.staging import Staging, new_folder, run_identity
 from pessa_cli.common.errors import PessaError, UsageError
 from pessa_cli.common.version import VERSION
 from pessa_cli.models.instructions import form_of, read_rows
@@ -99,28 +101,27 @@ def tune(job: Job) -> dict[str, Any] | None:
     Raises PessaError for data that do not fit the model, when the loss is not finite, and when the destination exists;
     UsageError for options that do not fit the model.
     """
-    with quiet_transformers(), warnings.catch_warnings():
+    with quiet_transformers(), warnings.catch_warnings(), _staged(job) as (folder, staging):
         warnings.simplefilter("ignore", FutureWarning)  # deprecations inside transformers
         arguments = _arguments(job)
         base = load(job.model, _dtype(job.tuning, arguments))
         collate, examples = _data(job, base, job.data)
         held_out = None if job.eval_data is None else _data(job, base, job.eval_data)[1]
         model = adapted(base, job.tuning, _steps(job.tuning, len(examples)), _sample(examples, collate, arguments))
-        with _staged(job) as (folder, staging):
-            config = model.peft_config["default"]
-            trainer = _trainer_class(config)(
-                model=model, args=arguments, train_dataset=examples, eval_dataset=held_out, data_collator=collate
-            )
-            trainer.pop_callback(PrinterCallback)
-            progress = ProgressCallback(trainer, job.watch, staging)
-            for callback in [progress, *callbacks(config), *_tensorboard(job.tensorboard)]:
-                trainer.add_callback(callback)
-            done = trainer.train(resume_from_checkpoint=_last_checkpoint(folder))
-            trainer.save_model(str(folder))
-            trainer.accelerator.wait_for_everyone()
-            record = _record(job, model, trainer, done.metrics, len(examples))
-            if staging is not None:
-                _finish(folder, record, progress.history)
+        config = model.peft_config["default"]
+        trainer = _trainer_class(config)(
+            model=model, args=arguments, train_dataset=examples, eval_dataset=held_out, data_collator=collate
+        )
+        trainer.pop_callback(PrinterCallback)
+        progress = ProgressCallback(trainer, job.watch, staging)
+        for callback in [progress, *callbacks(config), *_tensorboard(job.tensorboard)]:
+            trainer.add_callback(callback)
+        done = trainer.train(resume_from_checkpoint=_last_checkpoint(folder))
+        trainer.save_model(str(folder))
+        trainer.accelerator.wait_for_everyone()
+        record = _record(job, model, trainer, done.metrics, len(examples))
+        if staging is not None:
+            _finish(folder, record, progress.history)
     return None if staging is None else record
 
 
@@ -243,7 +244,7 @@ def _arguments(job: Job) -> TrainingArguments:
     train = job.tuning.train
     plain = {name: getattr(train, name) for name in ("learning_rate", "weight_decay", "max_grad_norm", "seed")}
     arguments = TrainingArguments(
-        output_dir=str(partial_folder(job.out)),
+        output_dir=str(partial_output(job.out)),
         num_train_epochs=train.epochs,
         max_steps=train.max_steps or -1,
         lr_scheduler_type=train.schedule,
@@ -327,9 +328,9 @@ def _staged(job: Job) -> Iterator[tuple[Path, Staging | None]]:
     state = PartialState()
     if not state.is_main_process:
         state.wait_for_everyone()  # until the first process has made the folder
-        yield partial_folder(job.out), None
+        yield partial_output(job.out), None
         return
-    with new_folder(job.out, job.model.reader.folder, job.force, job.resume, CHECKPOINTS) as staging:
+    with new_folder(job.out, [job.model.reader.folder], job.force, job.resume, CHECKPOINTS) as staging:
         staging.begin(job.run)
         state.wait_for_everyone()
         yield staging.folder, staging
@@ -393,3 +394,5 @@ def _finish(folder: Path, record: Mapping[str, Any], history: list[TrainingStep]
     (folder / HISTORY_FILE).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     for path in folder.glob("*.safetensors"):  # safetensors creates files that only their owner can read
         path.chmod((folder / RECORD_FILE).stat().st_mode)
+    about = {"pessa": VERSION, "command": "tune", "source": record["source"]}
+    write_manifest(folder, about, {name: sha256_of(path) for name, path in visible_files(folder).items()})

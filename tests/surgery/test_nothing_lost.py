@@ -143,7 +143,7 @@ def test_resume_refuses_another_run_and_replaces_a_damaged_shard(model: Path, pl
     assert killed(12, "prune", model, "-o", place / "out", *OPTIONS) == -signal.SIGKILL
     other = ("--ratio", "0.5", "--max-shard-size", "20kB")
     is_refusal(pessa("prune", model, "-o", place / "out", *other, "--resume"), "another source, options or version")
-    shard = min((place / ".out.partial").glob("*.safetensors"))
+    shard = min((place / ".out.partial" / "output").glob("*.safetensors"))
     shard.write_bytes(shard.read_bytes()[:-1] + b"x")
     assert pessa("prune", model, "-o", place / "out", *OPTIONS, "--resume").code == 0
     assert snapshot(place / "out") == whole
