@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from pessa_cli.common.files import FULL_DISK as FULL_DISK
     from pessa_cli.common.files import TEMPORARY as TEMPORARY
     from pessa_cli.common.files import check_writable as check_writable
+    from pessa_cli.common.files import disk_error as disk_error
     from pessa_cli.common.files import file_size as file_size
     from pessa_cli.common.files import reason as reason
     from pessa_cli.common.files import rename_new as rename_new
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from pessa_cli.common.text import shortened as shortened
     from pessa_cli.common.toml import from_table as from_table
     from pessa_cli.common.toml import read_toml as read_toml
+    from pessa_cli.common.values import check_device as check_device
     from pessa_cli.common.values import parse_layers as parse_layers
     from pessa_cli.common.values import size_of as size_of
     from pessa_cli.common.version import VERSION as VERSION
@@ -50,6 +52,7 @@ else:
                 "FULL_DISK",
                 "TEMPORARY",
                 "check_writable",
+                "disk_error",
                 "file_size",
                 "reason",
                 "rename_new",
@@ -64,7 +67,7 @@ else:
             "progress": ["Progress", "Tick", "quietly"],
             "text": ["badness", "listed", "read_text", "shortened"],
             "toml": ["from_table", "read_toml"],
-            "values": ["parse_layers", "size_of"],
+            "values": ["check_device", "parse_layers", "size_of"],
             "version": ["VERSION"],
         },
     )

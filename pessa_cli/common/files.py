@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import secrets
 import stat
 from collections.abc import Iterator
@@ -32,6 +33,18 @@ def file_size(path: Path) -> int:
 def reason(error: OSError) -> str:
     """Return why the operating system refused, without the number and the path that `str` adds."""
     return error.strerror or str(error)
+
+
+def disk_error(error: Exception) -> OSError | None:
+    """Return the error of the operating system that another library reports as one of its own; None if it is none.
+
+    safetensors raises SafetensorError with the number in its text, torch a RuntimeError of its writer of zip files.
+    """
+    if found := re.search(r"\(os error ([0-9]+)\)", str(error)):
+        return OSError(int(found[1]), os.strerror(int(found[1])))
+    if isinstance(error, RuntimeError) and ("inline_container" in str(error) or "StreamWriter" in str(error)):
+        return OSError(f"torch could not write its file: {str(error).splitlines()[0]}")
+    return None
 
 
 def check_writable(path: Path, option: str, new: bool = False) -> None:

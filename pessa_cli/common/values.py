@@ -1,4 +1,4 @@
-"""Parsers of option values: sizes and lists of layers."""
+"""Parsers and checks of option values: sizes, lists of layers, and devices."""
 
 from __future__ import annotations
 
@@ -30,3 +30,14 @@ def parse_layers(text: str, flag: str = "--layers") -> frozenset[int]:
             raise wrong
         layers |= set(range(int(match[1]), int(match[2] or match[1]) + 1))
     return frozenset(layers)
+
+
+def check_device(device: str, dtype: str = "float32") -> None:
+    """Raise UsageError if torch cannot use a device, or not with this dtype."""
+    import torch
+
+    try:
+        torch.zeros(1, dtype=getattr(torch, dtype), device=device)
+    except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise UsageError(f"--device {device} cannot be used: {reason}", "give cpu, or leave --device out") from error

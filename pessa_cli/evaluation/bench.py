@@ -24,6 +24,7 @@ from transformers import GenerationMixin
 from pessa_cli.common.errors import PessaError, UsageError
 from pessa_cli.common.files import file_size
 from pessa_cli.common.progress import Progress, quietly
+from pessa_cli.common.values import check_device
 from pessa_cli.models.hooks import output_of
 from pessa_cli.models.inputs import Inputs, random_signal, random_speech, random_tokens, with_decoder_ids
 from pessa_cli.models.load import load, quiet_transformers
@@ -56,13 +57,7 @@ class BenchSettings:
                 raise UsageError(f"--{name} {value} is less than 1", "give 1 or more")
         if self.dtype not in DTYPES:
             raise UsageError(f"--dtype {self.dtype} is unknown", f"give one of {', '.join(DTYPES)}")
-        try:
-            torch.zeros(1, device=self.device)
-        except (RuntimeError, AssertionError) as error:
-            reason = str(error).splitlines()[0]
-            raise UsageError(
-                f"--device {self.device} cannot be used: {reason}", "give cpu, or leave --device out"
-            ) from None
+        check_device(self.device, self.dtype)
 
 
 @dataclass(frozen=True)

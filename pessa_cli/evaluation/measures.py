@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 from pessa_cli.common.errors import UsageError
 from pessa_cli.common.progress import Progress, quietly
+from pessa_cli.common.values import check_device
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class ScoreSettings:
     def __post_init__(self) -> None:
         if self.batch < 1:
             raise UsageError(f"--batch {self.batch}: a batch needs at least 1 input", "give 1 or more")
+        check_device(self.device, self.dtype)
         if self.limit < 0:
             raise UsageError(f"--limit {self.limit} is negative", "give 1 or more, or 0 to use all data")
         if not 1 <= self.stride <= self.window or self.window < 2:

@@ -15,6 +15,7 @@ import torch
 from pessa_cli.blocks.site import in_full
 from pessa_cli.checkpoint.staging import new_file
 from pessa_cli.common.errors import PessaError, UsageError
+from pessa_cli.common.files import disk_error
 from pessa_cli.common.progress import Progress, quietly
 from pessa_cli.common.version import VERSION
 from pessa_cli.runtime.openai_form import alignment_mask, openai_form
@@ -64,7 +65,9 @@ def export_openai(folder: Path, out: Path, force: bool = False, progress: Progre
             with partial.open("wb") as file:
                 torch.save(checkpoint, file)
         except RuntimeError as error:  # torch raises this type when the disk is full
-            raise OSError(str(error).splitlines()[0]) from error
+            if failed := disk_error(error):
+                raise failed from error
+            raise
         reader.check_unchanged()
 
 

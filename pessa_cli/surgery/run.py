@@ -6,11 +6,10 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-
 from pessa_cli.blocks.site import Site
 from pessa_cli.common.errors import UsageError
 from pessa_cli.common.progress import Progress, quietly
+from pessa_cli.common.values import check_device
 from pessa_cli.surgery.rewrite import SHARD_BYTES
 
 IN_FLIGHT = 400 * 10**6  # bytes of float64 weights computed at the same time; one block is always allowed
@@ -42,11 +41,7 @@ class Run:
             raise UsageError(f"--jobs {self.jobs} is less than 0", "give 1 or more, or 0 for one per core")
         if self.shard_bytes < 1:
             raise UsageError(f"--max-shard-size {self.shard_bytes} is less than 1 byte", "give a size such as 5GB")
-        try:
-            torch.zeros(1, dtype=torch.float64, device=self.device)
-        except (RuntimeError, AssertionError, TypeError) as error:
-            reason = str(error).splitlines()[0]
-            raise UsageError(f"--device {self.device} cannot be used: {reason}", "give cpu, or leave it out") from None
+        check_device(self.device, "float64")
 
     def jobs_for(self, sites: Sequence[Site]) -> int:
         """Return how many of these blocks may be computed at the same time."""
