@@ -20,7 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from pessa_cli.checkpoint.reader import CheckpointReader
 from pessa_cli.checkpoint.shards import ShardWriter
-from pessa_cli.checkpoint.staging import JOURNAL_FILE
+from pessa_cli.checkpoint.places import JOURNAL_FILE
 from pessa_cli.cli.main import main
 from pessa_cli.ranks.rule import Rule
 from pessa_cli.surgery.block_io import StorageLayout
