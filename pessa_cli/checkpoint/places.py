@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -124,6 +125,8 @@ def not_writable(out: Path, error: OSError) -> PessaError:
 def make_parents(out: Path) -> list[Path]:
     """Create the missing parent folders of `out`; returns those that were created, the deepest first."""
     missing = [folder for folder in out.parents if not folder.exists()]
+    if out.parent.exists() and not out.parent.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(out.parent))
     out.parent.mkdir(parents=True, exist_ok=True)
     return missing
 

@@ -69,14 +69,15 @@ def export_onnx(folder: Path, out: Path, force: bool = False, progress: Progress
     torch within TOLERANCE. Raises PessaError when onnxruntime is missing, for other models, and for disagreeing graphs.
     """
     _need_packages()
-    model = open_model(folder)
-    kind = model.reader.config.get("model_type")
-    if kind not in ("whisper", "bert") or model.reader.config.get("is_decoder"):
-        raise PessaError(
-            f"{folder}: a {kind} {'decoder ' if kind == 'bert' else ''}cannot be exported to ONNX",
-            "only whisper models and bert encoders can; for others run `pessa export --layout dense`, then use optimum",
-        )
     with new_folder(out, [folder], force) as staging, torch.no_grad(), _quiet():
+        model = open_model(folder)
+        kind = model.reader.config.get("model_type")
+        if kind not in ("whisper", "bert") or model.reader.config.get("is_decoder"):
+            raise PessaError(
+                f"{folder}: a {kind} {'decoder ' if kind == 'bert' else ''}cannot be exported to ONNX",
+                "only whisper models and bert encoders can; for others `pessa export --layout dense`, then use optimum",
+            )
+        staging.need(model.nbytes)
         loaded = load(model)
         with progress("tracing", model.nbytes, len(model.sites)) as tick:
             graphs, check = (_whisper if kind == "whisper" else _bert)(model, loaded, tick)

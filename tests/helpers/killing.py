@@ -78,7 +78,7 @@ class Operations:
 
         sys.addaudithook(audit)
         io.open = builtins.open = opened
-        os.fsync = flushed
+        os.fsync = flushed  # type: ignore[assignment]
 
 
 class CountedFile(io.FileIO):

@@ -18,9 +18,9 @@ import torch
 from harness import PESSA, Pessa, TinyFolder, copy_of, edit_json, is_refusal, snapshot
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from pessa_cli.checkpoint.places import JOURNAL_FILE
 from pessa_cli.checkpoint.reader import CheckpointReader
 from pessa_cli.checkpoint.shards import ShardWriter
-from pessa_cli.checkpoint.places import JOURNAL_FILE
 from pessa_cli.cli.main import main
 from pessa_cli.ranks.rule import Rule
 from pessa_cli.surgery.block_io import StorageLayout
