@@ -14,7 +14,7 @@ from pessa_cli.checkpoint.manifest import not_ours
 from pessa_cli.common.errors import PessaError
 from pessa_cli.common.files import TEMPORARY, reason
 
-JOURNAL_FILE = f"{TEMPORARY}journal.json"
+JOURNAL_FILE, LOCK_FILE = f"{TEMPORARY}journal.json", f"{TEMPORARY}lock"
 OTHER = "give another -o"
 Obstacle = Callable[[Path], str]  # why something may not be replaced; "" if it may
 
@@ -40,7 +40,8 @@ def read_journal(place: Path) -> dict[str, Any]:
 def claim(place: Path) -> int:
     """Make a partial folder, if it is not there, and lock it until the returned file descriptor is closed.
 
-    Raises PessaError if something else has this name, or if another run holds the lock.
+    The lock is on a file in it, because network file systems lock only files that are open for writing. Raises
+    PessaError if something else has the name of the folder, or if another run holds the lock.
     """
     import fcntl
 
@@ -52,27 +53,35 @@ def claim(place: Path) -> int:
                 raise _in_the_way(place, "a link" if place.is_symlink() else "a file")
             continue  # another run has deleted it just now
         try:
-            descriptor = os.open(place, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            if not _ours(place):
+                raise _in_the_way(place, f"a folder without the {JOURNAL_FILE} that pessa writes")
+            descriptor = os.open(place / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         except FileNotFoundError:
             continue
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if not same(descriptor, place):
-                os.close(descriptor)
-                continue
-            names = [path.name for path in place.iterdir()]
-            if not (read_journal(place) or all(name.startswith(TEMPORARY) for name in names)):
-                raise _in_the_way(place, f"a folder without the {JOURNAL_FILE} that pessa writes")
-            return descriptor
-        except BlockingIOError as error:
+        except BaseException as error:
             os.close(descriptor)
+            if not isinstance(error, BlockingIOError):
+                raise
             raise PessaError(
                 f"another run is writing into {place}", "wait until it has finished, or give another -o"
             ) from error
-        except BaseException:
-            os.close(descriptor)
-            raise
+        if holds(descriptor, place):
+            return descriptor
+        os.close(descriptor)  # another run has deleted the folder before it was locked here
     raise PessaError(f"{place} appears and disappears again", "wait until other runs have finished")
+
+
+def holds(descriptor: int, place: Path) -> bool:
+    """Return whether a lock is on the partial folder of this name, which another run may have made anew."""
+    return same(descriptor, place / LOCK_FILE)
+
+
+def _ours(place: Path) -> bool:
+    """Return whether pessa made a folder: it has a journal, or only the first or last files of a run."""
+    only = all(path.name.startswith(TEMPORARY) for path in place.iterdir())
+    return only or bool(read_journal(place))
 
 
 def same(descriptor: int, place: Path) -> bool:

@@ -22,9 +22,11 @@ from pessa_cli.checkpoint.files import sha256_of
 from pessa_cli.checkpoint.manifest import not_ours
 from pessa_cli.checkpoint.places import (
     JOURNAL_FILE,
+    LOCK_FILE,
     Obstacle,
     check_free,
     claim,
+    holds,
     make_parents,
     not_writable,
     partial_folder,
@@ -198,13 +200,15 @@ class Staging:
         """Delete the partial folder, unless it holds something that is worth keeping."""
         kept = any((self.folder / name).exists() for name in self.finished)
         complete = read_journal(self.place).get("complete") and os.path.lexists(self.folder)
-        if kept or complete or os.path.lexists(self.place / REPLACED):
-            return
         with suppress(OSError):
+            if kept or complete or os.path.lexists(self.place / REPLACED):
+                (self.place / LOCK_FILE).unlink()
+                return
             for path in (self.place / DELETED, self.folder):
                 _delete(path)
-            for path in self.place.glob(f"{TEMPORARY}*"):  # last: a folder without its journal is not taken for pessa's
-                path.unlink()
+            names = [path.name for path in self.place.glob(f"{TEMPORARY}*") if path.name != LOCK_FILE]
+            for name in (*names, LOCK_FILE):  # the journal after what it describes, and the lock last
+                (self.place / name).unlink()
             self.place.rmdir()
 
     @property
@@ -274,14 +278,14 @@ def _new_output(
             raise not_writable(out, error) from error
         full = error.errno in FULL_DISK
         hint = "free some space on the disk and run again" if full else "check that folder and its disk, and run again"
-        raise PessaError(f"could not write {out}: {error}", hint + staging.kept) from error
+        raise PessaError(f"{out} was not written: {error}", hint + staging.kept) from error
     except PessaError as error:
         if working:
             error.hint = (error.hint or "run again") + staging.kept
         raise
     finally:
         if lock is not None:
-            if same(lock, place):
+            if holds(lock, place):
                 staging.leave()
             os.close(lock)
         if seen is not None:

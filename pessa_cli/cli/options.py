@@ -66,7 +66,7 @@ class RunOptions:
     max_shard_size: int | None = option(
         None, "Maximum size of one file of weights, e.g. 5GB or 500MB.", metavar="SIZE", parse=size_of, shown="5GB"
     )
-    force: bool = option(False, "Replace the output if it exists.")
+    force: bool = option(False, "Replace the output, if pessa wrote it and nothing was added to it.")
 
     def run(self) -> Run:
         """Return the options as a Run, with a progress bar. Raises UsageError for values that cannot be used."""

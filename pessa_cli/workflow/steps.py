@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from pessa_cli.blocks.site import Site, select
 from pessa_cli.checkpoint.places import check_apart, check_free
 from pessa_cli.checkpoint.staging import Staging, new_folder
+from pessa_cli.common.errors import UsageError
 from pessa_cli.common.files import check_writable
 from pessa_cli.ranks.rule import Rule
 from pessa_cli.sources.open import open_source
@@ -163,6 +164,10 @@ def calibrated(
     files = recipe.statistics
     if data is not None and files:
         check_writable(files[0], "--statistics", new=True)
+        if (folder := model.reader.folder).resolve() in files[0].resolve().parents:
+            raise UsageError(
+                f"--statistics {files[0]} is inside {folder}, which is only read", "give a file outside of it"
+            )
     with calibration_for(model, sites, data, files, rule, run) as found:
         if found is None:
             yield Known()

@@ -478,7 +478,7 @@ def test_a_full_disk(place: Path, tiny_folder: TinyFolder) -> None:
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000)),
     )
     assert done.returncode == 1
-    assert done.stderr.strip().splitlines()[0].startswith("error: could not write out: ")
+    assert done.stderr.strip().splitlines()[0].startswith("error: out was not written: ")
     assert snapshot(place) == before
 
 

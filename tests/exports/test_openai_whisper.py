@@ -31,6 +31,7 @@ from whisper import timing
 from whisper.model import MultiHeadAttention, Whisper, disable_sdpa
 
 import pessa_cli
+from pessa_cli.checkpoint.places import LOCK_FILE
 from pessa_cli.common.errors import PessaError
 from pessa_cli.exports.openai import export_openai
 from pessa_cli.models.audio import SAMPLE_RATE, load_audio
@@ -334,7 +335,7 @@ def test_a_full_disk_leaves_nothing_and_the_old_file(shaped: Path, file: Path, p
     command = f"ulimit -f 2000; exec {PESSA} export {shaped} --to openai-whisper --force -o {old}"
     done = subprocess.run(["bash", "-c", f"trap '' XFSZ; {command}"], capture_output=True, text=True)
     assert done.returncode == 1, done
-    assert f"error: could not write {old}" in done.stderr
+    assert f"error: {old} was not written" in done.stderr
     assert "hint: " in done.stderr
     assert "Traceback" not in done.stderr
     assert snapshot(place) == before
@@ -345,7 +346,7 @@ def test_two_runs_into_one_file(shaped: Path, place: Path) -> None:
 
     partial = place / ".out.pt.partial"
     partial.mkdir()
-    other = os.open(partial, os.O_RDONLY)
+    other = os.open(partial / LOCK_FILE, os.O_RDWR | os.O_CREAT)
     fcntl.flock(other, fcntl.LOCK_EX)
     with pytest.raises(PessaError, match="another run is writing"):
         export_openai(shaped, place / "out.pt")

@@ -280,6 +280,7 @@ def test_an_adapter_is_not_replaced_by_the_model_it_is_merged_into(
         ("prune base --calibrate story.txt -o story.txt/out", "Not a directory", 1),
         ("prune base --calibrate story.txt -o out --statistics nowhere/sums", "--statistics nowhere/sums", 2),
         ("prune base --calibrate story.txt -o out --statistics story.txt", "story.txt exists already", 2),
+        ("prune base --calibrate story.txt -o out --statistics base/sums", "is inside base, which is only read", 2),
         (f"prune base --calibrate story.txt -o out --statistics {'long' * 75}", "File name too long", 1),
         (f"prune base --calibrate story.txt -o {'long' * 75}", "File name too long", 1),
         ("prune base --calibrate story.txt -o /proc/out", "/proc/out", 1),
