@@ -330,9 +330,10 @@ def test_a_file_is_whole_or_as_before(tmp_path: Path) -> None:
     assert kept.read_bytes() == b"other"
     assert str(kept) in str(failed.value.hint)
     os.mkfifo(tmp_path / "pipe")
-    for write in (lambda: check_writable(tmp_path / "pipe", "--junit"), lambda: write_file(tmp_path / "pipe", b"")):
-        with pytest.raises((PessaError, UsageError), match="not a regular file"):
-            write()
+    with pytest.raises(UsageError, match="not a regular file"):
+        check_writable(tmp_path / "pipe", "--junit")
+    with pytest.raises(PessaError, match="not a regular file"):
+        write_file(tmp_path / "pipe", b"")
 
 
 def test_a_full_disk_leaves_the_file_as_it_was(tmp_path: Path) -> None:
