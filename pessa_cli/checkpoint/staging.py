@@ -272,6 +272,8 @@ def _new_output(
         staging.look()
         working = True
         yield staging
+        if not holds(lock, place):
+            raise PessaError(f"{place} was moved or deleted during the run", "run again, and leave it alone meanwhile")
         staging.put_in_place(seen, obstacle)
     except OSError as error:
         if not working:

@@ -227,11 +227,11 @@ def test_a_run_does_not_delete_the_partial_folder_of_the_next_one(
 
     def another() -> None:
         partial.rename(here / "moved")
-        folder_with(partial)
+        folder_with(partial / "output")
 
     during(another)
     assert pessa(*PRUNE).code == 1
-    assert (partial / "thesis.tex").read_text() == "mine"
+    assert (partial / "output" / "thesis.tex").read_text() == "mine"
 
 
 # What is pessa's, and may be replaced.
