@@ -268,6 +268,9 @@ EXAMPLES: Mapping[str, Example] = {
     "statistics in a folder that does not exist": usage(
         "prune bert -o out --rank 3 --calibrate story.txt --statistics nowhere/s", "--statistics nowhere/s"
     ),
+    "statistics inside the model": usage(
+        "prune bert -o out --rank 3 --calibrate story.txt --statistics bert/sums", "--statistics bert/sums", "only read"
+    ),
     "in sequence without data": usage(
         "prune bert -o out --rank 3 --sequential --statistics bert.stats", "--sequential", "--calibrate"
     ),
