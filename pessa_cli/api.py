@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import torch
     from whisper.model import Whisper
 
-    from pessa_cli.common.errors import PessaError, UsageError
+    from pessa_cli.common.errors import PessaError, PessaWarning, UsageError
     from pessa_cli.evaluation.bench import BenchSettings
     from pessa_cli.evaluation.limits import VerifyOptions
     from pessa_cli.ranks.rule import Rule
@@ -45,6 +45,7 @@ __all__ = [
     "MiloraConfig",
     "PessaError",
     "PessaTunerConfig",
+    "PessaWarning",
     "PicaConfig",
     "Recipe",
     "Rule",
@@ -68,7 +69,7 @@ __all__ = [
 
 # The names by the module that defines them; the imports above are the same for type checkers.
 _MODULES = {
-    "common.errors": ("PessaError", "UsageError"),
+    "common.errors": ("PessaError", "PessaWarning", "UsageError"),
     "evaluation.bench": ("BenchSettings",),
     "evaluation.limits": ("VerifyOptions",),
     "ranks.rule": ("Rule",),

@@ -54,7 +54,7 @@ def svd_transforms(pair: Pair) -> Transforms:
     (left, ill_left), (right, ill_right) = triangular(pair.left), triangular(pair.right)
     u, spectrum, vh = torch.linalg.svd(core_product(left, right), full_matrices=False)
     root, ill, width = spectrum.sqrt().unsqueeze(-2), ill_left | ill_right, pair.left.shape[-1]
-    spectrum = _padded(spectrum, width)
+    spectrum = padded(spectrum, width)
     if ill.all():
         zero = spectrum.new_zeros(len(spectrum), width, width)
         return Transforms(zero, zero, torch.full_like(spectrum[:, 0], torch.inf), spectrum)
@@ -78,7 +78,7 @@ def decompose(pair: Pair) -> Factors:
 def singular_values(pair: Pair) -> Tensor:
     """Return only the singular values of each head's product, (G, d), descending; a third as costly as `decompose`."""
     (left, _), (right, _) = triangular(pair.left), triangular(pair.right)
-    return _padded(torch.linalg.svdvals(core_product(left, right)), pair.left.shape[-1])
+    return padded(torch.linalg.svdvals(core_product(left, right)), pair.left.shape[-1])
 
 
 def norm_products(pair: Pair) -> Tensor:
@@ -153,9 +153,9 @@ def _householder_factors(pair: Pair) -> tuple[Tensor, Tensor]:
     (q_left, left), (q_right, right) = torch.linalg.qr(pair.left), torch.linalg.qr(pair.right)
     u, spectrum, vh = torch.linalg.svd(core_product(left, right), full_matrices=False)
     root, width = spectrum.sqrt().unsqueeze(-2), pair.left.shape[-1]
-    return _padded(q_left @ (u * root), width), _padded(q_right @ (vh.mT * root), width)
+    return padded(q_left @ (u * root), width), padded(q_right @ (vh.mT * root), width)
 
 
-def _padded(tensor: Tensor, width: int) -> Tensor:
+def padded(tensor: Tensor, width: int) -> Tensor:
     """Append zero directions up to `width`, needed where the inputs are narrower than the head."""
     return torch.nn.functional.pad(tensor, (0, width - tensor.shape[-1]))

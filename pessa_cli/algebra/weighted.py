@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from pessa_cli.algebra.absorb import Pair
-from pessa_cli.algebra.decompose import Transforms, check_product_size, core_product
+from pessa_cli.algebra.decompose import Transforms, check_product_size, core_product, padded, triangular
 
-NEGLIGIBLE = 1e-13  # a smaller eigenvalue, divided by d, of a Gram matrix with unit diagonal counts as a rounding error
+NEGLIGIBLE = 1e-13  # a smaller share of the largest eigenvalue of a Gram matrix is a rounding error
+RESOLVED = 1e-6  # the smallest relative singular value of a factor whose square a Gram matrix in float64 resolves
 
 
 @dataclass(frozen=True)
@@ -41,34 +42,34 @@ def weighted_transforms(pair: Pair, weighting: Weighting) -> Transforms:
     and by Eckart and Young (1936) their first r columns give its best approximation of rank r in the weighted norm; the
     error is the norm of the dropped singular values. The plain norms of the two columns of each direction are balanced,
     so that 16-bit numbers keep their range.
+
+    `R_l^-1 U S^(1/2)` is computed as `R_r^T V S^(-1/2)`, to which it is equal, and likewise the other. So no root is
+    inverted, and the product is exact for factors of any condition number.
     """
-    plain = [factor.mT @ factor for factor in (pair.left, pair.right)]
-    grams = [
-        shrunk(gram, own, weighting.shrinkage)
-        for gram, own in zip((weighting.left, weighting.right), plain, strict=True)
-    ]
-    (left, inverse_left), (right, inverse_right) = (_roots(gram) for gram in grams)
-    u, spectrum, vh = torch.linalg.svd(core_product(left, right))
-    root = spectrum.sqrt().unsqueeze(-2)
-    found = [inverse_left @ (u * root), inverse_right @ (vh.mT * root)]
-    norms = [(t * (own @ t)).sum(-2).clamp(min=0).sqrt() for t, own in zip(found, plain, strict=True)]  # (G, d)
+    left, plain_left = _roots(pair.left, weighting.left, weighting.shrinkage)
+    right, plain_right = _roots(pair.right, weighting.right, weighting.shrinkage)
+    width = left.shape[-1]
+    u, spectrum, vh = torch.linalg.svd(core_product(left, right), full_matrices=False)
+    there = spectrum > spectrum[:, :1] * torch.finfo(spectrum.dtype).eps * width
+    over = torch.where(there, spectrum.where(there, 1.0).rsqrt(), 0.0).unsqueeze(-2)
+    found = [right.mT @ (vh.mT * over), left.mT @ (u * over)]
+    plain = [plain_left, plain_right]
+    norms = [(r @ t).norm(dim=-2) for t, r in zip(found, plain, strict=True)]  # (G, directions)
     balanced = (norms[0] * norms[1]).sqrt()
     transforms, growth = [], torch.ones_like(spectrum[:, 0])
-    for t, own, norm in zip(found, plain, norms, strict=True):
+    for t, r, norm in zip(found, plain, norms, strict=True):
         t = t * (balanced / norm.where(norm > 0, 1.0)).unsqueeze(-2)
-        terms = own.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt().unsqueeze(-1) * t
+        terms = r.norm(dim=-2).unsqueeze(-1) * t
         growth = torch.maximum(growth, (terms.norm(dim=-2) / balanced.where(balanced > 0, torch.inf)).amax(-1))
-        transforms.append(t)
-    return Transforms(transforms[0], transforms[1], growth, spectrum)
+        transforms.append(padded(t, width))
+    return Transforms(transforms[0], transforms[1], growth, padded(spectrum, width))
 
 
-def shrunk(gram: Tensor | None, plain: Tensor, shrinkage: float) -> Tensor:
+def shrunk(gram: Tensor, plain: Tensor, shrinkage: float) -> Tensor:
     """Return `gram + shrinkage * plain`, with `plain` scaled to the trace of `gram`; (G, d, d).
 
-    Returns `plain` where there is no weighted Gram matrix, or where its trace is zero.
+    Returns `plain` where the trace of `gram` is zero.
     """
-    if gram is None:
-        return plain
     found, own = traces(gram), traces(plain)
     mixed = gram + shrinkage * found / own.where(own > 0, 1.0) * plain
     return torch.where(found > 0, mixed, plain)  # inputs that are always zero give no weights
@@ -85,19 +86,49 @@ def scales(gram: Tensor) -> tuple[Tensor, Tensor]:
     return scale, torch.where(scale > 0, 1 / scale.where(scale > 0, 1.0), 0.0)
 
 
-def _roots(gram: Tensor) -> tuple[Tensor, Tensor]:
-    """Return R with R^T R = gram, and its pseudo-inverse, (G, d, d) each.
+def _roots(factor: Tensor, gram: Tensor | None, shrinkage: float) -> tuple[Tensor, Tensor]:
+    """Return R_w with R_w^T R_w = `shrunk(gram, factor^T factor, shrinkage)`, and R of the factor's QR, (G, k, d) each.
 
-    The eigenvalue decomposition is that of the matrix scaled to a unit diagonal, so that columns may have any scale,
-    also zero.
+    k is the smaller of L and d. R_w is a root of the weights in the orthonormal basis of the factor, times R. So its
+    small directions are as exact as those of the factor, while a root of the Gram matrix alone would lose those below
+    the square root of the rounding error. Directions of the factor that are too small for the Gram matrix to resolve
+    are weighted by the plain Gram matrix. Columns may have any scale, also zero.
     """
+    r, ill = triangular(factor)
+    if gram is None:
+        return r, r
     check_product_size(gram)
-    scale, inverse = scales(gram)
-    values, vectors = torch.linalg.eigh(inverse.unsqueeze(-1) * gram * inverse.unsqueeze(-2))
-    there = values > NEGLIGIBLE * gram.shape[-1]
-    root = values.where(there, 0.0).sqrt()
-    over = torch.where(there, 1 / root.where(there, 1.0), 0.0)
-    return root.unsqueeze(-1) * vectors.mT * scale.unsqueeze(-2), inverse.unsqueeze(-1) * vectors * over.unsqueeze(-2)
+    # `within` are the coordinates of the factor's columns in an orthonormal basis, and `whitening` is its inverse.
+    within, resolved = r, torch.ones_like(r[..., 0], dtype=torch.bool)
+    if ill.any():
+        within, whitening, resolved = _singular_basis(r)
+    else:
+        whitening = torch.linalg.solve_triangular(r, torch.eye(r.shape[-1]).to(r), upper=True)
+    found, own = traces(gram), r.square().sum((-2, -1)).reshape(-1, 1, 1)
+    ratio = (found / own.where(own > 0, 1.0)).squeeze(-1)
+    weights = whitening.mT @ gram @ whitening + torch.diag_embed(ratio * (shrinkage + (~resolved).double()))
+    squares, vectors = torch.linalg.eigh(weights)
+    root = squares.clamp(min=0).maximum(NEGLIGIBLE * squares[:, -1:]).sqrt()
+    weighted = root.unsqueeze(-1) * (vectors.mT @ within)
+    return torch.where(found > 0, weighted, r), r  # inputs that are always zero give no weights
+
+
+def _singular_basis(r: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the columns of R, (G, k, d), in the basis of the left singular vectors of R with columns of unit norm.
+
+    Also returns the pseudo-inverse of these columns, (G, d, k), without the directions that a Gram matrix in float64
+    does not resolve, and which directions it resolves, (G, k).
+    """
+    norms = r.norm(dim=-2)
+    inverse = torch.where(norms > 0, 1 / norms.where(norms > 0, 1.0), 0.0)
+    _, values, vh = torch.linalg.svd(r * inverse.unsqueeze(-2), full_matrices=False)
+    resolved = values > RESOLVED * values[:, :1]
+    over = torch.where(resolved, 1 / values.where(resolved, 1.0), 0.0)
+    return (
+        values.unsqueeze(-1) * vh * norms.unsqueeze(-2),
+        inverse.unsqueeze(-1) * vh.mT * over.unsqueeze(-2),
+        resolved,
+    )
 
 
 def refitted(o: Tensor, moment: Tensor, kept: Tensor, ridge: float) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pessa_cli.blocks.alignment import alignment_heads, usual_heads
 from pessa_cli.blocks.compact_format import (
     LOAD_HINT,
     QUANT_METHOD,
@@ -36,6 +37,7 @@ __all__ = [
     "Ragged",
     "Ranks",
     "Site",
+    "alignment_heads",
     "count",
     "find_sites",
     "in_full",
@@ -49,5 +51,6 @@ __all__ = [
     "ragged_site",
     "select",
     "specs_of",
+    "usual_heads",
     "with_ranks",
 ]

@@ -40,6 +40,8 @@ class AttentionSpec:
     q, k, v, o: module names of the projections, with `{i}` for the layer.
     heads, kv_heads: config keys of the numbers of heads; `kv_heads` may also be a constant, and if none of its keys
     exists there is one key/value head per query head.
+    head_dim: config keys of the size of each head; if none exists, it is the width divided by the number of heads.
+    depth: config keys of the number of layers.
     fused: whether q, k and v are one tensor: "blocks" has all of q, then all of k, then all of v; "grouped" has for
     each key/value head its query heads, its key head and its value head.
     transposed: whether weights are stored as (in, out), as transformers' Conv1D does.
@@ -65,6 +67,8 @@ class AttentionSpec:
     o: str
     heads: Keys
     kv_heads: Keys | int = ()
+    head_dim: Keys = ()
+    depth: Keys = ("num_hidden_layers",)
     fused: Literal["", "blocks", "grouped"] = ""
     transposed: bool = False
     rope: Rotation | None = None

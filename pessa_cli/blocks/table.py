@@ -25,17 +25,22 @@ HEADS, KV_HEADS = "num_attention_heads", ("num_key_value_heads",)
 PARTIAL = ("rope_parameters.partial_rotary_factor", "partial_rotary_factor")
 QK_NORM = ("q_norm.*", "k_norm.*")
 QK_LAYERNORM = ("q_layernorm.*", "k_layernorm.*")
-BIGCODE = ("decoder.self", "h.{i}.attn", "c_attn c_proj", "n_head")
 FUSED_SELF = ("decoder.self", "h.{i}.self_attention", "query_key_value dense", HEADS)
 # SigLIP's pooling head is one torch MultiheadAttention outside the layers; its tensors are copied.
 POOLING = tuple(
     f"head.attention.{name}" for name in ("in_proj_weight", "in_proj_bias", "out_proj.weight", "out_proj.bias")
 )
 BUFFERS = ("bias", "masked_bias")  # causal masks that old checkpoints store
-SEQ2SEQ = (
-    _block("encoder.self", "encoder.layers.{i}.self_attn", BIASED_O, "encoder_attention_heads"),
-    _block("decoder.self", "decoder.layers.{i}.self_attn", BIASED_O, "decoder_attention_heads"),
-    _block("decoder.cross", "decoder.layers.{i}.encoder_attn", BIASED_O, "decoder_attention_heads"),
+BIGCODE = _block(
+    *("decoder.self", "h.{i}.attn", "c_attn c_proj", "n_head"), fused="grouped", depth=("n_layer",), beside=BUFFERS
+)
+SEQ2SEQ = tuple(
+    _block(kind, module, BIASED_O, f"{kind[:7]}_attention_heads", depth=(f"{kind[:7]}_layers",))
+    for kind, module in (
+        ("encoder.self", "encoder.layers.{i}.self_attn"),
+        ("decoder.self", "decoder.layers.{i}.self_attn"),
+        ("decoder.cross", "decoder.layers.{i}.encoder_attn"),
+    )
 )
 BERT = (
     AttentionSpec(
@@ -57,18 +62,24 @@ VIT = (
 )
 CLIP = (_block("encoder.self", "encoder.layers.{i}.self_attn", BIASED_O, HEADS),)
 T5 = tuple(
-    _block(kind, module, "q k v o", "num_heads", beside=("relative_attention_bias.weight",))
-    for kind, module in (
-        ("encoder.self", "encoder.block.{i}.layer.0.SelfAttention"),
-        ("decoder.self", "decoder.block.{i}.layer.0.SelfAttention"),
-        ("decoder.cross", "decoder.block.{i}.layer.1.EncDecAttention"),
+    _block(
+        *(kind, module, "q k v o", "num_heads"),
+        head_dim=("d_kv",),
+        depth=depth,
+        beside=("relative_attention_bias.weight",),
+    )
+    for kind, module, depth in (
+        ("encoder.self", "encoder.block.{i}.layer.0.SelfAttention", ("num_layers",)),
+        ("decoder.self", "decoder.block.{i}.layer.0.SelfAttention", ("num_decoder_layers", "num_layers")),
+        ("decoder.cross", "decoder.block.{i}.layer.1.EncDecAttention", ("num_decoder_layers", "num_layers")),
     )
 )
 
 
 def _decoder(names: str = PROJ, **more: object) -> tuple[AttentionSpec, ...]:
     """Build the row of LLaMA, or of an architecture that differs from it only in `names` and `more`."""
-    facts: dict[str, object] = {"kv_heads": KV_HEADS, "rope": Rotation(), "beside": ("rotary_emb.inv_freq",)}
+    facts: dict[str, object] = {"kv_heads": KV_HEADS, "head_dim": ("head_dim",), "rope": Rotation()}
+    facts["beside"] = ("rotary_emb.inv_freq",)
     return (_block("decoder.self", "layers.{i}.self_attn", names, HEADS, **facts | more),)
 
 
@@ -87,7 +98,12 @@ ARCHITECTURES: dict[str, tuple[AttentionSpec, ...]] = {
     "xlm-roberta": BERT,
     "camembert": BERT,
     "electra": BERT,
-    "distilbert": (_block("encoder.self", "transformer.layer.{i}.attention", "q_lin k_lin v_lin out_lin", "n_heads"),),
+    "distilbert": (
+        _block(
+            *("encoder.self", "transformer.layer.{i}.attention", "q_lin k_lin v_lin out_lin", "n_heads"),
+            depth=("n_layers",),
+        ),
+    ),
     "mpnet": (
         _block(
             *("encoder.self", "encoder.layer.{i}.attention.attn", "q k v o", HEADS),
@@ -117,17 +133,24 @@ ARCHITECTURES: dict[str, tuple[AttentionSpec, ...]] = {
     "phi3": _decoder("qkv_proj o_proj", fused="blocks", rope=Rotation(PARTIAL)),
     "gpt2": (
         _block(
-            *("decoder.self", "h.{i}.attn", "c_attn c_proj", "n_head"), fused="blocks", transposed=True, beside=BUFFERS
+            *("decoder.self", "h.{i}.attn", "c_attn c_proj", "n_head"),
+            fused="blocks",
+            transposed=True,
+            depth=("n_layer",),
+            beside=BUFFERS,
         ),
     ),
     "gptj": (
         _block(
             *("decoder.self", "h.{i}.attn", BIASED_O, "n_head"),
             rope=Rotation(count=("rotary_dim",), interleaved=True),
+            depth=("n_layer",),
             beside=BUFFERS,
         ),
     ),
-    "gpt_neo": (_block("decoder.self", "h.{i}.attn.attention", BIASED_O, "num_heads", beside=BUFFERS),),
+    "gpt_neo": (
+        _block("decoder.self", "h.{i}.attn.attention", BIASED_O, "num_heads", depth=("num_layers",), beside=BUFFERS),
+    ),
     "gpt_neox": (
         _block(
             *("decoder.self", "layers.{i}.attention", "query_key_value dense", HEADS),
@@ -137,12 +160,12 @@ ARCHITECTURES: dict[str, tuple[AttentionSpec, ...]] = {
         ),
     ),
     "gpt_bigcode": (
-        _block(*BIGCODE, fused="grouped", kv_heads=1, beside=BUFFERS, where=(("multi_query", True, True),)),
-        _block(*BIGCODE, fused="grouped", beside=BUFFERS, where=(("multi_query", True, False),)),
+        replace(BIGCODE, kv_heads=1, where=(("multi_query", True, True),)),
+        replace(BIGCODE, where=(("multi_query", True, False),)),
     ),
     "bloom": (
         # ALiBi is added to the scores, so it does not prevent merging Q-K.
-        _block(*FUSED_SELF[:3], ("n_head", HEADS), fused="grouped"),
+        _block(*FUSED_SELF[:3], ("n_head", HEADS), fused="grouped", depth=("n_layer", "num_hidden_layers")),
     ),
     "falcon": (
         _block(
@@ -171,16 +194,22 @@ ARCHITECTURES: dict[str, tuple[AttentionSpec, ...]] = {
         _block(
             *("encoder.self", "encoder.layers.{i}.self_attn", PROJ, "encoder_num_attention_heads"),
             kv_heads=("encoder_num_key_value_heads",),
+            head_dim=("head_dim",),
+            depth=("encoder_num_hidden_layers",),
             rope=Rotation(PARTIAL, 0.9, interleaved=True),
         ),
         _block(
             *("decoder.self", "decoder.layers.{i}.self_attn", PROJ, "decoder_num_attention_heads"),
             kv_heads=("decoder_num_key_value_heads",),
+            head_dim=("head_dim",),
+            depth=("decoder_num_hidden_layers",),
             rope=Rotation(PARTIAL, 0.9, interleaved=True),
         ),
         _block(
             *("decoder.cross", "decoder.layers.{i}.encoder_attn", PROJ, "decoder_num_attention_heads"),
             kv_heads=("decoder_num_key_value_heads",),
+            head_dim=("head_dim",),
+            depth=("decoder_num_hidden_layers",),
         ),
     ),
     "t5": T5,
@@ -190,6 +219,7 @@ ARCHITECTURES: dict[str, tuple[AttentionSpec, ...]] = {
         _block(
             *("encoder.self", "encoder.albert_layer_groups.{i}.albert_layers.0.attention", "query key value dense"),
             HEADS,
+            depth=("num_hidden_groups",),
             beside=("LayerNorm.*",),
         ),
     ),
@@ -201,6 +231,7 @@ ARCHITECTURES: dict[str, tuple[AttentionSpec, ...]] = {
             v="encoder.layer.{i}.attention.self.value_proj",
             o="encoder.layer.{i}.attention.output.dense",
             heads=(HEADS,),
+            head_dim=("attention_head_size",),
             norms=("pos_key_proj.*", "pos_query_proj.*"),
             key_bias_stays=True,  # keys are also multiplied with projected relative positions, which differ by key
         ),
@@ -225,7 +256,14 @@ TEXT = Tower("text", "text_config", ("language_model.",))
 VISION = Tower("vision", "vision_config", ("vision_tower.",))
 QWEN_VISION = Tower(
     *("vision", "vision_config", ("visual.",)),
-    (_block("encoder.self", "blocks.{i}.attn", "qkv proj", "num_heads", fused="blocks", rope=Rotation()),),
+    (
+        _block(
+            *("encoder.self", "blocks.{i}.attn", "qkv proj", "num_heads"),
+            fused="blocks",
+            rope=Rotation(),
+            depth=("depth",),
+        ),
+    ),
 )
 TOWERS: dict[str, tuple[Tower, ...]] = {
     "clip": (
@@ -246,7 +284,12 @@ TOWERS: dict[str, tuple[Tower, ...]] = {
         TEXT,
         Tower(
             *("audio", "audio_config", ("audio_tower.",)),
-            (_block("encoder.self", "layers.{i}.self_attn", BIASED_O, "encoder_attention_heads"),),
+            (
+                _block(
+                    *("encoder.self", "layers.{i}.self_attn", BIASED_O, "encoder_attention_heads"),
+                    depth=("encoder_layers",),
+                ),
+            ),
         ),
     ),
     "mllama": (
@@ -267,7 +310,10 @@ TOWERS: dict[str, tuple[Tower, ...]] = {
             *("vision", "vision_config", ("vision_model.",)),
             (
                 _block("encoder.self", "transformer.layers.{i}.self_attn", PROJ, "attention_heads"),
-                _block("encoder.global", "global_transformer.layers.{i}.self_attn", PROJ, "attention_heads"),
+                _block(
+                    *("encoder.global", "global_transformer.layers.{i}.self_attn", PROJ, "attention_heads"),
+                    depth=("num_global_layers",),
+                ),
             ),
         ),
     ),

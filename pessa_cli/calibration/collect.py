@@ -1,7 +1,7 @@
 """Calibration: run the calibration data through a model, and collect the statistics of its attention blocks.
 
-The calibration data of speech models are audio files, folders of them, or JSON lines of clips; those of text models are
-text files or JSON lines. Every input runs in a batch of its own, so that no padding is added to it.
+The calibration data of Whisper are audio files, folders of them, or JSON lines of clips; those of models that read text
+are text files or JSON lines. Every input runs in a batch of its own, so that no padding is added to it.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,12 +19,14 @@ import torch
 
 from pessa_cli.blocks.site import Site
 from pessa_cli.calibration.listeners import BY_WEIGHTS, collect_statistics
+from pessa_cli.calibration.memory import CALLS, free_memory, free_on, needs
 from pessa_cli.calibration.sequential import collect_in_sequence
 from pessa_cli.calibration.trial_cuts import PASSES, try_out
 from pessa_cli.common.errors import PessaError, UsageError
 from pessa_cli.models.data import CalibrationData, read_data
+from pessa_cli.models.dense import dense_model, text_part
 from pessa_cli.models.inputs import Inputs
-from pessa_cli.models.load import load, quiet_transformers
+from pessa_cli.models.load import quiet_transformers
 from pessa_cli.models.windows import on_device, windows
 from pessa_cli.ranks.rule import Rule
 from pessa_cli.statistics.file import CollectedStatistics, SavedStatistics, Statistics, fingerprint, save_statistics
@@ -34,6 +36,7 @@ from pessa_cli.surgery.model import Model
 from pessa_cli.surgery.run import Run
 
 TRIED = 8  # the largest number of inputs for trial cuts
+UNREAD = ("vision", "audio")  # the parts of models with several parts that calibration data do not reach
 FOLDS = 4  # one of this many parts of the inputs is for trial cuts; the blocks are then decomposed by the other parts
 
 
@@ -107,7 +110,7 @@ def save(path: Path, found: Calibration, sites: Sequence[Site]) -> None:
     blocks = found.blocks
     fingerprints = {site.name: fingerprint(blocks.weights(site)) for site in sites}
     sums = {site.name: found.statistics.of(site) for site in sites}
-    save_statistics(path, sums, fingerprints, found.statistics.data)
+    save_statistics(path, sums, fingerprints, found.statistics.data, found.statistics.sequential)
 
 
 @contextmanager
@@ -116,33 +119,34 @@ def calibrate(
 ) -> Iterator[Calibration]:
     """Run the data through the model, and collect the statistics of the given blocks in memory.
 
-    Memory is needed for the model, for one float64 matrix (H d, H d) for each block, and for the attention weights of
-    one input. If the float32 weights do not fit into memory twice, they are read from disk block by block for every
+    Memory is needed for the model, for two float64 matrices (H d, H d) for each block, and for the attention weights of
+    one input; see `calibration.memory`. If that is not free, the weights are read from disk block by block for every
     input, and there are no trial cuts. rule: if given, each block is calibrated on the outputs of the blocks before it
     after those were pruned by the rule, which takes one more pass over the data for each block.
 
     Raises UsageError for data that do not fit the model and for blocks that cannot be calibrated, and PessaError when
-    the model does not compute attention as the statistics assume.
+    there is too little memory, or when the model does not compute attention as the statistics assume.
     """
-    items, hashes = data
-    free = free_memory()
-    fits = free is None or 2 * 4 * model.parameters < free  # the float32 model, and cut copies of its blocks
-    if rule is not None and not fits:
-        raise PessaError(
-            f"--sequential: {4 * model.parameters:,} bytes of weights do not fit twice into {free:,} of free memory",
-            "leave it out, or calibrate on a larger machine and use its --statistics here",
-        )
+    check_blocks(sites)
+    items, identities = data
+    fits = _check_memory(model, sites, rule, run)
     blocks = BlockReader(model.reader, keep=fits)
+    sequence_rule = None if rule is None else str(rule)
     with ExitStack() as resources:
         sequence = None
         if rule is not None:
             sequence = resources.enter_context(decomposition_of(model, run, blocks))
-        with quiet_transformers(), tempfile.TemporaryDirectory() as offloaded:
-            if free is None or fits:
-                loaded = load_for_calibration(model).to(run.device)
-            else:
-                on_disk = {"device_map": "auto", "max_memory": {"cpu": free // 2}, "offload_folder": offloaded}
-                loaded = load_for_calibration(model, **on_disk)
+        with ExitStack() as running:
+            running.enter_context(quiet_transformers())
+            placing: dict[str, Any] = {}
+            if not fits:
+                offloaded = running.enter_context(tempfile.TemporaryDirectory())
+                most = {"cpu": (free_memory() or 0) // 2}
+                placing = {"device_map": "auto", "max_memory": most, "offload_folder": offloaded}
+            loaded = text_part(running.enter_context(dense_model(model, **placing)))
+            loaded.set_attn_implementation("eager")  # the one that returns attention weights
+            if fits:
+                loaded = loaded.to(run.device)
             samples: list[Inputs] = []
             with torch.inference_mode():
                 transcribed = any(not site.spec.kind.startswith("encoder") for site in sites)
@@ -151,37 +155,62 @@ def calibrate(
                 )
                 if sequence is not None:  # the inputs are needed again for each block
                     inputs = list(inputs)
-                total = sum(item.nbytes for item in items)
-                ticks = run.progress("calibrating", total, 1)
-                held_out, others = collect_statistics(loaded, sites, inputs, blocks, ticks, FOLDS)
-            found = {site.name: held_out[site.name] + others[site.name] for site in sites}
+                ticks = run.progress("calibrating", sum(item.nbytes for item in items), 0)
+                folds = collect_statistics(loaded, sites, inputs, blocks, ticks, FOLDS if fits else 1)
             if fits:
+                held_out, others = folds
                 few = not any(float(one.frames) for one in others.values())  # a single input cannot be held out
-                loaded.set_attn_implementation("sdpa")
-                tried = CollectedStatistics(found if few else others, hashes)
+                with suppress(ValueError):  # it is faster, but some models, such as Gemma 2, do not have it
+                    loaded.set_attn_implementation("sdpa")
+                tried = CollectedStatistics(held_out if few else others, identities)
                 with (
                     decomposition_of(model, run, blocks, reuse=True) as trial,
-                    run.progress("trying out", 0, PASSES) as tick,
+                    run.progress("trying out cuts", 0, PASSES) as tick,
                 ):
                     trial.decompose(sites, tried)
-                    most = sys.maxsize if free is None else free // 4
-                    found = try_out(loaded, sites, on_device(samples, run.device), found, trial, most, tick)
+                    # Block by block, since the sums of all blocks may be the largest part of the memory.
+                    found = {site.name: held_out.pop(site.name) + others.pop(site.name) for site in sites}
+                    free = free_memory()
+                    most_bytes = sys.maxsize if free is None else int(CALLS * free)
+                    found = try_out(loaded, sites, on_device(samples, run.device), found, trial, most_bytes, tick)
+            else:
+                (found,) = folds
             if rule is not None and sequence is not None:
                 found = collect_in_sequence(model, loaded, sites, inputs, rule, found, blocks, sequence, run)
             del loaded
-        yield Calibration(CollectedStatistics(found, sorted(hashes)), blocks, sequence)
+        yield Calibration(CollectedStatistics(found, sorted(identities), sequence_rule), blocks, sequence)
 
 
-def free_memory() -> int | None:
-    """Return the free memory in bytes.
+def _check_memory(model: Model, sites: Sequence[Site], rule: Rule | None, run: Run) -> bool:
+    """Return whether the whole model fits into memory together with what is collected.
 
-    Returns None without psutil, which measures it, and without accelerate, which could leave weights on disk.
+    Raises PessaError if the model has to be in memory and does not fit, or if not even the statistics fit.
     """
-    if find_spec("psutil") is None or find_spec("accelerate") is None:
-        return None
-    import psutil
-
-    return int(psutil.virtual_memory().available)
+    need = needs(model, sites)
+    free, on_device = free_memory(), free_on(run.device)
+    if on_device is not None and need.on_device > on_device:
+        raise PessaError(
+            f"--device {run.device}: calibration needs {need.on_device:,} bytes there, and {on_device:,} are free",
+            "leave --device out, or choose fewer blocks with --sites and --layers",
+        )
+    if free is None or need.in_memory <= free:
+        return True
+    short = f"calibration needs {need.in_memory:,} bytes of memory, and {free:,} are free"
+    if rule is not None:
+        raise PessaError(
+            f"--sequential: {short}", "leave it out, or calibrate on a larger machine and use its --statistics here"
+        )
+    if need.on_disk > free:
+        raise PessaError(
+            f"calibration needs {need.on_disk:,} bytes of memory for the statistics alone, and {free:,} are free",
+            "choose fewer blocks with --sites and --layers",
+        )
+    if find_spec("accelerate") is None:
+        raise PessaError(
+            f"{short}; without accelerate the weights cannot be read from disk block by block",
+            "pip install accelerate, or calibrate on a larger machine and use its --statistics here",
+        )
+    return False
 
 
 def _sampled(inputs: Iterable[tuple[Inputs, int]], samples: list[Inputs]) -> Iterator[tuple[Inputs, int]]:
@@ -196,36 +225,17 @@ def _sampled(inputs: Iterable[tuple[Inputs, int]], samples: list[Inputs]) -> Ite
         yield given, nbytes
 
 
-def load_for_calibration(model: Model, **placing: Any) -> Any:
-    """Load the model with the attention implementation of transformers that returns attention weights.
-
-    placing: arguments of `from_pretrained` that place the weights. Raises UsageError for a compact model, and for
-    attention blocks that hooks on the projections cannot observe.
-    """
-    for site in model.sites:
-        if why := _obstacle(site):
+def check_blocks(sites: Sequence[Site]) -> None:
+    """Raise UsageError for blocks that cannot be calibrated."""
+    for site in sites:
+        if not site.spec.compact:
             raise UsageError(
-                f"{site.name} cannot be calibrated: {why}",
+                f"{site.name} cannot be calibrated: it reads the weights of its projections without calling them",
                 BY_WEIGHTS,
             )
-    if any((site.qk_ranks, site.vo_ranks) != (site.full, site.full) for site in model.sites):
-        raise UsageError(
-            f"{model.reader.folder} is compact, which cannot be calibrated: some of its directions are not stored",
-            "calibrate the original model, or export this one with `pessa export --layout dense` and calibrate that",
-        )
-    loaded = load(model, **placing)
-    loaded.set_attn_implementation("eager")
-    return loaded
-
-
-def _obstacle(site: Site) -> str:
-    """Return why the outputs of a block's projections are not enough to calibrate it; "" if they are."""
-    if site.spec.fused:
-        return "queries, keys and values come from one projection"
-    if 0 < site.unmerged < site.head_dim:
-        return f"RoPE rotates only {site.unmerged} of the {site.head_dim} dimensions of each head"
-    if site.spec.key_bias_stays:
-        return "its projections are also applied to relative positions"
-    if not site.spec.compact:
-        return "it reads the weights of its projections directly"
-    return ""
+        if (tower := site.spec.kind.partition(".")[0]) in UNREAD:
+            raise UsageError(
+                f"{site.name} cannot be calibrated: the data of a model with several parts are text, which its {tower} "
+                "part does not read",
+                "choose the blocks of the text part: --sites text.self",
+            )

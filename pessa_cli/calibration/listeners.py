@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
+from inspect import signature
 from typing import Any
 
 import torch
@@ -11,12 +12,14 @@ from torch import Tensor, nn
 
 from pessa_cli.algebra.rope import output_gram, rotated
 from pessa_cli.blocks.site import Site
-from pessa_cli.common.errors import PessaError
+from pessa_cli.common.errors import PessaError, UsageError
 from pessa_cli.common.progress import Tick
+from pessa_cli.common.text import listed
 from pessa_cli.models.hooks import BlockModules, block_modules, output_of
 from pessa_cli.models.inputs import Inputs
 from pessa_cli.models.windows import device_of, on_device
 from pessa_cli.statistics.sums import NAMES, BlockStatistics, shapes_of
+from pessa_cli.surgery.block_io import split_fused
 from pessa_cli.surgery.block_reader import BlockReader
 
 QUERIES = 64  # queries of each input for the statistics that need each query alone; more cost much and change little
@@ -35,7 +38,8 @@ def collect_statistics(
 
     inputs: each with its number of bytes, for the progress bar. folds: if more than 1, there are two results: the sums
     over the first of every `folds` inputs, and those over the other inputs; otherwise there is one result, over all
-    inputs. Each result is by site name. Raises PessaError as BlockListener does.
+    inputs. Each result is by site name. Raises PessaError as BlockListener does, and UsageError, after the first input,
+    for blocks that it did not reach.
     """
     with ExitStack() as hooks, progress as tick:
         masks, modules, device = VisibleKeys(), block_modules(sites, loaded), device_of(loaded)
@@ -46,8 +50,20 @@ def collect_statistics(
         for number, (given, nbytes) in enumerate(inputs):
             run_input(loaded, given, listeners, fold=int(number % folds > 0))
             tick(nbytes, 0)
-        tick(0, 1)
+            if number == 0:
+                _check_all_ran(listeners)
         return [{each.site.name: each.found(fold) for each in listeners} for fold in range(min(folds, 2))]
+
+
+def _check_all_ran(listeners: Sequence[BlockListener]) -> None:
+    """Raise UsageError if a block had no queries in the inputs so far."""
+    idle = [each.site for each in listeners if not each.called]
+    if idle:
+        others = list(dict.fromkeys(each.site.spec.kind for each in listeners if each.site not in idle))
+        raise UsageError(
+            f"the calibration data do not reach {len(idle)} of the chosen blocks\n{listed([s.name for s in idle])}",
+            f"choose others: --sites {','.join(others)}" if others else BY_WEIGHTS,
+        )
 
 
 def run_input(model: Any, inputs: Inputs, listeners: Sequence[BlockListener], fold: int = 0) -> None:
@@ -122,7 +138,14 @@ class BlockListener:
         for side in "qkv":
             hooks.callback(modules.projections[side].register_forward_hook(self._keep_output(side)).remove)
         hooks.callback(modules.projections["o"].register_forward_pre_hook(self._keep_input).remove)
+        if "output_attentions" in signature(modules.block.forward).parameters:
+            hooks.callback(modules.block.register_forward_pre_hook(_ask_for_weights, with_kwargs=True).remove)
         hooks.callback(modules.block.register_forward_hook(self._add_call, with_kwargs=True).remove)
+
+    @property
+    def called(self) -> bool:
+        """Whether the block was called yet."""
+        return any(bool(sums["frames"] > 0) for sums in self._sums)
 
     def found(self, fold: int = 0) -> BlockStatistics:
         """Return the sums of one fold so far, on the CPU."""
@@ -130,10 +153,16 @@ class BlockListener:
 
     def _keep_output(self, side: str) -> Any:
         def hook(_module: nn.Module, _args: Any, output: Tensor) -> None:
-            if self.fold is not None:
-                self._seen[side] = output
+            # The first call of a block is for its inputs; DeBERTa's calls after that are for relative positions.
+            if self.fold is not None and side not in self._seen:
+                self._seen[side] = split_fused(output[0].mT, self.site)[side] if self.site.spec.fused else output[0].mT
 
         return hook
+
+    def _heads(self, side: str) -> Tensor:
+        """Return the outputs of a projection by head, (positions, G, M, d); M is 1 for keys and values."""
+        heads = self._seen[side].reshape(self.site.kv_heads, -1, self.site.head_dim, self._seen[side].shape[-1])
+        return heads.permute(3, 0, 1, 2)
 
     def _keep_input(self, _module: nn.Module, args: tuple[Tensor, ...]) -> None:
         if self.fold is not None:
@@ -145,14 +174,13 @@ class BlockListener:
             return
         site, sums = self.site, self._sums[self.fold]
         g, m, d = site.kv_heads, site.group, site.head_dim
-        attention = next(
-            (t[0] for t in output if isinstance(t, Tensor) and t.dim() == 4 and t.shape[1] == site.heads), None
-        )  # (G M, queries, keys)
-        if attention is None:
+        # T5 also returns the position bias, which has the same shape, before the weights.
+        found = [t[0] for t in output if isinstance(t, Tensor) and t.dim() == 4 and t.shape[1] == site.heads]
+        if not found:
             raise PessaError(f"{site.name} returns no attention weights, which calibration needs", BY_WEIGHTS)
-        queries = self._seen["q"][0].double().reshape(-1, g, m, d)
-        keys = self._seen["k"][0].double().reshape(-1, g, d)
-        values = self._seen["v"][0].double().reshape(-1, g, 1, d).permute(1, 2, 0, 3) @ self._roots.mT
+        attention = found[-1]  # (G M, queries, keys)
+        queries, keys = self._heads("q").double(), self._heads("k").double().squeeze(2)
+        values = self._heads("v").double().permute(1, 2, 0, 3) @ self._roots.mT
         mixtures = self._seen["o"][0].double().reshape(-1, g * m * d)
         if not self._checked:
             self._check(attention, mixtures)
@@ -166,7 +194,7 @@ class BlockListener:
             sums["pairs"] += output_gram(chosen, turned_keys.transpose(0, 1), weights[:, :, some], values) * share
         # The mean changes no covariance, and subtracting it avoids cancellation.
         keys = (keys - keys.mean(0)).transpose(0, 1)  # (G, keys, d)
-        if not site.by_pairs:
+        if not site.by_pairs and site.merges_qk:
             sums["influence"] += _influence(weights[:, :, some], keys, values) * share
         visible, totals = self._masks.of(weights[:, 0])
         means = (visible @ keys.to(visible.dtype)).double()  # (G, queries, d)
@@ -180,7 +208,7 @@ class BlockListener:
     def _check(self, attention: Tensor, mixtures: Tensor) -> None:
         """Raise PessaError unless the input of W_O is attention times values, as the statistics assume."""
         site = self.site
-        values = self._seen["v"][0].float().reshape(-1, site.kv_heads, 1, site.head_dim).permute(1, 2, 0, 3)
+        values = self._heads("v").float().permute(1, 2, 0, 3)
         weights = attention.reshape(site.kv_heads, site.group, *attention.shape[1:]).float()
         fit = weights.shape[-1] == values.shape[-2] and weights[..., 0].numel() * site.head_dim == mixtures.numel()
         expected = (weights @ values).permute(2, 0, 1, 3).reshape(mixtures.shape).double() if fit else mixtures
@@ -195,12 +223,19 @@ class BlockListener:
         if rotation is None:
             raise PessaError(f"{self.site.name} is not called with position_embeddings (cos and sin)", BY_WEIGHTS)
         cos, sin = (angle[0] for angle in rotation)
+        if 2 * cos.shape[-1] == self.site.head_dim:  # GPT-OSS gives the angles of each pair once
+            cos, sin = torch.cat([cos, cos], -1), torch.cat([sin, sin], -1)
         if cos.shape[-1] != self.site.head_dim:
             raise PessaError(
                 f"{self.site.name}: rotations of width {cos.shape[-1]} for heads of width {self.site.head_dim}",
                 BY_WEIGHTS,
             )
         return rotated(queries, cos, sin), rotated(keys, cos, sin)
+
+
+def _ask_for_weights(_module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Make a block return its attention weights, if it does so only on request."""
+    return args, {**kwargs, "output_attentions": True}
 
 
 def _influence(attention: Tensor, keys: Tensor, values: Tensor) -> Tensor:

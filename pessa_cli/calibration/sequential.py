@@ -42,12 +42,12 @@ def collect_in_sequence(
     """
     spectra = measure(model, sites, run=run, statistics=CollectedStatistics(found, ()), blocks=blocks)
     plan = ranks_for(list(sites), spectra, rule, model.size)
-    loaded.set_attn_implementation("eager")
+    loaded.set_attn_implementation("eager")  # the one that returns attention weights
     modules, result = block_modules(sites, loaded), dict(found)
     total = sum(nbytes for _, nbytes in inputs)
     for site in sorted(sites, key=_place):
         with torch.inference_mode():
-            ticks = run.progress(f"calibrating {site.name}", total, 1)
+            ticks = run.progress(f"calibrating {site.name}", total, 0)
             sums = collect_statistics(loaded, [site], inputs, blocks, ticks)[0][site.name]
         before = found[site.name]
         result[site.name] = replace(sums, output=before.output, tried=before.tried, harm=before.harm)

@@ -2,6 +2,15 @@
 
 from __future__ import annotations
 
+from pessa_cli.checkpoint.contents import (
+    CHOSEN,
+    HIDDEN,
+    MODULES_FILE,
+    WEIGHT_SUFFIXES,
+    Contents,
+    contents_of,
+    left_out_text,
+)
 from pessa_cli.checkpoint.dtypes import FLOATS, ITEM_BYTES, TORCH_DTYPES, UNDERFLOW, UNIT_ROUNDOFF
 from pessa_cli.checkpoint.files import (
     ADAPTER_FILE,
@@ -12,9 +21,9 @@ from pessa_cli.checkpoint.files import (
     read_json,
     sha256_of,
     source_name,
-    visible_files,
     write_json,
 )
+from pessa_cli.checkpoint.links import check_links, hidden_files, visible_files
 from pessa_cli.checkpoint.manifest import CARD_FILE, MANIFEST_FILE, UNHASHED, not_ours, write_manifest
 from pessa_cli.checkpoint.places import check_apart, check_free, partial_folder, partial_output
 from pessa_cli.checkpoint.reader import CheckpointReader, Header, TensorInfo
@@ -24,25 +33,34 @@ from pessa_cli.checkpoint.staging import Staging, new_file, new_folder, run_iden
 __all__ = [
     "ADAPTER_FILE",
     "CARD_FILE",
+    "CHOSEN",
     "CONFIG_FILE",
     "FLOATS",
+    "HIDDEN",
     "INDEX_FILE",
     "ITEM_BYTES",
     "MANIFEST_FILE",
+    "MODULES_FILE",
     "PICKLE_SUFFIXES",
     "SINGLE_FILE",
     "TORCH_DTYPES",
     "UNDERFLOW",
     "UNHASHED",
     "UNIT_ROUNDOFF",
+    "WEIGHT_SUFFIXES",
     "CheckpointReader",
     "CheckpointWriter",
+    "Contents",
     "Header",
     "ShardWriter",
     "Staging",
     "TensorInfo",
     "check_apart",
     "check_free",
+    "check_links",
+    "contents_of",
+    "hidden_files",
+    "left_out_text",
     "new_file",
     "new_folder",
     "not_ours",

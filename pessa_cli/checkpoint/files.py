@@ -1,4 +1,4 @@
-"""The files of a model folder: their names, JSON content and hashes, and which of them are copied."""
+"""The files of a model folder: their names, JSON content and hashes."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from pessa_cli.common.files import file_size
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 CONFIG_FILE = "config.json"
+ADAPTER_FILE = "adapter_config.json"
 # Limits on files that are parsed before their content is validated; real files stay below half of each limit.
 MOST_JSON = 32 * 2**20  # bytes of a JSON file or a safetensors header; parsed, it takes up to 25 times as much memory
 MOST_DEPTH = 64  # nesting levels of JSON
@@ -30,10 +31,10 @@ def read_json(path: Path) -> dict[str, Any]:
         if size > MOST_JSON:
             raise ValueError(f"it has {size:,} bytes, more than {MOST_JSON:,}")
         value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise PessaError(f"{path} does not exist", "give the folder of a complete checkpoint") from None
+    except FileNotFoundError as error:
+        raise PessaError(f"{path} does not exist", "give the folder of a complete checkpoint") from error
     except (OSError, ValueError, RecursionError) as error:
-        raise PessaError(f"{path} is not readable JSON: {error}", "download the file again") from None
+        raise PessaError(f"{path} is not readable JSON: {error}", "download the file again") from error
     if not isinstance(value, dict):
         raise PessaError(f"{path} holds a {type(value).__name__}, not a JSON object", "download the file again")
     if not _within_depth(value):
@@ -73,9 +74,6 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-ADAPTER_FILE = "adapter_config.json"
-
-
 def sha256_of(path: Path) -> str:
     """Return the SHA-256 of a file in hexadecimal, or of a folder, over the names and digests of its files."""
     if path.is_dir():
@@ -93,19 +91,3 @@ def source_name(folder: Path) -> str:
     if folder.parent.name == "snapshots" and place[0] == "models" and len(place) > 1:
         return "/".join(place[1:])
     return folder.name
-
-
-def visible_files(folder: Path) -> dict[str, Path]:
-    """Map the relative names of the files below a folder to their paths, without hidden files and links that lead out.
-
-    In the hub's cache every file is a link to a blob of the same repository; these links are accepted.
-    """
-    inside = folder.resolve()
-    if inside.parent.name == "snapshots":
-        inside = inside.parent.parent
-    files = {
-        path.relative_to(folder): path
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.resolve().is_relative_to(inside)
-    }
-    return {name.as_posix(): path for name, path in files.items() if not any(p.startswith(".") for p in name.parts)}

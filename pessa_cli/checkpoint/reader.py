@@ -9,15 +9,20 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
-from typing import TYPE_CHECKING
+from shlex import quote
+from typing import TYPE_CHECKING, Any
 
+from pessa_cli.checkpoint.contents import is_training_state
 from pessa_cli.checkpoint.dtypes import ITEM_BYTES, TORCH_DTYPES
 from pessa_cli.checkpoint.files import (
+    ADAPTER_FILE,
     CONFIG_FILE,
     INDEX_FILE,
     MOST_JSON,
@@ -26,15 +31,16 @@ from pessa_cli.checkpoint.files import (
     read_json,
     unique_keys,
 )
-from pessa_cli.common.errors import PessaError
+from pessa_cli.common.errors import PessaError, PessaWarning
 from pessa_cli.common.files import file_size
-from pessa_cli.common.text import listed
+from pessa_cli.common.text import listed, shortened
 
 if TYPE_CHECKING:
     import torch
 
 
 CHUNK = 2**20  # bytes copied at a time: few enough to stay in the processor's cache
+IN_LAYER = re.compile(r"\.\d+\.")  # in the name of a tensor of a numbered layer
 MOST_NAME = 512  # the most characters that a tensor's name may have
 
 
@@ -87,12 +93,12 @@ def _read_header(path: Path) -> tuple[dict[str, tuple[TensorInfo, int]], dict[st
             metadata = file.metadata() or {}
         # The library accepts duplicate names and takes the last of them, so they are checked here.
         header = json.loads(encoded, object_pairs_hook=unique_keys)
-    except FileNotFoundError:
-        raise PessaError(f"{path} does not exist", "download the missing shard") from None
+    except FileNotFoundError as error:
+        raise PessaError(f"{path} does not exist", "download the missing shard") from error
     except (SafetensorError, OSError, ValueError) as error:
         raise PessaError(
             f"{path} ({size:,} bytes) is not a complete safetensors file: {error}", "download the file again"
-        ) from None
+        ) from error
     header.pop("__metadata__", None)
     if not all(isinstance(entry, dict) for entry in header.values()):  # the library accepts lists as well
         raise PessaError(f"{path}: its header has lists in place of objects", "do not use this checkpoint")
@@ -127,7 +133,7 @@ class CheckpointReader:
         if not folder.is_dir():
             raise PessaError(f"{folder} is not a folder", "give the folder of a Hugging Face checkpoint")
         self.folder = folder
-        self.files, weight_map = self._weight_files(folder)
+        self.files, index = self._weight_files(folder)
         self.config = read_json(folder / CONFIG_FILE)
         self._opened = self.stats()
         self.metadata: dict[str, str] = {}
@@ -143,16 +149,17 @@ class CheckpointReader:
                 infos[name] = info
                 self._places[name] = Place(file, offset, info.nbytes)
         self.header: Header = infos
-        if weight_map is not None:
-            self._check_index(weight_map)
+        if index is not None:
+            self._check_index(index)
 
     @staticmethod
-    def _weight_files(folder: Path) -> tuple[list[str], dict[str, str] | None]:
-        """Return the names of the weight files, and the index's map from tensor to file, or None without an index."""
+    def _weight_files(folder: Path) -> tuple[list[str], dict[str, Any] | None]:
+        """Return the names of the weight files, and the content of the index, or None without an index."""
         if (folder / SINGLE_FILE).exists():
             return [SINGLE_FILE], None
         if (folder / INDEX_FILE).exists():
-            weight_map = read_json(folder / INDEX_FILE).get("weight_map")
+            index = read_json(folder / INDEX_FILE)
+            weight_map = index.get("weight_map")
             if not isinstance(weight_map, dict) or not {type(file) for file in weight_map.values()} == {str}:
                 raise PessaError(f"{folder / INDEX_FILE} has no weight_map", "download the file again")
             files = sorted(set(weight_map.values()))
@@ -179,38 +186,71 @@ class CheckpointReader:
                     f"{len(missing)} of {len(files)} shards of {folder} are missing\n{listed(missing)}",
                     "download the missing shards",
                 )
-            return files, weight_map
-        pickles = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLE_SUFFIXES)
+            return files, index
+        found = sorted(file.name for file in folder.iterdir())
+        if ADAPTER_FILE in found:
+            base = str(read_json(folder / ADAPTER_FILE).get("base_model_name_or_path") or "BASE")
+            command = f"pessa merge {quote(_printable(base))} {quote(str(folder))} -o merged"
+            raise PessaError(
+                f"{folder} is an adapter of {shortened(base)}, not a model",
+                f"merge it first: {command}, and give that folder",
+            )
+        pickles = [file for file in found if file.endswith(PICKLE_SUFFIXES) and not is_training_state(file)]
         if pickles:
             raise PessaError(
                 f"{folder} holds pickled weights only ({pickles[0]}), which can run code when they are loaded",
                 "if you trust their author, give --allow-pickle: pessa then converts the tensors of a "
                 "pytorch_model.bin and refuses code",
             )
+        inner = [file for file in found if any((folder / file / name).exists() for name in (SINGLE_FILE, INDEX_FILE))]
+        if inner:
+            raise PessaError(
+                f"{folder} is not a model, but holds models\n{listed(inner)}", f"give one of them: {folder / inner[-1]}"
+            )
+        parts = [file for file in found if is_training_state(file) or is_training_state(f"{file}/")]
+        if parts:
+            raise PessaError(
+                f"{folder} is the state of a training run, without the weights of a model ({parts[0]})",
+                "write them first: `accelerate merge-weights` joins the parts of FSDP, zero_to_fp32.py those of "
+                "DeepSpeed",
+            )
         raise PessaError(
             f"{folder} is not a model: it has neither {SINGLE_FILE} nor {INDEX_FILE}",
             "give the folder that from_pretrained loads",
         )
 
-    def _check_index(self, weight_map: Mapping[str, str]) -> None:
-        wrong = [
-            f"{_printable(name)}: in the index {weight_map.get(name, 'missing')}, "
-            f"in the shards {place.file if place else 'missing'}"
-            for name in sorted(weight_map.keys() | self._places.keys())
-            for place in [self._places.get(name)]
-            if place is None or weight_map.get(name) != place.file
-        ]
-        if wrong:
+    def _check_index(self, index: Mapping[str, Any]) -> None:
+        """Warn where the index disagrees with the shards: like transformers, pessa reads all tensors of all shards.
+
+        Raises PessaError for a tensor of a layer that is in no shard. Others may be names of a tied tensor.
+        """
+        weight_map, path = index["weight_map"], self.folder / INDEX_FILE
+        nowhere = sorted(weight_map.keys() - self._places.keys())
+        lost = [f"{_printable(name)}: in the index {weight_map[name]}" for name in nowhere if IN_LAYER.search(name)]
+        if lost:
             raise PessaError(
-                f"the index of {self.folder} disagrees with its shards\n{listed(wrong)}", "download the folder again"
+                f"the shards of {self.folder} lack tensors that {INDEX_FILE} lists\n{listed(lost)}",
+                "download the folder again",
             )
+        elsewhere = [name for name, place in self._places.items() if weight_map.get(name) != place.file]
+        faults = {
+            "lists tensors that are in no shard; if a tensor is stored under another name, nothing is missing": nowhere,
+            "does not list these tensors, or under another shard; they are read from where they are": elsewhere,
+        }
+        for fault, names in faults.items():
+            if names:
+                shown = listed([_printable(name) for name in names])
+                warnings.warn(f"{path} {fault}\n{shown}", PessaWarning, stacklevel=2)
+        if not isinstance(index.get("metadata"), dict):
+            without = "has no `metadata`, without which transformers does not load the folder; outputs of pessa have it"
+            warnings.warn(f"{path} {without}", PessaWarning, stacklevel=2)
 
     def stats(self) -> dict[str, os.stat_result]:
         """Return the current `os.stat` result of every weight file. Raises PessaError if one cannot be accessed."""
         try:
             return {file: (self.folder / file).stat() for file in self.files}
         except OSError as error:
-            raise PessaError(f"{self.folder} changed while it was read: {error}", "run the command again") from None
+            raise PessaError(f"{self.folder} changed while it was read: {error}", "run the command again") from error
 
     def check_unchanged(self) -> None:
         """Raise PessaError if the size, time or inode of a weight file has changed since the folder was opened."""

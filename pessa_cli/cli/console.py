@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from statistics import median
+from threading import Timer
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -16,6 +18,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from pessa_cli.checkpoint.contents import left_out_text
 from pessa_cli.cli.sparkline import sparkline
 from pessa_cli.common.errors import PessaError
 from pessa_cli.common.text import listed
@@ -36,6 +39,8 @@ if TYPE_CHECKING:
 OUT = Console(highlight=False, soft_wrap=True)
 ERR = Console(stderr=True, highlight=False, soft_wrap=True)
 PERCENT = ("accuracy", "word error rate")  # metrics that are shown in percent
+PATIENCE = 10.0  # seconds of work without a word, where there is no terminal to show a progress bar
+MOST_IGNORED = 4
 MOST_STEPS = 12  # rows of the table during training
 
 
@@ -56,6 +61,12 @@ def note(text: str) -> None:
     ERR.print(_plain(text))
 
 
+def note_left_out(left_out: Mapping[str, str]) -> None:
+    """Print which files are not in an output, besides hidden ones."""
+    if others := left_out_text(left_out):
+        note(f"not copied\n{others}")
+
+
 def show_text(text: str) -> None:
     """Print text to stdout, unchanged and not wrapped."""
     print(text)
@@ -67,20 +78,30 @@ def show_json(value: Any) -> None:
 
 
 @contextmanager
-def progress(what: str, nbytes: int, blocks: int) -> Iterator[Callable[[int, int], None]]:
-    """Show a progress bar on stderr with bytes, blocks and the remaining time; it disappears at the end."""
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TextColumn("{task.fields[blocks]}"))
-    times = (TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, *times, console=ERR, transient=True, disable=not ERR.is_terminal) as bar:
-        task = bar.add_task(what, total=nbytes, blocks=f"0/{blocks} blocks")
-        done = 0
+def progress(what: str, nbytes: int, steps: int) -> Iterator[Callable[[int, int], None]]:
+    """Show a progress bar on stderr with what is done and the remaining time; it disappears at the end.
 
-        def tick(more: int, blocks_more: int) -> None:
+    Where stderr is no terminal, a stage that takes longer than PATIENCE is named once.
+    """
+    long, unit, done = Timer(PATIENCE, note, [f"{what} ..."]), " blocks" if nbytes else "", 0
+    columns = (TextColumn("{task.description}"), BarColumn(), *([DownloadColumn()] if nbytes else []))
+    more = (TextColumn("{task.fields[steps]}"), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, *more, console=ERR, transient=True, disable=not ERR.is_terminal) as bar:
+        task = bar.add_task(what, total=nbytes or steps, steps="")
+
+        def tick(bytes_more: int, steps_more: int) -> None:
             nonlocal done
-            done += blocks_more
-            bar.update(task, advance=more, blocks=f"{done}/{blocks} blocks")
+            done += steps_more
+            bar.update(task, advance=bytes_more if nbytes else steps_more, steps=f"{done}/{steps}{unit}" * bool(steps))
 
-        yield tick
+        tick(0, 0)
+        if not ERR.is_terminal:
+            long.daemon = True
+            long.start()
+        try:
+            yield tick
+        finally:
+            long.cancel()
 
 
 def show_architectures(rows: list[dict[str, Any]]) -> None:
@@ -226,7 +247,10 @@ def show_totals(totals: Mapping[str, Any], rule: str) -> None:
 def show_written(written: WrittenModel, check: bool = True) -> None:
     """Print what was written, and with `check` the command that verifies it."""
     rule = _show_pruned(written)
-    how = f"; check it with: pessa verify {written.source} {written.out}" if check else ""
+    limits = " --tolerance 1 --min-agreement 0" if written.totals["attention_pruned"] else ""
+    command = f"pessa verify {shlex.quote(str(written.source))} {shlex.quote(str(written.out))}{limits}"
+    how = f"; compare it with the original: {command}" if check else ""
+    note_left_out(written.left_out)
     note(f"{written.out} written, {rule}, {written.layout}{how}")
 
 
@@ -239,6 +263,7 @@ def show_plan(written: WrittenModel) -> None:
     OUT.print(table)
     for file, nbytes in written.shards.items():
         OUT.print(f"{file}  {size(nbytes)}")
+    OUT.print(escape(written.other_files))
     note(f"dry run: {written.out} would be written, {rule}, {written.layout}; nothing was written")
 
 
@@ -247,6 +272,8 @@ def _show_pruned(written: WrittenModel) -> str:
     rule = _with_data(written.rule, written.method)
     if written.command == "prune":
         show_totals(written.totals, rule)
+    for line in written.notes:
+        note(line)
     return rule
 
 
@@ -261,18 +288,24 @@ def show_report(found: Verification) -> None:
         table.add_row(*row)
     OUT.print(table)
     for text in report.texts:
-        verdict = "the same text" if text.reference == text.candidate else "[red]different texts[/]"
+        verdict = "the same text" if text.same else "[red]different texts[/]"
         OUT.print(f"\n[bold]{escape(text.name)}[/]: {verdict}")
         for name, output in zip(names, (text.reference, text.candidate), strict=True):
             on_one_line = output.replace("\n", "\\n")
             OUT.print(f"  {escape(name.ljust(width))}  {escape(on_one_line)}")
     OUT.print()
+    if report.outputs is not None and report.outputs.agreement is not None:
+        OUT.print("agreement: the share of positions at which both predict the same token after the same tokens")
+    if ignored := [*report.settings.ignored, *report.ignored]:
+        OUT.print(escape(f"ignored, since they change nothing that the model does:\n{listed(ignored, MOST_IGNORED)}"))
     if report.same:
         OUT.print("[bold green]same model[/] within these limits")
         return
     OUT.print("[bold red]not the same model[/]")
     for failure in report.failures:
         OUT.print(f"  {escape(failure)}")
+    if report.hint is not None:
+        note(f"a pruned model differs by what was cut; these limits would accept it: {report.hint}")
 
 
 @contextmanager

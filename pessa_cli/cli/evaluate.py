@@ -17,7 +17,7 @@ def evaluate(
     models: Annotated[
         list[str], typer.Argument(metavar="MODEL...", help="Models, each given as MODEL or as MODEL+ADAPTER.")
     ],
-    source: Annotated[SourceOptions, Only("revision", "allow_pickle")],
+    source: Annotated[SourceOptions, Only("revision", "allow_pickle", "follow_links")],
     tasks: Annotated[
         str,
         typer.Option(
@@ -64,7 +64,8 @@ def evaluate(
     settings = ScoreSettings(metric, limit, batch, template, dtype, device, language, window, stride)
     data = EvaluationData([Path(task.strip()) for task in tasks.split(",") if task.strip()], speech, text, pairs)
     subjects = [split_adapter(name, adapter) for name in models]
-    scores = evaluate_models(subjects, data, settings, source.revision, source.allow_pickle, console.progress)
+    opening = (source.revision, source.allow_pickle, source.follow_links)
+    scores = evaluate_models(subjects, data, settings, *opening, progress=console.progress)
     if json:
         files = {file: sha for score in scores for file, sha in score.sources.items()}
         console.show_json({"models": [score.to_dict() for score in scores], "sha256": files})

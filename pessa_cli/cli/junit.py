@@ -10,7 +10,7 @@ from pessa_cli.common.errors import UsageError
 from pessa_cli.common.files import check_writable, whole_file
 
 if TYPE_CHECKING:
-    from pessa_cli.evaluation.verify import Report
+    from pessa_cli.evaluation.report import Report
 
 
 def check_junit(path: Path) -> None:

@@ -8,7 +8,10 @@ from __future__ import annotations
 import io
 import signal
 import sys
-from typing import Annotated
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any
 
 import typer
 
@@ -18,7 +21,8 @@ from pessa_cli.cli.inspect import architectures, inspect
 from pessa_cli.cli.prune import decompose, export, prune, run
 from pessa_cli.cli.tune import merge, tune
 from pessa_cli.cli.verify import bench, verify
-from pessa_cli.common.errors import PessaError, UsageError
+from pessa_cli.common.errors import PessaError, PessaWarning, UsageError
+from pessa_cli.common.memory import raise_if_out_of_memory
 from pessa_cli.common.version import VERSION
 
 app = typer.Typer(
@@ -48,6 +52,31 @@ def _terminated(number: int, _frame: object) -> None:
     sys.exit(128 + number)
 
 
+@contextmanager
+def _warnings_shown() -> Iterator[None]:
+    """Show each PessaWarning once, by the console; other warnings are shown as usual."""
+    with warnings.catch_warnings():
+        usual = warnings.showwarning
+
+        def show(message: Warning | str, category: type[Warning], *place: Any) -> None:
+            if issubclass(category, PessaWarning):
+                console.note(f"warning: {message}")
+            else:
+                usual(message, category, *place)
+
+        warnings.simplefilter("once", PessaWarning)
+        warnings.showwarning = show  # type: ignore[assignment]
+        yield
+
+
+def _run() -> None:
+    try:
+        app()
+    except (MemoryError, OSError, RuntimeError) as error:
+        raise_if_out_of_memory(error)
+        raise
+
+
 def main() -> None:
     """Run the command line. Exit codes: 0 for success, 1 for a failure, 2 for wrong usage."""
     for stream in (sys.stdout, sys.stderr):
@@ -55,7 +84,8 @@ def main() -> None:
             stream.reconfigure(errors="replace")  # a character that the terminal cannot show is no error
     signal.signal(signal.SIGTERM, _terminated)
     try:
-        app()
+        with _warnings_shown():
+            _run()
     except UsageError as error:
         console.show_error(error)
         sys.exit(2)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypedDict
+from typing import TYPE_CHECKING, Annotated, Literal, TypedDict
 
 import typer
 
@@ -30,6 +30,7 @@ class Opening(TypedDict):
     architecture: str | None
     revision: str | None
     allow_pickle: bool
+    follow_links: bool
 
 
 @dataclass(frozen=True)
@@ -48,11 +49,19 @@ class SourceOptions:
     allow_pickle: bool = option(
         False, "Also convert pickled weights: tensors are read, code in the file is never executed."
     )
+    follow_links: bool = option(
+        False, "Also read files outside of a MODEL's folder that links in it lead to, as in folders of DVC."
+    )
 
     @property
     def opening(self) -> Opening:
         """The options as keyword arguments."""
-        return Opening(architecture=self.architecture, revision=self.revision, allow_pickle=self.allow_pickle)
+        return Opening(
+            architecture=self.architecture,
+            revision=self.revision,
+            allow_pickle=self.allow_pickle,
+            follow_links=self.follow_links,
+        )
 
 
 @dataclass(frozen=True)
@@ -65,6 +74,9 @@ class RunOptions:
     device: str = option("cpu", "Device for the computations, e.g. cuda.")
     max_shard_size: int | None = option(
         None, "Maximum size of one file of weights, e.g. 5GB or 500MB.", metavar="SIZE", parse=size_of, shown="5GB"
+    )
+    unknown_weights: Literal["refuse", "copy", "leave-out"] = option(
+        "refuse", "What to do with other weights in MODEL's folder that may or may not belong to it."
     )
     force: bool = option(False, "Replace the output, if pessa wrote it and nothing was added to it.")
 
@@ -81,5 +93,6 @@ class RunOptions:
             jobs=self.jobs,
             device=self.device,
             shard_bytes=shard_bytes,
+            unknown_weights=self.unknown_weights,
             progress=progress,
         )

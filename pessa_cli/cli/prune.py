@@ -73,8 +73,8 @@ def prune(
 def export(
     model: MODEL,
     out: OUT,
-    options: Annotated[RunOptions, Only("dry_run", "resume", "max_shard_size", "force")],
-    source: Annotated[SourceOptions, Only("architecture", "revision")],
+    options: Annotated[RunOptions, Only("dry_run", "resume", "max_shard_size", "unknown_weights", "force")],
+    source: SourceOptions,
     to: TO = "transformers",
     layout: LAYOUT = "dense",
     json: JSON = False,
@@ -83,14 +83,14 @@ def export(
 
     Example: `pessa export out/ -o dense/ --layout dense`
     """
-    run, architecture, revision = options.run(), source.architecture, source.revision
+    run = options.run()
     from pessa_cli.workflow.export import export as export_model
 
     if to == "transformers":
-        written = export_model(model, out, layout, run, architecture=architecture, revision=revision)
+        written = export_model(model, out, layout, run, **source.opening)
         _show(written, options.dry_run, json)
         return
-    exported = export_model(model, out, layout, run, to=to, architecture=architecture, revision=revision)
+    exported = export_model(model, out, layout, run, to=to, **source.opening)
     if json:
         console.show_json(exported.to_dict())
     else:
@@ -102,7 +102,7 @@ def run(
     recipe_file: Annotated[Path, typer.Argument(metavar="RECIPE", help="A TOML file like those in configs/.")],
     model: MODEL,
     out: OUT,
-    options: Annotated[RunOptions, Only("resume", "jobs", "device", "max_shard_size", "force")],
+    options: Annotated[RunOptions, Only("resume", "jobs", "device", "max_shard_size", "unknown_weights", "force")],
     source: SourceOptions,
     json: JSON = False,
 ) -> None:

@@ -64,8 +64,8 @@ def merge(
     model: MODEL,
     adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="The folder of an adapter of any PEFT method.")],
     out: OUT,
-    options: Annotated[RunOptions, Only("resume", "max_shard_size", "force")],
-    source: Annotated[SourceOptions, Only("revision", "allow_pickle")],
+    options: Annotated[RunOptions, Only("resume", "max_shard_size", "unknown_weights", "force")],
+    source: Annotated[SourceOptions, Only("revision", "allow_pickle", "follow_links")],
     json: JSON = False,
 ) -> None:
     """Merge an adapter into the weights and write the model: same names and shapes, and as fast as the original.
@@ -83,6 +83,7 @@ def merge(
     if json:
         console.show_json(written | {"out": str(out)})
         return
+    console.note_left_out(written["left_out"])
     console.note(
         f"{out} written, {written['changed']} tensors changed; check it with: pessa eval {out}, pessa verify {out}"
     )

@@ -94,7 +94,7 @@ def _verify_files(folder: Path, json: bool) -> None:
 def bench(
     reference: REFERENCE,
     candidate: Annotated[str, typer.Argument(metavar="CANDIDATE", help="The model made from it.")],
-    source: Annotated[SourceOptions, Only("revision", "allow_pickle")],
+    source: Annotated[SourceOptions, Only("revision", "allow_pickle", "follow_links")],
     device: Annotated[str, typer.Option(help="Device to run both on, e.g. cuda.")] = "cpu",
     dtype: Annotated[Literal["float32", "float16", "bfloat16"], typer.Option(help="Dtype to run both in.")] = "float32",
     threads: Annotated[int | None, typer.Option(help="CPU threads of each; by default as many as torch uses.")] = None,
@@ -111,9 +111,12 @@ def bench(
     from pessa_cli.workflow.bench import bench as bench_models
 
     settings = BenchSettings(device, dtype, threads, batch, tokens, rounds)
-    revision, allow_pickle = source.revision, source.allow_pickle
     found = bench_models(
-        *(reference, candidate, settings), progress=console.progress, revision=revision, allow_pickle=allow_pickle
+        *(reference, candidate, settings),
+        progress=console.progress,
+        revision=source.revision,
+        allow_pickle=source.allow_pickle,
+        follow_links=source.follow_links,
     )
     if json:
         console.show_json(found.to_dict())

@@ -8,6 +8,7 @@ from pessa_cli.common.lazy import lazy_exports
 
 if TYPE_CHECKING:
     from pessa_cli.common.errors import PessaError as PessaError
+    from pessa_cli.common.errors import PessaWarning as PessaWarning
     from pessa_cli.common.errors import UsageError as UsageError
     from pessa_cli.common.files import FULL_DISK as FULL_DISK
     from pessa_cli.common.files import TEMPORARY as TEMPORARY
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
     from pessa_cli.common.jobs import in_order as in_order
     from pessa_cli.common.jobs import one_thread as one_thread
     from pessa_cli.common.lazy import lazy_exports as lazy_exports
+    from pessa_cli.common.memory import MORE_MEMORY as MORE_MEMORY
+    from pessa_cli.common.memory import out_of_memory as out_of_memory
+    from pessa_cli.common.memory import raise_if_out_of_memory as raise_if_out_of_memory
     from pessa_cli.common.options import Range as Range
     from pessa_cli.common.options import Setting as Setting
     from pessa_cli.common.options import at_least as at_least
@@ -47,7 +51,7 @@ else:
     __getattr__, __all__ = lazy_exports(
         __name__,
         {
-            "errors": ["PessaError", "UsageError"],
+            "errors": ["PessaError", "PessaWarning", "UsageError"],
             "files": [
                 "FULL_DISK",
                 "TEMPORARY",
@@ -62,6 +66,7 @@ else:
             ],
             "jobs": ["in_order", "one_thread"],
             "lazy": ["lazy_exports"],
+            "memory": ["MORE_MEMORY", "out_of_memory", "raise_if_out_of_memory"],
             "options": ["Range", "Setting", "at_least", "check_options", "made", "option", "settings_of"],
             "packages": ["need"],
             "progress": ["Progress", "Tick", "quietly"],

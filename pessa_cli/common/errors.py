@@ -1,4 +1,4 @@
-"""The exceptions that pessa raises for users: each names the culprit and, where there is one, the next step."""
+"""The exceptions and warnings for users: each names the culprit and, where there is one, the next step."""
 
 from __future__ import annotations
 
@@ -17,3 +17,7 @@ class PessaError(Exception):
 
 class UsageError(PessaError):
     """An option with an invalid value, or options that contradict each other; the command line exits with status 2."""
+
+
+class PessaWarning(UserWarning):
+    """Something in a model is wrong or was ignored, and the model can be used nevertheless."""

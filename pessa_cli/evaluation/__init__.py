@@ -17,11 +17,11 @@ if TYPE_CHECKING:
     from pessa_cli.evaluation.evaluate import split_adapter as split_adapter
     from pessa_cli.evaluation.limits import VerifyOptions as VerifyOptions
     from pessa_cli.evaluation.measures import ScoreSettings as ScoreSettings
+    from pessa_cli.evaluation.report import Report as Report
     from pessa_cli.evaluation.search import QualityLimit as QualityLimit
     from pessa_cli.evaluation.search import SearchResult as SearchResult
     from pessa_cli.evaluation.search import check_apart as check_apart
     from pessa_cli.evaluation.search import read_quality_data as read_quality_data
-    from pessa_cli.evaluation.verify import Report as Report
     from pessa_cli.evaluation.verify import verify_folder as verify_folder
     from pessa_cli.evaluation.verify import verify_models as verify_models
 else:
@@ -32,7 +32,8 @@ else:
             "evaluate": ["EvaluationData", "EvaluationItems", "Scores", "evaluate_models", "split_adapter"],
             "limits": ["VerifyOptions"],
             "measures": ["ScoreSettings"],
+            "report": ["Report"],
             "search": ["QualityLimit", "SearchResult", "check_apart", "read_quality_data"],
-            "verify": ["Report", "verify_folder", "verify_models"],
+            "verify": ["verify_folder", "verify_models"],
         },
     )

@@ -23,6 +23,7 @@ from transformers import GenerationMixin
 
 from pessa_cli.common.errors import PessaError, UsageError
 from pessa_cli.common.files import file_size
+from pessa_cli.common.memory import MORE_MEMORY, out_of_memory
 from pessa_cli.common.progress import Progress, quietly
 from pessa_cli.common.values import check_device
 from pessa_cli.models.hooks import output_of
@@ -198,9 +199,8 @@ def _serve(model: Model, settings: BenchSettings, pipe: Connection) -> None:
             pipe.send((UsageError if isinstance(error, UsageError) else PessaError)(error.message, error.hint))
         except Exception as error:  # torch and transformers raise many types, all of them caused by this model
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            pipe.send(
-                PessaError(f"{model.reader.folder} cannot be run on {settings.device}: {reason}", "try another --dtype")
-            )
+            hint = MORE_MEMORY if out_of_memory(error) else "try another --dtype"
+            pipe.send(PessaError(f"{model.reader.folder} cannot be run on {settings.device}: {reason}", hint))
 
 
 class Runner:

@@ -17,6 +17,7 @@ import torch
 from transformers import AutoTokenizer, WhisperProcessor
 
 from pessa_cli.common.errors import PessaError, UsageError
+from pessa_cli.common.memory import raise_if_out_of_memory
 from pessa_cli.common.packages import need
 from pessa_cli.common.progress import Progress, quietly
 from pessa_cli.common.text import listed
@@ -25,7 +26,8 @@ from pessa_cli.evaluation.multiple_choice import QuestionFile, Task, read_tasks
 from pessa_cli.evaluation.perplexity import Documents, Perplexity, read_documents
 from pessa_cli.evaluation.similarity import Embedding, SentencePairs, Similarity, embedding_of, read_pairs
 from pessa_cli.evaluation.word_errors import Clip, WordErrors, read_clips
-from pessa_cli.models.load import encodes_alike, from_folder, load, model_class, quiet_transformers
+from pessa_cli.models.classes import model_class
+from pessa_cli.models.load import encodes_alike, from_folder, load, quiet_transformers
 from pessa_cli.sources.open import open_source
 from pessa_cli.surgery.model import Model, open_model
 
@@ -111,6 +113,7 @@ def evaluate_models(
     settings: ScoreSettings,
     revision: str | None = None,
     allow_pickle: bool = False,
+    follow_links: bool = False,
     progress: Progress = quietly,
 ) -> list[Scores]:
     """Score each model, with its adapter if it has one, on all data.
@@ -123,7 +126,9 @@ def evaluate_models(
         opened: dict[str, Model] = {}
         for name, _ in subjects:
             if name not in opened:
-                opened[name] = open_model(sources.enter_context(open_source(name, revision, allow_pickle)))
+                opened[name] = open_model(
+                    sources.enter_context(open_source(name, revision, allow_pickle, follow_links))
+                )
         for model in opened.values():
             _check(model, data)
         items, prepared, scores = read_items(data, settings), None, []
@@ -229,6 +234,7 @@ def with_adapter(base: Any, folder: Path, adapter: Path) -> Any:
     try:
         return PeftModel.from_pretrained(base.to("cpu"), str(adapter))
     except (ValueError, TypeError, KeyError, RuntimeError) as error:
+        raise_if_out_of_memory(error, f"put the adapter {adapter} on {folder}")
         reasons = listed(str(error).splitlines())
         raise PessaError(
             f"the adapter {adapter} does not fit {folder}\n{reasons}", "give the model that the adapter was tuned on"

@@ -26,6 +26,7 @@ class VerifyOptions:
     min_agreement: float | None = option(
         None, "Smallest allowed share of equal top-1 predictions; the default depends on the dtype.", allowed=SHARE
     )
+    device: str = option("cpu", "Device to run both models on, e.g. cuda; the weights are compared on the CPU.")
 
     def __post_init__(self) -> None:
         check_options(self)

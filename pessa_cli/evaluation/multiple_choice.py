@@ -80,10 +80,10 @@ class Task:
         """Compute the share of questions that the model answers correctly."""
         right, count, way = 0, len(self.questions), self.settings.metric
         both = list(zip(self.questions, self.encoded, strict=True))
-        with progress(self.name, count, 1) as tick, torch.inference_mode():
+        with progress(self.name, 0, count) as tick, torch.inference_mode():
             for correct in METRICS[way].judge(model, self.tokenizer, both, self.settings):
                 right += correct
-                tick(1, 0)
+                tick(0, 1)
         return Score("accuracy", f"by {way}", self.name, right / count, {"questions": count, "right": right})
 
 

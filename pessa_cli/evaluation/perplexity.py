@@ -32,12 +32,12 @@ def read_documents(path: Path) -> Documents:
 
     Raises PessaError when the file cannot be read or contains audio.
     """
-    items, hashes = read_data([path])
+    items, _ = read_data([path])
     if any(item.audio for item in items):
         raise PessaError(
             f"{path} contains audio, but perplexity needs text", 'give a text file, or JSON lines: {"text": "..."}'
         )
-    return Documents(path, [item.text or "" for item in items], next(iter(hashes), ""))
+    return Documents(path, [item.text or "" for item in items], next((item.sha256 for item in items), ""))
 
 
 @dataclass(frozen=True)
@@ -80,13 +80,13 @@ class Perplexity:
         steps = ((ids, *span) for ids in self.documents for span in windows(len(ids), window, stride))
         chosen = list(islice(steps, self.settings.limit or None))
         tokens, loss = 0, 0.0
-        with progress(self.name, len(chosen), 1) as tick:
+        with progress(self.name, 0, len(chosen)) as tick:
             for ids, start, new, end in chosen:
                 given = ids[None, start:end].to(model.device)
                 logits = model(input_ids=given, use_cache=False, logits_to_keep=end - new + 1).logits[0, :-1].float()
                 loss += float(cross_entropy(logits, given[0, new - start :], reduction="sum"))
                 tokens += end - new
-                tick(1, 0)
+                tick(0, 1)
         value = float(torch.tensor(loss / tokens, dtype=torch.float64).exp())  # math.exp would raise on overflow
         counts = {"tokens": tokens, "windows": len(chosen), "window": window, "stride": stride}
         return Score("perplexity", f"windows of {window} tokens, stride {stride}", self.name, value, counts)

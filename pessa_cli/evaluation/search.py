@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,12 @@ from pessa_cli.common.errors import PessaError, UsageError
 from pessa_cli.common.text import listed
 from pessa_cli.evaluation.evaluate import EvaluationData, EvaluationItems, fitting, prepare, read_items
 from pessa_cli.evaluation.measures import ScoreSettings
+from pessa_cli.models.dense import dense_model
 from pessa_cli.models.hooks import block_modules
-from pessa_cli.models.load import load, quiet_transformers
-from pessa_cli.ranks.budget import ranks_for
+from pessa_cli.models.load import quiet_transformers
+from pessa_cli.ranks.budget import UnmetBudgetError, ranks_for
 from pessa_cli.ranks.rule import Rule
-from pessa_cli.statistics.file import Statistics
+from pessa_cli.statistics.file import Statistics, files_of
 from pessa_cli.surgery.decomposition import Decomposition
 from pessa_cli.surgery.model import Model
 from pessa_cli.surgery.run import Run
@@ -104,10 +106,11 @@ def search(
     blocks, as `statistics` weigh them, and can be used to write the result. Raises UsageError for data that the model
     was calibrated on, PessaError when every trial exceeds the limit.
     """
-    with quiet_transformers():
+    with ExitStack() as resources:
+        resources.enter_context(quiet_transformers())
         (scorer,) = prepare(model, items, ScoreSettings(device=run.device)).measures[limit.kind]
         check_apart(items, [] if statistics is None else statistics.data)
-        loaded = load(model).to(run.device)
+        loaded = resources.enter_context(dense_model(model)).to(run.device)
         first = scorer.score(loaded, run.progress)
         most = limit.above(first.value)
         low, high, tried = 0.0, 1.0, list[tuple[float, float]]()
@@ -118,7 +121,7 @@ def search(
                 share = (low + high) / 2
                 try:
                     plan = ranks_for(sites, decomposition.spectra, replace(rule, target_attention=share), model.size)
-                except PessaError:  # the budget is below the smallest possible size
+                except UnmetBudgetError:  # the budget is below the smallest possible size
                     low = share
                     continue
                 for site in sites:
@@ -150,8 +153,12 @@ def read_quality_data(model: Model, limit: QualityLimit, path: Path) -> Evaluati
 
 
 def check_apart(items: EvaluationItems, calibration: Sequence[str]) -> None:
-    """Raise UsageError when a file of the evaluation data is, by its SHA-256, also calibration data."""
-    common = [str(path) for sha256, path in items.files.items() if sha256 in calibration]
+    """Raise UsageError when a file of the evaluation data is, by its SHA-256, also calibration data.
+
+    calibration: the identities of the calibration data, which begin with the SHA-256 of its files.
+    """
+    files = files_of(calibration)
+    common = [str(path) for sha256, path in items.files.items() if sha256 in files]
     if common:
         raise UsageError(
             f"{len(common)} of {len(items.files)} files of --evaluate are also calibrated on\n{listed(common)}",

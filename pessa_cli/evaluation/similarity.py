@@ -96,14 +96,14 @@ class Similarity:
     def score(self, model: Any, progress: Progress = quietly) -> Score:
         """Compute Spearman's rank correlation between the given similarities and the cosines of the embeddings."""
         found = []
-        with progress(self.name, len(self.places), 1) as tick:
+        with progress(self.name, 0, len(self.places)) as tick:
             for batch in self.batches:
                 inputs = {key: value.to(model.device) for key, value in batch.items()}
                 hidden = model(**inputs, output_hidden_states=True).hidden_states[-1].float()  # (sentences, tokens, D)
                 mask = inputs["attention_mask"][:, :, None]
                 mean = (hidden * mask).sum(1) / mask.sum(1)
                 found.append((hidden[:, 0] if self.embedding.pooling == "cls" else mean).cpu())
-                tick(len(hidden), 0)
+                tick(0, len(hidden))
         vectors = torch.empty(len(self.places), found[0].shape[1])
         vectors[self.places] = torch.cat(found)
         first, second = vectors.chunk(2)

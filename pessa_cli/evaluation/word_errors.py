@@ -98,8 +98,8 @@ def read_clips(path: Path) -> list[Clip]:
 
     Their SHA-256 can be compared with those in a statistics file. Raises PessaError for lines without audio.
     """
-    items, hashes = read_data([path])
-    clips = [Clip(item.audio, sha, item.text) for item, sha in zip(items, hashes, strict=False) if item.audio]
+    items, _ = read_data([path])
+    clips = [Clip(item.audio, item.sha256, item.text) for item in items if item.audio]
     if len(clips) < len(items):
         raise PessaError(
             f"{path}: {len(items) - len(clips)} lines name no audio", 'write {"audio": FILE, "text": "..."}'
@@ -122,12 +122,12 @@ def transcribe(
         elif _code(settings.language) != "en":
             raise UsageError(f"--language {settings.language}: this model is English only", "leave --language out")
     texts: list[str] = []
-    with progress("transcribing", len(clips), 1) as tick:
+    with progress("transcribing", 0, len(clips)) as tick:
         for batch in _batches(clips, settings.batch):
             inputs = {key: torch.cat([clip[key] for clip in batch]) for key in batch[0]}
             tokens = transcribe_greedily(model, inputs, **options)
             texts += [text.strip() for text in processor.batch_decode(tokens, skip_special_tokens=True)]
-            tick(len(batch), 0)
+            tick(0, len(batch))
     return texts
 
 

@@ -8,7 +8,6 @@ compared with that of the model in transformers.
 
 from __future__ import annotations
 
-import shutil
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,11 +23,13 @@ from torch.export import Dim
 
 from pessa_cli.blocks.compact_format import ModuleNames
 from pessa_cli.blocks.site import Site
-from pessa_cli.checkpoint.files import CONFIG_FILE, sha256_of, visible_files, write_json
-from pessa_cli.checkpoint.manifest import UNHASHED, write_manifest
+from pessa_cli.checkpoint.files import CONFIG_FILE, sha256_of, write_json
+from pessa_cli.checkpoint.links import visible_files
+from pessa_cli.checkpoint.manifest import write_manifest
 from pessa_cli.checkpoint.reader import CheckpointReader
 from pessa_cli.checkpoint.staging import new_folder
 from pessa_cli.common.errors import PessaError
+from pessa_cli.common.memory import raise_if_out_of_memory
 from pessa_cli.common.progress import Progress, quietly
 from pessa_cli.common.text import badness, listed
 from pessa_cli.common.version import VERSION
@@ -37,7 +38,7 @@ from pessa_cli.exports.onnx_modules import Encoder, FirstPass, LaterPass, TextEn
 from pessa_cli.models.load import load, quiet_transformers
 from pessa_cli.surgery.block_io import read_site
 from pessa_cli.surgery.model import Model, open_model
-from pessa_cli.surgery.output import WEIGHT_SUFFIXES
+from pessa_cli.surgery.side_files import UnknownWeights, copy_side_files, output_contents
 
 TOLERANCE = 1e-4  # relative Frobenius error of a graph's output, the limit of `verify` for float32
 LARGEST = 3 * 2**29  # bytes of weights inside a graph; protobuf allows 2 GiB, so larger weights get a file of their own
@@ -62,7 +63,13 @@ class Graph:
     outputs: list[str]
 
 
-def export_onnx(folder: Path, out: Path, force: bool = False, progress: Progress = quietly) -> dict[str, float]:
+def export_onnx(
+    folder: Path,
+    out: Path,
+    force: bool = False,
+    progress: Progress = quietly,
+    unknown_weights: UnknownWeights = "refuse",
+) -> dict[str, float]:
     """Write a Whisper or BERT as ONNX graphs with its config and tokenizer; returns the relative error of each graph.
 
     Graphs are float32 with dynamic batch and sequence axes. The folder `out` appears only if every graph agrees with
@@ -77,6 +84,7 @@ def export_onnx(folder: Path, out: Path, force: bool = False, progress: Progress
                 f"{folder}: a {kind} {'decoder ' if kind == 'bert' else ''}cannot be exported to ONNX",
                 "only whisper models and bert encoders can; for others `pessa export --layout dense`, then use optimum",
             )
+        names = output_contents(model.reader, unknown_weights).copied
         staging.need(model.nbytes)
         loaded = load(model)
         with progress("tracing", model.nbytes, len(model.sites)) as tick:
@@ -91,7 +99,7 @@ def export_onnx(folder: Path, out: Path, force: bool = False, progress: Progress
                 f"onnxruntime and torch disagree by more than {TOLERANCE:g}\n{listed(wrong)}",
                 "install other versions of onnxruntime and torch",
             )
-        _write_side_files(model.reader, staging.folder, errors)
+        _write_side_files(model.reader, names, staging.folder, errors)
     return errors
 
 
@@ -255,6 +263,7 @@ def _write(graph: Graph, path: Path) -> None:
             verbose=False,
         )
     except Exception as error:  # torch raises many types, all of them caused by this model
+        raise_if_out_of_memory(error, f"export {path.name}")
         raise PessaError(
             f"torch cannot export {path.name}\n{listed(str(error).splitlines())}", "install another version of torch"
         ) from error
@@ -300,14 +309,9 @@ def _error(found: list[Any], expected: Tensor) -> float:
     return float((whole - expected).norm() / expected.norm())
 
 
-def _write_side_files(reader: CheckpointReader, folder: Path, errors: dict[str, float]) -> None:
+def _write_side_files(reader: CheckpointReader, names: list[str], folder: Path, errors: dict[str, float]) -> None:
     """Copy the side files of the model, such as its tokenizer, and write config.json and pessa.json."""
-    sources = visible_files(reader.folder)
-    own = (CONFIG_FILE, *UNHASHED)  # these describe the folder that they are in
-    for name, path in sources.items():
-        if name not in own and not name.endswith((*WEIGHT_SUFFIXES, ".py")):
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, folder / name)
+    copy_side_files(reader.folder, folder, [name for name in names if not name.endswith(".py")], card=False)
     config = {key: value for key, value in reader.config.items() if key not in ("quantization_config", "auto_map")}
     write_json(folder / CONFIG_FILE, config | {key: "float32" for key in ("dtype", "torch_dtype") if key in config})
     about = {

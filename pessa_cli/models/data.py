@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,30 +18,44 @@ AUDIO = (".wav", ".flac", ".ogg", ".mp3", ".opus")
 
 @dataclass(frozen=True)
 class DataItem:
-    """One file or one line of JSON lines: a clip with its transcript, if that is known, or a text."""
+    """One file or one line of JSON lines: a clip with its transcript, if that is known, or a text.
+
+    language: the code of the language that is spoken, such as "de"; None if it is not known. sha256: of the audio file,
+    or of the file that contains the text.
+    """
 
     audio: Path | None = None
     text: str | None = None
+    language: str | None = None
+    sha256: str = ""
 
     @property
     def nbytes(self) -> int:
         return len(self.text or "") if self.audio is None else self.audio.stat().st_size
 
+    @property
+    def identity(self) -> str:
+        """The SHA-256 of the file, and for a clip with a transcript or language, after a colon, that of these."""
+        if self.audio is None or (self.text is None and self.language is None):
+            return self.sha256
+        return f"{self.sha256}:{hashlib.sha256(json.dumps([self.text, self.language]).encode()).hexdigest()}"
+
 
 class CalibrationData(NamedTuple):
-    """Data to calibrate on, and the SHA-256 of each of its files."""
+    """Data to calibrate on, and the identities of its items, see `DataItem.identity`."""
 
     items: list[DataItem]
-    sha256: list[str]
+    identities: list[str]
 
 
 def read_data(paths: Sequence[Path]) -> CalibrationData:
     """Read the data in files and folders, and compute the SHA-256 of each audio or text file.
 
-    Files with equal contents count once. Raises PessaError for files that are missing, unreadable or malformed, and for
-    folders without audio.
+    Files with equal contents count once, and so do a clip on its own and the same clip in JSON lines, of which the
+    lines are used. Lines of one file always count. Raises PessaError for files that are missing, unreadable or
+    malformed, and for folders without audio.
     """
-    found: dict[str, list[DataItem]] = {}
+    found: dict[str, list[DataItem]] = {}  # by the SHA-256 of the file
     for path in paths:
         if path.is_dir():
             files = sorted(file for file in path.rglob("*") if file.suffix.lower() in AUDIO)
@@ -48,19 +63,35 @@ def read_data(paths: Sequence[Path]) -> CalibrationData:
                 raise PessaError(
                     f"{path} contains no audio", f"give a folder with files that end in {', '.join(AUDIO)}"
                 )
-            found |= {sha256_of(file): [DataItem(audio=file)] for file in files}
         elif not path.is_file():
             raise PessaError(f"{path} does not exist", "give audio or text files, folders of audio, or JSON lines")
-        elif path.suffix.lower() in AUDIO:
-            found[sha256_of(path)] = [DataItem(audio=path)]
-        elif path.suffix.lower() in (".jsonl", ".json"):
-            lines = list(_lines(path))
-            found |= {sha256_of(line.audio): [line] for line in lines if line.audio is not None}
-            if texts := [line for line in lines if line.audio is None]:
-                found[sha256_of(path)] = texts
         else:
-            found[sha256_of(path)] = [DataItem(text=read_text(path, "give audio, UTF-8 text or JSON lines"))]
-    return CalibrationData([item for items in found.values() for item in items], list(found))
+            files = [path]
+        for file in files:
+            digest = sha256_of(file)
+            if digest not in found:
+                found[digest] = list(_items(file, digest))
+    in_lines = {item.sha256 for digest, items in found.items() for item in items if item.sha256 != digest}
+    chosen: dict[str, list[DataItem]] = {}  # by identity, in which the lines of one file may be equal
+    for digest, items in found.items():
+        new = [item for item in items if item.identity not in chosen and digest not in in_lines]
+        for item in new:
+            chosen.setdefault(item.identity, []).append(item)
+    return CalibrationData([item for items in chosen.values() for item in items], list(chosen))
+
+
+def _items(file: Path, digest: str) -> Iterator[DataItem]:
+    """Read one file; `digest` is its SHA-256."""
+    if file.suffix.lower() in AUDIO:
+        yield DataItem(audio=file, sha256=digest)
+    elif file.suffix.lower() in (".jsonl", ".json"):
+        hashes: dict[Path, str] = {}  # several lines may name one clip
+        for item in _lines(file):
+            if item.audio is not None and item.audio not in hashes:
+                hashes[item.audio] = sha256_of(item.audio)
+            yield replace(item, sha256=digest if item.audio is None else hashes[item.audio])
+    else:
+        yield DataItem(text=read_text(file, "give audio, UTF-8 text or JSON lines"), sha256=digest)
 
 
 def _lines(path: Path) -> Iterator[DataItem]:
@@ -69,14 +100,16 @@ def _lines(path: Path) -> Iterator[DataItem]:
             continue
         try:
             row = json.loads(line)
-            audio, text = row.get("audio", row.get("file")), row.get("text")
+            audio, text, language = row.get("audio", row.get("file")), row.get("text"), row.get("language")
             if not isinstance(audio or text, str) or not isinstance(text or "", str):
                 raise ValueError("the line has neither text nor audio")
+            if not isinstance(language or "", str):
+                raise ValueError(f'the language is {language!r}, which is not a code such as "en"')
         except (ValueError, AttributeError, RecursionError) as error:
-            raise PessaError(f"{path}, line {number}: {error}", 'write {"audio": FILE} or {"text": "..."}') from None
+            raise PessaError(f"{path}, line {number}: {error}", 'write {"audio": FILE} or {"text": "..."}') from error
         clip = None if audio is None else path.parent / audio
         if clip is not None and not clip.is_file():
             raise PessaError(
                 f"{path}, line {number}: {clip} does not exist", "correct the path; it is relative to the JSONL file"
             )
-        yield DataItem(clip, text)
+        yield DataItem(clip, text, language or None)

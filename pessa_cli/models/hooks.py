@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from pessa_cli.blocks.names import module_names
 from pessa_cli.blocks.site import Site
 from pessa_cli.common.errors import PessaError
-from pessa_cli.models.inputs import Inputs
-from pessa_cli.models.load import WEIGHTS_ALONE
+from pessa_cli.models.classes import WEIGHTS_ALONE
+from pessa_cli.models.inputs import Inputs, fitted
 
 
 class BlockModules(NamedTuple):
@@ -33,7 +33,7 @@ class Call(NamedTuple):
 def output_of(model: Any, inputs: Inputs) -> tuple[str, Tensor]:
     """Run a model without a cache; returns "logits" or, for a model without a head, "hidden states", and the tensor."""
     extra = {"use_cache": False} if hasattr(model.config.get_text_config(), "use_cache") else {}
-    output = model(**inputs, **extra)
+    output = model(**fitted(model, inputs), **extra)
     logits = getattr(output, "logits", None)
     return ("hidden states", output[0]) if logits is None else ("logits", logits)
 

@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import inspect
+import wave
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from numpy.typing import NDArray
 from torch import Tensor
 
 from pessa_cli.common.errors import UsageError
 from pessa_cli.models.audio import SAMPLE_RATE
-from pessa_cli.models.load import WEIGHTS_ALONE
+from pessa_cli.models.classes import WEIGHTS_ALONE
 
 SEED = 0
+FRAMES_PER_SECOND = 100  # of log-mel features
+FRAMES = 64  # of the random outputs of an encoder
 TEXT_TOKENS = 512  # a longer text is truncated
 PASSAGE = """The lighthouse at the end of the harbour had been dark for eleven years when the letter arrived. It was
 addressed to the keeper, a post that no longer existed, and so the postmistress read it herself. "Please light the
 lamp on the ninth of March," it said, "and keep it burning until you see three sails." She counted the days, bought
 two litres of oil, and climbed the 143 steps with her daughter, who asked what they would do if nobody came."""
-Inputs = dict[str, Tensor]
+Inputs = dict[str, Any]  # of tensors; the outputs of an encoder may be a tuple of one
 
 
 def random_speech(model: Any, batch: int = 1) -> Inputs:
@@ -37,6 +42,44 @@ def random_speech(model: Any, batch: int = 1) -> Inputs:
     return {"input_features": features.clamp(-1, 1.5), "decoder_input_ids": ids}
 
 
+def built_in_speech() -> NDArray[np.float32]:
+    """A few seconds of read speech, (time,), at 16 kHz; speech.md beside the file says where it is from."""
+    with wave.open(str(Path(__file__).with_name("speech.wav")), "rb") as file:
+        samples = np.frombuffer(file.readframes(file.getnframes()), dtype=np.uint8)
+    return np.asarray((samples.astype(np.float32) - 128) / 128, dtype=np.float32)
+
+
+def speech_encoder(model: Any) -> Any:
+    """What encodes clips for a Whisper whose folder has no preprocessor: windows of the model's own length."""
+    config = model.config
+    seconds = max(1, -(-2 * config.max_source_positions // FRAMES_PER_SECOND))
+    return transformers.WhisperFeatureExtractor(feature_size=config.num_mel_bins, chunk_length=seconds)
+
+
+def hears(model: Any) -> bool:
+    """Whether a model takes the log-mel features of Whisper; a Whisper decoder alone does not."""
+    return bool(model.config.model_type == "whisper" and model.main_input_name == "input_features")
+
+
+def fitted(model: Any, inputs: Inputs) -> Inputs:
+    """Leave out decoder_input_ids for a model that has no decoder, such as an encoder alone."""
+    takes = inspect.signature(model.forward).parameters
+    return {name: tensor for name, tensor in inputs.items() if name != "decoder_input_ids" or name in takes}
+
+
+def with_encoder_states(model: Any, width: int, inputs: Inputs) -> Inputs:
+    """Add random outputs of an encoder, (batch, frames, width), for a decoder with cross-attention that has none.
+
+    Returns the inputs unchanged for a model that takes no such outputs.
+    """
+    takes = inspect.signature(model.forward).parameters
+    name = next((name for name in ("encoder_hidden_states", "encoder_outputs") if name in takes), None)
+    if name is None or model.main_input_name != "input_ids" or "decoder_input_ids" in takes:
+        return inputs
+    states = torch.randn(len(inputs["input_ids"]), FRAMES, width, generator=torch.Generator().manual_seed(SEED))
+    return inputs | {name: states if name == "encoder_hidden_states" else (states,)}
+
+
 def transcript_inputs(model: Any, features: Tensor, ids: Tensor) -> Inputs:
     """The first window of a clip, with the token ids of a transcript as the decoder's input, cut to its positions."""
     return {
@@ -46,14 +89,15 @@ def transcript_inputs(model: Any, features: Tensor, ids: Tensor) -> Inputs:
 
 
 def clip_features(processor: Any, samples: NDArray[np.float32]) -> Inputs:
-    """Encode a clip for a speech model: input_features (1, mels, frames).
+    """Encode a clip for a speech model, with its processor or feature extractor: input_features (1, mels, frames).
 
     A clip of at most one window is padded to the window. A longer one keeps its length and gets an attention_mask
     (1, frames).
     """
-    long = len(samples) > processor.feature_extractor.n_samples
+    extractor = getattr(processor, "feature_extractor", processor)
+    long = len(samples) > extractor.n_samples
     more = {"truncation": False, "padding": "longest", "return_attention_mask": True} if long else {}
-    return dict(processor(samples, sampling_rate=SAMPLE_RATE, return_tensors="pt", **more))
+    return dict(extractor(samples, sampling_rate=SAMPLE_RATE, return_tensors="pt", **more))
 
 
 def transcribe_greedily(model: Any, inputs: Inputs, **options: Any) -> Tensor:
@@ -74,7 +118,8 @@ def text_prompts(tokenizer: Any | None, model: Any, texts: list[tuple[str, str]]
 
     Without a tokenizer the only input is random tokens.
     """
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", TEXT_TOKENS)
+    config = model.config.get_text_config()
+    positions = getattr(config, "max_position_embeddings", getattr(config, "max_target_positions", TEXT_TOKENS))
     most = min(TEXT_TOKENS, positions - 2)  # RoBERTa numbers its positions from 2
     if tokenizer is None:
         return [("random tokens", random_tokens(model, 2, min(64, most)))]

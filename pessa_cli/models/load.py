@@ -12,53 +12,39 @@ import torch
 import transformers
 
 from pessa_cli.common.errors import PessaError
+from pessa_cli.common.memory import MORE_MEMORY, raise_if_out_of_memory
 from pessa_cli.common.text import listed
+from pessa_cli.models.classes import LOCAL_ONLY, MISFIT, WEIGHTS_ALONE, class_of
 from pessa_cli.surgery.model import Model
 
-WEIGHTS_ALONE = "compare only the weights: --level weights"
-# Whatever a checkpoint asks for, none of its code runs and nothing is downloaded.
-LOCAL_ONLY = {"trust_remote_code": False, "local_files_only": True}
+# transformers would add an adapter that lies beside the full weights; it looks for one in this folder, which is absent.
+WEIGHTS_ONLY = {"adapter_kwargs": {"subfolder": "no-adapter"}}
 
 
 def load(model: Model, dtype: torch.dtype = torch.float32, **placing: Any) -> Any:
-    """Load a model in its own class of transformers, in eval mode.
+    """Load a model in the class of transformers that it fits (`class_of`), in eval mode.
 
     placing: options of from_pretrained on where the weights are kept, for example device_map. Raises PessaError when
-    transformers cannot load the folder, and when weights are missing or have other shapes than the model.
+    no class fits, when transformers cannot load the folder, and when there is not enough memory.
     """
-    folder, kind = model.reader.folder, model_class(model)
-    hint = "the checkpoint does not match its config.json; to compare only the weights: --level weights"
+    folder, chosen = model.reader.folder, class_of(model)
+    options = (
+        {"output_loading_info": True, "ignore_mismatched_sizes": True}
+        | LOCAL_ONLY
+        | WEIGHTS_ONLY
+        | chosen.options
+        | placing
+    )
     try:
-        # With ignore_mismatched_sizes transformers reports mismatches with their names, which its exception leaves out.
-        options = {"output_loading_info": True, "ignore_mismatched_sizes": True} | LOCAL_ONLY | placing
-        loaded, info = kind.from_pretrained(folder, dtype=dtype, **options)
-    except Exception as error:  # transformers raises many types, all of them caused by this folder
-        raise PessaError(f"transformers cannot load {folder}\n{listed(str(error).splitlines())}", hint) from error
-    faults = [f"{name}: missing" for name in sorted(info["missing_keys"])]
-    faults += [f"{name}: {tuple(found)}, the model has {tuple(own)}" for name, found, own in info["mismatched_keys"]]
-    if faults:
-        raise PessaError(f"{folder} does not contain the weights of a {kind.__name__}\n{listed(faults)}", hint)
+        loaded, info = chosen.kind.from_pretrained(folder, dtype=dtype, **options)
+    except Exception as error:  # transformers raises many types, all of them caused by this folder or its size
+        size = f"{model.parameters:,} parameters in {str(dtype).removeprefix('torch.')}"
+        raise_if_out_of_memory(error, f"load {folder}, {size}", f"{MORE_MEMORY}; or {WEIGHTS_ALONE}")
+        raise PessaError(f"transformers cannot load {folder}\n{listed(str(error).splitlines())}", MISFIT) from error
+    lost = sorted([*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])])
+    if lost:  # found in the headers, but not when the weights were loaded
+        raise PessaError(f"transformers did not load all weights of {folder}\n{listed(lost)}", MISFIT)
     return loaded.eval()
-
-
-def model_class(model: Model) -> Any:
-    """The class of transformers that config.json names. Making one runs no code from the checkpoint.
-
-    Raises PessaError when config.json names no such class, or asks for attention kernels from elsewhere.
-    """
-    folder, names = model.reader.folder, model.reader.config.get("architectures")
-    kind = getattr(transformers, str(names[0]), None) if isinstance(names, list) and names else None
-    kernels = str(model.reader.config.get("attn_implementation") or "")
-    if "/" in kernels:  # the name of a repository, whose code transformers would download and run
-        raise PessaError(
-            f"{folder}: config.json asks for code from {kernels}", "remove attn_implementation from config.json"
-        )
-    if not isinstance(names, list) or not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
-        raise PessaError(
-            f"{folder}: `architectures` in config.json is {names}, which is not a model class of transformers",
-            "add the class it was saved from, or compare only the weights: --level weights",
-        )
-    return kind
 
 
 def from_folder(kind: Any, folder: Path, what: str) -> Any:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 import transformers
 from numpy.typing import NDArray
+from torch import Tensor
 
 from pessa_cli.common.errors import PessaError, UsageError
 from pessa_cli.models.audio import SAMPLE_RATE, load_audio
@@ -18,6 +19,7 @@ from pessa_cli.models.inputs import Inputs
 from pessa_cli.models.load import from_folder
 
 TEXT_TOKENS = 512  # per window, unless the model has fewer positions
+TASK = "transcribe"  # of Whisper's tasks, the one that calibration data are for
 
 
 def windows(folder: Path, model: Any, items: Sequence[DataItem], transcribed: bool) -> Iterator[tuple[Inputs, int]]:
@@ -30,8 +32,9 @@ def windows(folder: Path, model: Any, items: Sequence[DataItem], transcribed: bo
     encoder = encoder_for(folder, model)
     for item in items:
         found = list(inputs_of(model, encoder, item, transcribed))
-        for window in found:
-            yield window, item.nbytes // len(found)
+        for number, window in enumerate(found):
+            start, end = (item.nbytes * place // len(found) for place in (number, number + 1))
+            yield window, end - start
 
 
 def check_kind(folder: Path, model: Any, item: DataItem) -> None:
@@ -52,9 +55,10 @@ def encoder_for(folder: Path, model: Any) -> Any:
     """
     if model.config.model_type == "whisper":
         return from_folder(transformers.AutoProcessor, folder, "preprocessor and tokenizer")
-    if model.config.is_encoder_decoder or model.main_input_name != "input_ids":
+    if model.main_input_name != "input_ids":
         raise UsageError(
-            f"{folder}: a {model.config.model_type} cannot be calibrated: it is not Whisper and needs more than text",
+            f"{folder}: a {model.config.model_type} takes {model.main_input_name}, but calibration data are text, or "
+            "audio for Whisper",
             "leave --calibrate out: the weights then decide the ranks",
         )
     tokenizer = from_folder(transformers.AutoTokenizer, folder, "tokenizer")
@@ -69,39 +73,110 @@ def encoder_for(folder: Path, model: Any) -> Any:
 def inputs_of(model: Any, encoder: Any, item: DataItem, transcribed: bool = True) -> Iterator[Inputs]:
     """Encode an item as inputs of batch size 1, cut into windows of at most the model's input length.
 
-    encoder: from `encoder_for`. transcribed: whether the decoder of a speech model gets the transcript of each window.
-    Where the data give none, the model transcribes the window. False gives the start token alone, for when no decoder
-    block is calibrated. Raises UsageError when the item does not fit the model.
+    encoder: from `encoder_for`. transcribed: whether the decoder of an encoder-decoder model gets a text: the
+    transcript of each window of speech, or what the model itself makes of a window where the data give no transcript.
+    False gives the start token alone, for when no decoder block is calibrated. Raises UsageError when the item does not
+    fit the model.
     """
     if item.audio is not None:
-        yield from _speech(model, encoder, load_audio(item.audio), item.text, transcribed)
+        yield from _speech(model, encoder, load_audio(item.audio), item, transcribed)
         return
-    length = min(TEXT_TOKENS, getattr(model.config, "max_position_embeddings", TEXT_TOKENS))
-    cut = encoder(item.text, truncation=True, max_length=length, return_overflowing_tokens=True)
+    cut = encoder(item.text, truncation=True, max_length=text_positions(model), return_overflowing_tokens=True)
     for ids in cut["input_ids"]:
-        window = torch.tensor([ids])
-        yield {"input_ids": window, "attention_mask": torch.ones_like(window)}
+        window = torch.tensor([ids], device=device_of(model))
+        given = {"input_ids": window, "attention_mask": torch.ones_like(window)}
+        if model.config.is_encoder_decoder:
+            given["decoder_input_ids"] = _written(model, given) if transcribed else _start(model)
+        yield given
+
+
+def text_positions(model: Any) -> int:
+    """The number of tokens that a text model can read at once, at most TEXT_TOKENS.
+
+    Models after RoBERTa number their positions from the one after that of padding, so that not all are for tokens.
+    """
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or TEXT_TOKENS
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+            limit = module.num_embeddings - module.padding_idx - 1
+    return min(TEXT_TOKENS, limit)
+
+
+def _start(model: Any) -> Tensor:
+    """The token that the decoder of a model starts with, (1, 1)."""
+    return torch.full((1, 1), model.config.decoder_start_token_id, device=device_of(model))
+
+
+def _written(model: Any, given: Inputs) -> Tensor:
+    """What an encoder-decoder model for text writes for an input, under greedy decoding, (1, tokens).
+
+    Raises UsageError for a model without a language model head, which writes nothing.
+    """
+    if not model.can_generate():
+        raise UsageError(
+            f"{type(model).__name__} writes no text, so there is nothing for its decoder to read",
+            "calibrate its encoder: --sites encoder.self",
+        )
+    most = given["input_ids"].shape[1] - 1  # about as long as what it reads, and never more than its positions
+    written: Tensor = model.generate(**given, do_sample=False, num_beams=1, max_new_tokens=max(1, most))
+    return written[:, :-1] if written.shape[1] > 1 else written  # the last token is never an input
 
 
 def _speech(
-    model: Any, processor: Any, samples: NDArray[np.float32], text: str | None, transcribed: bool
+    model: Any, processor: Any, samples: NDArray[np.float32], item: DataItem, transcribed: bool
 ) -> Iterator[Inputs]:
     window = processor.feature_extractor.n_samples
+    language = _language(model, item)
     for start in range(0, len(samples), window):
         part = samples[start : start + window]
         features = processor(part, sampling_rate=SAMPLE_RATE, return_tensors="pt")["input_features"].to(
             device_of(model)
         )
-        start_token = torch.full((1, 1), model.config.decoder_start_token_id, device=device_of(model))
-        if not transcribed:
-            ids = start_token
-        elif text is not None and len(samples) <= window:
-            ids = processor.tokenizer(text, return_tensors="pt").input_ids[:, :-1]
-        else:
-            ids = model.generate(input_features=features, do_sample=False, num_beams=1)
-            if ids[0, 0] != start_token[0, 0]:
-                ids = torch.cat([start_token, ids], dim=1)
+        ids = _start(model)
+        if transcribed:
+            if language is None and _languages(model):
+                detected = int(model.detect_language(input_features=features)[0])
+                language = next(name for name, number in _languages(model).items() if number == detected)
+            if item.text is not None and len(samples) <= window:
+                text = processor.tokenizer(item.text, add_special_tokens=False, return_tensors="pt").input_ids
+            else:
+                asked = {} if language is None else {"language": language.strip("<|>"), "task": TASK}
+                ids = model.generate(input_features=features, do_sample=False, num_beams=1, **asked)
+                text = ids[:, (ids < model.config.eos_token_id)[0]]  # numbers above are those of special tokens
+            prompt = torch.tensor([_prompt(model, processor, language)])
+            ids = torch.cat([prompt, text.cpu()], 1).to(features.device)
         yield {"input_features": features, "decoder_input_ids": ids[:, : model.config.max_target_positions]}
+
+
+def _languages(model: Any) -> dict[str, int]:
+    """The token ids of the languages of a multilingual Whisper, by tokens such as "<|en|>"; empty if English only."""
+    return getattr(model.generation_config, "lang_to_id", None) or {}
+
+
+def _language(model: Any, item: DataItem) -> str | None:
+    """The token of the language that the data give for a clip. Raises UsageError when the model does not know it."""
+    known = _languages(model) or {"<|en|>": 0}
+    token = None if item.language is None else f"<|{item.language.lower()}|>"
+    if token is not None and token not in known:
+        raise UsageError(
+            f"{item.audio}: the language of this clip is {item.language!r}, which this model does not know",
+            'give its code, such as "en", or leave it out'
+            if _languages(model)
+            else "this model is English only; leave the language out, or use a multilingual model",
+        )
+    return token if _languages(model) else None
+
+
+def _prompt(model: Any, processor: Any, language: str | None) -> list[int]:
+    """The tokens before a transcript without timestamps, as Whisper was trained (arXiv:2212.04356, figure 1).
+
+    language: its token; None for a model that is English only, which is given neither language nor task.
+    """
+    start = int(model.config.decoder_start_token_id)
+    (plain,) = processor.tokenizer.convert_tokens_to_ids(["<|notimestamps|>"])
+    if language is None:
+        return [start, plain]
+    return [start, _languages(model)[language], model.generation_config.task_to_id[TASK], plain]
 
 
 def device_of(model: Any) -> torch.device:

@@ -8,6 +8,7 @@ from pessa_cli.common.lazy import lazy_exports
 
 if TYPE_CHECKING:
     from pessa_cli.ranks.budget import Point as Point
+    from pessa_cli.ranks.budget import UnmetBudgetError as UnmetBudgetError
     from pessa_cli.ranks.budget import ranks_for as ranks_for
     from pessa_cli.ranks.budget import trade_off as trade_off
     from pessa_cli.ranks.plan import RankPlan as RankPlan
@@ -24,7 +25,7 @@ else:
     __getattr__, __all__ = lazy_exports(
         __name__,
         {
-            "budget": ["Point", "ranks_for", "trade_off"],
+            "budget": ["Point", "UnmetBudgetError", "ranks_for", "trade_off"],
             "plan": ["RankPlan"],
             "rule": ["Rule"],
             "spectra": [

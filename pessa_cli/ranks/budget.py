@@ -21,11 +21,15 @@ from pessa_cli.blocks.compact_format import Ranks
 from pessa_cli.blocks.site import Site, count
 from pessa_cli.checkpoint.dtypes import ITEM_BYTES
 from pessa_cli.common.errors import PessaError, UsageError
-from pessa_cli.ranks.plan import RankPlan, plan_ranks
+from pessa_cli.ranks.plan import RankPlan, check_ranks, plan_ranks
 from pessa_cli.ranks.rule import Rule
 from pessa_cli.ranks.spectra import LEVELS, Size, Spectra, Spectrum, Trials, largest_pairs, pair_shares
 
 SIDES = ("qk", "vo")
+
+
+class UnmetBudgetError(PessaError):
+    """Raised for a budget that is smaller than what must remain."""
 
 
 class PruneStep(NamedTuple):
@@ -54,17 +58,19 @@ class Point:
 def ranks_for(sites: list[Site], spectra: Mapping[str, Spectra], rule: Rule, whole: Size) -> RankPlan:
     """Return the ranks that a rule gives to the chosen blocks of a model whose total size is `whole`.
 
-    For a rule with a budget, directions are dropped in the order of their price until the budget is met. Raises
-    PessaError if the budget cannot be met, and if a rule without a budget would prune all of Q-K or all of V-O;
-    UsageError if --max-error is used without calibration.
+    For a rule with a budget, directions are dropped in the order of their price until the budget is met; at least one
+    direction of Q-K and one of V-O remain. Raises UnmetBudgetError if the budget cannot be met, and PessaError if a
+    rule without a budget would prune all of Q-K or all of V-O; UsageError if --max-error is used without calibration,
+    and for ranks that are larger than every head.
     """
+    check_ranks(sites, rule)
     if not rule.budgeted:
         return plan_ranks(sites, spectra, rule)
     steps = ordered_steps(sites, spectra, rule)
     if rule.max_error is not None:
         return _plan(sites, spectra, _within_error(steps, spectra, rule.max_error))
     attention = sum(count(site.tensors) for site in sites)
-    hint = "give {share:.2f} or more, or choose more --sites"
+    hint = "give {share:g} or more, or choose more --sites"
     if rule.target_attention is not None:
         what, most, now = "attention parameters", rule.target_attention * attention, attention
     elif rule.target_params is not None:
@@ -79,10 +85,10 @@ def ranks_for(sites: list[Site], spectra: Mapping[str, Spectra], rule: Rule, who
         taken.append(step)
         left -= step.parameters * (1 if rule.target_size is None else ITEM_BYTES[step.site.dtype])
     if left > most:
-        raise PessaError(
+        raise UnmetBudgetError(
             f"{rule}: the budget is {most:,.0f} of {now:,} {what}, but {left:,.0f} remain after dropping all attention "
             "that may be pruned",
-            hint.format(share=left / now),
+            hint.format(share=math.ceil(1000 * left / now) / 1000),
         )
     return _plan(sites, spectra, taken)
 
@@ -105,17 +111,27 @@ def trade_off(
 
 
 def ordered_steps(sites: Sequence[Site], spectra: Mapping[str, Spectra], rule: Rule) -> list[PruneStep]:
-    """Return all steps that the rule's `round_to` and `min_rank` allow, ordered by price, the cheapest first."""
+    """Return all steps that the rule's `round_to` and `min_rank` allow, ordered by price, the cheapest first.
+
+    If they would drop all of Q-K or all of V-O, the last step of that side is left out.
+    """
     steps = [step for site in sites for side in SIDES for step in _steps(site, side, spectra[site.name], rule)]
     # The sort is stable and prices within one side never decrease, so the steps of a side stay in their order.
-    return sorted(steps, key=lambda step: step.price)
+    steps.sort(key=lambda step: step.price)
+    for side in SIDES:
+        own = [step for step in steps if step.side == side]
+        least = {(site.name, head): rank for site in sites for head, rank in enumerate(_stored(site, side))}
+        least |= {(step.site.name, step.head): step.rank for step in own}
+        if own and not any(least.values()):
+            steps.remove(own[-1])
+    return steps
 
 
 def _steps(site: Site, side: str, spectra: Spectra, rule: Rule) -> Iterator[PruneStep]:
     """Yield the steps of one side of a block, ordered by price."""
     worth, unit = _importance(spectra, side)
     always_kept = site.always_kept if side == "qk" else 0  # the spectrum does not cover these directions
-    stored = [rank - always_kept for rank in (site.qk_ranks if side == "qk" else site.vo_ranks)]
+    stored = [rank - always_kept for rank in _stored(site, side)]
     grid, least = -(-rule.round_to // unit), -(-rule.min_rank // unit)
     chunks = [
         (float(worth[head, low:high].mean()), -high, head, low, high)
@@ -134,6 +150,10 @@ def _steps(site: Site, side: str, spectra: Spectra, rule: Rule) -> Iterator[Prun
         parameters, harm = each * (high - low), error * harmful
         price = max(price, harm / parameters)
         yield PruneStep(site, side, head, always_kept + unit * low, parameters, error, harm, price)
+
+
+def _stored(site: Site, side: str) -> Ranks:
+    return site.qk_ranks if side == "qk" else site.vo_ranks
 
 
 def _importance(spectra: Spectra, side: str) -> tuple[Spectrum, int]:

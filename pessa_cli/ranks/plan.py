@@ -43,6 +43,17 @@ class RankPlan:
         return with_ranks(site, self.qk[site.name], self.vo[site.name], self.pairs.get(site.name))
 
 
+def check_ranks(sites: Iterable[Site], rule: Rule) -> None:
+    """Raise UsageError if the rule has a rank that is larger than every head of the sites."""
+    width = max(site.head_dim for site in sites)
+    for flag, rank in (("--rank", rule.rank), ("--min-rank", rule.min_rank)):
+        if rank is not None and rank > width:
+            raise UsageError(
+                f"{flag} {rank}: the largest head has {width} directions, so nothing would be pruned",
+                f"give at most {width}",
+            )
+
+
 def plan_ranks(sites: list[Site], spectra: Mapping[str, Spectra], rule: Rule) -> RankPlan:
     """Apply a rule without a budget to every site.
 

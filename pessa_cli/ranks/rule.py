@@ -19,9 +19,7 @@ SHARE_TO_DROP = Range(
 SHARE_TO_KEEP = Range(
     lambda value: 0 < value <= 1, "is not a share to keep", "give a number above 0 and at most 1, such as 0.99"
 )
-ERROR = Range(
-    lambda value: 0 <= value < math.inf, "is not a relative error", "give a number of at least 0, such as 0.01"
-)
+ERROR = Range(lambda value: 0 <= value < 1, "is not a relative error", "give a number from 0 to below 1, such as 0.01")
 
 
 def _criterion(help: str, group: str = "criterion", **more: Any) -> Any:

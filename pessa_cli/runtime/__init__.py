@@ -9,6 +9,8 @@ from pessa_cli.common.lazy import lazy_exports
 if TYPE_CHECKING:
     from pessa_cli.runtime.buckets import get_backend as get_backend
     from pessa_cli.runtime.buckets import set_backend as set_backend
+    from pessa_cli.runtime.compact_linear import RaggedConvIn as RaggedConvIn
+    from pessa_cli.runtime.compact_linear import RaggedConvOut as RaggedConvOut
     from pessa_cli.runtime.compact_linear import RaggedIn as RaggedIn
     from pessa_cli.runtime.compact_linear import RaggedOut as RaggedOut
     from pessa_cli.runtime.openai_form import alignment_mask as alignment_mask
@@ -21,7 +23,7 @@ else:
         __name__,
         {
             "buckets": ["get_backend", "set_backend"],
-            "compact_linear": ["RaggedIn", "RaggedOut"],
+            "compact_linear": ["RaggedConvIn", "RaggedConvOut", "RaggedIn", "RaggedOut"],
             "openai_form": ["alignment_mask"],
             "openai_whisper": ["load_whisper"],
             "transformers_loader": ["PessaConfig", "PessaQuantizer", "register"],

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from pessa_cli.blocks.alignment import alignment_heads, usual_heads
 from pessa_cli.blocks.site import in_full
 from pessa_cli.checkpoint.dtypes import TORCH_DTYPES
 from pessa_cli.checkpoint.files import read_json
@@ -122,15 +123,14 @@ def _alignment_heads(folder: Path, dims: dict[str, int]) -> list[tuple[int, int]
     """Return the alignment heads in generation_config.json; empty if there are none. Raises PessaError if malformed."""
     path = folder / "generation_config.json"
     pairs = (read_json(path) if path.is_file() else {}).get("alignment_heads") or []
-    layers, heads = range(dims["n_text_layer"]), range(dims["n_text_head"])
-    listing = pairs if isinstance(pairs, list) else []
-    known = [(layer, head) for layer in layers for head in heads if [layer, head] in listing]
-    if len(known) != len(listing) or (pairs and not known):
+    layers, heads = dims["n_text_layer"], dims["n_text_head"]
+    found = alignment_heads(pairs, layers, heads)
+    if found is None:
         raise PessaError(
-            f"{path}: alignment_heads are not pairs of a layer below {len(layers)} and a head below {len(heads)}",
+            f"{path}: alignment_heads is {shortened(pairs)}, not a list of pairs of a layer and a head",
             "download the file again",
         )
-    return known
+    return found
 
 
 def alignment_mask(form: OpenAIForm) -> torch.Tensor:
@@ -140,8 +140,6 @@ def alignment_mask(form: OpenAIForm) -> torch.Tensor:
     """
     layers, heads = form.dims["n_text_layer"], form.dims["n_text_head"]
     mask = torch.zeros(layers, heads, dtype=torch.bool)
-    for layer, head in form.alignment_heads:
+    for layer, head in form.alignment_heads or usual_heads(layers, heads):
         mask[layer, head] = True
-    if not form.alignment_heads:
-        mask[layers // 2 :] = True
     return mask

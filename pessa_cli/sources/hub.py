@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from fnmatch import fnmatch
 from pathlib import Path
 
+from pessa_cli.checkpoint.contents import WEIGHT_SUFFIXES, contents_of
 from pessa_cli.checkpoint.files import INDEX_FILE, SINGLE_FILE, read_json
 from pessa_cli.common.errors import PessaError, UsageError
 from pessa_cli.sources.pickled import PICKLE, PICKLE_INDEX
@@ -57,14 +58,22 @@ def repository_of(name: str) -> str | None:
     return known or (name if REPOSITORY.fullmatch(name) else None)
 
 
-def _side_files(files: Iterable[str]) -> list[str]:
-    """Return the files to download in addition to the weights, without the index files of weights in any format."""
-    return [
-        file
-        for file in files
-        if ("/" not in file and any(fnmatch(file, pattern) for pattern in SIDE_FILES) and ".index." not in file)
-        or fnmatch(file, MODULES)
+def _side_files(files: Iterable[str], weights: Iterable[str]) -> list[str]:
+    """Return the files to download in addition to the weights that are read.
+
+    These are the known kinds of side files, all other weights that may belong to the model, and the side files in the
+    folders of those. Other copies of the weights and the state of training runs are left out, as in every output.
+    """
+    contents = contents_of(files, set(weights))
+    others = [name for name in (*contents.copied, *contents.unknown) if name.endswith(WEIGHT_SUFFIXES)]
+    folders = {"", *(name.rpartition("/")[0] for name in others)}
+    wanted = [
+        name
+        for name in contents.copied
+        for folder, _, file in [name.rpartition("/")]
+        if (folder in folders and any(fnmatch(file, pattern) for pattern in SIDE_FILES)) or fnmatch(name, MODULES)
     ]
+    return sorted({*wanted, *others})
 
 
 def _weight_files(files: list[str], index: Index) -> list[str]:
@@ -118,7 +127,8 @@ def _online(repository: str, revision: str | None, allow_pickle: bool) -> Path:
     files = [sibling.rfilename for sibling in siblings]
     weights = _weight_files(files, lambda index: _shards(Path(hf_hub_download(repository, index, revision=revision))))
     _check_weights(repository, files, weights, allow_pickle)
-    return Path(snapshot_download(repository, revision=revision, allow_patterns=[*_side_files(files), *weights]))
+    wanted = [*_side_files(files, weights), *weights]
+    return Path(snapshot_download(repository, revision=revision, allow_patterns=wanted))
 
 
 def _cached(repository: str, revision: str | None, allow_pickle: bool) -> Path | None:

@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from pessa_cli.checkpoint.files import source_name
+from pessa_cli.checkpoint.files import CONFIG_FILE, source_name
+from pessa_cli.checkpoint.links import check_links
 from pessa_cli.common.errors import PessaError, UsageError
 from pessa_cli.sources import ctranslate2, hub, pickled
 from pessa_cli.sources import gguf as gguf_source
@@ -58,14 +59,18 @@ def _converted(source: Path, convert: Convert) -> Iterator[Path]:
 
 
 @contextmanager
-def open_source(name: str, revision: str | None = None, allow_pickle: bool = False) -> Iterator[Path]:
+def open_source(
+    name: str, revision: str | None = None, allow_pickle: bool = False, follow_links: bool = False
+) -> Iterator[Path]:
     """Open the named model as a Hugging Face folder: `with open_source(name) as folder`.
 
     An existing Hugging Face folder is used in place. If the path does not exist and the name is a hub repository or a
     model of openai-whisper, it is downloaded into the hub's cache. Other formats (CTranslate2 Whisper folders,
     openai-whisper's .pt files, GGUF files, and with `allow_pickle` pickled weights) are converted into a temporary
-    folder, which is deleted when the context ends. Raises PessaError if the name is neither a model that pessa reads
-    nor the name of one, the download fails or the model is damaged, and UsageError for a revision of a local model.
+    folder, which is deleted when the context ends. With `follow_links` the files of a folder may be links to files
+    outside of it. Raises PessaError if the name is neither a model that pessa reads nor the name of one, a link leads
+    out of the folder or nowhere, the download fails or the model is damaged, and UsageError for a revision of a local
+    model.
     """
     path = Path(name)
     if path.exists():
@@ -80,6 +85,8 @@ def open_source(name: str, revision: str | None = None, allow_pickle: bool = Fal
             )
         path = hub.download(repository, revision, allow_pickle)
     convert = _converter(path, allow_pickle)
+    if path.is_dir() and (convert or (path / CONFIG_FILE).is_symlink() or (path / CONFIG_FILE).exists()):
+        check_links(path, follow_links, everything=convert is not None)  # no other folder is read
     if convert is None:
         yield path
         return

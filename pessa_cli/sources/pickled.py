@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import re
 import shutil
+import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pessa_cli.checkpoint.contents import contents_of, left_out_text
 from pessa_cli.checkpoint.dtypes import TORCH_DTYPES
-from pessa_cli.checkpoint.files import CONFIG_FILE, INDEX_FILE, PICKLE_SUFFIXES, SINGLE_FILE, read_json
+from pessa_cli.checkpoint.files import CONFIG_FILE, INDEX_FILE, SINGLE_FILE, read_json
+from pessa_cli.checkpoint.links import visible_files
 from pessa_cli.checkpoint.reader import TensorInfo
 from pessa_cli.checkpoint.shards import CheckpointWriter
-from pessa_cli.common.errors import PessaError
+from pessa_cli.common.errors import PessaError, PessaWarning
 from pessa_cli.common.text import listed
 
 if TYPE_CHECKING:
@@ -130,7 +133,10 @@ def convert(folder: Path, into: Path) -> None:
             tensors: dict[str, torch.Tensor] = load_pickle(folder / file)
             for name in header:
                 writer.put(name, tensors[name])
-    for path in sorted(folder.rglob("*")):
-        if path.is_file() and path.suffix not in PICKLE_SUFFIXES and ".index." not in path.name:
-            (into / path.relative_to(folder)).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, into / path.relative_to(folder))
+    present = visible_files(folder)
+    contents = contents_of(present, {CONFIG_FILE, PICKLE_INDEX, *files})
+    for name in (CONFIG_FILE, *contents.copied, *contents.unknown):
+        (into / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(present[name], into / name)
+    if contents.left_out:
+        warnings.warn(f"{folder}: not converted\n{left_out_text(contents.left_out)}", PessaWarning, stacklevel=2)

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pessa_cli.blocks.alignment import alignment_heads
 from pessa_cli.checkpoint.files import CONFIG_FILE, read_json, write_json
 from pessa_cli.common.errors import PessaError
-from pessa_cli.common.text import listed
+from pessa_cli.common.text import listed, shortened
 
 TOKENIZER_FILE = "tokenizer.json"
 SAMPLING_RATE, HOP_LENGTH, WINDOW = 16000, 160, 400  # the same in every Whisper model; lengths in samples
@@ -59,7 +60,7 @@ def read_vocabulary(folder: Path, size: int) -> Vocabulary:
         # splitlines would also split at characters that are tokens themselves. One token may be empty.
         tokens = json.loads(text) if path.suffix == ".json" else text.removesuffix("\n").split("\n")
     except (OSError, UnicodeDecodeError, ValueError, RecursionError) as error:
-        raise PessaError(f"{path} is not a readable vocabulary: {error}", "copy the folder again") from None
+        raise PessaError(f"{path} is not a readable vocabulary: {error}", "copy the folder again") from error
     if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens) or len(tokens) != size:
         count = f"{len(tokens):,} tokens" if isinstance(tokens, list) else "no list of tokens"
         raise PessaError(f"{path} holds {count}, but the embedding has {size:,} rows", "copy the folder again")
@@ -114,20 +115,14 @@ def _generation_config(source: Path, config: Mapping[str, Any], vocabulary: Voca
         if tokens:
             result[ours] = tokens
     pairs = theirs.get("alignment_heads") or []
-    if not isinstance(pairs, list) or not all(
-        isinstance(pair, list)
-        and [type(index) for index in pair] == [int, int]
-        # The same as 0 <= layer < layers and 0 <= head < heads.
-        and pair[0] in range(layers)
-        and pair[1] in range(heads)
-        for pair in pairs
-    ):
+    found = alignment_heads(pairs, layers, heads)
+    if found is None:
         raise PessaError(
-            f"{source}: alignment_heads are not pairs of a layer below {layers} and a head below {heads}",
+            f"{source}: alignment_heads is {shortened(pairs)}, not a list of pairs of a layer and a head",
             "copy the folder again",
         )
-    if pairs:
-        result["alignment_heads"] = pairs
+    if found:
+        result["alignment_heads"] = [list(pair) for pair in found]
     if vocabulary.multilingual:
         languages = vocabulary.tokens[ids[START] + 1 : ids[TRANSLATE]]
         # The first tokenizers used the code iw for Hebrew; transformers uses he.
@@ -152,8 +147,8 @@ def _tokenizer(source: Path, vocabulary: Vocabulary) -> dict[str, Any]:
         known = {index: token for token, index in model["vocab"].items()}
         known |= {token["id"]: token["content"] for token in added}
         problems = [f"{index}: only in the tokenizer" for index in known if index not in range(len(vocabulary.tokens))]
-    except (AttributeError, KeyError, TypeError):
-        raise PessaError(f"{source} is not a tokenizer with a vocabulary", "copy the file again") from None
+    except (AttributeError, KeyError, TypeError) as error:
+        raise PessaError(f"{source} is not a tokenizer with a vocabulary", "copy the file again") from error
     for index, token in enumerate(vocabulary.tokens):
         # Control tokens have other names in other tokenizer versions (nocaptions, nospeech); text tokens never do.
         control = CONTROL.fullmatch(token) is not None

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -33,7 +33,14 @@ class Statistics(Protocol):
 
     @property
     def data(self) -> Sequence[str]:
-        """The SHA-256 of each file of calibration data, sorted."""
+        """The identities of the calibration data, sorted: the SHA-256 of each file.
+
+        For a clip with a transcript or language, a colon and the SHA-256 of these follow.
+        """
+
+    @property
+    def sequential(self) -> str | None:
+        """The rule by which the blocks before each block were pruned; None if the statistics are of the whole model."""
 
     def of(self, site: Site, digest: Callable[[], str] | None = None) -> BlockStatistics:
         """Return the statistics of a block.
@@ -48,12 +55,18 @@ def data_sha256(statistics: Statistics) -> str:
     return hashlib.sha256("".join(statistics.data).encode()).hexdigest()
 
 
+def files_of(identities: Iterable[str]) -> set[str]:
+    """Return the SHA-256 of the files of calibration data, without those of transcripts."""
+    return {identity.partition(":")[0] for identity in identities}
+
+
 @dataclass(frozen=True)
 class CollectedStatistics:
     """Statistics in memory by site name, which were collected in this run and so belong to the weights in use."""
 
     blocks: Mapping[str, BlockStatistics]
     data: Sequence[str]
+    sequential: str | None = None
 
     def of(self, site: Site, digest: Callable[[], str] | None = None) -> BlockStatistics:  # noqa: ARG002
         """Return the statistics of a block; `digest` is not needed."""
@@ -63,18 +76,28 @@ class CollectedStatistics:
 class SavedStatistics:
     """The statistics in one or more files of one model, added up; the statistics of a block are read on request.
 
-    Raises PessaError for files that hold no statistics, and if two of them were collected on the same data.
+    Raises PessaError for files that hold no statistics, if two of them were collected on the same data, and if they
+    were not all collected behind the same blocks, pruned or not.
     """
 
     def __init__(self, *paths: Path) -> None:
         self.paths = paths
         self._about = [_about(path) for path in paths]
         self.data: Sequence[str] = sorted(digest for about in self._about for digest in about["data"])
-        if len(set(self.data)) < len(self.data):
-            named = listed([str(path) for path in paths])
+        named = listed([str(path) for path in paths])
+        files = [files_of(about["data"]) for about in self._about]
+        if len(set().union(*files)) < sum(map(len, files)):
             raise PessaError(
                 f"these statistics have calibration data in common\n{named}", "give only one file for the same data"
             )
+        ways = {about["sequential"] for about in self._about}
+        if len(ways) > 1:
+            ruled = " and ".join(sorted(f"pruned by {way}" if way else "not pruned" for way in ways))
+            raise PessaError(
+                f"these statistics were collected behind blocks that were {ruled}, and so cannot be added up\n{named}",
+                "give only files that were collected with the same options",
+            )
+        self.sequential: str | None = next(iter(ways), None)
 
     def of(self, site: Site, digest: Callable[[], str] | None = None) -> BlockStatistics:
         """Return the sum of a block's statistics over all files.
@@ -122,18 +145,23 @@ def shortages(statistics: Statistics, sites: Sequence[Site]) -> list[str]:
 
 
 def save_statistics(
-    path: Path, blocks: Mapping[str, BlockStatistics], weights: Mapping[str, str], data: Sequence[str]
+    path: Path,
+    blocks: Mapping[str, BlockStatistics],
+    weights: Mapping[str, str],
+    data: Sequence[str],
+    sequential: str | None = None,
 ) -> None:
     """Write the statistics of all blocks to a safetensors file.
 
-    blocks: by site name. weights: the fingerprints of the blocks' weights, by site name. data: the SHA-256 of each file
-    of calibration data. A file that is there already is left as it is. Raises PessaError when the file cannot be
-    written.
+    blocks: by site name. weights: the fingerprints of the blocks' weights, by site name. data, sequential: see
+    `Statistics`. A file that is there already is left as it is. Raises PessaError when the file cannot be written.
     """
     from safetensors.torch import save
 
     tensors = {f"{s}.{name}": getattr(found, name).contiguous() for s, found in blocks.items() for name in NAMES}
     about = {"format": FORMAT, "weights": json.dumps(dict(weights)), "data": json.dumps(sorted(data))}
+    if sequential is not None:
+        about["sequential"] = sequential
     write_file(path, save(tensors, about), "--statistics", new=True)
 
 
@@ -156,6 +184,7 @@ def _about(path: Path) -> dict[str, Any]:
         if about.get("format") != FORMAT:
             raise ValueError(f"its format is {shortened(about.get('format'))}, not {FORMAT}")
         read = {"weights": json.loads(about["weights"]), "data": json.loads(about["data"])}
+        read["sequential"] = about.get("sequential")
         if not isinstance(read["weights"], dict) or not isinstance(read["data"], list):
             raise ValueError("its metadata is damaged")
         return read

@@ -69,8 +69,10 @@ def weigh(found: BlockStatistics, site: Site, v_bias: Tensor | None) -> Weighed:
         moment = torch.zeros_like(moment)  # the inputs are constant, so that only rounding errors are left
     own = moment.reshape(g * m, d, g * m, d)[heads, :, heads].reshape(g, m, d, d).mean(1)
     few = d / float(frames)  # with only d frames, the statistics count as much as the weights alone
+    merged = slice(site.always_kept, None)  # the directions of each head that Q-K merges
+    queries, keys, influence = (sums[:, merged, merged] for sums in (found.queries, found.keys, found.influence))
     return Weighed(
-        qk=Weighting(found.queries / frames, _key_side(found) / (frames * d), SHRINKAGE + few),
+        qk=Weighting(queries / frames, _key_side(keys, influence) / (frames * d), SHRINKAGE + few),
         vo=Weighting(own, None, SHRINKAGE + few),
         refit=Refit(
             center=center if center is None or v_bias is None else center - v_bias.double(),
@@ -81,21 +83,20 @@ def weigh(found: BlockStatistics, site: Site, v_bias: Tensor | None) -> Weighed:
     )
 
 
-def _key_side(found: BlockStatistics) -> Tensor:
-    """Return the weighting of the keys, (G, d, d): mostly by how their errors change the output, partly uniformly.
+def _key_side(keys: Tensor, influence: Tensor) -> Tensor:
+    """Return the weighting of the keys, (G, c, c): mostly by how their errors change the output, partly uniformly.
 
-    The trace of each head, which weights the heads against one another, is the geometric mean of the traces of `keys`
-    and of `influence` after both were scaled to the same sum over the heads.
+    keys, influence: as in BlockStatistics, for the c directions of each head that are merged. The trace of each head,
+    which weights the heads against one another, is the geometric mean of the traces of `keys` and of `influence` after
+    both were scaled to the same sum over the heads.
     """
-    if not len(found.influence):
-        return found.keys
-    seen, counts = traces(found.keys), traces(found.influence)
+    if not len(influence):
+        return keys
+    seen, counts = traces(keys), traces(influence)
     if not bool((counts > 0).any()):
-        return found.keys
+        return keys
     trace = (seen * counts * (seen.sum() / counts.sum())).sqrt()
-    keys, influence = (
-        moment / own.where(own > 0, 1.0) for moment, own in ((found.keys, seen), (found.influence, counts))
-    )
+    keys, influence = (moment / own.where(own > 0, 1.0) for moment, own in ((keys, seen), (influence, counts)))
     return trace * (UNIFORM * keys + (1 - UNIFORM) * influence)
 
 

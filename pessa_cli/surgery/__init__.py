@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-from pessa_cli.surgery.block_io import NotFiniteError, read_site, write_site
+from pessa_cli.surgery.block_io import NotFiniteError, read_site, split_fused, write_site
 from pessa_cli.surgery.block_reader import BlockReader
 from pessa_cli.surgery.card import check_card, write_figures
 from pessa_cli.surgery.decomposition import Decomposition, decomposition_of, measure
 from pessa_cli.surgery.export import export_model
 from pessa_cli.surgery.model import Model, open_model
-from pessa_cli.surgery.output import WEIGHT_SUFFIXES, copy_side_files, hashes_of, write_shards
+from pessa_cli.surgery.output import hashes_of, write_shards
 from pessa_cli.surgery.prune import decompose_model, prune_model
 from pessa_cli.surgery.rewrite import SHARD_BYTES, Rewrite, cut_into_files
 from pessa_cli.surgery.run import Run
+from pessa_cli.surgery.side_files import UnknownWeights, copy_side_files, output_contents
 
 __all__ = [
     "SHARD_BYTES",
-    "WEIGHT_SUFFIXES",
     "BlockReader",
     "Decomposition",
     "Model",
     "NotFiniteError",
     "Rewrite",
     "Run",
+    "UnknownWeights",
     "check_card",
     "copy_side_files",
     "cut_into_files",
@@ -31,8 +32,10 @@ __all__ = [
     "hashes_of",
     "measure",
     "open_model",
+    "output_contents",
     "prune_model",
     "read_site",
+    "split_fused",
     "write_figures",
     "write_shards",
     "write_site",

@@ -52,7 +52,7 @@ def read_site(reader: CheckpointReader, site: Site) -> HeadWeights:
     def side(letter: str, *shape: int, part: str = "weight") -> Tensor:
         tensor = slots(letter, part)
         if site.spec.fused and letter != "o":
-            tensor = _split_fused(tensor, site)[letter]
+            tensor = split_fused(tensor, site)[letter]
         return tensor.reshape(shape)
 
     def bias(letter: str, *shape: int) -> Tensor | None:
@@ -127,8 +127,8 @@ def _fused(q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
     return torch.cat([q.flatten(0, 2), k.flatten(0, 1), v.flatten(0, 1)])
 
 
-def _split_fused(slots: Tensor, site: Site) -> dict[str, Tensor]:
-    """Split a fused tensor into q, k and v: the inverse of `_fused`."""
+def split_fused(slots: Tensor, site: Site) -> dict[str, Tensor]:
+    """Split the slots of a fused tensor, (slots, ...), into q, k and v: the inverse of `_fused`."""
     g, m, d = site.kv_heads, site.group, site.head_dim
     if site.spec.fused == "grouped":
         q, k, v = torch.split(slots.reshape(g, m + 2, d, *slots.shape[1:]), [m, 1, 1], 1)

@@ -51,5 +51,5 @@ def open_model(folder: Path, architecture: str | None = None) -> Model:
     try:
         sites = find_sites(specs_of(reader.config, reader.header, architecture), reader.config, reader.header)
     except PessaError as error:  # its message names tensors and shapes, but not the folder
-        raise type(error)(f"{folder}: {error.message}", error.hint) from None
+        raise type(error)(f"{folder}: {error.message}", error.hint) from error
     return Model(reader, sites, load_spectra(folder, sites))

@@ -8,7 +8,6 @@ first shard that is not finished.
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -20,7 +19,8 @@ import numpy as np
 
 from pessa_cli.blocks.compact_format import LOAD_HINT, QUANT_METHOD, Ranks
 from pessa_cli.blocks.site import Site, ragged_site
-from pessa_cli.checkpoint.files import CONFIG_FILE, sha256_of, source_name, visible_files, write_json
+from pessa_cli.checkpoint.files import CONFIG_FILE, sha256_of, source_name, write_json
+from pessa_cli.checkpoint.links import visible_files
 from pessa_cli.checkpoint.manifest import CARD_FILE, UNHASHED, write_manifest
 from pessa_cli.checkpoint.reader import CheckpointReader, Header
 from pessa_cli.checkpoint.shards import ShardWriter, write_index
@@ -28,15 +28,11 @@ from pessa_cli.checkpoint.staging import Staging
 from pessa_cli.common.jobs import in_order
 from pessa_cli.ranks.spectra import Spectra, Spectrum
 from pessa_cli.surgery.card import ORIGINAL_FILE, front_matter, is_card, model_card, read_card
+from pessa_cli.surgery.generation import GENERATION_FILE, write_generation_config
 from pessa_cli.surgery.rewrite import Rewrite
+from pessa_cli.surgery.side_files import copy_side_files
 from pessa_cli.surgery.spectra_file import save_spectra
 from pessa_cli.surgery.totals import totals
-
-# Weights in other formats are not copied: in the output they would be the unpruned model again.
-WEIGHT_SUFFIXES = (
-    *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".onnx_data", ".gguf", ".ot"),
-    ".index.json",
-)
 
 
 def write_output(
@@ -64,7 +60,8 @@ def write_output(
         sources = {file: digest.result() for file, digest in hashes.items()}
     finally:
         hasher.shutdown(cancel_futures=True)
-    copied = copy_side_files(reader.folder, folder)
+    copied = copy_side_files(reader.folder, folder, rewrite.contents.copied)
+    write_generation_config(reader.folder, folder, reader.config)
     _write_config(reader.config, rewrite.stored, folder)
     _write_card(rewrite, folder)
     if known := _output_spectra(rewrite):
@@ -72,7 +69,8 @@ def write_output(
     reader.check_unchanged()
     outputs = hashes_of(staging)
     sources |= {CONFIG_FILE: sha256_of(reader.folder / CONFIG_FILE)} | {
-        name: outputs[copy] for name, copy in copied.items()
+        name: sha256_of(reader.folder / name) if name == GENERATION_FILE else outputs[copy]
+        for name, copy in copied.items()
     }
     write_manifest(folder, rewrite.summary | {"source_sha256": dict(sorted(sources.items()))}, outputs)
 
@@ -140,28 +138,9 @@ def _write_config(config: dict[str, Any], stored: list[Site], folder: Path) -> N
     write_json(folder / CONFIG_FILE, config)
 
 
-def copy_side_files(source: Path, folder: Path) -> dict[str, str]:
-    """Copy the tokenizer and all other files of the source, except weights and files that are generated.
-
-    A model card that pessa did not write is copied as README.original.md. Returns the names of the copies by the names
-    of their sources.
-    """
-    copied = {
-        name: name
-        for name in visible_files(source)
-        if name not in (CONFIG_FILE, *UNHASHED) and not name.endswith(WEIGHT_SUFFIXES)
-    }
-    if CARD_FILE in visible_files(source) and not is_card(read_card(source)):
-        copied[CARD_FILE] = ORIGINAL_FILE
-    for name, copy in copied.items():
-        (folder / copy).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source / name, folder / copy)
-    return copied
-
-
 def _write_card(rewrite: Rewrite, folder: Path) -> None:
     reader, model = rewrite.model.reader, rewrite.model
-    card = read_card(reader.folder) if CARD_FILE in visible_files(reader.folder) else ""
+    card = read_card(reader.folder) if (reader.folder / CARD_FILE).is_file() else ""
     known = front_matter(card)
     names = (source_name(reader.folder), rewrite.source, known.pop("base_model", "") if is_card(card) else "")
     repository = next((name for name in names if re.fullmatch(r"[\w.-]+/[\w.-]+", name, re.ASCII)), None)

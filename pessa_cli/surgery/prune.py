@@ -97,7 +97,8 @@ def prune_model(
 
 
 def _calibrated(rewrite: Rewrite, statistics: Statistics) -> Rewrite:
-    return replace(rewrite, method="calibrated", data=data_sha256(statistics))
+    data, sequential = data_sha256(statistics), statistics.sequential
+    return replace(rewrite, method="calibrated", data=data, sequential=sequential)
 
 
 def _two_passes(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib.metadata import version
 from itertools import groupby
@@ -14,6 +14,7 @@ import numpy as np
 
 from pessa_cli.blocks.compact_format import Ranks, pairs_text
 from pessa_cli.blocks.site import Site, in_full
+from pessa_cli.checkpoint.contents import Contents
 from pessa_cli.checkpoint.files import SINGLE_FILE
 from pessa_cli.checkpoint.reader import Header
 from pessa_cli.checkpoint.staging import run_identity
@@ -21,6 +22,7 @@ from pessa_cli.common.version import VERSION
 from pessa_cli.ranks.plan import RankPlan
 from pessa_cli.ranks.spectra import Spectra, Spectrum
 from pessa_cli.surgery.block_io import StorageLayout
+from pessa_cli.surgery.generation import generation_notes
 from pessa_cli.surgery.model import Model
 
 Ranking = Literal["svd", "vanilla", "calibrated"]
@@ -34,7 +36,8 @@ class Rewrite:
     command: the command that writes it. source: the name that the user gave the model. sites: the blocks that are
     rewritten, as the source stores them. spectra: of the blocks before the cut, by site name. rule: how the ranks were
     chosen, in words. shard_bytes: the largest size of one file of weights. data: the SHA-256 of the calibration data,
-    None without.
+    None without. sequential: the rule by which the blocks before each block were pruned during calibration, if any.
+    contents: the other files of the source, and what becomes of them.
     """
 
     command: str
@@ -48,6 +51,8 @@ class Rewrite:
     layout: StorageLayout = "compact"
     shard_bytes: int = SHARD_BYTES
     data: str | None = None
+    sequential: str | None = None
+    contents: Contents = field(default_factory=Contents)
 
     @cached_property
     def stored(self) -> list[Site]:
@@ -85,6 +90,11 @@ class Rewrite:
         """The weight files of the output by name, each with its part of the header."""
         return cut_into_files(self.header, {name: site.name for name, site in self.owner.items()}, self.shard_bytes)
 
+    @cached_property
+    def notes(self) -> list[str]:
+        """A sentence for each file whose content the output changes, because it does not fit the model."""
+        return generation_notes(self.model.reader.folder, self.model.reader.config)
+
     @property
     def summary(self) -> dict[str, Any]:
         """The content of pessa.json without the hashes: versions, options, ranks and dropped norms of each block."""
@@ -98,7 +108,9 @@ class Rewrite:
             "source": self.source,
             "method": self.method,
             **({} if self.data is None else {"calibration_sha256": self.data}),
+            **({} if self.sequential is None else {"calibration_sequential": self.sequential}),
             "rule": self.rule,
+            **({"notes": self.notes} if self.notes else {}),
             "layout": self.layout,
             "ranks": {
                 s.name: {side: _ranks_text(plan[s.name]) for side, plan in sides.items()} | pairs.get(s.name, {})

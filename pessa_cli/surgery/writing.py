@@ -18,6 +18,7 @@ from pessa_cli.surgery.model import Model
 from pessa_cli.surgery.output import write_output
 from pessa_cli.surgery.rewrite import Ranking, Rewrite
 from pessa_cli.surgery.run import Run
+from pessa_cli.surgery.side_files import output_contents
 
 
 def check_layout(model: Model, sites: list[Site], layout: StorageLayout) -> None:
@@ -42,11 +43,14 @@ def new_rewrite(
 ) -> Rewrite:
     """Describe the output of a command as a Rewrite; the source is named as in `run.source`, or else by its folder.
 
-    Raises UsageError if a block cannot be stored in this layout.
+    Raises UsageError if a block cannot be stored in this layout, and PessaError as `side_files.output_contents` does.
     """
     check_layout(model, sites, layout)
+    contents = output_contents(model.reader, run.unknown_weights)
     source = model.reader.folder.name if run.source is None else run.source
-    return Rewrite(command, source, model, sites, ranks, spectra, rule, method, layout, run.shard_bytes)
+    return Rewrite(
+        command, source, model, sites, ranks, spectra, rule, method, layout, run.shard_bytes, contents=contents
+    )
 
 
 @contextmanager

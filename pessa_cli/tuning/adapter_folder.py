@@ -8,7 +8,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from pessa_cli.checkpoint.files import ADAPTER_FILE, read_json, sha256_of, visible_files, write_json
+from pessa_cli.checkpoint.files import ADAPTER_FILE, read_json, sha256_of, write_json
+from pessa_cli.checkpoint.links import visible_files
 from pessa_cli.checkpoint.manifest import write_manifest
 
 RECORD_FILE = "pessa-tune.json"

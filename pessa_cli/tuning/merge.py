@@ -23,19 +23,25 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from pessa_cli.blocks.compact_format import ModuleNames
+from pessa_cli.checkpoint.contents import Contents
 from pessa_cli.checkpoint.files import ADAPTER_FILE, CONFIG_FILE, read_json, sha256_of, write_json
 from pessa_cli.checkpoint.manifest import MANIFEST_FILE, write_manifest
 from pessa_cli.checkpoint.reader import CheckpointReader, Header
 from pessa_cli.checkpoint.staging import Staging, new_folder, run_identity
 from pessa_cli.common.errors import PessaError
 from pessa_cli.common.jobs import one_thread
+from pessa_cli.common.memory import raise_if_out_of_memory
 from pessa_cli.common.text import listed
 from pessa_cli.common.version import VERSION
-from pessa_cli.models.load import model_class, quiet_transformers
+from pessa_cli.models.classes import model_class
+from pessa_cli.models.load import quiet_transformers
 from pessa_cli.surgery.model import Model
-from pessa_cli.surgery.output import copy_side_files, hashes_of, write_shards
+from pessa_cli.surgery.output import hashes_of, write_shards
 from pessa_cli.surgery.rewrite import cut_into_files
 from pessa_cli.surgery.run import Run
+from pessa_cli.surgery.side_files import copy_side_files, output_contents
+from pessa_cli.tuning.merge_compact import RaggedLayer, brings_back, narrow, whole
+from pessa_cli.tuning.tuner_base import TunerConfig
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_PREFIX = "base_model.model."  # in PEFT's names of modules of the base
@@ -58,9 +64,10 @@ class Adapter:
     def __init__(self, folder: Path) -> None:
         if not (folder / ADAPTER_FILE).is_file() or not (folder / ADAPTER_WEIGHTS).is_file():
             missing = ADAPTER_FILE if not (folder / ADAPTER_FILE).is_file() else ADAPTER_WEIGHTS
-            raise PessaError(
-                f"{folder} is not an adapter: it has no {missing}", "give a folder that `pessa tune -o` wrote"
-            )
+            hint = "give a folder that `pessa tune -o` wrote, or PEFT's save_pretrained"
+            if (folder / "adapter_model.bin").is_file():
+                hint = "load adapter_model.bin with PEFT if you trust it; its save_pretrained writes safetensors"
+            raise PessaError(f"{folder} is not an adapter: it has no {missing}", hint)
         self.folder = folder
         try:
             self.config = PeftConfig.from_pretrained(str(folder))
@@ -68,7 +75,7 @@ class Adapter:
         except (ValueError, TypeError, KeyError, SafetensorError) as error:
             raise PessaError(
                 f"the adapter {folder} cannot be read: {error!r}", "copy the adapter again, or tune again"
-            ) from None
+            ) from error
         self.names = list(self._file.keys())
         extras = [name for name in NOT_MERGED if getattr(self.config, name, None)]
         extras += ["bias"] if getattr(self.config, "bias", None) not in (None, "none") else []
@@ -118,6 +125,14 @@ class Merger:
                 f"{adapter.folder} is not an adapter of {model.reader.folder}, which lacks these modules\n{found}",
                 "give the model that it was tuned on",
             )
+        back = brings_back(model.sites, adapter.config, targets)
+        if back:
+            folder = model.reader.folder
+            raise PessaError(
+                f"{adapter.folder} gives directions that were cut from {folder} an effect again\n{listed(back)}",
+                f"write the full shapes first: pessa export {folder} -o dense --layout dense; then merge into that: "
+                f"pessa merge dense {adapter.folder} -o merged",
+            )
 
     def owned(self, layer: str) -> list[str]:
         """The names in the checkpoint of the tensors that merging changes in a layer.
@@ -151,6 +166,9 @@ class Merger:
         for name in ("exclude_modules", "layers_to_transform", "layers_pattern"):
             if hasattr(config, name):
                 setattr(config, name, None)
+        ragged = {} if isinstance(config, TunerConfig) else self._ragged(layer)
+        for target, each in ragged.items():
+            self._model.set_submodule(target, whole(each))
         prefixes = tuple(f"{ADAPTER_PREFIX}{name}." for name in self.layers[layer])
         mine = [name for name in self._adapter.names if name.startswith(prefixes)] + self._shared
         try:
@@ -162,28 +180,39 @@ class Merger:
                     raise ValueError(f"unknown parameters {', '.join(unknown[:3])}")
                 self._model = tuned.merge_and_unload(safe_merge=True)
         except (ValueError, TypeError, KeyError, RuntimeError) as error:
-            hint = "give the model that it was tuned on"
-            if self._reader.config.get("quantization_config"):
-                hint = "the model is compact: export it with `pessa export --layout dense`, and merge into the result"
+            raise_if_out_of_memory(error, f"merge {self._adapter.folder} into {layer}")
             reasons = listed(str(error).splitlines())
-            raise PessaError(f"{self._adapter.folder} cannot be merged into {layer}\n{reasons}", hint) from error
+            raise PessaError(
+                f"{self._adapter.folder} cannot be merged into {layer}\n{reasons}",
+                "give the model that it was tuned on",
+            ) from error
         found = {}
         for target in self.layers[layer]:
-            linear = self._model.get_submodule(target)
-            for name, value in linear.named_parameters(recurse=False):
+            linear: Any = self._model.get_submodule(target)
+            parameters = dict(linear.named_parameters(recurse=False))
+            if target in ragged:
+                parameters = narrow(linear, ragged[target])
+            for name, value in parameters.items():
                 found[self._stored.find(f"{target}.{name}")] = value.detach()
         self._model.get_submodule(layer).to("meta")
         return {name: value for name, value in found.items() if name is not None}
 
+    def _ragged(self, layer: str) -> dict[str, RaggedLayer]:
+        """The ragged modules among the adapted ones of a layer, by name."""
+        modules = {name: self._model.get_submodule(name) for name in self.layers[layer]}
+        return {name: each for name, each in modules.items() if isinstance(each, RaggedLayer)}
+
 
 def merge_adapter(model: Model, adapter: Path, out: Path, run: Run | None = None) -> dict[str, Any]:
-    """Write the model with the adapter merged into its weights; returns the contents of its pessa.json.
+    """Write the model with the adapter merged into its weights.
+
+    Returns the contents of its pessa.json, and "copied" and "left_out", the fields of `Contents`.
 
     All tensors that the adapter does not change are copied byte for byte. Raises PessaError for an adapter of another
     model, and when a merged entry is not finite.
     """
     run = run or Run()
-    reader = model.reader
+    reader, contents = model.reader, output_contents(model.reader, run.unknown_weights)
     sources = [reader.folder, adapter]
     with quiet_transformers(), new_folder(out, sources, run.force, run.resume) as staging, one_thread():
         opened = Adapter(adapter)
@@ -204,7 +233,7 @@ def merge_adapter(model: Model, adapter: Path, out: Path, run: Run | None = None
         staging.begin(run_identity(reader, summary, names))
         with run.progress("merging", sum(info.nbytes for info in reader.header.values()), len(merger.layers)) as tick:
             write_shards(reader, staging, files, lambda plan: _tensors(plan, owner, merger), last, tick)
-        return _finish(reader, staging, summary)
+        return _finish(reader, staging, contents, summary)
 
 
 def _meta_model(model: Model) -> nn.Module:
@@ -255,14 +284,17 @@ def _tensors(plan: Header, owner: Mapping[str, str], merger: Merger) -> Iterator
         yield name, ready.pop(name, None)
 
 
-def _finish(reader: CheckpointReader, staging: Staging, summary: Mapping[str, Any]) -> dict[str, Any]:
+def _finish(
+    reader: CheckpointReader, staging: Staging, contents: Contents, summary: Mapping[str, Any]
+) -> dict[str, Any]:
     """Write side files, config and manifest; returns the manifest."""
     folder = staging.folder
-    copy_side_files(reader.folder, folder)
+    copy_side_files(reader.folder, folder, contents.copied)
     write_json(folder / CONFIG_FILE, reader.config)
     before = read_json(reader.folder / MANIFEST_FILE) if (reader.folder / MANIFEST_FILE).is_file() else {}
     reader.check_unchanged()
     sources = {file: sha256_of(reader.folder / file) for file in (*reader.files, CONFIG_FILE)}
     kept = {name: before[name] for name in KEPT if name in before}
     about = dict(summary) | kept | {"source_sha256": dict(sorted(sources.items()))}
-    return write_manifest(folder, about, hashes_of(staging))
+    manifest = write_manifest(folder, about, hashes_of(staging))
+    return manifest | {"copied": contents.copied, "left_out": contents.left_out}

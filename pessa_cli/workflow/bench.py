@@ -32,19 +32,21 @@ def bench(
     progress: Progress = quietly,
     revision: str | None = None,
     allow_pickle: bool = False,
+    follow_links: bool = False,
 ) -> BenchResult:
     """Run two models in turn, each in a process of its own, and measure time (seconds), memory and size (bytes).
 
     reference: the original, a folder, a file, or a name on a hub. candidate: the model made from it. settings: device,
     dtype, threads and sizes of the runs. progress: reports the work that was done. revision: branch, tag or commit of a
-    reference from a hub. allow_pickle: also convert pickled weights. The processes are spawned, so that a script needs
+    reference from a hub. allow_pickle: also convert pickled weights. follow_links: also read
+    files outside of the model's folder that links in it lead to. The processes are spawned, so that a script needs
     the guard `if __name__ == "__main__"`.
 
     Returns the measurements of both models. Raises PessaError when a model cannot be read or run, and when the two
     models are of different types.
     """
     with (
-        opened(reference, None, revision, allow_pickle) as ours,
-        opened(candidate, allow_pickle=allow_pickle) as theirs,
+        opened(reference, None, revision, allow_pickle, follow_links) as ours,
+        opened(candidate, allow_pickle=allow_pickle, follow_links=follow_links) as theirs,
     ):
         return BenchResult(str(reference), str(candidate), bench_models(ours, theirs, settings, progress))

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from pessa_cli.surgery.prune import decompose_model
 from pessa_cli.surgery.run import Run
+from pessa_cli.surgery.side_files import output_contents
 from pessa_cli.workflow.recipe import Recipe
 from pessa_cli.workflow.steps import Notify, calibrated, calibration_data, chosen, ignore, named, need_room, rewriting
 from pessa_cli.workflow.written import WrittenModel
@@ -20,6 +21,7 @@ def decompose(
     architecture: str | None = None,
     revision: str | None = None,
     allow_pickle: bool = False,
+    follow_links: bool = False,
     notify: Notify = ignore,
 ) -> WrittenModel:
     """Write the model to the folder `out` with every head as balanced factors at full rank, and with its spectra.
@@ -29,7 +31,7 @@ def decompose(
     model: a folder, a file, or a name on a hub. recipe: its fields `sites`, `layers`, `calibrate` and `statistics` are
     used. run: how the work is done, and whether an existing `out` is replaced. architecture: treat the model as this
     `model_type`. revision: branch, tag or commit of a model from a hub. allow_pickle: also convert
-    pickled weights.
+    pickled weights. follow_links: also read files outside of the model's folder that links in it lead to.
     notify: is called before the writing with what is known by then: blocks with too little calibration data, and the
     result of a search.
 
@@ -37,9 +39,10 @@ def decompose(
     the model cannot be read, and when `out` exists or cannot be written.
     """
     run, out = named(run, model), Path(out)
-    with rewriting(model, out, run, architecture, revision, allow_pickle) as (found, place):
+    with rewriting(model, out, run, architecture, revision, allow_pickle, follow_links) as (found, place):
         sites = chosen(found, recipe)
         need_room(place, found)
+        output_contents(found.reader, run.unknown_weights)  # its errors come before calibration
         with calibrated(found, sites, recipe, run, calibration_data(recipe), notify=notify) as known:
             rewrite = decompose_model(
                 found, place, sites, run, known.statistics, blocks=known.blocks, decomposition=known.decomposition

@@ -42,6 +42,8 @@ def export(
     to: Literal["transformers"] = ...,
     architecture: str | None = ...,
     revision: str | None = ...,
+    allow_pickle: bool = ...,
+    follow_links: bool = ...,
 ) -> WrittenModel: ...
 
 
@@ -55,6 +57,8 @@ def export(
     to: OtherFormat,
     architecture: str | None = ...,
     revision: str | None = ...,
+    allow_pickle: bool = ...,
+    follow_links: bool = ...,
 ) -> ExportedModel: ...
 
 
@@ -67,14 +71,18 @@ def export(
     to: Literal["transformers"] | OtherFormat = "transformers",
     architecture: str | None = None,
     revision: str | None = None,
+    allow_pickle: bool = False,
+    follow_links: bool = False,
 ) -> WrittenModel | ExportedModel:
     """Write a pruned model in the other layout, without changing a number, or in another program's format.
 
     model: a folder, a file, or a name on a hub. out: the folder, or the .pt file, to write. layout: "compact" for
     smaller matrices, "dense" for the original shapes with zeros in them. run: how the work is done, and whether an
     existing `out` is replaced. to: "transformers" for a folder of Hugging Face, "openai-whisper" for a .pt file, "onnx"
-    for a folder of ONNX graphs; the last two have no layout, and use only `force` and `progress` of `run`.
-    architecture: treat the model as this `model_type`. revision: branch, tag or commit of a model from a hub.
+    for a folder of ONNX graphs; the last two have no layout, and use only `force`, `progress` and `unknown_weights` of
+    `run`. architecture: treat the model as this `model_type`. revision: branch, tag or commit of a model from a hub.
+    allow_pickle: also convert pickled weights. follow_links: also read files outside of the model's folder that links
+    in it lead to.
 
     Returns the description of the output. Raises UsageError for options that the format does not have, and PessaError
     for a dense model that pessa did not write, and when `out` exists or cannot be written.
@@ -83,7 +91,7 @@ def export(
     if layout not in get_args(Layout):
         raise UsageError(f"--layout {shortened(layout)} is not known", f"give one of {', '.join(get_args(Layout))}")
     if to == "transformers":
-        with rewriting(model, out, run, architecture, revision) as (found, place):
+        with rewriting(model, out, run, architecture, revision, allow_pickle, follow_links) as (found, place):
             return WrittenModel.of(export_model(found, place, layout, named(run, model)), model, out)
     if to not in ("openai-whisper", "onnx"):
         raise UsageError(f"--to {shortened(to)} is not known", "give transformers, openai-whisper or onnx")
@@ -92,7 +100,7 @@ def export(
     if unfit := [name for name, given in options.items() if given]:
         raise UsageError(f"--to {to} has no {', '.join(unfit)}", "leave it out")
     check_apart(out, [path for path in [Path(model)] if path.exists()])
-    with open_source(str(model), revision) as folder:
+    with open_source(str(model), revision, allow_pickle, follow_links) as folder:
         _export_to(to, folder, out, run)
     return ExportedModel(str(model), to, out)
 
@@ -102,7 +110,7 @@ def _export_to(to: OtherFormat, folder: Path, out: Path, run: Run) -> None:
     if to == "onnx":
         from pessa_cli.exports.onnx import export_onnx
 
-        export_onnx(folder, out, run.force, run.progress)
+        export_onnx(folder, out, run.force, run.progress, run.unknown_weights)
     else:
         from pessa_cli.exports.openai import export_openai
 

@@ -97,6 +97,7 @@ def inspect(
     architecture: str | None = None,
     revision: str | None = None,
     allow_pickle: bool = False,
+    follow_links: bool = False,
     notify: Notify = ignore,
 ) -> Inspection:
     """Compute the spectra of a model's attention heads, and what a rule would prune; nothing is written.
@@ -105,7 +106,8 @@ def inspect(
     `layers`, `calibrate` and `statistics` are used. run: its fields `jobs`, `device` and `progress` are used. curve:
     also predict the errors of budgets, from all of the attention to none. norms: also compute the products of the L2
     norms of the original dimensions. architecture: treat the model as this `model_type`. revision: branch, tag or
-    commit of a model from a hub. allow_pickle: also convert pickled weights. notify: is called with an Overview before
+    commit of a model from a hub. allow_pickle: also convert pickled weights. follow_links: also read files
+    outside of the model's folder that links in it lead to. notify: is called with an Overview before
     the work, and with the blocks that have too little data before the spectra are computed.
 
     Returns the blocks with their spectra and ranks, and the totals. Raises UsageError for options that do not fit the
@@ -114,7 +116,7 @@ def inspect(
     if isinstance(recipe, Rule):
         recipe = Recipe(recipe)
     run, rule = named(run, model), recipe.rule
-    with opened(model, architecture, revision, allow_pickle) as found:
+    with opened(model, architecture, revision, allow_pickle, follow_links) as found:
         sites, model_type = chosen(found, recipe), str(found.reader.config.get("model_type"))
         as_it_is = totals(found.reader.header, found.sites, sites, RankPlan.stored(sites))
         notify(Overview(str(model), model_type, sites, as_it_is))

@@ -11,6 +11,7 @@ from pessa_cli.surgery.decomposition import decomposition_of
 from pessa_cli.surgery.model import Model
 from pessa_cli.surgery.prune import prune_model
 from pessa_cli.surgery.run import Run
+from pessa_cli.surgery.side_files import output_contents
 from pessa_cli.workflow.recipe import Recipe
 from pessa_cli.workflow.steps import Notify, calibrated, calibration_data, chosen, ignore, named, need_room, rewriting
 from pessa_cli.workflow.written import WrittenModel
@@ -30,6 +31,7 @@ def prune(
     architecture: str | None = None,
     revision: str | None = None,
     allow_pickle: bool = False,
+    follow_links: bool = False,
     notify: Notify = ignore,
 ) -> WrittenModel:
     """Drop the directions of every head that a rule does not keep, and write the smaller model to the folder `out`.
@@ -37,7 +39,8 @@ def prune(
     model: a folder, a file, or a name on a hub, as for `pessa prune`. recipe: a rule, or a Recipe with the blocks, the
     layout and the calibration data; its field `verify` is not used here. run: how the work is done, and whether an
     existing `out` is replaced. architecture: treat the model as this `model_type`. revision: branch, tag or commit of a
-    model from a hub. allow_pickle: also convert pickled weights.
+    model from a hub. allow_pickle: also convert pickled weights. follow_links: also read files outside of the model's
+    folder that links in it lead to.
     notify: is called before the writing with what is known by then: blocks with too little calibration data, and the
     result of a search.
 
@@ -48,9 +51,10 @@ def prune(
     if isinstance(recipe, Rule):
         recipe = Recipe(recipe)
     run, out = named(run, model), Path(out)
-    with rewriting(model, out, run, architecture, revision, allow_pickle) as (found, place):
+    with rewriting(model, out, run, architecture, revision, allow_pickle, follow_links) as (found, place):
         sites, rule, result = chosen(found, recipe), recipe.rule, None
         need_room(place, found, sites)
+        output_contents(found.reader, run.unknown_weights)  # its errors come before calibration
         data = calibration_data(recipe)
         quality = None if recipe.evaluate is None else _quality(found, recipe, recipe.evaluate, data)
         with ExitStack() as resources:
@@ -83,5 +87,5 @@ def _quality(
 
     limit = QualityLimit.of(recipe.max_wer_increase, recipe.max_ppl_increase)
     items = read_quality_data(model, limit, path)
-    check_apart(items, [] if data is None else data.sha256)
+    check_apart(items, [] if data is None else data.identities)
     return limit, items

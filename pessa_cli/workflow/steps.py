@@ -69,13 +69,17 @@ class Known:
 
 @contextmanager
 def opened(
-    model: str | Path, architecture: str | None = None, revision: str | None = None, allow_pickle: bool = False
+    model: str | Path,
+    architecture: str | None = None,
+    revision: str | None = None,
+    allow_pickle: bool = False,
+    follow_links: bool = False,
 ) -> Iterator[Model]:
     """Open a folder, a file or a name on a hub as a Model; converted copies are deleted after the `with` block.
 
     Raises PessaError when the model cannot be found, converted or read.
     """
-    with open_source(str(model), revision, allow_pickle) as folder:
+    with open_source(str(model), revision, allow_pickle, follow_links) as folder:
         yield open_model(folder, architecture)
 
 
@@ -107,6 +111,7 @@ def rewriting(
     architecture: str | None = None,
     revision: str | None = None,
     allow_pickle: bool = False,
+    follow_links: bool = False,
 ) -> Iterator[tuple[Model, Path | Staging]]:
     """Claim the place of an output, and open the model that it is made from.
 
@@ -119,7 +124,7 @@ def rewriting(
         if not run.dry:
             sources = [path for path in [Path(model)] if path.exists()]
             place = resources.enter_context(new_folder(out, sources, run.force, run.resume))
-        found = resources.enter_context(opened(model, architecture, revision, allow_pickle))
+        found = resources.enter_context(opened(model, architecture, revision, allow_pickle, follow_links))
         if not run.dry:
             check_apart(out, [found.reader.folder])
         yield found, place

@@ -9,7 +9,8 @@ from typing import Any
 
 from pessa_cli.common.progress import Progress, quietly
 from pessa_cli.evaluation.limits import VerifyOptions
-from pessa_cli.evaluation.verify import Report, verify_folder, verify_models
+from pessa_cli.evaluation.report import Report
+from pessa_cli.evaluation.verify import verify_folder, verify_models
 from pessa_cli.workflow.steps import opened
 
 
@@ -64,6 +65,7 @@ def verify(
     architecture: str | None = None,
     revision: str | None = None,
     allow_pickle: bool = False,
+    follow_links: bool = False,
 ) -> Verification:
     """Compare the heads, blocks, other tensors and outputs of two models.
 
@@ -71,14 +73,14 @@ def verify(
     is compared, and the largest differences that are allowed. audio, text: files on which the outputs are also
     compared; audio files are for speech models. progress: reports the work that was done. architecture: treat both
     models as this `model_type`. revision: branch, tag or commit of a reference from a hub. allow_pickle: also convert
-    pickled weights.
+    pickled weights. follow_links: also read files outside of the model's folder that links in it lead to.
 
     Returns all differences; its `same` is True if they are within the limits. Raises UsageError for options that do not
     fit the models, and PessaError when a model cannot be read, or when the two do not have the same blocks.
     """
     with (
-        opened(reference, architecture, revision, allow_pickle) as ours,
-        opened(candidate, architecture, None, allow_pickle) as theirs,
+        opened(reference, architecture, revision, allow_pickle, follow_links) as ours,
+        opened(candidate, architecture, None, allow_pickle, follow_links) as theirs,
     ):
         clips, texts = ([Path(file) for file in files] for files in (audio, text))
         report = verify_models(
@@ -86,6 +88,7 @@ def verify(
             theirs,
             audio=clips,
             text=texts,
+            architecture=architecture,
             progress=progress,
             **vars(options),
         )

@@ -20,8 +20,9 @@ class WrittenModel:
 
     source: the model it was made from, as the user called it. manifest: the content of its pessa.json without hashes.
     totals: blocks, parameters and bytes before and after, and the pruned shares, from 0 to 1. shards: the bytes of
-    weights in each file. search: the budgets that were tried, if the recipe limits an increase. warnings: a line for
-    each block that has too little calibration data.
+    weights in each file. copied: the other files that are taken over from the source. left_out: those that are not,
+    with the reason; a folder is one entry. search: the budgets that were tried, if the recipe limits an increase.
+    warnings: a line for each block that has too little calibration data.
     """
 
     source: str
@@ -29,6 +30,8 @@ class WrittenModel:
     manifest: Mapping[str, Any]
     totals: Mapping[str, Any]
     shards: Mapping[str, int]
+    copied: list[str] = field(default_factory=list)
+    left_out: Mapping[str, str] = field(default_factory=dict)
     search: SearchResult | None = None
     warnings: list[str] = field(default_factory=list)
 
@@ -44,7 +47,10 @@ class WrittenModel:
         header, sites = rewrite.model.reader.header, rewrite.model.sites
         counted = totals(header, sites, rewrite.sites, rewrite.ranks)
         shards = {file: sum(info.nbytes for info in part.values()) for file, part in rewrite.shards.items()}
-        return WrittenModel(str(source), out, rewrite.summary, counted, shards, search, warnings or [])
+        copied, left_out = rewrite.contents.copied, rewrite.contents.left_out
+        return WrittenModel(
+            str(source), out, rewrite.summary, counted, shards, copied, left_out, search, warnings or []
+        )
 
     @property
     def command(self) -> str:
@@ -62,6 +68,11 @@ class WrittenModel:
         return str(self.manifest["method"])
 
     @property
+    def notes(self) -> list[str]:
+        """A sentence for each file whose content the output changes, because it does not fit the model."""
+        return list(self.manifest.get("notes", ()))
+
+    @property
     def layout(self) -> str:
         """How the weights are stored: compact or dense."""
         return str(self.manifest["layout"])
@@ -72,8 +83,15 @@ class WrittenModel:
         found: Mapping[str, Mapping[str, str]] = self.manifest["ranks"]
         return found
 
+    @property
+    def other_files(self) -> str:
+        """A line for each file beside the weights, with what becomes of it."""
+        copied = dict.fromkeys(self.copied, "copied")
+        return "\n".join(f"{name}  {what}" for name, what in (copied | dict(self.left_out)).items())
+
     def to_dict(self) -> dict[str, Any]:
         """The document of `--json`."""
         searched = {} if self.search is None else {"search": self.search.to_dict()}
         about = {"source": self.source, "out": str(self.out), "totals": dict(self.totals), "shards": dict(self.shards)}
-        return {**self.manifest, **about, **searched}
+        files = {"copied": list(self.copied), "left_out": dict(self.left_out)}
+        return {**self.manifest, **about, **files, **searched}

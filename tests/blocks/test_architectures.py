@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -16,11 +15,8 @@ import transformers
 from harness import Pessa, edit_json, edit_weights, is_refusal
 
 from pessa_cli.blocks.discover import KNOWN, specs_of
-from pessa_cli.calibration.collect import load_for_calibration
-from pessa_cli.calibration.listeners import BlockListener, run_input
 from pessa_cli.common.errors import PessaError, UsageError
 from pessa_cli.evaluation.verify import verify_models
-from pessa_cli.models.hooks import block_modules
 from pessa_cli.ranks.rule import Rule
 from pessa_cli.surgery.block_io import read_site, write_site
 from pessa_cli.surgery.export import export_model
@@ -124,27 +120,6 @@ def test_half_pruned_compact_and_dense_compute_the_same(
         options["suppress_tokens"] = [*range(90, 100)]  # of images, which are not there
         cached, anew = (again.generate(**given, **options, use_cache=use) for use in (True, False))
         assert torch.equal(cached, anew)
-
-
-def test_calibration_works_or_is_refused(name: str, source: Path) -> None:
-    model = open_model(source)
-    try:
-        loaded = load_for_calibration(model)
-        with ExitStack() as hooks, torch.inference_mode():
-            modules = block_modules(model.sites, loaded)
-            listeners = [
-                BlockListener(site, modules[site.name], read_site(model.reader, site).o, hooks) for site in model.sites
-            ]
-            for row in range(2):
-                given = {key: value[row : row + 1] for key, value in tiny_models.inputs(name).items()}
-                run_input(loaded, given, listeners)
-            found = [listener.found() for listener in listeners]
-    except PessaError:
-        if name in ("whisper", "bert", "llama", "mistral", "qwen2"):
-            raise
-        return
-    assert all(torch.isfinite(tensor).all() for each in found for tensor in vars(each).values())
-    assert all(float(each.frames) for each in found)
 
 
 def test_negative_control_half_as_many_heads(name: str, source: Path, said: torch.Tensor, tmp_path: Path) -> None:

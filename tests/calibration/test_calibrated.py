@@ -24,13 +24,14 @@ from pessa_cli.calibration import collect as calibrate
 from pessa_cli.calibration import listeners
 from pessa_cli.calibration.collect import collect
 from pessa_cli.calibration.listeners import VisibleKeys
-from pessa_cli.common.errors import PessaError, UsageError
-from pessa_cli.models import load as sidebyside
-from pessa_cli.models import windows
+from pessa_cli.calibration.memory import needs
+from pessa_cli.common.errors import PessaError
+from pessa_cli.models import dense, windows
 from pessa_cli.models.data import DataItem, read_data
+from pessa_cli.models.load import load
 from pessa_cli.ranks.budget import ranks_for
 from pessa_cli.ranks.rule import Rule
-from pessa_cli.statistics.file import SavedStatistics, data_sha256, shortages
+from pessa_cli.statistics.file import CollectedStatistics, SavedStatistics, data_sha256, files_of, shortages
 from pessa_cli.statistics.sums import NAMES, BlockStatistics
 from pessa_cli.statistics.weighing import independent, weigh
 from pessa_cli.surgery.block_io import read_site
@@ -103,6 +104,21 @@ def test_degenerate_heads_and_samples_keep_the_product(kind: str, data: str) -> 
     )  # both factors are in the range of 16-bit numbers
 
 
+@pytest.mark.parametrize("shrinkage", [0.0, 0.3])
+@pytest.mark.parametrize("both", [False, True], ids=["one factor", "both factors"])
+@pytest.mark.parametrize("condition", [1e7, 1e10])
+def test_full_rank_is_exact_for_ill_conditioned_heads(condition: float, both: bool, shrinkage: float) -> None:
+    """The weighted product of small directions is below the rounding error of the Gram matrices of the factors."""
+    pair = products.of_condition(condition, both)
+    left, right = (f.mT @ second_moment(i, f.shape[-2]) @ f for i, f in enumerate((pair.left, pair.right)))
+    found = transformed(pair, weighted_transforms(pair, Weighting(left, right, shrinkage)))
+    product = products.product(pair)
+    assert (products.product(found) - product).norm() < 1e-13 * product.norm()
+    # Negative control: the smallest direction counts, where float64 can hold its product.
+    lost = (products.product(products.truncated(found, 7)) - product).norm() / product.norm()
+    assert both or lost > 0.01 / condition
+
+
 def test_large_shrinkage_gives_the_plain_decomposition() -> None:
     pair = products.random_pair()
     gram = pair.left.mT @ second_moment(1, 40) @ pair.left
@@ -136,6 +152,7 @@ def test_the_refit_is_least_squares() -> None:
 
 
 Collected = tuple[Model, Path]
+Read = tuple[list[tuple[str | None, str | None]], list[str]]  # transcripts and languages, and identities
 
 
 @pytest.mark.parametrize("name", tiny.NAMES)
@@ -226,16 +243,15 @@ def test_a_model_that_does_not_fit_is_read_from_disk_block_by_block(
 ) -> None:
     model = open_model(tiny_folder(name))
     whole = collected(model, data, tmp_path / "whole")
-    monkeypatch.setattr(calibrate, "free_memory", lambda: 4 * model.parameters // 2)
+    monkeypatch.setattr(calibrate, "free_memory", lambda: needs(model, model.sites).on_disk)
     placed: list[set[str]] = []
-    load = sidebyside.load
 
     def loading(model: Model, **placing: Any) -> Any:
         loaded = load(model, **placing)
         placed.append(set(map(str, loaded.hf_device_map.values())))
         return loaded
 
-    monkeypatch.setattr(calibrate, "load", loading)
+    monkeypatch.setattr(dense, "load", loading)
     parts = collected(model, data, tmp_path / "parts")
     assert "disk" in placed[0]
     for site in model.sites:
@@ -245,8 +261,11 @@ def test_a_model_that_does_not_fit_is_read_from_disk_block_by_block(
         assert one.trials is not None
     assert "no trial cuts" in shortages(parts, model.sites)[-1] or "independent" in shortages(parts, model.sites)[-1]
     assert ranks_for(model.sites, measure(model, model.sites, statistics=parts), Rule(target_attention=0.8), model.size)
-    with pytest.raises(PessaError, match="do not fit twice"):
+    with pytest.raises(PessaError, match="--sequential: calibration needs"):
         collected(model, data, tmp_path / "no", Rule(rank=4))
+    monkeypatch.setattr(calibrate, "free_memory", lambda: needs(model, model.sites).on_disk - 1)
+    with pytest.raises(PessaError, match="for the statistics alone"):
+        collected(model, data, tmp_path / "no")
 
 
 @pytest.mark.parametrize("name", tiny.NAMES)
@@ -267,6 +286,35 @@ def test_full_rank_is_exact_and_lower_ranks_are_better_than_without_calibration(
     again = tmp_path / "compact"
     export_model(open_model(calibrated), again, "compact")
     assert tiny.close(tiny.load(again), tiny.load(calibrated))
+
+
+@pytest.mark.parametrize(("name", "rope_ratio"), [("whisper", None), ("bert", None), ("llama", 0.3)])
+def test_a_compact_model_is_calibrated(
+    name: str, rope_ratio: float | None, tiny_folder: TinyFolder, data: list[Path], tmp_path: Path
+) -> None:
+    """Its statistics and trials are those of the same model with zeros, and so are the models that are cut by them."""
+    first, rule = Rule(ratio=0.3, rope_ratio=rope_ratio), Rule(target_attention=0.7)
+    models = {}
+    for layout in ("compact", "dense"):
+        prune_model(open_model(tiny_folder(name)), tmp_path / layout, first, layout=layout)
+        models[layout] = open_model(tmp_path / layout)
+    compact, dense_one = models.values()
+    found, other = (collected(model, data, tmp_path / f"s-{layout}") for layout, model in models.items())
+    for site, same in zip(compact.sites, dense_one.sites, strict=True):
+        assert max(site.vo_ranks) < site.head_dim
+        one, two = found.of(site), other.of(same)
+        assert all(torch.allclose(getattr(one, n), getattr(two, n), rtol=1e-4, atol=1e-6) for n in NAMES)
+        assert one.trials is not None
+    decompose_model(compact, tmp_path / "full", statistics=found)
+    assert block_errors(tmp_path / "full", tmp_path / "compact") < 1e-5
+    prune_model(compact, tmp_path / "calibrated", rule, statistics=found)
+    prune_model(compact, tmp_path / "plain", rule)
+    assert open_model(tmp_path / "calibrated").parameters < 0.95 * compact.parameters
+    errors = [block_errors(tmp_path / made, tmp_path / "compact") for made in ("calibrated", "plain")]
+    assert 0 < errors[0] < 0.95 * errors[1]
+    in_sequence = collected(compact, data, tmp_path / "in sequence", rule)
+    prune_model(compact, tmp_path / "again", rule, statistics=in_sequence)
+    assert block_errors(tmp_path / "again", tmp_path / "compact") < errors[1]
 
 
 def test_the_spectrum_predicts_the_error_on_the_inputs(
@@ -349,9 +397,6 @@ def test_statistics_that_do_not_belong_to_the_model_are_refused(
         SavedStatistics(tiny_folder("whisper") / "model.safetensors")
     with pytest.raises(PessaError, match="not a statistics file"):
         SavedStatistics(tmp_path / "nowhere")
-    prune_model(model, tmp_path / "compact", Rule(rank=4))
-    with pytest.raises(UsageError, match="is compact"):
-        collect(compact := open_model(tmp_path / "compact"), compact.sites, data, tmp_path / "t")
 
 
 def test_repeating_one_input_is_too_little_data_but_works(
@@ -391,7 +436,40 @@ def test_in_sequence_later_blocks_get_the_outputs_of_pruned_blocks(
 
     assert max(moved("encoder.self.0"), moved("decoder.self.0")) < 1e-14
     assert min(moved(name) for name in ("encoder.self.1", "decoder.cross.0", "decoder.self.1")) > 1e-3
-    prune_model(model, tmp_path / "out", Rule(rank=3), statistics=chain)
+    asked = [
+        prune_model(model, tmp_path / str(i), Rule(rank=3), statistics=s).summary for i, s in enumerate((apart, chain))
+    ]
+    assert [summary.get("calibration_sequential") for summary in asked] == [None, "rank 3"]
+    assert asked[0]["calibration_sha256"] == asked[1]["calibration_sha256"]
+    collect(model, model.sites, data[:1], tmp_path / "part")
+    collect(model, model.sites, data[1:], tmp_path / "rest", Rule(rank=3))
+    with pytest.raises(PessaError, match="not pruned and pruned by rank 3"):
+        SavedStatistics(tmp_path / "part", tmp_path / "rest")
+
+
+def test_lines_with_one_clip_are_all_used_and_transcripts_count(tmp_path: Path) -> None:
+    """Of the same audio: two lines stay two, and other transcripts are other data, but not a second file of audio."""
+    soundfile.write(tmp_path / "a.wav", np.full(160, 0.1), 16000)
+
+    def read(
+        *rows: dict[str, str], more: tuple[str, ...] = ()
+    ) -> tuple[list[tuple[str | None, str | None]], list[str]]:
+        lines = "".join(json.dumps({"audio": "a.wav"} | row) + "\n" for row in rows)
+        (tmp_path / "clips.jsonl").write_text(lines)
+        items, identities = read_data([tmp_path / "clips.jsonl", *(tmp_path / name for name in more)])
+        return [(item.text, item.language) for item in items], identities
+
+    one, two = {"text": "one"}, {"text": "two"}
+    assert read(one, two)[0] == [("one", None), ("two", None)]
+    assert read(one, one)[0] == [("one", None)] * 2
+    assert read(one, {})[0] == [("one", None), (None, None)]
+    assert read(one, more=("a.wav", "clips.jsonl"))[0] == [("one", None)]
+    assert read_data([tmp_path / "a.wav", tmp_path / "clips.jsonl"]) == read_data([tmp_path / "clips.jsonl"])
+    bare = read_data([tmp_path / "a.wav"]).identities
+    ways = [read(one), read(two), read(one | {"language": "en"}), read({})]
+    hashes = [data_sha256(CollectedStatistics({}, identities)) for _, identities in ways]
+    assert len(set(hashes)) == len(hashes)
+    assert all(files_of(identities) == set(bare) for _, identities in ways)
 
 
 def test_each_file_of_data_is_read_once(tmp_path: Path) -> None:

@@ -209,6 +209,22 @@ def test_search_with_calibration(llama: Path, tmp_path: Path, pessa: Pessa, call
     assert texts[TEXTS[1] * 3] == 1
 
 
+def test_search_on_a_compact_model(llama: Path, tmp_path: Path, pessa: Pessa) -> None:
+    """The search cuts a compact model further, and the written model has the quality that it found."""
+    (tmp_path / "story.txt").write_text(TEXTS[1] * 3)
+    assert pessa("prune", llama, "-o", tmp_path / "compact", "--ratio", "0.2", "--rope-ratio", "0.2").code == 0
+    limit = ("--max-ppl-increase", "90%", "--evaluate", tmp_path / "story.txt")
+    result = pessa("prune", tmp_path / "compact", "-o", tmp_path / "out", *limit, "--json")
+    assert result.code == 0, result
+    found = json.loads(result.out)["search"]
+    models = [open_model(folder) for folder in (tmp_path / "out", tmp_path / "compact", llama)]
+    assert models[0].parameters < models[1].parameters < models[2].parameters
+    scored = json.loads(pessa("eval", tmp_path / "out", "--text", tmp_path / "story.txt", "--json").out)
+    value = scored["models"][0]["text"]["value"]
+    assert value <= found["limit"]
+    assert any(abs(value - each["value"]) < 1e-4 * value for each in found["tried"])
+
+
 def test_bench_runs_one_model_on_inputs_made_once(tiny_folder: TinyFolder, calls: Calls) -> None:
     """A worker process gets the opened checkpoint, and reads neither its headers nor its weights again."""
     model = open_model(tiny_folder("llama"))

@@ -277,16 +277,16 @@ REFUSED = {
     ),
     "missing": (edit_weights(lambda t: t.pop("model.encoder.layer_norm.bias")), ("layer_norm.bias: missing",)),
     "activation": (edit_json(lambda c: c.update(activation_function="relu")), ("activation_function: 'relu'",)),
-    "a size as text": (edit_json(lambda c: c.update(encoder_layers="2")), ("encoder_layers: '2'",)),
-    "endless": (edit_json(lambda c: c.update(encoder_layers=10**12)), ("encoder_layers: 1000000000000", "tensors")),
+    "a size as text": (edit_json(lambda c: c.update(encoder_layers="2")), ("encoder_layers is '2'",)),
+    "endless": (edit_json(lambda c: c.update(encoder_layers=10**12)), ("encoder_layers is 1000000000000", "tensors")),
     "vocabulary": (edit_json(lambda c: c.update(vocab_size=51867)), ("vocab_size: 51867",)),
     "alignment": (
-        edit_json(lambda c: c.update(alignment_heads=[[0, 7]]), "generation_config.json"),
-        ("alignment_heads are not pairs",),
+        edit_json(lambda c: c.update(alignment_heads=[[0, -1]]), "generation_config.json"),
+        ("alignment_heads is [[0, -1]]",),
     ),
     "alignment a number": (
         edit_json(lambda c: c.update(alignment_heads=7), "generation_config.json"),
-        ("alignment_heads are not pairs",),
+        ("alignment_heads is 7",),
     ),
 }
 

@@ -57,3 +57,17 @@ def degenerate(kind: str) -> Pair:
     elif kind == "one head":
         left, right = left[:1], right[:1]
     return Pair(left, right)
+
+
+def of_condition(number: float, both: bool) -> Pair:
+    """Return heads whose left factor, or both factors, have singular values from 1 down to 1 / number."""
+    generator = torch.Generator().manual_seed(0)
+
+    def factor(length: int, smallest: float) -> Tensor:
+        shapes = ((3, length, 8), (3, 8, 8))
+        left, right = (torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes)
+        values = torch.logspace(0, torch.tensor(smallest).log10().item(), 8, dtype=torch.float64)
+        made: Tensor = torch.linalg.qr(left).Q * values @ torch.linalg.qr(right).Q
+        return made
+
+    return Pair(factor(40, 1 / number), factor(30, 1 / number if both else 1.0))

@@ -356,10 +356,13 @@ TINIES: dict[str, tuple[str, dict[str, Any], str]] = {
 }
 
 
-def build(name: str, **more: Any) -> PreTrainedModel:
-    """Build a tiny model by name, in float32 and eval mode; `more` are further values of its config."""
-    kind, config, _ = TINIES[name]
-    config = config | more
+def build(name: str, kind: str = "", **more: Any) -> PreTrainedModel:
+    """Build a tiny model by name, in float32 and eval mode.
+
+    kind: another class than that of the table; more: further values of its config.
+    """
+    usual, config, _ = TINIES[name]
+    kind, config = kind or usual, config | more
     torch.manual_seed(0)
     made: PreTrainedModel = getattr(transformers, kind)(getattr(transformers, kind).config_class(**config))
     with torch.no_grad():

@@ -18,7 +18,7 @@ from sites import SITE
 
 from pessa_cli.blocks.site import Site
 from pessa_cli.common.errors import PessaError, UsageError
-from pessa_cli.ranks.budget import ordered_steps, ranks_for, trade_off
+from pessa_cli.ranks.budget import UnmetBudgetError, ordered_steps, ranks_for, trade_off
 from pessa_cli.ranks.plan import RankPlan
 from pessa_cli.ranks.rule import Rule
 from pessa_cli.ranks.spectra import LEVELS, Size, Spectra, Trials
@@ -46,7 +46,7 @@ def left(plan: RankPlan, sites: list[Site]) -> int:
     return EACH * sum(sum(plan.qk[s.name]) + sum(plan.vo[s.name]) for s in sites)
 
 
-@pytest.mark.parametrize("share", [1.0, 0.9, 0.5, 0.26, 0.03])
+@pytest.mark.parametrize("share", [1.0, 0.9, 0.5, 0.26, 0.07])
 def test_a_share_of_attention_is_kept_and_no_more(share: float) -> None:
     plan = ranks_for(SITES, spectra_of(0.5, 0.7), Rule(target_attention=share), WHOLE)
     whole = EACH * 32
@@ -59,10 +59,49 @@ def test_params_and_sizes_count_the_whole_model() -> None:
         assert (
             left(ranks_for(SITES, spectra, rule, WHOLE), SITES) == EACH * 32 - 13 * EACH
         )  # the 200 parameters to drop are 12.5 directions
-    with pytest.raises(PessaError, match="488 remain"):
+    with pytest.raises(PessaError, match="520 remain"):
         ranks_for(SITES, spectra, Rule(target_params=0.4), WHOLE)
-    with pytest.raises(PessaError, match="1,952 remain"):
+    with pytest.raises(PessaError, match="2,080 remain"):
         ranks_for(SITES, spectra, Rule(target_size=100), WHOLE)
+
+
+@pytest.mark.parametrize(
+    ("rule", "fits"),
+    [
+        (Rule(target_attention=0.0625), True),  # two of 32 directions
+        (Rule(target_attention=0.06), False),
+        (Rule(target_attention=0.001), False),
+        (Rule(target_params=0.52), True),
+        (Rule(target_params=0.5), False),
+        (Rule(target_size=2080), True),
+        (Rule(target_size=2079), False),
+        (Rule(max_error=0.99), True),
+    ],
+    ids=str,
+)
+def test_a_budget_never_prunes_all_of_qk_or_of_vo(rule: Rule, fits: bool) -> None:
+    """One direction of each remains, the most valuable one; a smaller budget is an error with both numbers."""
+    trials = None if rule.max_error is None else Trials((0.0, 0.0, 0.0, 1e-9), (0.0, 0.0, 0.0, 1e-9), 1.0)
+    spectra = spectra_of(0.5, 0.7, (trials, trials))
+    if fits:
+        plan = ranks_for(SITES, spectra, rule, WHOLE)
+        assert [sum(map(sum, side.values())) for side in (plan.qk, plan.vo)] == [1, 1]
+    else:
+        with pytest.raises(UnmetBudgetError, match=r"the budget is [\d,]+ of [\d,]+ .*, but [\d,]+ remain"):
+            ranks_for(SITES, spectra, rule, WHOLE)
+    points = trade_off(SITES, spectra, Rule(), WHOLE, points=32)
+    assert points[-1].attention == 2 * EACH
+
+
+@pytest.mark.parametrize("option", ["rank", "min_rank"])
+def test_a_rank_larger_than_every_head_is_refused(option: str) -> None:
+    for rank in (4, 5):
+        rule = Rule(rank=rank) if option == "rank" else Rule(min_rank=rank)
+        if rank == 4:
+            assert ranks_for(SITES, spectra_of(0.5, 0.7), rule, WHOLE).vo[SITE.name] == (4, 4)
+        else:
+            with pytest.raises(UsageError, match=f"--{option.replace('_', '-')} 5: the largest head has 4"):
+                ranks_for(SITES, spectra_of(0.5, 0.7), rule, WHOLE)
 
 
 def test_the_cheapest_directions_of_all_blocks_are_dropped_first() -> None:
@@ -105,7 +144,7 @@ def test_ranks_respect_round_to_and_min_rank(step: int, least: int) -> None:
     allowed = {max(least, min(4, multiple)) for multiple in range(0, 9, step)} | {4}
     try:
         plan = ranks_for(SITES, spectra_of(0.5, 0.7), rule, WHOLE)
-    except PessaError:
+    except UnmetBudgetError:
         assert least == 3  # the minimum of three of four directions per head is more than 70 %
         return
     assert {rank for side in (plan.qk, plan.vo) for ranks in side.values() for rank in ranks} <= allowed

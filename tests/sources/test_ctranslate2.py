@@ -388,7 +388,7 @@ def test_other_formats_are_refused(tmp_path: Path, header: dict[str, int], messa
         ("tokenizer.json", json.dumps(tokenizer(vocabulary(True))), "belongs to another model"),
         ("config.json", None, "config.json does not exist"),
         ("config.json", '{"suppress_ids": [51864]}', "suppress_ids is not a list of token ids below 51864"),
-        ("config.json", '{"alignment_heads": [[0, 2]]}', "alignment_heads are not pairs"),
+        ("config.json", '{"alignment_heads": [[0, -2]]}', "alignment_heads is [[0, -2]]"),
     ],
     ids=lambda value: str(value)[:30],
 )

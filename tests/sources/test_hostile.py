@@ -322,10 +322,14 @@ def test_recipes(attack: str, tmp_path: Path) -> None:
     assert len(error.value.message) < 1000
 
 
-def test_a_rank_beyond_64_bits_means_the_head_size(bases: Bases, tmp_path: Path) -> None:
-    rule = Rule(rank=10**30, round_to=10**30, min_rank=10**30)
-    prune_model(open_model(bases["bert"]), tmp_path / "out", rule, run=Run(jobs=1))
+def test_ranks_beyond_64_bits(bases: Bases, tmp_path: Path) -> None:
+    """A multiple that large means the head size; such a rank is refused."""
+    model = open_model(bases["bert"])
+    prune_model(model, tmp_path / "out", Rule(rank=1, round_to=10**30), run=Run(jobs=1))
     assert [site.vo_ranks for site in open_model(tmp_path / "out").sites] == [(4, 4)]
+    for rule in (Rule(rank=10**30), Rule(min_rank=10**30)):
+        with bounded(), pytest.raises(PessaError, match=f"{10**30}: the largest head has 4"):
+            prune_model(model, tmp_path / "no", rule, run=Run(jobs=1))
 
 
 @pytest.mark.parametrize("name", ["bert", "whisper"])

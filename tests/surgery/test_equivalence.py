@@ -15,7 +15,8 @@ from torch import Tensor
 
 import pessa_cli.algebra.absorb
 from pessa_cli.blocks.table import ARCHITECTURES
-from pessa_cli.evaluation.verify import Report, verify_models
+from pessa_cli.evaluation.report import Report
+from pessa_cli.evaluation.verify import verify_models
 from pessa_cli.ranks.rule import Rule
 from pessa_cli.surgery.export import export_model
 from pessa_cli.surgery.model import Model, open_model
@@ -79,7 +80,7 @@ def test_a_change_outside_attention_is_found(source: Path, tmp_path: Path) -> No
         parameter[0] += 1e-6
     changed.save_pretrained(tmp_path / "changed")
     report = verify_models(open_model(source), open_model(tmp_path / "changed"), level="weights")
-    assert report.unequal == [name]
+    assert list(report.unequal) == [name]
     assert not report.same
 
 

@@ -10,12 +10,16 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from harness import Pessa, TinyFolder, is_refusal, snapshot
+from harness import Pessa, TinyFolder, edit_weights, is_refusal, snapshot
 from peft import PeftModel, get_peft_model
+from tiny_models import build
 from tuned import disturb
 
 from pessa_cli.checkpoint.reader import CheckpointReader
 from pessa_cli.checkpoint.shards import ShardWriter
+from pessa_cli.ranks.rule import Rule
+from pessa_cli.surgery.model import open_model
+from pessa_cli.surgery.prune import prune_model
 from pessa_cli.tuning.registry import build_config
 
 CASES = [
@@ -121,15 +125,87 @@ def test_a_compact_model_stays_compact(pessa: Pessa, pruned: Callable[..., Path]
     assert tiny.close(tiny.load(tmp_path / "dense"), merged)
 
 
-def test_an_adapter_wider_than_a_compact_model(pessa: Pessa, pruned: Callable[..., Path], tmp_path: Path) -> None:
-    """LoRA adds to dropped directions, so its adapter merges into the dense layout but not into the compact one."""
-    folder = pruned("llama")
-    adapter = tuned(folder, tmp_path / "adapter", "lora", None)
-    is_refusal(pessa("merge", folder, adapter, "-o", tmp_path / "merged"), "--layout dense")
-    assert pessa("export", folder, "-o", tmp_path / "dense").code == 0
-    assert pessa("merge", tmp_path / "dense", adapter, "-o", tmp_path / "merged").code == 0
+# One projection of each product; the cut directions of the other one are zero.
+ONE_SIDED = [
+    ("llama", ["q_proj", "v_proj"]),
+    ("llama", ["k_proj", "o_proj", "up_proj"]),
+    ("llama pairs", ["q_proj", "o_proj"]),
+    ("llama pairs", ["k_proj"]),
+    ("whisper", ["q_proj", "v_proj", "fc1"]),
+    ("whisper", ["k_proj", "out_proj"]),
+    ("bert", ["query", "value"]),
+    ("gpt2", ["attn.c_proj"]),
+]
+
+
+def compact_gpt2(place: Path) -> Path:
+    """A model whose weights are stored transposed, and whose W_Q, W_K and W_V are one tensor."""
+    build("gpt2").save_pretrained(place / "gpt2")
+    prune_model(open_model(place / "gpt2"), place / "compact", Rule(ratio=0.45))
+    return place / "compact"
+
+
+def without_pairs(folder: Path, out: Path) -> Path:
+    """Cut half of the frequency pairs of each head, too."""
+    prune_model(open_model(folder), out, Rule(rope_ratio=0.5))
+    return out
+
+
+@pytest.mark.parametrize(("name", "targets"), ONE_SIDED, ids=lambda value: str(value))
+def test_lora_on_one_side_of_a_compact_model(
+    name: str, targets: list[str], pessa: Pessa, pruned: Callable[..., Path], tmp_path: Path
+) -> None:
+    """The matrices that LoRA adds are full, but what they add to cut directions has no effect."""
+    folder = compact_gpt2(tmp_path) if name == "gpt2" else pruned(name.removesuffix(" pairs"))
+    if name.endswith(" pairs"):
+        folder = without_pairs(folder, tmp_path / "pairs")
+    adapter = tuned(folder, tmp_path / "adapter", "lora", targets)
+    result = pessa("merge", folder, adapter, "-o", tmp_path / "merged")
+    assert result.code == 0, result
+    shapes, found = (
+        {key: info.shape for key, info in CheckpointReader(f).header.items()} for f in (folder, tmp_path / "merged")
+    )
+    assert shapes == found
+    merged = tiny.load(tmp_path / "merged")
+    assert tiny.close(PeftModel.from_pretrained(tiny.load(folder), str(adapter)), merged)
+    # Negative control: the adapter matters, and so does each half of what was merged.
+    assert not tiny.close(tiny.load(folder), merged, 1e-4)
+    key = next(key for key, value in tensors(folder).items() if tensors(tmp_path / "merged")[key] != value)
+    edit_weights(lambda values: values[key].copy_(CheckpointReader(folder).get(key)))(tmp_path / "merged")
+    assert not tiny.close(tiny.load(tmp_path / "merged"), merged)
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "k_proj"], ["v_proj", "o_proj"], ["k_proj", "v_proj", "o_proj"]])
+def test_lora_on_both_sides_of_a_compact_model(
+    targets: list[str], pessa: Pessa, pruned: Callable[..., Path], place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It gives cut directions an effect again: refused at once, with commands that work."""
+    folder = pruned("llama") if "v_proj" in targets else without_pairs(pruned("llama"), place / "pairs")
+    adapter = tuned(folder, place / "adapter", "lora", targets)
+    before = snapshot(place)
+    result = pessa("merge", folder, adapter, "-o", place / "merged")
+    is_refusal(result, str(adapter), str(folder), "layers.0.self_attn", "--layout dense")
+    assert snapshot(place) == before
+    monkeypatch.chdir(place)
+    for command in result.err.partition("hint: ")[2].strip().split(": pessa ")[1:]:
+        words = command.partition(";")[0].split()
+        assert pessa(*words).code == 0
     with_adapter = PeftModel.from_pretrained(tiny.load(folder), str(adapter))
-    assert tiny.close(with_adapter, tiny.load(tmp_path / "merged"))
+    assert tiny.close(with_adapter, tiny.load(place / "merged"))
+
+
+def test_lora_on_fused_projections_of_a_compact_model(pessa: Pessa, place: Path) -> None:
+    folder = compact_gpt2(place)
+    adapter = tuned(folder, place / "adapter", "lora", ["c_attn"])
+    is_refusal(pessa("merge", folder, adapter, "-o", place / "merged"), "h.0.attn.c_attn", "--layout dense")
+
+
+def test_dora_of_a_compact_model_is_refused_at_once(pessa: Pessa, pruned: Callable[..., Path], place: Path) -> None:
+    """What it adds depends on the whole weight."""
+    adapter = tuned(pruned("llama", "dense"), place / "adapter", "dora", ["v_proj"])
+    before = snapshot(place)
+    is_refusal(pessa("merge", pruned("llama"), adapter, "-o", place / "merged"), "v_proj", "--layout dense")
+    assert snapshot(place) == before
 
 
 def _rename(adapter: Path) -> None:

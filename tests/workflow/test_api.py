@@ -21,7 +21,7 @@ from pessa_cli import Recipe, Rule, Run, UsageError, VerifyOptions, api
 ROOT = SOURCE.parent
 PUBLIC = (
     *("prune", "decompose", "inspect", "export", "verify", "verify_files", "bench", "load_recipe", "load_whisper"),
-    *("Rule", "Recipe", "Run", "VerifyOptions", "BenchSettings", "PessaError", "UsageError"),
+    *("Rule", "Recipe", "Run", "VerifyOptions", "BenchSettings", "PessaError", "PessaWarning", "UsageError"),
     *("PessaTunerConfig", "SorsaConfig", "MiloraConfig", "PicaConfig", "SvftConfig", "LoraXsConfig"),
     *("get_backend", "set_backend"),
 )
