@@ -25,24 +25,29 @@ from pessa_cli.checkpoint.files import (
     write_json,
 )
 from pessa_cli.checkpoint.links import check_links, hidden_files, visible_files
+from pessa_cli.checkpoint.manifest import CARD_FILE, MANIFEST_FILE, UNHASHED, not_ours, write_manifest
+from pessa_cli.checkpoint.places import check_apart, check_free, partial_folder, partial_output
 from pessa_cli.checkpoint.reader import CheckpointReader, Header, TensorInfo
 from pessa_cli.checkpoint.shards import CheckpointWriter, ShardWriter, write_index
-from pessa_cli.checkpoint.staging import Staging, check_free, new_folder, partial_folder, run_identity
+from pessa_cli.checkpoint.staging import Staging, new_file, new_folder, run_identity
 
 __all__ = [
     "ADAPTER_FILE",
+    "CARD_FILE",
     "CHOSEN",
     "CONFIG_FILE",
     "FLOATS",
     "HIDDEN",
     "INDEX_FILE",
     "ITEM_BYTES",
+    "MANIFEST_FILE",
     "MODULES_FILE",
     "MOST_JSON",
     "PICKLE_SUFFIXES",
     "SINGLE_FILE",
     "TORCH_DTYPES",
     "UNDERFLOW",
+    "UNHASHED",
     "UNIT_ROUNDOFF",
     "WEIGHT_SUFFIXES",
     "CheckpointReader",
@@ -52,13 +57,17 @@ __all__ = [
     "ShardWriter",
     "Staging",
     "TensorInfo",
+    "check_apart",
     "check_free",
     "check_links",
     "contents_of",
     "hidden_files",
     "left_out_text",
+    "new_file",
     "new_folder",
+    "not_ours",
     "partial_folder",
+    "partial_output",
     "read_json",
     "run_identity",
     "sha256_of",
@@ -66,4 +75,5 @@ __all__ = [
     "visible_files",
     "write_index",
     "write_json",
+    "write_manifest",
 ]

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from xml.etree import ElementTree
 
-from pessa_cli.common.errors import PessaError, UsageError
+from pessa_cli.common.errors import UsageError
+from pessa_cli.common.files import check_writable, whole_file
 from pessa_cli.common.text import visible
 
 if TYPE_CHECKING:
@@ -14,9 +15,10 @@ if TYPE_CHECKING:
 
 
 def check_junit(path: Path) -> None:
-    """Raise UsageError if the file cannot be written, before any long work."""
-    if path.is_dir() or not path.resolve().parent.is_dir():
-        raise UsageError(f"--junit {path}: no file can be written there", "give a file in a folder that exists")
+    """Raise UsageError if the file cannot be written or is not a report to be replaced, before any long work."""
+    check_writable(path, "--junit")
+    if path.is_file() and path.read_bytes()[:5] not in (b"", b"<?xml"):
+        raise UsageError(f"--junit {path} exists, and is not an XML file", "give another file, or delete that one")
 
 
 def write_junit(path: Path, report: Report) -> None:
@@ -30,7 +32,5 @@ def write_junit(path: Path, report: Report) -> None:
         case = ElementTree.SubElement(suite, "testcase", classname=f"pessa.{check.level}", name=visible(check.where))
         if not check.passed:
             ElementTree.SubElement(case, "failure", message=visible(check.finding))
-    try:
-        ElementTree.ElementTree(suite).write(path, encoding="utf-8", xml_declaration=True)
-    except OSError as error:
-        raise PessaError(f"cannot write {path}: {error}", "give --junit a file in a folder that exists") from error
+    with whole_file(path, "--junit") as file:
+        ElementTree.ElementTree(suite).write(file, encoding="utf-8", xml_declaration=True)

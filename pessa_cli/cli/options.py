@@ -78,7 +78,7 @@ class RunOptions:
     unknown_weights: Literal["refuse", "copy", "leave-out"] = option(
         "refuse", "What to do with other weights in MODEL's folder that may or may not belong to it."
     )
-    force: bool = option(False, "Replace the output if it exists.")
+    force: bool = option(False, "Replace the output, if pessa wrote it and nothing was added to it.")
 
     def run(self) -> Run:
         """Return the options as a Run, with a progress bar. Raises UsageError for values that cannot be used."""

@@ -8,6 +8,7 @@ from typing import Any
 
 from pessa_cli.blocks.site import Site
 from pessa_cli.common.errors import PessaError, UsageError
+from pessa_cli.common.files import check_writable, whole_file
 from pessa_cli.ranks.budget import Point
 from pessa_cli.ranks.spectra import Spectra, Spectrum
 
@@ -66,9 +67,8 @@ def _save(figure: Any, path: Path) -> None:
     from matplotlib import pyplot as plt
 
     try:
-        figure.savefig(path, dpi=150)
-    except OSError as error:
-        raise PessaError(f"cannot write {path}: {error}", "give --plot a file in a folder that exists") from None
+        with whole_file(path, "--plot") as file:
+            figure.savefig(file, dpi=150, format=path.suffix[1:].lower())
     finally:
         plt.close(figure)
 
@@ -97,14 +97,11 @@ def check_plot(path: Path) -> None:
         raise UsageError(
             f"--plot {path}: {path.suffix or 'no suffix'} is not an image format", "give a .png, .svg or .pdf file"
         )
-    if path.is_dir():
-        raise UsageError(f"--plot {path} is a folder", "give the name of a file in it")
-    if not path.resolve().parent.is_dir():
-        raise UsageError(f"--plot {path}: {path.parent} is not a folder", "create it first")
+    check_writable(path, "--plot")
     try:
         import matplotlib  # noqa: F401
-    except ImportError:
-        raise PessaError("--plot needs matplotlib", "pip install 'pessa[plot]'") from None
+    except ImportError as error:
+        raise PessaError("--plot needs matplotlib", "pip install 'pessa[plot]'") from error
 
 
 def _draw(axis: object, values: Spectrum, colour: str, label: str) -> None:

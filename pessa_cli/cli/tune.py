@@ -46,8 +46,8 @@ def tune(
 
     run = options.run()
     name = named(run, model).source or model
+    check_output(model, out, run)
     with opened(model, **source.opening) as found, console.training() as watch:
-        check_output(out, found, run)
         job = Job(found, data, out, tuning, name, eval_data, options.force, options.resume, tensorboard, watch)
         record = train(job)
     if record is None:  # the first process shows the result
@@ -75,8 +75,9 @@ def merge(
     need("peft")
     run = options.run()
     from pessa_cli.tuning.merge import merge_adapter
-    from pessa_cli.workflow.steps import named, opened
+    from pessa_cli.workflow.steps import check_output, named, opened
 
+    check_output(model, out, run)
     with opened(model, **source.opening) as found:
         written = merge_adapter(found, adapter, out, named(run, model))
     if json:

@@ -10,8 +10,17 @@ if TYPE_CHECKING:
     from pessa_cli.common.errors import PessaError as PessaError
     from pessa_cli.common.errors import PessaWarning as PessaWarning
     from pessa_cli.common.errors import UsageError as UsageError
+    from pessa_cli.common.files import FULL_DISK as FULL_DISK
+    from pessa_cli.common.files import TEMPORARY as TEMPORARY
+    from pessa_cli.common.files import check_writable as check_writable
+    from pessa_cli.common.files import disk_error as disk_error
     from pessa_cli.common.files import file_size as file_size
     from pessa_cli.common.files import is_there as is_there
+    from pessa_cli.common.files import reason as reason
+    from pessa_cli.common.files import rename_new as rename_new
+    from pessa_cli.common.files import sync_folder as sync_folder
+    from pessa_cli.common.files import whole_file as whole_file
+    from pessa_cli.common.files import write_file as write_file
     from pessa_cli.common.jobs import in_order as in_order
     from pessa_cli.common.jobs import one_thread as one_thread
     from pessa_cli.common.lazy import lazy_exports as lazy_exports
@@ -46,7 +55,19 @@ else:
         __name__,
         {
             "errors": ["PessaError", "PessaWarning", "UsageError"],
-            "files": ["file_size", "is_there"],
+            "files": [
+                "FULL_DISK",
+                "TEMPORARY",
+                "check_writable",
+                "disk_error",
+                "file_size",
+                "is_there",
+                "reason",
+                "rename_new",
+                "sync_folder",
+                "whole_file",
+                "write_file",
+            ],
             "jobs": ["in_order", "one_thread"],
             "lazy": ["lazy_exports"],
             "memory": ["MORE_MEMORY", "out_of_memory", "raise_if_out_of_memory"],

@@ -41,6 +41,6 @@ def check_device(device: str, dtype: str = "float32") -> None:
 
     try:
         torch.zeros(1, dtype=getattr(torch, dtype), device=device).cpu()
-    except (RuntimeError, AssertionError, TypeError, ImportError) as error:
+    except (RuntimeError, AssertionError, TypeError, ImportError, NotImplementedError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UsageError(f"--device {device} cannot be used: {reason}", "give cpu, or leave --device out") from error

@@ -39,6 +39,7 @@ class ScoreSettings:
         check_device(self.device, self.dtype)
         if self.batch < 1:
             raise UsageError(f"--batch {self.batch}: a batch needs at least 1 input", "give 1 or more")
+        check_device(self.device, self.dtype)
         if self.limit < 0:
             raise UsageError(f"--limit {self.limit} is negative", "give 1 or more, or 0 to use all data")
         if not 1 <= self.stride <= self.window or self.window < 2:

@@ -19,13 +19,13 @@ import transformers
 from pessa_cli.checkpoint.dtypes import FLOATS, TORCH_DTYPES
 from pessa_cli.checkpoint.files import CONFIG_FILE, sha256_of
 from pessa_cli.checkpoint.links import visible_files
+from pessa_cli.checkpoint.manifest import CARD_FILE, MANIFEST_FILE
 from pessa_cli.common.errors import PessaError
 from pessa_cli.common.text import shortened
 from pessa_cli.models.classes import LOCAL_ONLY
 from pessa_cli.models.load import quiet_transformers
-from pessa_cli.surgery.card import CARD_FILE
 from pessa_cli.surgery.generation import GENERATION_FILE, mended_generation_config
-from pessa_cli.surgery.model import MANIFEST_FILE, Model
+from pessa_cli.surgery.model import Model
 
 # Who wrote a file, from where, and how attention is computed. `dtype` is compared as the dtype that is loaded, and the
 # `quantization_config` of pessa, which gives the shapes of its tensors, with the weights.

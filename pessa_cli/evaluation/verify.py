@@ -21,6 +21,7 @@ from pessa_cli.blocks.site import Site
 from pessa_cli.checkpoint.dtypes import FLOATS
 from pessa_cli.checkpoint.files import read_json, sha256_of
 from pessa_cli.checkpoint.links import visible_files
+from pessa_cli.checkpoint.manifest import CARD_FILE, MANIFEST_FILE
 from pessa_cli.checkpoint.reader import CheckpointReader
 from pessa_cli.common.errors import PessaError, UsageError
 from pessa_cli.common.progress import Progress, quietly
@@ -31,8 +32,7 @@ from pessa_cli.evaluation.report import LIMITS, Difference, Limits, Report
 from pessa_cli.evaluation.settings import compare_settings
 from pessa_cli.evaluation.tensors import compare_tensors
 from pessa_cli.surgery.block_io import NotFiniteError, read_site
-from pessa_cli.surgery.card import CARD_FILE
-from pessa_cli.surgery.model import MANIFEST_FILE, Model
+from pessa_cli.surgery.model import Model
 
 
 def verify_models(
@@ -60,7 +60,7 @@ def verify_models(
             f"--audio and --text need --level outputs, not {level}", "leave them out, or leave --level out"
         )
     if level != "weights":
-        check_device(device)
+        check_device(device, "float64")
     dtype = max((site.dtype for model in (reference, candidate) for site in model.sites), key=FLOATS.index)
     limits = LIMITS[dtype]
     limits = Limits(

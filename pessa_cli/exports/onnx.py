@@ -25,6 +25,7 @@ from pessa_cli.blocks.compact_format import ModuleNames
 from pessa_cli.blocks.site import Site
 from pessa_cli.checkpoint.files import CONFIG_FILE, sha256_of, write_json
 from pessa_cli.checkpoint.links import visible_files
+from pessa_cli.checkpoint.manifest import write_manifest
 from pessa_cli.checkpoint.reader import CheckpointReader
 from pessa_cli.checkpoint.staging import new_folder
 from pessa_cli.common.errors import PessaError
@@ -36,7 +37,7 @@ from pessa_cli.exports.onnx_attention import CacheSlots, HeadByHead, kept_heads
 from pessa_cli.exports.onnx_modules import Encoder, FirstPass, LaterPass, TextEncoder
 from pessa_cli.models.load import load, quiet_transformers
 from pessa_cli.surgery.block_io import read_site
-from pessa_cli.surgery.model import MANIFEST_FILE, Model, open_model
+from pessa_cli.surgery.model import Model, open_model
 from pessa_cli.surgery.side_files import UnknownWeights, copy_side_files, output_contents
 
 TOLERANCE = 1e-4  # relative Frobenius error of a graph's output, the limit of `verify` for float32
@@ -75,15 +76,16 @@ def export_onnx(
     torch within TOLERANCE. Raises PessaError when onnxruntime is missing, for other models, and for disagreeing graphs.
     """
     _need_packages()
-    model = open_model(folder)
-    kind = model.reader.config.get("model_type")
-    if kind not in ("whisper", "bert") or model.reader.config.get("is_decoder"):
-        raise PessaError(
-            f"{folder}: a {kind} {'decoder ' if kind == 'bert' else ''}cannot be exported to ONNX",
-            "only whisper models and bert encoders can; for others run `pessa export --layout dense`, then use optimum",
-        )
-    names = output_contents(model.reader, unknown_weights).copied
-    with new_folder(out, folder, force) as staging, torch.no_grad(), _quiet():
+    with new_folder(out, [folder], force) as staging, torch.no_grad(), _quiet():
+        model = open_model(folder)
+        kind = model.reader.config.get("model_type")
+        if kind not in ("whisper", "bert") or model.reader.config.get("is_decoder"):
+            raise PessaError(
+                f"{folder}: a {kind} {'decoder ' if kind == 'bert' else ''}cannot be exported to ONNX",
+                "only whisper models and bert encoders can; for others `pessa export --layout dense`, then use optimum",
+            )
+        names = output_contents(model.reader, unknown_weights).copied
+        staging.need(model.nbytes)
         loaded = load(model)
         with progress("tracing", model.nbytes, len(model.sites)) as tick:
             graphs, check = (_whisper if kind == "whisper" else _bert)(model, loaded, tick)
@@ -317,16 +319,15 @@ def _write_side_files(reader: CheckpointReader, names: list[str], folder: Path, 
     copy_side_files(reader.folder, folder, [name for name in names if not name.endswith(".py")], card=False)
     config = {key: value for key, value in reader.config.items() if key not in ("quantization_config", "auto_map")}
     write_json(folder / CONFIG_FILE, config | {key: "float32" for key in ("dtype", "torch_dtype") if key in config})
-    manifest = {
+    about = {
         "pessa": VERSION,
         "versions": {name: version(name) for name in ("torch", "transformers", "onnxscript", "onnxruntime")},
         "command": "export",
         "to": "onnx",
         "error": errors,
         "tolerance": TOLERANCE,
-        "sha256": {name: sha256_of(path) for name, path in visible_files(folder).items()},
     }
-    write_json(folder / MANIFEST_FILE, manifest)
+    write_manifest(folder, about, {name: sha256_of(path) for name, path in visible_files(folder).items()})
 
 
 def _seeded() -> torch.Generator:

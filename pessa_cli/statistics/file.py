@@ -20,7 +20,7 @@ import torch
 from pessa_cli.algebra.heads import HeadWeights
 from pessa_cli.blocks.site import Site
 from pessa_cli.common.errors import PessaError
-from pessa_cli.common.files import file_size
+from pessa_cli.common.files import file_size, write_file
 from pessa_cli.common.text import listed, shortened
 from pessa_cli.statistics.sums import NAMES, BlockStatistics, shapes_of
 from pessa_cli.statistics.weighing import independent
@@ -154,7 +154,7 @@ def save_statistics(
     """Write the statistics of all blocks to a safetensors file.
 
     blocks: by site name. weights: the fingerprints of the blocks' weights, by site name. data, sequential: see
-    `Statistics`. Raises PessaError when the file cannot be written.
+    `Statistics`. A file that is there already is left as it is. Raises PessaError when the file cannot be written.
     """
     from safetensors.torch import save
 
@@ -162,13 +162,7 @@ def save_statistics(
     about = {"format": FORMAT, "weights": json.dumps(dict(weights)), "data": json.dumps(sorted(data))}
     if sequential is not None:
         about["sequential"] = sequential
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.write_bytes(save(tensors, about))
-        partial.replace(path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise PessaError(f"cannot write {path}: {error}", "give --statistics a file in a folder that exists") from error
+    write_file(path, save(tensors, about), "--statistics", new=True)
 
 
 def fingerprint(weights: HeadWeights) -> str:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pessa_cli.surgery.block_io import NotFiniteError, read_site, split_fused, write_site
 from pessa_cli.surgery.block_reader import BlockReader
-from pessa_cli.surgery.card import CARD_FILE, check_card, write_figures
+from pessa_cli.surgery.card import check_card, write_figures
 from pessa_cli.surgery.decomposition import Decomposition, decomposition_of, measure
 from pessa_cli.surgery.export import export_model
 from pessa_cli.surgery.generation import GENERATION_FILE, mended_generation_config
-from pessa_cli.surgery.model import MANIFEST_FILE, Model, open_model
+from pessa_cli.surgery.model import Model, open_model
 from pessa_cli.surgery.output import hashes_of, write_shards
 from pessa_cli.surgery.prune import decompose_model, prune_model
 from pessa_cli.surgery.rewrite import SHARD_BYTES, Rewrite, cut_into_files
@@ -16,9 +16,7 @@ from pessa_cli.surgery.run import Run
 from pessa_cli.surgery.side_files import UnknownWeights, copy_side_files, output_contents
 
 __all__ = [
-    "CARD_FILE",
     "GENERATION_FILE",
-    "MANIFEST_FILE",
     "SHARD_BYTES",
     "BlockReader",
     "Decomposition",

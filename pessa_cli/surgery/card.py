@@ -11,11 +11,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from pessa_cli.checkpoint.manifest import CARD_FILE
 from pessa_cli.common.errors import PessaError
-from pessa_cli.common.files import file_size
+from pessa_cli.common.files import file_size, write_file
 from pessa_cli.common.text import visible
 
-CARD_FILE = "README.md"
 ORIGINAL_FILE = "README.original.md"  # the card of the source, unchanged
 BEGIN, END = "<!-- pessa verify: begin -->", "<!-- pessa verify: end -->"
 MOST_BYTES = 2**20  # larger cards are not read
@@ -234,12 +234,4 @@ def write_figures(folder: Path, reference: str, rows: Iterable[Iterable[str]], v
     table = _table(("level", "measure", "worst", "limit", "where"), ([_inline(cell) for cell in row] for row in rows))
     found = f"`pessa verify` against {_inline(reference)}: {_inline(verdict)}\n\n{table}"
     start, end = text.index(BEGIN) + len(BEGIN), text.index(END)
-    new = folder / f".{CARD_FILE}.new"
-    try:
-        new.write_text(f"{text[:start]}\n{found}\n{text[end:]}", encoding="utf-8")
-        new.replace(folder / CARD_FILE)
-    except OSError as error:
-        new.unlink(missing_ok=True)
-        raise PessaError(
-            f"cannot write {folder / CARD_FILE}: {error}", "check the free space and the permissions of its folder"
-        ) from error
+    write_file(folder / CARD_FILE, f"{text[:start]}\n{found}\n{text[end:]}".encode())

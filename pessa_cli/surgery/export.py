@@ -12,20 +12,23 @@ from pessa_cli.algebra.heads import HeadWeights
 from pessa_cli.blocks.compact_format import PairRuns, Ranks, last_pair, pair_ranks, parse_pairs
 from pessa_cli.blocks.site import Site, in_full
 from pessa_cli.checkpoint.files import read_json
+from pessa_cli.checkpoint.manifest import MANIFEST_FILE
+from pessa_cli.checkpoint.staging import Staging
 from pessa_cli.common.errors import PessaError
 from pessa_cli.common.text import listed
 from pessa_cli.ranks.plan import RankPlan
 from pessa_cli.surgery.block_io import StorageLayout, read_site, write_site
 from pessa_cli.surgery.decomposed_block import ORDERS
-from pessa_cli.surgery.model import MANIFEST_FILE, Model
+from pessa_cli.surgery.model import Model
 from pessa_cli.surgery.rewrite import Ranking, Rewrite
 from pessa_cli.surgery.run import Run
 from pessa_cli.surgery.writing import carry_out, new_output, new_rewrite
 
 
-def export_model(model: Model, out: Path, layout: StorageLayout, run: Run | None = None) -> Rewrite:
+def export_model(model: Model, out: Path | Staging, layout: StorageLayout, run: Run | None = None) -> Rewrite:
     """Write a pruned model in the given layout: "compact", or "dense" with zeros in the cut directions.
 
+    out: the folder to write, or a staging folder that the caller puts in place.
     The ranks are read from its pessa.json, or for a compact model without that file from its tensor shapes. Raises
     PessaError for a dense model without a pessa.json, whose ranks are not known, and for ranks that would remove
     weights that are not zero.

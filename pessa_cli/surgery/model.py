@@ -13,8 +13,6 @@ from pessa_cli.common.errors import PessaError
 from pessa_cli.ranks.spectra import Size, Spectra
 from pessa_cli.surgery.spectra_file import load_spectra
 
-MANIFEST_FILE = "pessa.json"
-
 
 @dataclass(frozen=True)
 class Model:

@@ -21,20 +21,18 @@ from pessa_cli.blocks.compact_format import HINT_BEGINS, LOAD_HINT, QUANT_METHOD
 from pessa_cli.blocks.site import Site, ragged_site
 from pessa_cli.checkpoint.files import CONFIG_FILE, sha256_of, source_name, write_json
 from pessa_cli.checkpoint.links import visible_files
+from pessa_cli.checkpoint.manifest import CARD_FILE, UNHASHED, write_manifest
 from pessa_cli.checkpoint.reader import CheckpointReader, Header
 from pessa_cli.checkpoint.shards import ShardWriter, write_index
 from pessa_cli.checkpoint.staging import Staging
 from pessa_cli.common.jobs import in_order
 from pessa_cli.ranks.spectra import Spectra, Spectrum
-from pessa_cli.surgery.card import CARD_FILE, ORIGINAL_FILE, front_matter, is_card, model_card, read_card
+from pessa_cli.surgery.card import ORIGINAL_FILE, front_matter, is_card, model_card, read_card
 from pessa_cli.surgery.generation import GENERATION_FILE, write_generation_config
-from pessa_cli.surgery.model import MANIFEST_FILE
 from pessa_cli.surgery.rewrite import Rewrite
 from pessa_cli.surgery.side_files import copy_side_files
 from pessa_cli.surgery.spectra_file import save_spectra
 from pessa_cli.surgery.totals import totals
-
-UNHASHED = (MANIFEST_FILE, CARD_FILE)  # the manifest cannot hold its own hash, and users edit the card
 
 
 def write_output(
@@ -74,11 +72,7 @@ def write_output(
         name: sha256_of(reader.folder / name) if name == GENERATION_FILE else outputs[copy]
         for name, copy in copied.items()
     }
-    manifest = rewrite.summary | {
-        "source_sha256": dict(sorted(sources.items())),
-        "sha256": outputs,
-    }
-    write_json(folder / MANIFEST_FILE, manifest)
+    write_manifest(folder, rewrite.summary | {"source_sha256": dict(sorted(sources.items()))}, outputs)
 
 
 def write_shards(
@@ -93,8 +87,11 @@ def write_shards(
 
     tensors: returns the names and tensors of a shard in order, with None for a tensor that is copied from the source.
     last: the names of the last tensors of blocks. tick: is called for each tensor with its bytes, and with one block
-    if its name is in `last`. Raises PessaError when the source files change during the run.
+    if its name is in `last`. Raises PessaError when the disk has no room for the shards, before the first is written,
+    and when the source files change during the run.
     """
+    left = [plan for file, plan in shards.items() if file not in staging.finished]
+    staging.need(sum(info.nbytes for plan in left for info in plan.values()))
     for file, plan in shards.items():
         if file in staging.finished:
             tick(sum(info.nbytes for info in plan.values()), sum(name in last for name in plan))

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from pessa_cli.blocks.site import Site
+from pessa_cli.checkpoint.staging import Staging
 from pessa_cli.common.errors import UsageError
 from pessa_cli.ranks.budget import ranks_for
 from pessa_cli.ranks.plan import RankPlan
@@ -29,7 +30,7 @@ from pessa_cli.surgery.writing import carry_out, check_layout, new_output, new_r
 
 def decompose_model(
     model: Model,
-    out: Path,
+    out: Path | Staging,
     sites: list[Site] | None = None,
     run: Run | None = None,
     statistics: Statistics | None = None,
@@ -39,7 +40,8 @@ def decompose_model(
 ) -> Rewrite:
     """Write the model with every block as balanced factors at full rank, and with the spectra of the blocks.
 
-    All tensors keep their names and shapes. blocks, decomposition: as in `prune_model`, which also lists the errors.
+    All tensors keep their names and shapes. out, blocks, decomposition: as in `prune_model`, which also lists the
+    errors.
     """
     run, sites = run or Run(), model.sites if sites is None else sites
     full = {site.name: site.full for site in sites}
@@ -54,7 +56,7 @@ def decompose_model(
 
 def prune_model(
     model: Model,
-    out: Path,
+    out: Path | Staging,
     rule: Rule,
     sites: list[Site] | None = None,
     method: Ranking = "svd",
@@ -67,6 +69,7 @@ def prune_model(
 ) -> Rewrite:
     """Write the model with only the directions that the rule keeps, and return the description of the output.
 
+    out: the folder to write, or a staging folder that the caller puts in place.
     statistics: if given, directions are ranked by their effect on the calibration data, and W_O is refitted to the kept
     directions; otherwise directions are ranked by the weights alone. Blocks that are already stored as balanced factors
     (by `decompose` or an earlier `prune`) are only sliced, with the same bytes as a result. blocks: a reader that may
@@ -101,7 +104,7 @@ def _calibrated(rewrite: Rewrite, statistics: Statistics) -> Rewrite:
 def _two_passes(
     planned: Callable[[Mapping[str, Spectra]], Rewrite],
     model: Model,
-    out: Path,
+    out: Path | Staging,
     sites: list[Site],
     ranking: Ranking,
     layout: StorageLayout,

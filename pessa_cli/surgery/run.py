@@ -22,11 +22,12 @@ IN_FLIGHT = 400 * 10**6  # bytes of float64 weights computed at the same time; o
 class Run:
     """How a command is carried out; only `device` and `shard_bytes` can change the bytes of the output.
 
-    source: the name that the user gave the model; by default that of its folder. force: replace an existing output.
-    resume: continue with the shards that a killed run has finished. dry: only plan, and write nothing. jobs: the
-    largest number of blocks computed at the same time, 0 for one per core. device: of the computations, as torch names
-    it. shard_bytes: the largest size of one file of weights. unknown_weights: what is done with files of
-    weights of which the names do not tell whether they belong to the model. progress: reports the work that was done.
+    source: the name that the user gave the model; by default that of its folder. force: replace an output of pessa to
+    which nothing was added. resume: continue with the shards that a killed run has finished. dry: only plan, and write
+    nothing. jobs: the largest number of blocks computed at the same time, 0 for one per core. device: of the
+    computations, as torch names it. shard_bytes: the largest size of one file of weights. unknown_weights: what is done
+    with files of weights of which the names do not tell whether they belong to the model. progress: reports the work
+    that was done.
 
     Raises UsageError for values that cannot be used.
     """

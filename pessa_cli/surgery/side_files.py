@@ -11,11 +11,11 @@ from typing import Literal
 from pessa_cli.checkpoint.contents import CHOSEN, HIDDEN, MODULES_FILE, WEIGHT_SUFFIXES, Contents, contents_of
 from pessa_cli.checkpoint.files import CONFIG_FILE, INDEX_FILE
 from pessa_cli.checkpoint.links import hidden_files, visible_files
+from pessa_cli.checkpoint.manifest import CARD_FILE, MANIFEST_FILE
 from pessa_cli.checkpoint.reader import CheckpointReader
 from pessa_cli.common.errors import PessaError
 from pessa_cli.common.text import listed
-from pessa_cli.surgery.card import CARD_FILE, ORIGINAL_FILE, is_card, read_card
-from pessa_cli.surgery.model import MANIFEST_FILE
+from pessa_cli.surgery.card import ORIGINAL_FILE, is_card, read_card
 from pessa_cli.surgery.spectra_file import SPECTRA_FILE
 
 UnknownWeights = Literal["refuse", "copy", "leave-out"]

@@ -54,12 +54,16 @@ def new_rewrite(
 
 
 @contextmanager
-def new_output(model: Model, out: Path, run: Run) -> Iterator[Staging]:
+def new_output(model: Model, out: Path | Staging, run: Run) -> Iterator[Staging]:
     """Create the staging folder that is renamed to `out` at the end of the `with` block.
 
-    Raises PessaError as `checkpoint.staging.new_folder` does: when `out` exists, is the source, or cannot be written.
+    `out` may also be a staging folder that the caller has created, and puts in place itself. Raises PessaError as
+    `checkpoint.staging.new_folder` does: when `out` exists, is the source, or cannot be written.
     """
-    with new_folder(out, model.reader.folder, run.force, run.resume) as staging:
+    if isinstance(out, Staging):
+        yield out
+        return
+    with new_folder(out, [model.reader.folder], run.force, run.resume) as staging:
         yield staging
 
 

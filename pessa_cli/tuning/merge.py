@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from pessa_cli.blocks.compact_format import ModuleNames
 from pessa_cli.checkpoint.contents import Contents
 from pessa_cli.checkpoint.files import ADAPTER_FILE, CONFIG_FILE, read_json, sha256_of, write_json
+from pessa_cli.checkpoint.manifest import MANIFEST_FILE, write_manifest
 from pessa_cli.checkpoint.reader import CheckpointReader, Header
 from pessa_cli.checkpoint.staging import Staging, new_folder, run_identity
 from pessa_cli.common.errors import PessaError
@@ -34,7 +35,7 @@ from pessa_cli.common.version import VERSION
 from pessa_cli.compat.for_peft import check_target_module_exists
 from pessa_cli.models.classes import model_class
 from pessa_cli.models.load import quiet_transformers
-from pessa_cli.surgery.model import MANIFEST_FILE, Model
+from pessa_cli.surgery.model import Model
 from pessa_cli.surgery.output import hashes_of, write_shards
 from pessa_cli.surgery.rewrite import cut_into_files
 from pessa_cli.surgery.run import Run
@@ -213,7 +214,8 @@ def merge_adapter(model: Model, adapter: Path, out: Path, run: Run | None = None
     """
     run = run or Run()
     reader, contents = model.reader, output_contents(model.reader, run.unknown_weights)
-    with quiet_transformers(), new_folder(out, reader.folder, run.force, run.resume) as staging, one_thread():
+    sources = [reader.folder, adapter]
+    with quiet_transformers(), new_folder(out, sources, run.force, run.resume) as staging, one_thread():
         opened = Adapter(adapter)
         merger = Merger(model, opened)
         owner = {name: layer for layer in merger.layers for name in merger.owned(layer)}
@@ -293,13 +295,7 @@ def _finish(
     before = read_json(reader.folder / MANIFEST_FILE) if (reader.folder / MANIFEST_FILE).is_file() else {}
     reader.check_unchanged()
     sources = {file: sha256_of(reader.folder / file) for file in (*reader.files, CONFIG_FILE)}
-    manifest = (
-        dict(summary)
-        | {name: before[name] for name in KEPT if name in before}
-        | {
-            "source_sha256": dict(sorted(sources.items())),
-            "sha256": hashes_of(staging),
-        }
-    )
-    write_json(folder / MANIFEST_FILE, manifest)
+    kept = {name: before[name] for name in KEPT if name in before}
+    about = dict(summary) | kept | {"source_sha256": dict(sorted(sources.items()))}
+    manifest = write_manifest(folder, about, hashes_of(staging))
     return manifest | {"copied": contents.copied, "left_out": contents.left_out}

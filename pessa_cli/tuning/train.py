@@ -6,10 +6,8 @@ run leaves its checkpoints in the partial folder, for `--resume`.
 
 from __future__ import annotations
 
-import json
 import math
 import platform
-import shutil
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -21,17 +19,21 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import PartialState
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PrinterCallback, Trainer, TrainerCallback, TrainingArguments, WhisperProcessor
 
-from pessa_cli.checkpoint.files import ADAPTER_FILE, read_json, sha256_of, write_json
-from pessa_cli.checkpoint.staging import Staging, new_folder, partial_folder, run_identity
+from pessa_cli.checkpoint.files import sha256_of
+from pessa_cli.checkpoint.places import partial_output
+from pessa_cli.checkpoint.staging import Staging, new_folder, run_identity
 from pessa_cli.common.errors import PessaError, UsageError
+from pessa_cli.common.files import disk_error
 from pessa_cli.common.version import VERSION
 from pessa_cli.compat.for_transformers import bfloat16_is_fast, recomputing, use_one_device
 from pessa_cli.models.instructions import form_of, read_rows
 from pessa_cli.models.load import from_folder, load, quiet_transformers
 from pessa_cli.surgery.model import Model
+from pessa_cli.tuning.adapter_folder import finish
 from pessa_cli.tuning.examples import SpeechData, collate_speech, collate_text, encode_text
 from pessa_cli.tuning.options import TrainOptions, Tuning
 from pessa_cli.tuning.registry import callbacks
@@ -40,8 +42,6 @@ if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
 
 
-RECORD_FILE = "pessa-tune.json"
-HISTORY_FILE = "history.jsonl"
 SAMPLE_BATCHES = 16  # for methods that are initialised from data
 CHECKPOINTS = "checkpoints"  # the word in messages for the parts that a stopped run leaves
 
@@ -101,28 +101,38 @@ def tune(job: Job) -> dict[str, Any] | None:
     """
     with quiet_transformers(), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # deprecations inside transformers
-        arguments = _arguments(job)
-        base = load(job.model, _dtype(job.tuning.train))
-        if arguments.device.type != "mps":  # adapters start from decompositions, which MPS does not have
-            base = base.to(arguments.device)
-        collate, examples = _data(job, base, job.data)
-        held_out = None if job.eval_data is None else _data(job, base, job.eval_data)[1]
-        model = adapted(base, job.tuning, _steps(job.tuning, len(examples)), _sample(examples, collate, arguments))
+        arguments = _arguments(job)  # first, because it also connects the processes
         with _staged(job) as (folder, staging):
-            config = model.peft_config["default"]
-            trainer = _trainer_class(config)(
-                model=model, args=arguments, train_dataset=examples, eval_dataset=held_out, data_collator=collate
-            )
-            trainer.pop_callback(PrinterCallback)
-            progress = ProgressCallback(trainer, job.watch, staging)
-            for callback in [progress, *callbacks(config), *_tensorboard(job.tensorboard)]:
-                trainer.add_callback(callback)
-            done = trainer.train(resume_from_checkpoint=_last_checkpoint(folder))
-            trainer.save_model(str(folder))
-            trainer.accelerator.wait_for_everyone()
-            record = _record(job, model, trainer, done.metrics, len(examples))
-            if staging is not None:
-                _finish(folder, record, progress.history)
+            try:
+                return _train(job, arguments, folder, staging)
+            except (SafetensorError, RuntimeError) as error:
+                if failed := disk_error(error):
+                    raise failed from error
+                raise
+
+
+def _train(job: Job, arguments: TrainingArguments, folder: Path, staging: Staging | None) -> dict[str, Any] | None:
+    """Train the adapter of a job and write it into a folder."""
+    base = load(job.model, _dtype(job.tuning.train))
+    if arguments.device.type != "mps":  # adapters start from decompositions, which MPS does not have
+        base = base.to(arguments.device)
+    collate, examples = _data(job, base, job.data)
+    held_out = None if job.eval_data is None else _data(job, base, job.eval_data)[1]
+    model = adapted(base, job.tuning, _steps(job.tuning, len(examples)), _sample(examples, collate, arguments))
+    config = model.peft_config["default"]
+    trainer = _trainer_class(config)(
+        model=model, args=arguments, train_dataset=examples, eval_dataset=held_out, data_collator=collate
+    )
+    trainer.pop_callback(PrinterCallback)
+    progress = ProgressCallback(trainer, job.watch, staging)
+    for callback in [progress, *callbacks(config), *_tensorboard(job.tensorboard)]:
+        trainer.add_callback(callback)
+    done = trainer.train(resume_from_checkpoint=_last_checkpoint(folder))
+    trainer.save_model(str(folder))
+    trainer.accelerator.wait_for_everyone()
+    record = _record(job, model, trainer, done.metrics, len(examples))
+    if staging is not None:
+        finish(folder, record, map(asdict, progress.history))
     return None if staging is None else record
 
 
@@ -249,7 +259,7 @@ def _arguments(job: Job) -> TrainingArguments:
     dtype = _dtype(train)
     plain = {name: getattr(train, name) for name in ("learning_rate", "weight_decay", "max_grad_norm", "seed")}
     arguments = TrainingArguments(
-        output_dir=str(partial_folder(job.out)),
+        output_dir=str(partial_output(job.out)),
         num_train_epochs=train.epochs,
         max_steps=train.max_steps or -1,
         lr_scheduler_type=train.schedule,
@@ -331,9 +341,9 @@ def _staged(job: Job) -> Iterator[tuple[Path, Staging | None]]:
     state = PartialState()
     if not state.is_main_process:
         state.wait_for_everyone()  # until the first process has made the folder
-        yield partial_folder(job.out), None
+        yield partial_output(job.out), None
         return
-    with new_folder(job.out, job.model.reader.folder, job.force, job.resume, CHECKPOINTS) as staging:
+    with new_folder(job.out, [job.model.reader.folder], job.force, job.resume, CHECKPOINTS) as staging:
         staging.begin(job.run)
         state.wait_for_everyone()
         yield staging.folder, staging
@@ -381,19 +391,3 @@ def _record(
         "eval_loss": losses[-1] if losses else None,
         "seconds": round(metrics["train_runtime"], 2),
     }
-
-
-def _finish(folder: Path, record: Mapping[str, Any], history: list[TrainingStep]) -> None:
-    """Write the record and the history beside the adapter, and delete the files that only the training needed."""
-    for checkpoint in folder.glob("checkpoint-*"):
-        shutil.rmtree(checkpoint)
-    for name in ("training_args.bin", "README.md"):  # a pickle, and a model card without content
-        (folder / name).unlink(missing_ok=True)
-    # PEFT needed the path of the base for its config. The published adapter must not contain a local path.
-    config = read_json(folder / ADAPTER_FILE)
-    write_json(folder / ADAPTER_FILE, config | {"base_model_name_or_path": record["source"]})
-    write_json(folder / RECORD_FILE, record)
-    lines = [json.dumps({k: v for k, v in asdict(step).items() if v is not None}) for step in history]
-    (folder / HISTORY_FILE).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-    for path in folder.glob("*.safetensors"):  # safetensors creates files that only their owner can read
-        path.chmod((folder / RECORD_FILE).stat().st_mode)

@@ -8,7 +8,7 @@ from pessa_cli.surgery.prune import decompose_model
 from pessa_cli.surgery.run import Run
 from pessa_cli.surgery.side_files import output_contents
 from pessa_cli.workflow.recipe import Recipe
-from pessa_cli.workflow.steps import Notify, calibrated, calibration_data, check_output, chosen, ignore, named, opened
+from pessa_cli.workflow.steps import Notify, calibrated, calibration_data, chosen, ignore, named, need_room, rewriting
 from pessa_cli.workflow.written import WrittenModel
 
 
@@ -39,12 +39,12 @@ def decompose(
     the model cannot be read, and when `out` exists or cannot be written.
     """
     run, out = named(run, model), Path(out)
-    with opened(model, architecture, revision, allow_pickle, follow_links) as found:
+    with rewriting(model, out, run, architecture, revision, allow_pickle, follow_links) as (found, place):
         sites = chosen(found, recipe)
-        check_output(out, found, run)
+        need_room(place, found)
         output_contents(found.reader, run.unknown_weights)  # its errors come before calibration
         with calibrated(found, sites, recipe, run, calibration_data(recipe), notify=notify) as known:
             rewrite = decompose_model(
-                found, out, sites, run, known.statistics, blocks=known.blocks, decomposition=known.decomposition
+                found, place, sites, run, known.statistics, blocks=known.blocks, decomposition=known.decomposition
             )
         return WrittenModel.of(rewrite, model, out, warnings=known.warnings)

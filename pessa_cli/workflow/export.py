@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args, overload
 
-from pessa_cli.common.errors import PessaError, UsageError
+from pessa_cli.checkpoint.places import check_apart
+from pessa_cli.common.errors import UsageError
 from pessa_cli.common.text import shortened
 from pessa_cli.sources.open import open_source
 from pessa_cli.surgery.export import export_model
 from pessa_cli.surgery.run import Run
-from pessa_cli.workflow.steps import named, opened
+from pessa_cli.workflow.steps import named, rewriting
 from pessa_cli.workflow.written import WrittenModel
 
 Layout = Literal["compact", "dense"]
@@ -90,16 +91,15 @@ def export(
     if layout not in get_args(Layout):
         raise UsageError(f"--layout {shortened(layout)} is not known", f"give one of {', '.join(get_args(Layout))}")
     if to == "transformers":
-        with opened(model, architecture, revision, allow_pickle, follow_links) as found:
-            return WrittenModel.of(export_model(found, out, layout, named(run, model)), model, out)
+        with rewriting(model, out, run, architecture, revision, allow_pickle, follow_links) as (found, place):
+            return WrittenModel.of(export_model(found, place, layout, named(run, model)), model, out)
     if to not in ("openai-whisper", "onnx"):
         raise UsageError(f"--to {shortened(to)} is not known", "give transformers, openai-whisper or onnx")
     options = {"--layout": layout != "dense", "--dry-run": run.dry, "--resume": run.resume, "--as": architecture}
     options["--max-shard-size"] = run.shard_bytes != Run().shard_bytes
     if unfit := [name for name, given in options.items() if given]:
         raise UsageError(f"--to {to} has no {', '.join(unfit)}", "leave it out")
-    if out.exists() and Path(model).exists() and out.samefile(model):
-        raise PessaError(f"-o {out} is the model to be exported", "give another -o")
+    check_apart(out, [path for path in [Path(model)] if path.exists()])
     with open_source(str(model), revision, allow_pickle, follow_links) as folder:
         _export_to(to, folder, out, run)
     return ExportedModel(str(model), to, out)

@@ -13,7 +13,7 @@ from pessa_cli.surgery.prune import prune_model
 from pessa_cli.surgery.run import Run
 from pessa_cli.surgery.side_files import output_contents
 from pessa_cli.workflow.recipe import Recipe
-from pessa_cli.workflow.steps import Notify, calibrated, calibration_data, check_output, chosen, ignore, named, opened
+from pessa_cli.workflow.steps import Notify, calibrated, calibration_data, chosen, ignore, named, need_room, rewriting
 from pessa_cli.workflow.written import WrittenModel
 
 if TYPE_CHECKING:
@@ -51,9 +51,9 @@ def prune(
     if isinstance(recipe, Rule):
         recipe = Recipe(recipe)
     run, out = named(run, model), Path(out)
-    with opened(model, architecture, revision, allow_pickle, follow_links) as found:
+    with rewriting(model, out, run, architecture, revision, allow_pickle, follow_links) as (found, place):
         sites, rule, result = chosen(found, recipe), recipe.rule, None
-        check_output(out, found, run)
+        need_room(place, found, sites)
         output_contents(found.reader, run.unknown_weights)  # its errors come before calibration
         data = calibration_data(recipe)
         quality = None if recipe.evaluate is None else _quality(found, recipe, recipe.evaluate, data)
@@ -69,7 +69,7 @@ def prune(
                 rule = result.rule
                 notify(result)
             rewrite = prune_model(
-                *(found, out, rule, sites, recipe.method, recipe.layout, run, statistics),
+                *(found, place, rule, sites, recipe.method, recipe.layout, run, statistics),
                 blocks=known.blocks,
                 decomposition=decomposition,
             )

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pessa_cli.blocks.site import Site, select
 from pessa_cli.checkpoint.files import source_name
-from pessa_cli.checkpoint.staging import check_free
+from pessa_cli.checkpoint.places import check_apart, check_free
+from pessa_cli.checkpoint.staging import Staging, new_folder
 from pessa_cli.common.errors import UsageError
-from pessa_cli.common.files import is_there
+from pessa_cli.common.files import check_writable, is_there
 from pessa_cli.ranks.rule import Rule
 from pessa_cli.sources.open import open_source
 from pessa_cli.statistics.file import Statistics, shortages
@@ -103,10 +104,46 @@ def calibration_data(recipe: Recipe) -> CalibrationData | None:
     return read_data(recipe.calibrate)
 
 
-def check_output(out: Path, model: Model, run: Run) -> None:
-    """Raise PessaError if the output may not be written, before calibration, which may take minutes."""
+@contextmanager
+def rewriting(
+    model: str | Path,
+    out: Path,
+    run: Run,
+    architecture: str | None = None,
+    revision: str | None = None,
+    allow_pickle: bool = False,
+    follow_links: bool = False,
+) -> Iterator[tuple[Model, Path | Staging]]:
+    """Claim the place of an output, and open the model that it is made from.
+
+    Yields the model, and the staging folder that is renamed to `out` after the `with` block; for a dry run `out`
+    itself. The place is claimed first, so that an output that cannot be written is noticed before the model is
+    downloaded, converted or calibrated. Raises the errors of `checkpoint.staging.new_folder` and of `opened`.
+    """
+    with ExitStack() as resources:
+        place: Path | Staging = out
+        if not run.dry:
+            sources = [path for path in [Path(model)] if path.exists()]
+            place = resources.enter_context(new_folder(out, sources, run.force, run.resume))
+        found = resources.enter_context(opened(model, architecture, revision, allow_pickle, follow_links))
+        if not run.dry:
+            check_apart(out, [found.reader.folder])
+        yield found, place
+
+
+def check_output(model: str | Path, out: Path, run: Run) -> None:
+    """Raise PessaError if the output may not be written, before the model is opened."""
     if not run.dry:
-        check_free(out, model.reader.folder, run.force)
+        check_free(out, [path for path in [Path(model)] if path.exists()], run.force)
+
+
+def need_room(place: Path | Staging, model: Model, sites: Sequence[Site] = ()) -> None:
+    """Raise PessaError if the disk has no room for what the output surely has: the model without the given blocks.
+
+    It is asked before the work; how large the pruned blocks are is known, and checked, only after it.
+    """
+    if isinstance(place, Staging) and not place.finished:
+        place.need(model.nbytes - sum(model.reader.header[name].nbytes for site in sites for name in site.tensors))
 
 
 @contextmanager
@@ -131,8 +168,12 @@ def calibrated(
     from pessa_cli.calibration.collect import calibration_for  # it imports transformers, which takes seconds
 
     files = recipe.statistics
-    if data is not None and files and not files[0].resolve().parent.is_dir():
-        raise UsageError(f"--statistics {files[0]}: {files[0].parent} is not a folder", "create it first")
+    if data is not None and files:
+        check_writable(files[0], "--statistics", new=True)
+        if (folder := model.reader.folder).resolve() in files[0].resolve().parents:
+            raise UsageError(
+                f"--statistics {files[0]} is inside {folder}, which is only read", "give a file outside of it"
+            )
     with calibration_for(model, sites, data, files, rule, run) as found:
         if found is None:
             yield Known()

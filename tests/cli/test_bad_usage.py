@@ -248,11 +248,13 @@ def test_recipes_that_do_not_fit_the_model(refuse: Refuse, place: Path) -> None:
         ("-o taken", "taken exists"),
         ("-o file", "file exists"),
         ("-o whisper", "whisper exists"),
-        ("-o file --force", "file is not a model"),
-        ("-o taken --force", "taken is not a model"),
-        ("-o website --force", "website is not a model"),
+        ("-o file --force", "file is not a folder"),
+        ("-o taken --force", "taken was not written by pessa: it has no valid pessa.json"),
+        ("-o website --force", "website was not written by pessa"),
         ("-o file/out", "file/out"),
         ("-o whisper --force", "whisper"),
+        ("-o added --force", "  notes.txt"),
+        ("-o link --force", "link"),
         ("-o pruned --force", "pruned"),
         ("-o whisper/out", "whisper"),
         ("-o .", ". exists"),
@@ -262,7 +264,7 @@ def test_recipes_that_do_not_fit_the_model(refuse: Refuse, place: Path) -> None:
 def test_outputs_that_exist_already(
     command: str, out: str, culprit: str, refuse: Refuse, pessa: Pessa, place: Path
 ) -> None:
-    """With --force, only another model is replaced, never the source itself or a folder that is not a model."""
+    """With --force, only an output of pessa is replaced, to which nothing was added, and never the source itself."""
     (place / "recipe.toml").write_text("")
     (place / "file").write_text("mine")
     (place / "taken").mkdir()
@@ -270,7 +272,9 @@ def test_outputs_that_exist_already(
     (place / "website").mkdir()
     (place / "website" / "config.json").write_text('{"title": "not a model"}')
     assert pessa("prune", place / "whisper", "-o", place / "pruned", "--ratio", "0.3").code == 0
-    if command.split()[-1] not in out and out in ("-o whisper --force", "-o pruned --force", "-o whisper/out"):
+    (copy_of(place / "pruned", place / "added") / "notes.txt").write_text("mine")
+    (place / "link").symlink_to("pruned")
+    if command.split()[-1] not in out and out in ("-o pruned --force", "-o whisper/out"):
         assert pessa(*f"{command} {out}".split()).code == 0  # here `out` is not the source of the command
     else:
         refuse(f"{command} {out}", culprit)
@@ -278,12 +282,15 @@ def test_outputs_that_exist_already(
 
 @pytest.mark.usefixtures("refuse")
 def test_force_replaces_the_whole_model(pessa: Pessa, place: Path) -> None:
-    (place / "llama" / "leftover.txt").write_text("of the old model")
+    """An edited file of the old model is replaced, too."""
+    assert pessa("prune", "llama", "-o", "out").code == 0
+    (place / "out" / "config.json").write_text("edited")
+    (place / "out" / "README.md").write_text("edited")
     before = snapshot(place / "whisper")
-    assert pessa("prune", "whisper", "-o", "llama", "--force", "--ratio", "0.3").code == 0
+    assert pessa("prune", "whisper", "-o", "out", "--force", "--ratio", "0.3").code == 0
     assert pessa("prune", "whisper", "-o", "fresh", "--ratio", "0.3").code == 0
-    assert snapshot(place / "llama") == snapshot(place / "fresh")
-    assert sorted(path.name for path in place.iterdir()) == ["fresh", "llama", "tmp", "whisper"]
+    assert snapshot(place / "out") == snapshot(place / "fresh")
+    assert sorted(path.name for path in place.iterdir()) == ["fresh", "llama", "out", "tmp", "whisper"]
     assert snapshot(place / "whisper") == before
 
 
@@ -382,10 +389,12 @@ def failing(error: BaseException, monkeypatch: pytest.MonkeyPatch, after: int) -
 
 
 @pytest.mark.parametrize("after", [0, 40, 70])
-@pytest.mark.parametrize("options", ["-o out", "-o some/new/out", "-o llama --force"])
+@pytest.mark.parametrize("options", ["-o out", "-o some/new/out", "-o pruned --force"])
 def test_interrupted_and_failed_runs_leave_no_files(
     options: str, after: int, refuse: Refuse, pessa: Pessa, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if "pruned" in options:
+        assert pessa("prune", "llama", "-o", "pruned").code == 0
     before = snapshot(place)
     line = f"prune whisper --ratio 0.3 {options}"
     failing(KeyboardInterrupt(), monkeypatch, after)
@@ -401,11 +410,13 @@ def test_interrupted_and_failed_runs_leave_no_files(
     refuse(line, "No space left", "free some space")
 
 
+@pytest.mark.usefixtures("refuse")
 @pytest.mark.parametrize("step", ["first", "second"])
 @pytest.mark.parametrize("error", [OSError(errno.EBUSY, "Device or resource busy"), KeyboardInterrupt()], ids=repr)
 def test_a_replacement_that_fails_at_the_last_step_keeps_the_old_model(
-    error: BaseException, step: str, refuse: Refuse, pessa: Pessa, place: Path, monkeypatch: pytest.MonkeyPatch
+    error: BaseException, step: str, pessa: Pessa, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    assert pessa("prune", "llama", "-o", "pruned").code == 0
     rename, calls = Path.rename, iter(["first", "second"])
 
     def faulty(self: Path, target: Path) -> Path:
@@ -414,13 +425,20 @@ def test_a_replacement_that_fails_at_the_last_step_keeps_the_old_model(
         return rename(self, target)
 
     monkeypatch.setattr(Path, "rename", faulty)
-    line = "prune whisper --ratio 0.3 -o llama --force"
+    line = "prune whisper --ratio 0.3 -o pruned --force"
+    before = snapshot(place / "pruned")
+    result = pessa(*line.split())
     if isinstance(error, OSError):
-        refuse(line, "llama", "busy")
+        is_refusal(result, "pruned", "busy", "--resume")
     else:
-        before = snapshot(place)
-        assert pessa(*line.split()).code == 130
-        assert snapshot(place) == before
+        assert result.code == 130
+    assert snapshot(place / "pruned") == before
+    monkeypatch.undo()
+    monkeypatch.chdir(place)
+    assert pessa(*line.split(), "--resume").code == 0
+    assert pessa("prune", "whisper", "--ratio", "0.3", "-o", "fresh").code == 0
+    assert snapshot(place / "pruned") == snapshot(place / "fresh")
+    assert sorted(path.name for path in place.iterdir()) == ["fresh", "llama", "pruned", "tmp", "whisper"]
 
 
 INTERRUPTED = """
@@ -461,7 +479,7 @@ def test_a_full_disk(place: Path, tiny_folder: TinyFolder) -> None:
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000)),
     )
     assert done.returncode == 1
-    assert done.stderr.strip().splitlines()[0].startswith("error: could not write out: ")
+    assert done.stderr.strip().splitlines()[0].startswith("error: out was not written: ")
     assert snapshot(place) == before
 
 

@@ -294,6 +294,21 @@ EXAMPLES: Mapping[str, Example] = {
     "an output that exists": failure("prune whisper -o llama", "llama exists", "--force"),
     "an output inside a file": failure("prune whisper -o words.txt/out", "words.txt/out"),
     "not a model to replace": failure("prune whisper -o words.txt --force", "words.txt", "--force"),
+    "an output that is read": failure("prune whisper -o whisper --force", "whisper", "reads"),
+    "a partial folder of someone else": failure(
+        "prune whisper -o out", ".out.partial", change=write(".out.partial/thesis.tex", "mine")
+    ),
+    "parts of an earlier run": failure(
+        "prune whisper -o out",
+        ".out.partial",
+        "--resume",
+        change=lambda p: [
+            (p / ".out.partial/output").mkdir(parents=True),
+            write(".out.partial/.pessa-journal.json", '{"finished": {"a": ""}}')(p),
+            write(".out.partial/output/a", "")(p),
+        ],
+    ),
+    "a name that is too long": failure(f"prune whisper -o {'long' * 75}", "longlong", "File name too long"),
     "a negative number of jobs": usage("prune whisper -o out --jobs -1", "--jobs -1"),
     "an unknown device": usage("prune whisper -o out --device warp", "--device warp"),
     "not a model that pessa wrote": failure("export whisper -o out --layout dense", "whisper", "pessa.json"),
@@ -329,6 +344,9 @@ EXAMPLES: Mapping[str, Example] = {
     "statistics in a folder that does not exist": usage(
         "prune bert -o out --rank 3 --calibrate story.txt --statistics nowhere/s", "--statistics nowhere/s"
     ),
+    "statistics inside the model": usage(
+        "prune bert -o out --rank 3 --calibrate story.txt --statistics bert/sums", "--statistics bert/sums", "only read"
+    ),
     "in sequence without data": usage(
         "prune bert -o out --rank 3 --sequential --statistics bert.stats", "--sequential", "--calibrate"
     ),
@@ -353,6 +371,12 @@ EXAMPLES: Mapping[str, Example] = {
     "verify a text model on a clip": usage("verify llama llama --audio tone.wav", "--audio", "llama", "--text"),
     "a plot in an unknown format": usage("inspect whisper --plot x.gif", "--plot x.gif", ".png"),
     "no matplotlib": failure("inspect whisper --plot x.png", "matplotlib", "pip install", missing=("matplotlib",)),
+    "a report that would replace another file": usage(
+        "verify whisper whisper --level weights --junit words.txt", "--junit words.txt", "XML"
+    ),
+    "a plot in a folder's place": usage(
+        "inspect whisper --plot x.png", "--plot x.png", "is a folder", change=lambda p: (p / "x.png").mkdir()
+    ),
     "a report in a folder that does not exist": usage(
         "verify whisper whisper --junit nowhere/x.xml", "--junit nowhere/x.xml"
     ),

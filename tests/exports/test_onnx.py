@@ -138,9 +138,8 @@ def test_force_replaces_graphs_and_large_weights_lie_beside_them(
     pruned: Pruned, tmp_path: Path, pessa: Pessa, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "onnx"
-    out.mkdir()
-    for name in ("config.json", "model.onnx", "old.onnx"):
-        (out / name).write_text("{}")
+    export_onnx(pruned("bert"), out)
+    (out / "model.onnx").write_text("edited")
     before = snapshot(tmp_path)
     with pytest.raises(PessaError, match="exists"):
         export_onnx(pruned("bert"), out)

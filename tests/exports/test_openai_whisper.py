@@ -31,6 +31,7 @@ from whisper import timing
 from whisper.model import MultiHeadAttention, Whisper, disable_sdpa
 
 import pessa_cli
+from pessa_cli.checkpoint.places import LOCK_FILE
 from pessa_cli.common.errors import PessaError
 from pessa_cli.exports.openai import export_openai
 from pessa_cli.models.audio import SAMPLE_RATE, load_audio
@@ -248,7 +249,6 @@ def test_exporting_from_the_command_line(compact: Path, file: Path, pessa: Pessa
     assert json.loads(result.out)["to"] == "openai-whisper"
     assert (place / "new" / "out.pt").read_bytes() == file.read_bytes()  # every run writes the same bytes
     is_refusal(pessa(*arguments), "out.pt exists", "--force")
-    (place / "new" / ".out.pt.partial").write_text("left by a killed run")
     assert pessa(*arguments, "--force").code == 0
     assert [path.name for path in (place / "new").iterdir()] == ["out.pt"]
     assert snapshot(compact) == before
@@ -319,10 +319,10 @@ def test_invalid_destinations_are_refused(shaped: Path, file: Path, pessa: Pessa
     is_refusal(pessa("export", model, *to, "-o", place / "out.pt", "--resume"), "has no --resume", code=2)
     is_refusal(pessa("export", model, *to, "-o", place / "a.pt", "--layout", "compact"), "no --layout", code=2)
     is_refusal(pessa("export", model, *to, "-o", model / "out.pt"), "is inside", "only read")
-    is_refusal(pessa("export", file, *to, "-o", file, "--force"), "is the model to be exported")
+    is_refusal(pessa("export", file, *to, "-o", file, "--force"), "cannot be replaced because the run reads from it")
     assert snapshot(place) == before
     (place / "notes.pt").write_text("not a model")
-    is_refusal(pessa("export", model, *to, "-o", place / "notes.pt", "--force"), "not written by torch.save")
+    is_refusal(pessa("export", model, *to, "-o", place / "notes.pt", "--force"), "not written by pessa")
     assert (place / "notes.pt").read_text() == "not a model"
 
 
@@ -335,7 +335,7 @@ def test_a_full_disk_leaves_nothing_and_the_old_file(shaped: Path, file: Path, p
     command = f"ulimit -f 2000; exec {PESSA} export {shaped} --to openai-whisper --force -o {old}"
     done = subprocess.run(["bash", "-c", f"trap '' XFSZ; {command}"], capture_output=True, text=True)
     assert done.returncode == 1, done
-    assert f"error: could not write {old}" in done.stderr
+    assert f"error: {old} was not written" in done.stderr
     assert "hint: " in done.stderr
     assert "Traceback" not in done.stderr
     assert snapshot(place) == before
@@ -344,11 +344,16 @@ def test_a_full_disk_leaves_nothing_and_the_old_file(shaped: Path, file: Path, p
 def test_two_runs_into_one_file(shaped: Path, place: Path) -> None:
     import fcntl
 
-    with (place / ".out.pt.partial").open("ab") as other:
-        fcntl.flock(other, fcntl.LOCK_EX)
-        with pytest.raises(PessaError, match="another run is writing"):
-            export_openai(shaped, place / "out.pt")
-    assert (place / ".out.pt.partial").exists()
+    partial = place / ".out.pt.partial"
+    partial.mkdir()
+    other = os.open(partial / LOCK_FILE, os.O_RDWR | os.O_CREAT)
+    fcntl.flock(other, fcntl.LOCK_EX)
+    with pytest.raises(PessaError, match="another run is writing"):
+        export_openai(shaped, place / "out.pt")
+    assert partial.exists()
+    os.close(other)
+    export_openai(shaped, place / "out.pt")
+    assert sorted(path.name for path in place.iterdir()) == ["out.pt", "tmp"]
 
 
 def test_a_source_that_changes_is_an_error(shaped: Path, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

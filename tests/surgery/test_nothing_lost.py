@@ -8,20 +8,18 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from harness import PESSA, Pessa, TinyFolder, copy_of, edit_json, is_refusal, snapshot
+from harness import Pessa, TinyFolder, copy_of, edit_json, is_refusal, snapshot
+from killing import ended, started
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from pessa_cli.checkpoint.places import JOURNAL_FILE
 from pessa_cli.checkpoint.reader import CheckpointReader
 from pessa_cli.checkpoint.shards import ShardWriter
-from pessa_cli.checkpoint.staging import JOURNAL_FILE
-from pessa_cli.cli.main import main
 from pessa_cli.ranks.rule import Rule
 from pessa_cli.surgery.block_io import StorageLayout
 from pessa_cli.surgery.model import open_model
@@ -41,31 +39,6 @@ def pruned(model: Path, out: Path, **run: Any) -> Path:
     return out
 
 
-def started(prepare: Callable[[], object], *arguments: object) -> int:
-    """The command line in a copy of this process, which has everything imported; its process id.
-
-    `prepare` is called there first. Nothing of it comes back but what it writes, and how it ends.
-    """
-    if process := os.fork():
-        return process
-    try:
-        null = os.open(os.devnull, os.O_RDWR)
-        for stream in (1, 2):
-            os.dup2(null, stream)
-        prepare()
-        sys.argv = ["pessa", *map(str, arguments)]
-        main()
-    except SystemExit as leaving:
-        os._exit(leaving.code if isinstance(leaving.code, int) else 1)
-    finally:
-        os._exit(0 if sys.exc_info()[0] is None else 99)
-
-
-def ended(process: int) -> int:
-    """Its exit code, or less than 0 the signal that ended it."""
-    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
-
-
 def killed(after: int, *arguments: object) -> int:
     """The command, killed without warning at the n-th write of a tensor."""
 
@@ -79,46 +52,7 @@ def killed(after: int, *arguments: object) -> int:
 
         ShardWriter.write = dying  # type: ignore[assignment,method-assign]
 
-    return ended(started(prepare, *arguments))
-
-
-@pytest.mark.parametrize("after", range(0, 21, 2))
-def test_killed_at_a_write_and_resumed(after: int, model: Path, place: Path, pessa: Pessa) -> None:
-    whole = snapshot(pruned(model, place / "whole"))
-    before = snapshot(model)
-    assert len(CheckpointReader(place / "whole").files) > 3
-    assert killed(after, "prune", model, "-o", place / "out", *OPTIONS) == -signal.SIGKILL
-    assert not (place / "out").exists()
-    assert snapshot(model) == before
-    again = pessa("prune", model, "-o", place / "out", *OPTIONS)
-    finished = json.loads((place / ".out.partial" / JOURNAL_FILE).read_text())["finished"] if again.code else {}
-    if finished:
-        is_refusal(again, ".out.partial", f"{len(finished)} finished shards", "--resume", "rm -r")
-        assert pessa("prune", model, "-o", place / "out", *OPTIONS, "--resume").code == 0
-    assert snapshot(place / "out") == whole
-    assert sorted(path.name for path in place.iterdir()) == ["llama", "out", "tmp", "whole"]
-
-
-@pytest.mark.slow
-def test_killed_at_any_moment(model: Path, place: Path) -> None:
-    """The process is killed after a given time, from its start until after its end."""
-    command = ("prune", model, "-o", place / "out", *OPTIONS)
-    start = time.monotonic()
-    assert ended(started(lambda: None, *command)) == 0
-    takes = time.monotonic() - start
-    whole = snapshot(place / "out")
-    for part in range(1, 17):
-        shutil.rmtree(place / "out", ignore_errors=True)
-        shutil.rmtree(place / ".out.partial", ignore_errors=True)
-        process = started(lambda: None, *command)
-        time.sleep(takes * 0.075 * part)
-        os.kill(process, signal.SIGKILL)
-        assert ended(process) in (0, -signal.SIGKILL)
-        if (place / "out").exists():
-            assert snapshot(place / "out") == whole
-    shutil.rmtree(place / ".out.partial", ignore_errors=True)
-    subprocess.run([str(PESSA), *map(str, command), "--force"], check=True, capture_output=True)
-    assert snapshot(place / "out") == whole
+    return ended(started(arguments, prepare))
 
 
 def test_resume_reuses_finished_shards(model: Path, place: Path, pessa: Pessa, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -143,7 +77,7 @@ def test_resume_refuses_another_run_and_replaces_a_damaged_shard(model: Path, pl
     assert killed(12, "prune", model, "-o", place / "out", *OPTIONS) == -signal.SIGKILL
     other = ("--ratio", "0.5", "--max-shard-size", "20kB")
     is_refusal(pessa("prune", model, "-o", place / "out", *other, "--resume"), "another source, options or version")
-    shard = min((place / ".out.partial").glob("*.safetensors"))
+    shard = min((place / ".out.partial" / "output").glob("*.safetensors"))
     shard.write_bytes(shard.read_bytes()[:-1] + b"x")
     assert pessa("prune", model, "-o", place / "out", *OPTIONS, "--resume").code == 0
     assert snapshot(place / "out") == whole

@@ -97,7 +97,8 @@ def test_an_adapter_is_trained(pessa: Pessa, llama: Path, place: Path) -> None:
     result = pessa("tune", llama, "--method", "lora", "--data", data, "-o", out, *QUICK, *more)
     assert result.code == 0, result
     record = json.loads(result.out)
-    names = {"adapter_config.json", "adapter_model.safetensors", "pessa-tune.json", "history.jsonl"}
+    names = {"adapter_config.json", "adapter_model.safetensors", "pessa-tune.json", "history.jsonl", "pessa.json"}
+    assert pessa("verify", out).code == 0
     assert {path.name for path in out.iterdir()} == names
     assert record == json.loads((out / "pessa-tune.json").read_text()) | {"out": str(out)}
     assert (
@@ -175,7 +176,7 @@ def test_a_stopped_run_resumes(llama: Path, tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         tune(replace(stopped, watch=interrupt))
     assert not stopped.out.exists()
-    left = tmp_path / ".stopped.partial"
+    left = tmp_path / ".stopped.partial" / "output"
     assert {path.name for path in left.iterdir()} >= {"checkpoint-2", "checkpoint-4"}
     with pytest.raises(PessaError, match="2 checkpoints of an earlier run") as refused:
         tune(stopped)
@@ -188,7 +189,7 @@ def test_a_stopped_run_resumes(llama: Path, tmp_path: Path) -> None:
     assert losses(stopped.out) == losses(job.out)[4:]
     for name in ("adapter_model.safetensors", "adapter_config.json"):
         assert (stopped.out / name).read_bytes() == (job.out / name).read_bytes()
-    assert not left.exists()
+    assert not left.parent.exists()
 
 
 def test_a_failed_run_leaves_nothing(pessa: Pessa, llama: Path, place: Path) -> None:
@@ -214,7 +215,7 @@ def test_an_adapter_is_replaced_only_with_force(pessa: Pessa, llama: Path, place
     (place / "papers").mkdir()
     (place / "papers" / "thesis.txt").write_text("irreplaceable")
     other = [place / "papers" if part == out else part for part in line]
-    is_refusal(pessa(*other, "--force"), "is not a model")
+    is_refusal(pessa(*other, "--force"), "was not written by pessa")
 
 
 @pytest.mark.parametrize(
