@@ -246,3 +246,11 @@ def test_links_between_pages_lead_to_files(page: Path) -> None:
         if "://" in target or "reference/commands/" in target or target.startswith("commands/"):
             continue
         assert (page.parent / target).exists(), f"{page}: {target}"
+
+
+def test_the_tests_that_the_page_of_checkpoints_names_exist() -> None:
+    page = (ROOT / "docs" / "reference" / "checkpoints.md").read_text(encoding="utf-8")
+    rows = [line for line in page.splitlines() if line.startswith("|") and not line.startswith(("|---", "| what"))]
+    named = [re.findall(r"`([\w/]+\.py)` \|$", row) for row in rows]
+    assert all(len(files) == 1 for files in named)
+    assert {file for files in named for file in files if not (ROOT / "tests" / file).is_file()} == set()
