@@ -11,7 +11,7 @@ from pessa_cli.checkpoint.contents import (
     contents_of,
     left_out_text,
 )
-from pessa_cli.checkpoint.dtypes import FLOATS, ITEM_BYTES, TORCH_DTYPES, UNDERFLOW, UNIT_ROUNDOFF
+from pessa_cli.checkpoint.dtypes import FLOATS, ITEM_BYTES, TORCH_DTYPES, UNDERFLOW, UNIT_ROUNDOFF, loaded_dtype
 from pessa_cli.checkpoint.files import (
     ADAPTER_FILE,
     CONFIG_FILE,
@@ -63,6 +63,7 @@ __all__ = [
     "contents_of",
     "hidden_files",
     "left_out_text",
+    "loaded_dtype",
     "new_file",
     "new_folder",
     "not_ours",

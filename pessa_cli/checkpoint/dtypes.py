@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+from typing import Any
+
 TORCH_DTYPES = {
     "F64": "float64",
     "F32": "float32",
@@ -20,3 +23,15 @@ FLOATS = ("F64", "F32", "F16", "BF16")  # ordered from the finest rounding to th
 UNIT_ROUNDOFF = {"F64": 2.0**-53, "F32": 2.0**-24, "F16": 2.0**-11, "BF16": 2.0**-8}
 # Half the smallest positive (subnormal) number: the largest absolute error of storing a weight close to zero.
 UNDERFLOW = {"F64": 0.0, "F32": 2.0**-150, "F16": 2.0**-25, "BF16": 2.0**-134}
+
+
+def loaded_dtype(config: Mapping[str, Any], stored: Iterable[str]) -> str | None:
+    """Return the torch name of the dtype in which transformers loads a model by default.
+
+    That is the one in config.json, otherwise that of the first tensor of floats. stored: the dtypes of the tensors in
+    their order in the file. Returns None if there are no floats.
+    """
+    declared = config.get("dtype", config.get("torch_dtype"))
+    if isinstance(declared, str):
+        return declared.removeprefix("torch.")
+    return TORCH_DTYPES.get(next((dtype for dtype in stored if dtype in FLOATS), ""))

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import transformers
 
-from pessa_cli.checkpoint.dtypes import FLOATS, TORCH_DTYPES
+from pessa_cli.checkpoint.dtypes import loaded_dtype
 from pessa_cli.checkpoint.files import CONFIG_FILE, sha256_of
 from pessa_cli.checkpoint.links import visible_files
 from pessa_cli.checkpoint.manifest import CARD_FILE, MANIFEST_FILE
@@ -136,7 +136,10 @@ def compare_settings(reference: Model, candidate: Model, architecture: str | Non
             names = sorted(name for name in ours.files.keys() | theirs.files.keys() if _belongs(name, part))
             compared += names
             differences += _compare_part(part, names, ours, theirs, ignored)
-    dtypes = [_loaded_dtype(model) for model in (reference, candidate)]
+    dtypes = [
+        loaded_dtype(model.reader.config, (info.dtype for info in model.reader.header.values()))
+        for model in (reference, candidate)
+    ]
     if dtypes[0] != dtypes[1]:
         differences.append(SettingDifference(CONFIG_FILE, "dtype", *map(str, dtypes)))
     others = ours.files.keys() ^ theirs.files.keys()
@@ -244,16 +247,6 @@ def _shown(value: Any, other: Any) -> str:
         start = next((i for i, (x, y) in enumerate(zip(value, other, strict=False)) if x != y), len(other))
         value = f"{'...' if start > 20 else ''}{value[max(0, start - 20) :][:SHOWN]}"
     return shortened(value)
-
-
-def _loaded_dtype(model: Model) -> str | None:
-    """The dtype in which transformers loads a model by default: that in config.json, or that of the weights."""
-    config = model.reader.config
-    declared = config.get("dtype", config.get("torch_dtype"))
-    stored = next((info.dtype for info in model.reader.header.values() if info.dtype in FLOATS), None)
-    if isinstance(declared, str):
-        return declared.removeprefix("torch.")
-    return TORCH_DTYPES.get(stored or "")
 
 
 def _plain(value: Any) -> Any:

@@ -19,6 +19,7 @@ import numpy as np
 
 from pessa_cli.blocks.compact_format import HINT_BEGINS, LOAD_HINT, QUANT_METHOD, Ranks
 from pessa_cli.blocks.site import Site, ragged_site
+from pessa_cli.checkpoint.dtypes import loaded_dtype
 from pessa_cli.checkpoint.files import CONFIG_FILE, sha256_of, source_name, write_json
 from pessa_cli.checkpoint.links import visible_files
 from pessa_cli.checkpoint.manifest import CARD_FILE, UNHASHED, write_manifest
@@ -62,7 +63,7 @@ def write_output(
         hasher.shutdown(cancel_futures=True)
     copied = copy_side_files(reader.folder, folder, rewrite.contents.copied)
     write_generation_config(reader.folder, folder, reader.config)
-    _write_config(reader.config, rewrite.stored, folder)
+    _write_config(rewrite, folder)
     _write_card(rewrite, folder)
     if known := _output_spectra(rewrite):
         save_spectra(folder, known)
@@ -127,9 +128,16 @@ def _new_tensors(
             yield name, ready.pop(name) if name in ready else None
 
 
-def _write_config(config: dict[str, Any], stored: list[Site], folder: Path) -> None:
-    modules = {name: str(ragged) for site in stored for name, ragged in ragged_site(site).items()}
-    config = {key: value for key, value in config.items() if key != "quantization_config"}
+def _write_config(rewrite: Rewrite, folder: Path) -> None:
+    modules = {name: str(ragged) for site in rewrite.stored for name, ragged in ragged_site(site).items()}
+    reader = rewrite.model.reader
+    config = {key: value for key, value in reader.config.items() if key != "quantization_config"}
+    # Without a dtype in config.json transformers takes that of the first tensor, and the order of tensors may change.
+    found, written = (
+        loaded_dtype(config, (info.dtype for info in header.values())) for header in (reader.header, rewrite.header)
+    )
+    if found != written:
+        config["dtype"] = found
     if str(config.get("attn_implementation")).startswith(HINT_BEGINS):
         del config["attn_implementation"]
     if modules:

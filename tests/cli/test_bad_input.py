@@ -239,7 +239,7 @@ FAULTS = {
     "shape beyond its bytes": Fault(entry(Q0, shape=[64, 32]), (WEIGHTS, "not a complete safetensors file")),
     "offsets beyond the file": Fault(entry(Q0, data_offsets=[0, 10**12]), (WEIGHTS, "not a complete")),
     "unknown dtype": Fault(entry(Q0, dtype="F42"), (WEIGHTS, "F42")),
-    "dtype of eight bits": Fault(entry(Q0, dtype="F8_E4M3", shape=[64, 64]), (Q0, "F8_E4M3", "quantise after")),
+    "dtype of eight bits": Fault(entry(Q0, dtype="F8_E4M3", shape=[64, 64]), (Q0, "F8_E4M3", "bfloat16")),
     # The tensors.
     "not finite": Fault(
         edit_weights(not_finite),

@@ -172,8 +172,11 @@ def test_every_field_is_a_key_of_recipes(table: str, name: str, tmp_path: Path) 
     assert getattr(owner, name) == value
     assert value != setting.default
     wrong = "[1]" if setting.items is None else "3"
-    with pytest.raises(UsageError, match=rf"recipe\.toml: {name} = {re.escape(wrong)} has the wrong type"):
+    found_type = "a list of strings" if setting.items is None else "an integer"
+    with pytest.raises(UsageError, match=rf"recipe\.toml: {name} = {re.escape(wrong)} is {found_type}") as refused:
         loaded(table, f"{name} = {wrong}", tmp_path)
+    assert refused.value.hint is not None
+    assert refused.value.hint.startswith("give ")
 
 
 @pytest.mark.parametrize("table", TABLES)

@@ -39,7 +39,7 @@ OTHERS = {"text", "json", "toml"}
 # Of each page, how many examples may not be run. Each of them says why; read them before you add to these.
 NOT_RUN = {
     "README.md": 1,
-    "CONTRIBUTING.md": 4,
+    "CONTRIBUTING.md": 5,
     "docs/getting-started.md": 2,
     "docs/how-to/architecture.md": 1,
     "docs/how-to/evaluate.md": 2,

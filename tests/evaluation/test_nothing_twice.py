@@ -59,12 +59,13 @@ class Calls:
         return counter
 
     def models(self) -> Counter[Any]:
-        """The models that transformers loads, by their folders."""
+        """The models that transformers loads, by their folders; without one, it only compares names and shapes."""
         counter: Counter[Any] = Counter()
         original = PreTrainedModel.from_pretrained.__func__
 
         def from_pretrained(cls: Any, folder: Any, *args: Any, **kwargs: Any) -> Any:
-            counter[Path(folder)] += 1
+            if folder is not None:
+                counter[Path(folder)] += 1
             return original(cls, folder, *args, **kwargs)
 
         self._monkeypatch.setattr(PreTrainedModel, "from_pretrained", classmethod(from_pretrained))

@@ -371,7 +371,8 @@ def test_a_source_that_changes_is_an_error(shaped: Path, place: Path, monkeypatc
 
 
 def test_without_openai_whisper_the_extra_is_named(shaped: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(sys.modules, "pessa_cli.runtime.openai_whisper")
+    for module in ("runtime.openai_whisper", "compat.for_whisper"):
+        monkeypatch.delitem(sys.modules, f"pessa_cli.{module}", raising=False)
     monkeypatch.setitem(sys.modules, "whisper.model", None)
     with pytest.raises(PessaError, match="openai-whisper cannot be imported") as raised:
         pessa_cli.load_whisper(shaped)

@@ -41,7 +41,7 @@ def bert(width: int = 24, heads: int = 3, head_dim: int = 8) -> tuple[Tensors, d
         shape = (width, rows) if side == "o" else (rows, width)
         tensors[f"encoder.layer.0.attention.{name}.weight"] = torch.randn(shape, generator=generator) * 0.4
         tensors[f"encoder.layer.0.attention.{name}.bias"] = torch.randn(shape[0], generator=generator) * 0.4
-    return tensors, {"model_type": "bert", "num_attention_heads": heads}
+    return tensors, {"model_type": "bert", "num_attention_heads": heads, "num_hidden_layers": 1, "hidden_size": width}
 
 
 def llama(heads: int, kv_heads: int, width: int = 24, head_dim: int = 8) -> tuple[Tensors, dict[str, object]]:
@@ -53,7 +53,8 @@ def llama(heads: int, kv_heads: int, width: int = 24, head_dim: int = 8) -> tupl
         )
         for side, count in rows.items()
     }
-    return tensors, {"model_type": "llama", "num_attention_heads": heads, "num_key_value_heads": kv_heads}
+    config = {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "num_hidden_layers": 1}
+    return tensors, {"model_type": "llama", "hidden_size": width, "head_dim": head_dim} | config
 
 
 def saved(folder: Path, tensors: Tensors, config: dict[str, object]) -> Path:
@@ -146,9 +147,9 @@ def test_lossless_errors_are_rounding_errors_of_the_dtype(edge: str, dtype: str,
 
 
 SHAPES = {
-    "head_dim larger than the input": bert(width=6, heads=2, head_dim=16),
+    "head_dim larger than the input": llama(2, 2, width=6, head_dim=16),
     "one head": bert(width=8, heads=1, head_dim=8),
-    "a width of one": bert(width=1, heads=2, head_dim=2),
+    "a width of one": llama(2, 2, width=1, head_dim=2),
     "a head_dim of one": bert(width=8, heads=8, head_dim=1),
     "groups of one": llama(4, 4),
     "all query heads in one group": llama(4, 1),
@@ -224,7 +225,7 @@ def test_smaller_products_in_float16_lose_only_what_subnormals_lose(width: int, 
 
 def test_float16_subnormals_are_not_taken_for_changed_weights(tmp_path: Path) -> None:
     """The norms of their directions have large rounding errors, which the check of stored spectra must allow."""
-    tensors, config = bert(width=96)
+    tensors, config = bert(width=96, heads=12)
     for side in ("query", "key"):
         rows_of(tensors, side, 1).mul_(1e-6)
     tensors["encoder.layer.0.attention.self.query.bias"][8:16].mul_(1e-6)
