@@ -54,7 +54,7 @@ timeout_constant = 2.0
 FAST = ("-m", "not slow and not real")
 TESTS: Mapping[str, tuple[str, ...]] = {
     "algebra": tuple(f"tests/algebra/test_{name}.py" for name in ("absorb", "heads", "factors", "weighted", "rope")),
-    "ranks": ("tests/ranks", *FAST),
+    "ranks": ("tests/ranks", *FAST, "-k", "not trials_are and not budgets_are_better and not commands"),
     "statistics": ("tests/statistics", *FAST),
     "surgery": (
         *(f"tests/surgery/test_{name}.py" for name in ("block_io", "blocks", "parts", "decompositions", "card")),
