@@ -397,6 +397,8 @@ def test_ranks_and_pairs_under_rope() -> None:
     assert not _fit(site, (4, 2), (4, 4), ())
     assert _fit(site, (4, 4), (4, 4), ())
     assert not _fit(site, (4, 2), (4, 4), ((range(0, 2),), (range(2, 3),)))
+    wide = replace(site, head_dim=8, unmerged=8)
+    assert _fit(wide, (2, 2), (8, 8), ((range(3, 4),), (range(3, 4),)))
     partial = replace(BIASED, unmerged=1)
     assert _fit(partial, (1, 3), (0, 0), ())
     assert not _fit(partial, (1, 0), (0, 0), ())
