@@ -188,6 +188,9 @@ def test_the_gram_matrix_is_that_of_the_features() -> None:
     single = rope.output_gram(queries.float(), keys.float() + 100, attention.float(), values.float() - 100)
     assert single.dtype == torch.float64
     assert torch.allclose(single, found, rtol=1e-3, atol=1e-3 * float(found.abs().max()))
+    shift = 1e6 * torch.arange(DIRECTIONS)
+    digits = rope.output_gram(queries, keys + shift, attention.float(), values - 1e6)  # subtracted in float64
+    assert torch.allclose(digits, found, rtol=1e-3, atol=1e-3 * float(found.abs().max()))
     half = rope.output_gram(queries.half(), keys, attention.float(), values)  # computed in the dtype of the attention
     assert torch.allclose(half, found, rtol=1e-2, atol=1e-2 * float(found.abs().max()))
 
@@ -200,6 +203,8 @@ def test_shrinkage_is_a_ridge_by_the_norms_of_the_weights(shrinkage: float) -> N
     kept = [0, 1, 3]
     pairs: tuple[PairRuns, ...] = ((range(0, 2), range(3, 4)),) * 2
     found = rope.compensated(block, pairs, weighed)
+    smaller = rope.compensated(block, pairs, replace(weighed, gram=1e-12 * weighed.gram))  # the unit does not matter
+    assert torch.allclose(smaller.q, found.q, rtol=1e-6)
     assert found.q_bias is not None
     assert block.q_bias is not None
     for g, each in enumerate(by_group):
@@ -249,6 +254,12 @@ def test_a_pair_without_effect_is_left_alone() -> None:
     every = rope.compensated(block, ((range(0, 3),), (range(0, 3),)), weighed)
     without = rope.compensated(block, ((range(0, 1), range(2, 3)),) * 2, weighed)
     rest = [0, 2, HALF, 2 + HALF]
+    k, seen = weights().k.clone(), keys.clone()
+    k[:, [1, 1 + HALF]], seen[..., [1, 1 + HALF]] = 0, 0
+    unseen = replace(weights(), k=k)
+    gram = rope.output_gram(sample()[0], seen, attention, values)
+    left = rope.compensated(unseen, ((range(0, 3),),) * 2, rope.PairWeighting(gram, 1e-6))
+    assert torch.equal(left.q[:, :, [1, 1 + HALF]], unseen.q[:, :, [1, 1 + HALF]])
     assert torch.allclose(every.q[:, :, rest], without.q[:, :, rest], rtol=1e-6, atol=1e-12)
 
 

@@ -11,8 +11,8 @@ from attention import GROUPED
 
 from pessa_cli.blocks.site import ROPE, Site
 from pessa_cli.blocks.table import ARCHITECTURES
-from pessa_cli.common.errors import PessaError, UsageError
-from pessa_cli.ranks.budget import ordered_steps, ranks_for, trade_off
+from pessa_cli.common.errors import UsageError
+from pessa_cli.ranks.budget import PruneStep, UnmetBudgetError, ordered_steps, ranks_for, trade_off
 from pessa_cli.ranks.plan import RankPlan, plan_ranks
 from pessa_cli.ranks.rule import Rule
 from pessa_cli.ranks.spectra import LEVELS, Size, Spectra, Trials, largest_pairs, pair_shares, smallest_dropped
@@ -40,9 +40,29 @@ def spectra_of(site: Site, trials: Trials | None = None) -> dict[str, Spectra]:
     return {site.name: Spectra(QK, VO, trials is not None, trials)}
 
 
+def steps_of(site: Site, spectra: dict[str, Spectra], rule: Rule) -> list[PruneStep]:
+    """Return the steps of a block beside another that keeps its directions; without one, the last of a side remains."""
+    other = replace(site, layer=9)
+    kept = {other.name: Spectra(np.zeros((0, 3)), np.zeros((0, 3)))}
+    return ordered_steps([site, other], spectra | kept, rule)
+
+
+def test_one_direction_of_each_side_remains() -> None:
+    """The one whose price is highest, unless another block keeps some."""
+    for spectra in (spectra_of(BIASED), {BIASED.name: Spectra(QK[::-1], VO[::-1])}):
+        every = steps_of(BIASED, spectra, Rule())
+        found = ordered_steps([BIASED], spectra, Rule())
+        last = {side: [step for step in every if step.side == side][-1] for side in ("qk", "vo")}
+        assert found == [step for step in every if step not in last.values()]
+        assert {step.rank for step in last.values()} == {0}
+    assert len(ordered_steps([BIASED], spectra_of(BIASED), Rule(min_rank=1))) == 8
+    part = replace(BIASED, vo_ranks=(1, 0))
+    assert {step.side for step in ordered_steps([part], spectra_of(part), Rule())} == {"qk"}
+
+
 def test_every_step_by_hand() -> None:
     """Errors are shares of the squared spectrum of one side, and the price is per parameter."""
-    steps = ordered_steps([BIASED], spectra_of(BIASED), Rule())
+    steps = steps_of(BIASED, spectra_of(BIASED), Rule())
     expected = []
     for side, spectrum, each in (("qk", QK, QK_EACH), ("vo", VO, VO_EACH)):
         for head in range(2):
@@ -56,12 +76,12 @@ def test_every_step_by_hand() -> None:
 
 
 def test_steps_of_several_directions_have_the_mean_price() -> None:
-    steps = ordered_steps([BIASED], spectra_of(BIASED), Rule(round_to=2, min_rank=1))
+    steps = steps_of(BIASED, spectra_of(BIASED), Rule(round_to=2, min_rank=1))
     found = {(s.side, s.head, s.rank): s for s in steps}
     # From 3 to 2, and from 2 to 1, which is the least.
     assert set(found) == {(side, head, rank) for side in ("qk", "vo") for head in range(2) for rank in (2, 1)}
     assert found["vo", 1, 1].error == pytest.approx(1.0 / (VO**2).sum())
-    wide = ordered_steps([BIASED], spectra_of(BIASED), Rule(round_to=3))
+    wide = steps_of(BIASED, spectra_of(BIASED), Rule(round_to=3))
     assert {(s.side, s.head): (s.rank, s.parameters) for s in wide} == {
         (side, head): (0, 3 * each) for side, each in (("qk", QK_EACH), ("vo", VO_EACH)) for head in range(2)
     }
@@ -74,24 +94,24 @@ def test_steps_of_several_directions_have_the_mean_price() -> None:
 
 def test_of_equal_directions_the_last_of_the_first_head_goes_first() -> None:
     equal = {BIASED.name: Spectra(None, np.ones((2, 3)))}
-    steps = ordered_steps([replace(BIASED, unmerged=3)], equal, Rule())
+    steps = steps_of(replace(BIASED, unmerged=3), equal, Rule())
     assert [(s.head, s.rank) for s in steps] == [(0, 2), (1, 2), (0, 1), (1, 1), (0, 0), (1, 0)]
 
 
 def test_directions_that_are_not_stored_are_not_dropped_again() -> None:
     stored = replace(BIASED, qk_ranks=(1, 3), vo_ranks=(2, 0))
-    steps = ordered_steps([stored], spectra_of(stored), Rule())
+    steps = steps_of(stored, spectra_of(stored), Rule())
     assert sorted((s.side, s.head, s.rank) for s in steps) == [
         ("qk", 0, 0), ("qk", 1, 0), ("qk", 1, 1), ("qk", 1, 2), ("vo", 0, 0), ("vo", 0, 1),
     ]  # fmt: skip
     nothing = replace(BIASED, qk_ranks=(0, 0), vo_ranks=(0, 0))
-    assert ordered_steps([nothing], spectra_of(nothing), Rule()) == []
+    assert steps_of(nothing, spectra_of(nothing), Rule()) == []
     assert ranks_for([nothing], spectra_of(nothing), Rule(target_params=1.0), WHOLE).vo[nothing.name] == (0, 0)
 
 
 def test_directions_that_cannot_be_merged_are_always_kept() -> None:
     partial = replace(BIASED, head_dim=5, unmerged=2, qk_ranks=(5, 5), vo_ranks=(3, 3))
-    steps = ordered_steps([partial], spectra_of(partial), Rule())
+    steps = steps_of(partial, spectra_of(partial), Rule())
     for side, ranks in (("qk", (2, 3, 4)), ("vo", (0, 1, 2))):
         assert sorted((s.head, s.rank) for s in steps if s.side == side) == [(h, r) for h in range(2) for r in ranks]
     plan = ranks_for([partial], spectra_of(partial), Rule(qk_thr=1.2), WHOLE)
@@ -101,15 +121,15 @@ def test_directions_that_cannot_be_merged_are_always_kept() -> None:
 
 def test_pairs_of_a_block_with_rope() -> None:
     spectra = {ROTATED.name: Spectra(None, EIGHT, pairs=PAIRS)}
-    steps = [s for s in ordered_steps([ROTATED], spectra, Rule()) if s.side == "qk"]
+    steps = [s for s in steps_of(ROTATED, spectra, Rule()) if s.side == "qk"]
     shares = {0: [0.4, 0.3, 0.25, 0.05], 1: [0.45, 0.26, 0.2, 0.09]}
     order = sorted((shares[head][place], -place, head) for head in range(2) for place in range(4))
     assert [(s.head, s.rank) for s in steps] == [(head, -2 * place) for _, place, head in order]
     assert np.allclose([s.error for s in steps], [share / 2 for share, _, _ in order])
     assert {s.parameters for s in steps} == {2 * (2 * 5 + 6)}
-    odd = [s for s in ordered_steps([ROTATED], spectra, Rule(round_to=3, min_rank=1)) if s.side == "qk"]
+    odd = [s for s in steps_of(ROTATED, spectra, Rule(round_to=3, min_rank=1)) if s.side == "qk"]
     assert {s.rank for s in odd} == {4, 2}  # steps of two pairs, and at least one pair is kept
-    unknown = ordered_steps([ROTATED], {ROTATED.name: Spectra(None, EIGHT)}, Rule())
+    unknown = steps_of(ROTATED, {ROTATED.name: Spectra(None, EIGHT)}, Rule())
     assert {s.side for s in unknown} == {"vo"}
     size = sum(s.parameters for s in steps[:3])
     attention = 8 * (4 * (5 + 7) + 2 * 2 * 6)
@@ -134,7 +154,7 @@ def test_errors_and_harm_of_trials_by_hand() -> None:
     site = replace(BIASED, head_dim=4, qk_ranks=(4, 4), vo_ranks=(4, 4))
     trials = Trials((0.001, 0.003, 0.02, 0.1), (0.002, 0.001, 0.05, 0.0), 5.0)
     spectra = {site.name: Spectra(spectrum, spectrum, True, trials)}
-    steps = ordered_steps([site], spectra, Rule())
+    steps = steps_of(site, spectra, Rule())
     dropped = np.cumsum(np.sort(spectrum.ravel()) ** 2)
     for side, measured in (("qk", (0.001, 0.003, 0.02, 0.1)), ("vo", (0.002, 0.002, 0.05, 0.05))):
         sums = np.cumsum([s.error for s in steps if s.side == side])
@@ -147,25 +167,25 @@ def test_errors_and_harm_of_trials_by_hand() -> None:
         own = [s for s in steps if s.side == side]
         assert [s.price for s in own] == pytest.approx(np.maximum.accumulate([s.harm / each for s in own]))
     small = {site.name: Spectra(1e-3 * spectrum, 1e-3 * spectrum, True, trials)}  # the unit does not matter
-    again = ordered_steps([site], small, Rule())
+    again = steps_of(site, small, Rule())
     assert [s.error for s in again] == pytest.approx([s.error for s in steps])
     for measured in ((0.0,) * 4, (0.0, 0.0, 0.0, 0.3)):
         harmless = {site.name: Spectra(spectrum, spectrum, True, Trials(measured, measured, 5.0))}
-        errors = [s.error for s in ordered_steps([site], harmless, Rule()) if s.side == "vo"]
+        errors = [s.error for s in steps_of(site, harmless, Rule()) if s.side == "vo"]
         assert sum(errors[:6]) == pytest.approx(measured[3])
     zeros = spectrum.copy()
     zeros[1] = 0
     half = {site.name: Spectra(zeros, zeros, True, trials)}
-    errors = [s.error for s in ordered_steps([site], half, Rule()) if s.side == "qk"]
+    errors = [s.error for s in steps_of(site, half, Rule()) if s.side == "qk"]
     assert errors[:4] == [0.0] * 4
     assert sum(errors[:6]) == pytest.approx(0.1)
 
 
 def test_a_spectrum_of_zeros_has_no_errors() -> None:
     zeros = {BIASED.name: Spectra(0 * QK, 0 * VO)}
-    assert [s.error for s in ordered_steps([BIASED], zeros, Rule())] == [0.0] * 12
+    assert [s.error for s in steps_of(BIASED, zeros, Rule())] == [0.0] * 12
     tiny = {BIASED.name: Spectra(1e-6 * QK, 1e-6 * VO)}
-    assert sum(s.error for s in ordered_steps([BIASED], tiny, Rule())) == pytest.approx(2.0)
+    assert sum(s.error for s in steps_of(BIASED, tiny, Rule())) == pytest.approx(2.0)
 
 
 def test_the_trade_off_by_hand() -> None:
@@ -192,8 +212,9 @@ def test_the_trade_off_by_hand() -> None:
         trade_off(sites, spectra, Rule(), Size(5000, 1), points=20)
     )
     assert trade_off(sites, spectra, Rule(), Size(5000, 1), points=1)[-1].attention == whole
-    exactly = trade_off([GROUPED], {GROUPED.name: Spectra(QK, VO)}, Rule(), Size(5000, 1), points=1)
-    assert [point.attention for point in exactly] == [6 * (2 * 5 + 6 + 6 + 2 * 7), 0]  # without an output bias
+    # The first step frees a thirteenth of the block exactly.
+    exactly = trade_off([BIASED], {BIASED.name: Spectra(QK * [1, 1, 0], VO)}, Rule(), Size(5000, 1), points=13)
+    assert [point.attention for point in exactly[:2]] == [13 * QK_EACH, 12 * QK_EACH]
     rounded = trade_off(sites, spectra, Rule(min_rank=2), Size(5000, 1), points=1000)
     assert rounded[-1].attention == 2 * (4 * (QK_EACH + VO_EACH) + 7)
 
@@ -221,13 +242,13 @@ def test_budgets_by_hand() -> None:
 def test_a_budget_that_cannot_be_met_names_what_remains() -> None:
     attention = 6 * (QK_EACH + VO_EACH) + 7
     sites, spectra = [BIASED], spectra_of(BIASED)
-    with pytest.raises(PessaError, match=f"is 25 of {attention} attention parameters, but 87 remain") as caught:
+    with pytest.raises(UnmetBudgetError, match=f"is 25 of {attention} attention parameters, but 87 remain") as caught:
         ranks_for(sites, spectra, Rule(target_attention=0.1, min_rank=1), WHOLE)
-    assert caught.value.hint == f"give {87 / attention:.2f} or more, or choose more --sites"
-    with pytest.raises(PessaError, match="is 100 of 1,000 parameters, but 760 remain") as caught:
+    assert caught.value.hint == "give 0.353 or more, or choose more --sites"
+    with pytest.raises(UnmetBudgetError, match="is 100 of 1,000 parameters, but 800 remain") as caught:
         ranks_for(sites, spectra, Rule(target_params=0.1), WHOLE)
-    assert caught.value.hint == "give 0.76 or more, or choose more --sites"
-    with pytest.raises(PessaError, match="is 10 of 8,000 bytes, but 6,080 remain") as caught:
+    assert caught.value.hint == "give 0.8 or more, or choose more --sites"
+    with pytest.raises(UnmetBudgetError, match="is 10 of 8,000 bytes, but 6,400 remain") as caught:
         ranks_for(sites, spectra, Rule(target_size=10), WHOLE)
     assert caught.value.hint == "give a larger size"
 

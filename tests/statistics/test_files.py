@@ -130,13 +130,13 @@ def test_other_files_are_refused_with_the_reason(about: dict[str, Any], reason: 
 
 
 def test_files_that_cannot_be_read_or_written(tmp_path: Path) -> None:
-    with pytest.raises(PessaError, match="is not a statistics file: No such file"):
+    with pytest.raises(PessaError, match=r"is not a statistics file: .*No such file"):
         SavedStatistics(tmp_path / "none")
     (tmp_path / "text").write_text("text")
     with pytest.raises(PessaError, match="is not a statistics file"):
         SavedStatistics(tmp_path / "text")
     (tmp_path / "folder").mkdir()
-    with pytest.raises(PessaError, match=f"cannot write {tmp_path / 'folder'}"):
+    with pytest.raises(PessaError, match=r"cannot write .*folder: not a regular file"):
         saved(tmp_path / "folder")
     with pytest.raises(PessaError, match="cannot write"):
         saved(tmp_path / "no" / "s")

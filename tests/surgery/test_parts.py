@@ -292,6 +292,17 @@ def test_changed_weights_do_not_belong_to_their_spectra(kind: str, calibrated: b
             check_spectra(tmp_path, known, site, other)
 
 
+@pytest.mark.parametrize("sides", [("q", "k"), ("v", "o")])
+def test_factors_that_grew_together_have_other_values(sides: tuple[str, str], tmp_path: Path) -> None:
+    """Both vectors of a direction still have the same norm, which is all that a calibrated spectrum tells."""
+    site = replace(GROUPED, biases=frozenset("kvo"))
+    made, known = factors(site)
+    grown = replace(made, **{side: 1.1 * getattr(made, side) for side in sides})
+    with pytest.raises(PessaError, match="does not belong"):
+        check_spectra(tmp_path, known, site, grown)
+    check_spectra(tmp_path, replace(known, calibrated=True), site, grown)
+
+
 def test_a_change_is_noticed_from_four_roundoffs_on(tmp_path: Path) -> None:
     for dtype in ("F32", "BF16", "F64"):
         site = replace(GROUPED, dtype=dtype)
@@ -386,6 +397,8 @@ def test_ranks_and_pairs_under_rope() -> None:
     assert not _fit(site, (4, 2), (4, 4), ())
     assert _fit(site, (4, 4), (4, 4), ())
     assert not _fit(site, (4, 2), (4, 4), ((range(0, 2),), (range(2, 3),)))
+    wide = replace(site, head_dim=8, unmerged=8)
+    assert _fit(wide, (2, 2), (8, 8), ((range(3, 4),), (range(3, 4),)))
     partial = replace(BIASED, unmerged=1)
     assert _fit(partial, (1, 3), (0, 0), ())
     assert not _fit(partial, (1, 0), (0, 0), ())
