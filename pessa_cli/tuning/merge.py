@@ -35,6 +35,7 @@ from pessa_cli.common.version import VERSION
 from pessa_cli.compat.for_peft import check_target_module_exists
 from pessa_cli.models.classes import model_class
 from pessa_cli.models.load import quiet_transformers
+from pessa_cli.surgery.generation import write_generation_config
 from pessa_cli.surgery.model import Model
 from pessa_cli.surgery.output import hashes_of, write_shards
 from pessa_cli.surgery.rewrite import cut_into_files
@@ -291,6 +292,7 @@ def _finish(
     """Write side files, config and manifest; returns the manifest."""
     folder = staging.folder
     copy_side_files(reader.folder, folder, contents.copied)
+    write_generation_config(reader.folder, folder, reader.config)
     write_json(folder / CONFIG_FILE, reader.config)
     before = read_json(reader.folder / MANIFEST_FILE) if (reader.folder / MANIFEST_FILE).is_file() else {}
     reader.check_unchanged()
