@@ -24,6 +24,7 @@ FORMS = (
     ("file", "text"),
     ("text",),
 )
+EXAMPLE_FILES = "give a .json or .jsonl file"
 Row = Mapping[str, Any]
 
 
@@ -45,8 +46,10 @@ def read_rows(path: Path) -> list[Row]:
         file_size(path)
         text = path.read_text(encoding="utf-8")
         rows = json.loads(text) if text.lstrip().startswith("[") else _lines(text)
+    except FileNotFoundError as error:
+        raise PessaError(f"{path} does not exist", EXAMPLE_FILES) from error
     except (OSError, ValueError, RecursionError) as error:
-        raise PessaError(f"{path} cannot be read as examples: {error}", "give a .json or .jsonl file") from error
+        raise PessaError(f"{path} cannot be read as examples: {error}", EXAMPLE_FILES) from error
     wrong = [f"example {i}: {json.dumps(row)[:80]}" for i, row in enumerate(rows, 1) if form_of(row) is None]
     if wrong or not rows:
         known = "; ".join(", ".join(form) for form in FORMS)

@@ -550,7 +550,7 @@ def test_no_cause_is_hidden() -> None:
 
 
 def test_negative_control_a_hidden_cause_is_found() -> None:
-    source = "def load(path):\n    try:\n        read(path)\n    except OSError:\n        raise PessaError('no') from None\n"
+    source = "def load(path):\n    try:\n        read(path)\n    except OSError:\n        raise Error from None\n"
     assert raising.hiding({"module": ast.parse(source)}) == ["module.load"]
 
 
