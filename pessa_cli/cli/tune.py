@@ -83,6 +83,8 @@ def merge(
     if json:
         console.show_json(written | {"out": str(out)})
         return
+    for line in written.get("notes", ()):
+        console.note(line)
     console.note_left_out(written["left_out"])
     console.note(
         f"{out} written, {written['changed']} tensors changed; check it with: pessa eval {out}, pessa verify {out}"

@@ -32,6 +32,12 @@ def is_there(path: Path) -> bool:
         raise
 
 
+def check_there(path: Path, hint: str) -> None:
+    """Raise PessaError, with `hint`, if nothing is at a path that a user named."""
+    if not is_there(path):
+        raise PessaError(f"{path} does not exist", hint)
+
+
 def file_size(path: Path) -> int:
     """Return the size of a regular file in bytes, following symbolic links.
 

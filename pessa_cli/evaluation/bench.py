@@ -157,12 +157,12 @@ class _Worker:
         try:
             self.pipe.send(question)
             answer = self.pipe.recv()
-        except (EOFError, OSError):
+        except (EOFError, OSError) as error:
             self.process.join(5)
             raise PessaError(
                 f"the process that ran {self.folder} ended with code {self.process.exitcode}",
                 "a negative code is a signal; -9 usually means that memory ran out: try a smaller --batch",
-            ) from None
+            ) from error
         if isinstance(answer, PessaError):
             raise answer
         return answer

@@ -17,6 +17,7 @@ import torch
 from transformers import AutoTokenizer, WhisperProcessor
 
 from pessa_cli.common.errors import PessaError, UsageError
+from pessa_cli.common.files import check_there
 from pessa_cli.common.memory import raise_if_out_of_memory
 from pessa_cli.common.packages import need
 from pessa_cli.common.progress import Progress, quietly
@@ -227,6 +228,7 @@ def with_adapter(base: Any, folder: Path, adapter: Path) -> Any:
     need("peft")
     from peft import PeftModel
 
+    check_there(adapter, "give a folder that `pessa tune` wrote")
     if not (adapter / "adapter_config.json").is_file():
         raise PessaError(
             f"{adapter} is not an adapter: it has no adapter_config.json", "give a folder that `pessa tune` wrote"

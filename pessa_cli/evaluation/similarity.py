@@ -156,7 +156,7 @@ def embedding_of(folder: Path, config: Mapping[str, Any]) -> Embedding:
         raise PessaError(
             f"the sentence-transformers files of {folder} are malformed: {error!r}",
             "restore modules.json, sentence_bert_config.json and 1_Pooling/config.json, or remove them",
-        ) from None
+        ) from error
     unknown = [layer for layer in layers if layer.rpartition(".")[2] not in LAYERS]
     unknown += [key for key in chosen if key not in POOLINGS]
     if unknown or len(chosen) != 1:

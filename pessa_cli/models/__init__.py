@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from pessa_cli.models.inputs import transcript_inputs as transcript_inputs
     from pessa_cli.models.inputs import with_decoder_ids as with_decoder_ids
     from pessa_cli.models.inputs import with_encoder_states as with_encoder_states
+    from pessa_cli.models.instructions import EXAMPLE_FILES as EXAMPLE_FILES
     from pessa_cli.models.instructions import Rendered as Rendered
     from pessa_cli.models.instructions import Row as Row
     from pessa_cli.models.instructions import form_of as form_of
@@ -74,7 +75,7 @@ else:
                 "with_decoder_ids",
                 "with_encoder_states",
             ],
-            "instructions": ["Rendered", "Row", "form_of", "read_rows", "render"],
+            "instructions": ["EXAMPLE_FILES", "Rendered", "Row", "form_of", "read_rows", "render"],
             "load": ["encodes_alike", "from_folder", "quiet_transformers"],
             "windows": ["device_of", "on_device"],
         },

@@ -8,15 +8,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pessa_cli.common.errors import PessaError
+from pessa_cli.common.files import check_there
 
 SAMPLE_RATE = 16_000
+FORMATS = "give a WAV, FLAC, OGG or MP3 file"
 
 
 def load_audio(path: Path) -> NDArray[np.float32]:
     """Read a file as samples, (time,), float32 in [-1, 1] at 16 kHz, with its channels averaged.
 
-    Raises PessaError when the file cannot be read or is empty, or when the `whisper` extra is not installed.
+    Raises PessaError when the file does not exist, cannot be read or is empty, or when the `whisper` extra is not
+    installed.
     """
+    check_there(path, FORMATS)
     try:
         import soundfile
         import soxr
@@ -27,7 +31,7 @@ def load_audio(path: Path) -> NDArray[np.float32]:
     try:
         samples, rate = soundfile.read(path, dtype="float32", always_2d=True)
     except (soundfile.LibsndfileError, OSError, TypeError) as error:
-        raise PessaError(f"cannot read {path}: {error}", "give a WAV, FLAC, OGG or MP3 file") from error
+        raise PessaError(f"cannot read {path}: {error}", FORMATS) from error
     if not len(samples):
         raise PessaError(f"{path} contains no samples", "give a clip with speech in it")
     mono: NDArray[np.float32] = samples.mean(axis=1)

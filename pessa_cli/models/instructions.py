@@ -24,6 +24,7 @@ FORMS = (
     ("file", "text"),
     ("text",),
 )
+EXAMPLE_FILES = "give a .json or .jsonl file"
 Row = Mapping[str, Any]
 
 
@@ -45,8 +46,10 @@ def read_rows(path: Path) -> list[Row]:
         file_size(path)
         text = path.read_text(encoding="utf-8")
         rows = json.loads(text) if text.lstrip().startswith("[") else _lines(text)
+    except FileNotFoundError as error:
+        raise PessaError(f"{path} does not exist", EXAMPLE_FILES) from error
     except (OSError, ValueError, RecursionError) as error:
-        raise PessaError(f"{path} cannot be read as examples: {error}", "give a .json or .jsonl file") from None
+        raise PessaError(f"{path} cannot be read as examples: {error}", EXAMPLE_FILES) from error
     wrong = [f"example {i}: {json.dumps(row)[:80]}" for i, row in enumerate(rows, 1) if form_of(row) is None]
     if wrong or not rows:
         known = "; ".join(", ".join(form) for form in FORMS)
@@ -62,7 +65,7 @@ def _lines(text: str) -> list[Any]:
             try:
                 rows.append(json.loads(line))
             except ValueError as error:
-                raise ValueError(f"line {number}: {error}") from None
+                raise ValueError(f"line {number}: {error}") from error
     return rows
 
 
@@ -124,7 +127,7 @@ def _conversation(messages: Any, tokenizer: Any) -> Rendered:
         raise PessaError(
             f"the tokenizer's chat template fails on {str(messages)[:80]}: {reason}",
             "check the roles and contents of the messages, or give the data as prompt and completion",
-        ) from None
+        ) from error
     if not all(whole.startswith(after) and after.startswith(before) for before, after in spans):
         raise PessaError(
             "the tokenizer's chat template renders earlier turns differently once later turns follow",

@@ -7,7 +7,12 @@ from pessa_cli.surgery.block_reader import BlockReader
 from pessa_cli.surgery.card import check_card, write_figures
 from pessa_cli.surgery.decomposition import Decomposition, decomposition_of, measure
 from pessa_cli.surgery.export import export_model
-from pessa_cli.surgery.generation import GENERATION_FILE, mended_generation_config
+from pessa_cli.surgery.generation import (
+    GENERATION_FILE,
+    generation_notes,
+    mended_generation_config,
+    write_generation_config,
+)
 from pessa_cli.surgery.model import Model, open_model
 from pessa_cli.surgery.output import hashes_of, write_shards
 from pessa_cli.surgery.prune import decompose_model, prune_model
@@ -31,6 +36,7 @@ __all__ = [
     "decompose_model",
     "decomposition_of",
     "export_model",
+    "generation_notes",
     "hashes_of",
     "measure",
     "mended_generation_config",
@@ -40,6 +46,7 @@ __all__ = [
     "read_site",
     "split_fused",
     "write_figures",
+    "write_generation_config",
     "write_shards",
     "write_site",
 ]

@@ -28,6 +28,7 @@ from pessa_cli.checkpoint.manifest import MANIFEST_FILE, write_manifest
 from pessa_cli.checkpoint.reader import CheckpointReader, Header
 from pessa_cli.checkpoint.staging import Staging, new_folder, run_identity
 from pessa_cli.common.errors import PessaError
+from pessa_cli.common.files import check_there
 from pessa_cli.common.jobs import one_thread
 from pessa_cli.common.memory import raise_if_out_of_memory
 from pessa_cli.common.text import listed
@@ -35,6 +36,7 @@ from pessa_cli.common.version import VERSION
 from pessa_cli.compat.for_peft import check_target_module_exists
 from pessa_cli.models.classes import model_class
 from pessa_cli.models.load import quiet_transformers
+from pessa_cli.surgery.generation import generation_notes, write_generation_config
 from pessa_cli.surgery.model import Model
 from pessa_cli.surgery.output import hashes_of, write_shards
 from pessa_cli.surgery.rewrite import cut_into_files
@@ -62,9 +64,10 @@ class Adapter:
     """
 
     def __init__(self, folder: Path) -> None:
+        hint = "give a folder that `pessa tune -o` wrote, or PEFT's save_pretrained"
+        check_there(folder, hint)
         if not (folder / ADAPTER_FILE).is_file() or not (folder / ADAPTER_WEIGHTS).is_file():
             missing = ADAPTER_FILE if not (folder / ADAPTER_FILE).is_file() else ADAPTER_WEIGHTS
-            hint = "give a folder that `pessa tune -o` wrote, or PEFT's save_pretrained"
             if (folder / "adapter_model.bin").is_file():
                 hint = "load adapter_model.bin with PEFT if you trust it; its save_pretrained writes safetensors"
             raise PessaError(f"{folder} is not an adapter: it has no {missing}", hint)
@@ -291,11 +294,13 @@ def _finish(
     """Write side files, config and manifest; returns the manifest."""
     folder = staging.folder
     copy_side_files(reader.folder, folder, contents.copied)
+    write_generation_config(reader.folder, folder, reader.config)
     write_json(folder / CONFIG_FILE, reader.config)
     before = read_json(reader.folder / MANIFEST_FILE) if (reader.folder / MANIFEST_FILE).is_file() else {}
     reader.check_unchanged()
     sources = {file: sha256_of(reader.folder / file) for file in (*reader.files, CONFIG_FILE)}
     kept = {name: before[name] for name in KEPT if name in before}
+    kept |= {"notes": notes} if (notes := generation_notes(reader.folder, reader.config)) else {}
     about = dict(summary) | kept | {"source_sha256": dict(sorted(sources.items()))}
     manifest = write_manifest(folder, about, hashes_of(staging))
     return manifest | {"copied": contents.copied, "left_out": contents.left_out}

@@ -27,10 +27,10 @@ from pessa_cli.checkpoint.files import sha256_of
 from pessa_cli.checkpoint.places import partial_output
 from pessa_cli.checkpoint.staging import Staging, new_folder, run_identity
 from pessa_cli.common.errors import PessaError, UsageError
-from pessa_cli.common.files import disk_error
+from pessa_cli.common.files import check_there, disk_error
 from pessa_cli.common.version import VERSION
 from pessa_cli.compat.for_transformers import bfloat16_is_fast, recomputing, use_one_device
-from pessa_cli.models.instructions import form_of, read_rows
+from pessa_cli.models.instructions import EXAMPLE_FILES, form_of, read_rows
 from pessa_cli.models.load import from_folder, load, quiet_transformers
 from pessa_cli.surgery.model import Model
 from pessa_cli.tuning.adapter_folder import finish
@@ -99,6 +99,8 @@ def tune(job: Job) -> dict[str, Any] | None:
     Raises PessaError for data that do not fit the model, when the loss is not finite, and when the destination exists;
     UsageError for options that do not fit the model.
     """
+    for path in filter(None, (job.data, job.eval_data)):
+        check_there(path, EXAMPLE_FILES)
     with quiet_transformers(), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # deprecations inside transformers
         arguments = _arguments(job)  # first, because it also connects the processes

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,10 @@ ERRORS = {name for name, kind in vars(errors).items() if isinstance(kind, type) 
 MODULES = {
     ".".join(path.relative_to(SOURCE).with_suffix("").parts): ast.parse(path.read_text(encoding="utf-8"))
     for path in sorted(SOURCE.rglob("*.py"))
+}
+SCRIPTS = {
+    f"scripts.{path.stem}": ast.parse(path.read_text(encoding="utf-8"))
+    for path in sorted((SOURCE.parent / "scripts").glob("*.py"))
 }
 
 
@@ -55,21 +59,14 @@ def places() -> list[Place]:
     return found
 
 
-def hiding() -> list[tuple[str, str, str]]:
-    """(module, function, what is caught) of every `raise ... from None` that stands under an `except`."""
-    found = []
-    for module, tree in MODULES.items():
-        for function, node in functions(tree):
-            if not isinstance(node, ast.ExceptHandler):
-                continue
-            nones = [
-                inner
-                for inner in ast.walk(node)
-                if isinstance(inner, ast.Raise) and isinstance(inner.cause, ast.Constant) and inner.cause.value is None
-            ]
-            if nones:
-                found.append((module, function, "" if node.type is None else ast.unparse(node.type)))
-    return found
+def hiding(modules: Mapping[str, ast.Module]) -> list[str]:
+    """The module and function of every `raise ... from None`."""
+    return [
+        f"{module}.{function}"
+        for module, tree in modules.items()
+        for function, node in functions(tree)
+        if isinstance(node, ast.Raise) and isinstance(node.cause, ast.Constant)
+    ]
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from harness import Pessa, TinyFolder, edit_weights, is_refusal, snapshot
+from harness import Pessa, TinyFolder, copy_of, edit_json, edit_weights, is_refusal, snapshot
 from peft import PeftModel, get_peft_model
 from tiny_models import build
 from tuned import disturb
@@ -237,3 +237,20 @@ def test_an_adapter_of_another_model(other: str, pessa: Pessa, tiny_folder: Tiny
     before = snapshot(place)
     is_refusal(pessa("merge", tiny_folder(other), adapter, "-o", place / "out"), "adapter", "tuned on")
     assert snapshot(place) == before
+
+
+def test_heads_of_a_teacher_are_replaced_with_a_note(pessa: Pessa, tiny_folder: TinyFolder, tmp_path: Path) -> None:
+    """A distilled Whisper lists alignment heads in layers of its teacher, with which timestamps of words fail."""
+    folder = copy_of(tiny_folder("whisper"), tmp_path / "student")
+    edit_json(lambda found: found.update(alignment_heads=[[1, 0], [31, 2]]), "generation_config.json")(folder)
+    adapter = tuned(folder, tmp_path / "adapter", "lora", ["q_proj"])
+    done = pessa("merge", folder, adapter, "-o", tmp_path / "merged")
+    assert done.code == 0
+    assert "teacher" in done.err
+    heads, notes = (
+        json.loads((tmp_path / "merged" / name).read_text())[key]
+        for name, key in (("generation_config.json", "alignment_heads"), ("pessa.json", "notes"))
+    )
+    assert heads == [[1, 0], [1, 1], [1, 2], [1, 3]]  # all of the second of two layers
+    assert "generation_config.json" in notes[0]
+    assert pessa("verify", tmp_path / "merged").code == 0
