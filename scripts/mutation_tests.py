@@ -117,9 +117,14 @@ def _environment() -> dict[str, str]:
 
 def _mutated(folder: Path, jobs: int) -> Iterator[Mutant]:
     """Run mutmut in the folder, and yield what became of each mutant."""
-    known = {name: code for _, results in _results(folder) for name, code in results.items()}
-    left = [name for name, code in known.items() if STATUS.get(code, "timeout") not in ("killed", "timeout")]
-    command = [sys.executable, "-m", "mutmut", "run", "--max-children", str(jobs), *left]
+    for path, results in _results(folder):  # of an earlier run: mutmut tests again what has no result
+        again = {
+            name: code if STATUS.get(code, "timeout") in ("killed", "timeout") else None
+            for name, code in results.items()
+        }
+        whole = json.loads(path.read_text(encoding="utf-8")) | {"exit_code_by_key": again}
+        path.write_text(json.dumps(whole), encoding="utf-8")
+    command = [sys.executable, "-m", "mutmut", "run", "--max-children", str(jobs)]
     with (folder / "mutmut.log").open("w") as log:
         done = subprocess.run(command, cwd=folder, env=_environment(), stdout=log, stderr=subprocess.STDOUT)
     if done.returncode:

@@ -19,6 +19,7 @@ from pessa_cli.statistics.file import (
     CollectedStatistics,
     SavedStatistics,
     data_sha256,
+    files_of,
     fingerprint,
     save_statistics,
     shortages,
@@ -78,6 +79,20 @@ def test_several_files_are_added_up(tmp_path: Path) -> None:
     with pytest.raises(PessaError, match="in common") as caught:
         SavedStatistics(*paths, again)
     assert all(str(path) in caught.value.message for path in (*paths, again))
+
+
+def test_statistics_behind_pruned_blocks_are_not_added_to_others(tmp_path: Path) -> None:
+    paths = [tmp_path / name for name in ("whole", "pruned", "more")]
+    for path, rule in zip(paths, (None, "ratio 0.5", "ratio 0.5"), strict=True):
+        save_statistics(path, {NAME: block()}, {NAME: "w"}, [path.name], rule)
+    assert SavedStatistics(paths[0]).sequential is None
+    assert SavedStatistics(*paths[1:]).sequential == "ratio 0.5"
+    with pytest.raises(PessaError, match=r"behind blocks that were not pruned and pruned by ratio 0\.5, and so"):
+        SavedStatistics(*paths[:2])
+
+
+def test_the_files_of_identities() -> None:
+    assert files_of(["a:b:c", "a", "d:e"]) == {"a", "d"}
 
 
 def test_statistics_of_other_weights_or_blocks_are_refused(tmp_path: Path) -> None:

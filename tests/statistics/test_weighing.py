@@ -125,6 +125,15 @@ def test_under_rope_the_pairs_are_weighed() -> None:
     assert weighed.refit.pairs.shrinkage == pytest.approx(RIDGE + D / FRAMES)
 
 
+def test_only_directions_that_are_merged_are_weighed() -> None:
+    partial = replace(GROUPED, unmerged=1)
+    found = statistics_of(partial)
+    weighed, whole = weigh(found, partial, None), weigh(found, GROUPED, None)
+    assert torch.equal(weighed.qk.left, whole.qk.left[:, 1:, 1:])
+    assert weighed.qk.right is not None
+    assert weighed.qk.right.shape == (G, D - 1, D - 1)
+
+
 @pytest.mark.parametrize("with_bias", [True, False])
 def test_the_mean_of_a_group_is_subtracted_where_biases_can_hold_it(with_bias: bool) -> None:
     """The query heads of a group share the value bias, so the mean over the frames and over the group is subtracted."""

@@ -181,6 +181,12 @@ def test_a_reader_that_holds_the_weights_is_used(model: Model, tmp_path: Path, m
     prune_model(model, tmp_path / "dry", Rule(ratio=0.3), blocks=blocks, run=Run(dry=True))
 
 
+def test_a_share_of_the_whole_model(model: Model, tmp_path: Path) -> None:
+    planned = prune_model(model, tmp_path / "x", Rule(target_params=0.9), run=Run(dry=True))
+    left = sum(info.count for info in planned.header.values())
+    assert 0.9 * model.parameters - 200 < left <= 0.9 * model.parameters
+
+
 @pytest.mark.parametrize("write", ["prune", "decompose"])
 def test_calibrated_outputs(model: Model, write: str, tmp_path: Path) -> None:
     statistics = collected(model)
