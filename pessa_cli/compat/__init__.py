@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from pessa_cli.compat.for_peft import PeftLayer as PeftLayer
     from pessa_cli.compat.for_peft import PeftTuner as PeftTuner
     from pessa_cli.compat.for_peft import check_adapters_to_merge as check_adapters_to_merge
+    from pessa_cli.compat.for_peft import check_before_merging as check_before_merging
     from pessa_cli.compat.for_peft import check_target_module_exists as check_target_module_exists
     from pessa_cli.compat.for_peft import corda as corda
     from pessa_cli.compat.for_peft import extend_peft_type as extend_peft_type
@@ -32,11 +33,14 @@ if TYPE_CHECKING:
     from pessa_cli.compat.for_transformers import attention_modules as attention_modules
     from pessa_cli.compat.for_transformers import bfloat16_is_fast as bfloat16_is_fast
     from pessa_cli.compat.for_transformers import forget_attention_implementation as forget_attention_implementation
+    from pessa_cli.compat.for_transformers import generation_defaults as generation_defaults
+    from pessa_cli.compat.for_transformers import generation_in_config as generation_in_config
     from pessa_cli.compat.for_transformers import recomputing as recomputing
     from pessa_cli.compat.for_transformers import register_loader as register_loader
     from pessa_cli.compat.for_transformers import renamed_tensors as renamed_tensors
     from pessa_cli.compat.for_transformers import store_cross_attention as store_cross_attention
     from pessa_cli.compat.for_transformers import stored_cross_attention as stored_cross_attention
+    from pessa_cli.compat.for_transformers import tied_weights as tied_weights
     from pessa_cli.compat.for_transformers import use_one_device as use_one_device
     from pessa_cli.compat.for_whisper import Linear as Linear
     from pessa_cli.compat.for_whisper import ModelDimensions as ModelDimensions
@@ -60,6 +64,7 @@ else:
                 "PeftTuner",
                 "TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING",
                 "check_adapters_to_merge",
+                "check_before_merging",
                 "check_target_module_exists",
                 "corda",
                 "extend_peft_type",
@@ -76,11 +81,14 @@ else:
                 "attention_modules",
                 "bfloat16_is_fast",
                 "forget_attention_implementation",
+                "generation_defaults",
+                "generation_in_config",
                 "recomputing",
                 "register_loader",
                 "renamed_tensors",
                 "store_cross_attention",
                 "stored_cross_attention",
+                "tied_weights",
                 "use_one_device",
             ],
             "for_whisper": [

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import wraps
 from typing import Any
 
 import torch
@@ -101,6 +102,23 @@ class PeftTuner(BaseTuner):  # type: ignore[misc]
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
         self.after_cast(adapter_name, autocast_adapter_dtype)
+
+
+def check_before_merging(check: Callable[[nn.Module], None]) -> None:
+    """Let `check` see a model with adapters before PEFT merges them in memory, and so raise an error in time.
+
+    A second call does nothing.
+    """
+    allowed = BaseTuner._check_merge_allowed
+    if hasattr(allowed, "__wrapped__"):
+        return
+
+    @wraps(allowed)
+    def checked(self: Any) -> None:
+        check(self.model)
+        allowed(self)
+
+    BaseTuner._check_merge_allowed = checked
 
 
 def register_method(name: str, config: Any, model: Any) -> None:

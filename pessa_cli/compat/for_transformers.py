@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -128,6 +129,26 @@ def renamed_tensors(model: Any, names: Iterable[str]) -> dict[str, str]:
     rules = [[rule for rule in mapping if isinstance(rule, kind)] for kind in (WeightRenaming, WeightConverter)]
     found = {name: rename_source_key(name, *rules, model.base_model_prefix, tensors)[0] for name in names}
     return {name: key for name, key in found.items() if key in tensors}
+
+
+def generation_defaults() -> dict[str, Any]:
+    """Return the settings that `generate` uses where a GenerationConfig has None."""
+    from transformers import GenerationConfig
+
+    found: dict[str, Any] = GenerationConfig._get_default_generation_params()
+    return found
+
+
+def generation_in_config(folder: Path, config_file: str, **options: Any) -> Any:
+    """Return the GenerationConfig that transformers takes from config.json where a folder has no file for it."""
+    from transformers import GenerationConfig
+
+    return GenerationConfig.from_pretrained(folder, config_file, _from_model_config=True, **options)
+
+
+def tied_weights(kind: Any) -> Iterable[str]:
+    """Return patterns of the names of tensors that a class ties to others."""
+    return kind._tied_weights_keys or ()
 
 
 def use_one_device(arguments: Any) -> None:

@@ -63,6 +63,9 @@ USES: Mapping[str, tuple[Use, ...]] = {
             "rename_source_key",
             ("source_key", "weight_renamings", "weight_converters", "base_model_prefix", "meta_state_dict"),
         ),
+        Use("transformers", "GenerationConfig._get_default_generation_params"),
+        Use("transformers", "GenerationConfig.from_pretrained", others=("_from_model_config",)),
+        Use("transformers", "PreTrainedModel._tied_weights_keys"),
         Use("transformers", "TrainingArguments.n_gpu"),
         Use("transformers", "PrinterCallback"),
         Use("transformers", "TrainingArguments.__init__", others=("bf16", "fp16", "use_cpu")),
@@ -87,6 +90,7 @@ USES: Mapping[str, tuple[Use, ...]] = {
         # Calls the method `_enable_peft_forward_hooks` of the tuner, if it has one.
         Use("peft", "PeftModel._enable_peft_forward_hooks", ("self",), ("adapter_names",)),
         Use(TUNERS_UTILS, f"{TUNER}._pre_injection_hook", ("self", "model", "config", "adapter_name")),
+        Use(TUNERS_UTILS, f"{TUNER}._check_merge_allowed", ("self",)),
         Use(TUNERS_UTILS, f"{TUNER}._cast_adapter_dtype", ("self", "adapter_name", "autocast_adapter_dtype")),
         Use("peft.utils.constants", "TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING"),
         Use(QUANTIZATION, "get_quantization_kwargs", ("model",)),

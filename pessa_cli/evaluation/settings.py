@@ -22,6 +22,7 @@ from pessa_cli.checkpoint.links import visible_files
 from pessa_cli.checkpoint.manifest import CARD_FILE, MANIFEST_FILE
 from pessa_cli.common.errors import PessaError
 from pessa_cli.common.text import shortened
+from pessa_cli.compat.for_transformers import generation_defaults, generation_in_config
 from pessa_cli.models.classes import LOCAL_ONLY
 from pessa_cli.models.load import quiet_transformers
 from pessa_cli.surgery.generation import GENERATION_FILE, mended_generation_config
@@ -263,12 +264,12 @@ def _read_config(folder: Folder) -> dict[str, Any]:
 
 def _read_generation(folder: Folder) -> dict[str, Any]:
     """The settings of `generate`; without a file of their own transformers takes them from config.json."""
-    kind, place = transformers.GenerationConfig, folder.model.reader.folder
+    place = folder.model.reader.folder
     if GENERATION_FILE in folder.files:
-        found = kind.from_pretrained(place, **LOCAL_ONLY)
+        found = transformers.GenerationConfig.from_pretrained(place, **LOCAL_ONLY)
     else:
-        found = kind.from_pretrained(place, CONFIG_FILE, _from_model_config=True, **LOCAL_ONLY)
-    defaults: dict[str, Any] = getattr(kind, "_get_default_generation_params", dict)()
+        found = generation_in_config(place, CONFIG_FILE, **LOCAL_ONLY)
+    defaults = generation_defaults()
     written = found.to_dict() | (folder.mended_generation or {})
     values = {key: defaults.get(key) if value is None else value for key, value in written.items()}
     return {GENERATION_FILE: _plain(values)}

@@ -12,6 +12,7 @@ from pessa_cli.checkpoint.dtypes import TORCH_DTYPES
 from pessa_cli.checkpoint.reader import CheckpointReader
 from pessa_cli.common.errors import PessaError
 from pessa_cli.common.progress import Tick
+from pessa_cli.compat.for_transformers import tied_weights
 from pessa_cli.models.classes import model_class
 from pessa_cli.surgery.model import Model
 
@@ -95,8 +96,7 @@ def _tied_to(name: str, model: Model) -> str | None:
         config = kind.config_class.from_pretrained(reader.folder, local_files_only=True)
     except (PessaError, OSError, ValueError):
         return None
-    tied = getattr(kind, "_tied_weights_keys", None) or {}
-    if not config.get_text_config().tie_word_embeddings or not any(re.search(key, name) for key in tied):
+    if not config.get_text_config().tie_word_embeddings or not any(re.search(key, name) for key in tied_weights(kind)):
         return None
     info, own = reader.header[name], reader.get(name)
     others = (other for other, at in reader.header.items() if other != name and at == info)

@@ -11,10 +11,14 @@ from typing import Any
 
 import torch
 from peft import PeftType
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from pessa_cli.blocks.compact_format import ModuleNames
 from pessa_cli.blocks.site import Site, ragged_site
+from pessa_cli.common.errors import PessaError
+from pessa_cli.common.text import listed
+from pessa_cli.compat.for_peft import PeftLayer
 from pessa_cli.runtime.compact_linear import RaggedConvIn, RaggedConvOut, RaggedIn, RaggedOut
 from pessa_cli.tuning.tuner_base import TunerConfig
 
@@ -39,6 +43,28 @@ def brings_back(sites: Iterable[Site], config: Any, targets: Iterable[str]) -> l
             if any(name in cut for name in pair) and (len(adapted) == 2 or (adapted and not only_adds)):
                 found += adapted
     return found
+
+
+def check_mergeable(model: nn.Module) -> None:
+    """Raise PessaError if PEFT would add matrices of full shape to ragged weights when it merges in memory."""
+    found = [
+        name
+        for name, layer in model.named_modules()
+        if isinstance(layer, BaseTunerLayer) and not isinstance(layer, PeftLayer) and _is_cut(layer.get_base_layer())
+    ]
+    if found:
+        folder = getattr(model, "name_or_path", "") or "MODEL"
+        raise PessaError(
+            f"PEFT cannot merge this adapter in memory: {len(found)} layers of the model are compact\n{listed(found)}",
+            f"save the adapter with save_pretrained(ADAPTER), then: pessa merge {folder} ADAPTER -o merged",
+        )
+
+
+def _is_cut(layer: nn.Module) -> bool:
+    """Whether a layer stores fewer rows or columns than a stock layer has."""
+    if not isinstance(layer, RaggedLayer):
+        return False
+    return _as_linear(layer, layer.weight).shape != (layer.out_features, layer.in_features)
 
 
 def whole(ragged: RaggedLayer) -> nn.Linear:

@@ -26,7 +26,7 @@ class TunerMethod(NamedTuple):
 
 
 def register_all() -> None:
-    """Register all methods with PEFT; a second call does nothing.
+    """Register all methods with PEFT, and its check before merging; a second call does nothing.
 
     This is called after the import of PEFT and after that of one of the tuner modules. A program may import a tuner
     first, which imports PEFT while the tuner itself is incomplete. The first call then returns, and the second one
@@ -38,6 +38,15 @@ def register_all() -> None:
     for tuner in TUNERS:
         for method in import_module(f"pessa_cli.tuning.{tuner}").METHODS:
             register(*method)
+    from pessa_cli.compat.for_peft import check_before_merging
+
+    check_before_merging(_refuse_ragged)
+
+
+def _refuse_ragged(model: Any) -> None:
+    from pessa_cli.tuning.merge_compact import check_mergeable
+
+    check_mergeable(model)
 
 
 def register(name: str, config: Any, model: Any) -> None:

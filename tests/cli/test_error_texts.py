@@ -50,9 +50,11 @@ from pessa_cli.models.classes import class_of
 from pessa_cli.models.hooks import block_modules
 from pessa_cli.models.inputs import random_signal
 from pessa_cli.models.load import from_folder
+from pessa_cli.ranks.rule import Rule
 from pessa_cli.sources.openai_tokenizer import get_encoding
 from pessa_cli.sources.whisper_folder import read_vocabulary
 from pessa_cli.surgery.model import open_model
+from pessa_cli.surgery.prune import prune_model
 from pessa_cli.surgery.run import Run
 from pessa_cli.surgery.writing import check_layout
 from pessa_cli.tuning.registry import build_config
@@ -158,6 +160,11 @@ def written_twice(place: Path) -> None:
 
 def tuned_with_lora(place: Path) -> None:
     regularizer(get_peft_model(tiny.load(place / "llama"), build_config("lora", 2, ["q_proj"])))
+
+
+def merged_in_memory(place: Path) -> None:
+    prune_model(open_model(place / "llama"), place.parent / "compact", Rule(ratio=0.3))
+    get_peft_model(tiny.load(place.parent / "compact"), build_config("lora", 2, ["v_proj"])).merge_and_unload()
 
 
 Q0 = "model.encoder.layers.0.self_attn.q_proj.weight"
@@ -436,6 +443,7 @@ EXAMPLES: Mapping[str, Example] = {
     ),
     "an unknown pattern": usage(lambda _: build_config("svft", None, ["q_proj"], pattern="dots"), "'dots'"),
     "no SORSA adapter": failure(tuned_with_lora, "SORSA"),
+    "a merge in memory into a compact model": failure(merged_in_memory, "layers.0.self_attn.v_proj", "pessa merge"),
     "not an adapter": failure("merge llama whisper -o out", "whisper", "adapter_config.json"),
 }
 SMALL: dict[str, int] = {

@@ -62,6 +62,14 @@ def imported(tree: ast.AST) -> list[tuple[str, str]]:
     return found + [(alias.name, "") for node in plain for alias in node.names]
 
 
+def by_name(call: ast.Call) -> list[str]:
+    """Return the private names of attributes that a call reads as `getattr` does, and of its keywords."""
+    found = [keyword.arg or "" for keyword in call.keywords]
+    if isinstance(call.func, ast.Name) and call.func.id in ("getattr", "hasattr", "setattr"):
+        found += [node.value for node in call.args[1:2] if isinstance(node, ast.Constant)]
+    return [name for name in found if name.startswith("_") and not name.startswith("__")]
+
+
 @pytest.mark.parametrize("file", [file for file in FILES if not file.startswith("compat/")])
 def test_only_compat_uses_private_names(file: str) -> None:
     """A private name begins with an underscore and is not one that the file itself defines."""
@@ -71,6 +79,7 @@ def test_only_compat_uses_private_names(file: str) -> None:
     # An attribute of `self` or of an object of the same file's class is assigned or declared there.
     ours |= {node.attr for node in attributes if isinstance(node.ctx, ast.Store) and ast.unparse(node.value) == "self"}
     foreign = {node.attr for node in attributes if node.attr.startswith("_") and not node.attr.startswith("__")} - ours
+    foreign |= {name for node in ast.walk(tree) if isinstance(node, ast.Call) for name in by_name(node)}
     assert foreign - {"_apply"} == set(), "move it into pessa_cli/compat"
     for module, name in imported(tree):
         if module.split(".")[0] in ALL and (file, module) not in EXCEPTIONS:

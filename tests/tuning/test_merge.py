@@ -17,6 +17,7 @@ from tuned import disturb
 
 from pessa_cli.checkpoint.reader import CheckpointReader
 from pessa_cli.checkpoint.shards import ShardWriter
+from pessa_cli.common.errors import PessaError
 from pessa_cli.ranks.rule import Rule
 from pessa_cli.surgery.model import open_model
 from pessa_cli.surgery.prune import prune_model
@@ -192,6 +193,30 @@ def test_lora_on_both_sides_of_a_compact_model(
         assert pessa(*words).code == 0
     with_adapter = PeftModel.from_pretrained(tiny.load(folder), str(adapter))
     assert tiny.close(with_adapter, tiny.load(place / "merged"))
+
+
+def test_peft_cannot_merge_into_a_compact_model_in_memory(
+    pessa: Pessa, pruned: Callable[..., Path], tmp_path: Path
+) -> None:
+    """What it would add has the full shape. The error comes before any change, and only where something was cut."""
+    folder = pruned("llama")
+    adapter = tuned(folder, tmp_path / "adapter", "lora", ["q_proj", "v_proj", "up_proj"])
+    model = PeftModel.from_pretrained(tiny.load(folder), str(adapter))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    for merge in (model.merge_and_unload, model.merge_adapter):
+        with pytest.raises(PessaError) as raised:
+            merge()
+        assert "layers.0.self_attn.v_proj" in raised.value.message
+        assert all(name not in raised.value.message for name in ("q_proj", "up_proj"))  # these are complete
+        assert f"pessa merge {folder} ADAPTER" in str(raised.value.hint)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    words = str(raised.value.hint).partition(": pessa ")[2].replace("ADAPTER", str(adapter)).split()
+    assert pessa(*words[:-1], tmp_path / "merged").code == 0
+    assert tiny.close(model, tiny.load(tmp_path / "merged"))
+    other = tuned(folder, tmp_path / "other", "lora", ["up_proj"])
+    merged = PeftModel.from_pretrained(tiny.load(folder), str(other))
+    expected = merged(**tiny.inputs(merged)).logits
+    torch.testing.assert_close(merged.merge_and_unload()(**tiny.inputs(merged)).logits, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_lora_on_fused_projections_of_a_compact_model(pessa: Pessa, place: Path) -> None:
