@@ -66,7 +66,7 @@ def by_name(call: ast.Call) -> list[str]:
     """Return the private names of attributes that a call reads as `getattr` does, and of its keywords."""
     found = [keyword.arg or "" for keyword in call.keywords]
     if isinstance(call.func, ast.Name) and call.func.id in ("getattr", "hasattr", "setattr"):
-        found += [node.value for node in call.args[1:2] if isinstance(node, ast.Constant)]
+        found += [str(node.value) for node in call.args[1:2] if isinstance(node, ast.Constant)]
     return [name for name in found if name.startswith("_") and not name.startswith("__")]
 
 
