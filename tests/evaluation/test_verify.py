@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from harness import WEIGHTS, Pessa, TinyFolder, copy_of, edit_weights, is_refusal
+from harness import WEIGHTS, Pessa, Tensors, TinyFolder, copy_of, edit_weights, is_refusal
 from safetensors.torch import load_file
 from tiny_models import build
 
@@ -110,7 +110,7 @@ def test_blocks_that_no_input_reaches_are_named(pessa: Pessa, tmp_path: Path) ->
 def test_a_block_that_does_not_run_beside_others_is_not_the_same(
     left: tuple[str, ...], tiny_folder: TinyFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its error must not count as 0. No class of transformers skips a block, so the results of others are taken away."""
+    """Its error must not count as 0. No class of transformers skips a block, so results are taken away."""
 
     def some(*args: Any) -> Any:
         blocks, outputs, texts = run_both(*args)
@@ -134,3 +134,19 @@ def test_a_block_that_did_not_run_has_no_error(tiny_folder: TinyFolder) -> None:
         ours.get_encoder()(tiny.inputs(ours)["input_features"])
     assert set(squares) == {site.name for site in model.sites if site.name.startswith("encoder.")}
     assert all(off == 0 < whole for off, whole in squares.values())
+
+
+def test_names_that_transformers_does_not_load(pessa: Pessa, tiny_folder: TinyFolder, tmp_path: Path) -> None:
+    """A prefix of a training program is kept; the weights alone do not show that it is one too many."""
+
+    def prefixed(tensors: Tensors) -> None:
+        for name in list(tensors):
+            tensors[f"student.{name}"] = tensors.pop(name)
+
+    folder = copy_of(tiny_folder("llama"), tmp_path / "student")
+    edit_weights(prefixed)(folder)
+    assert pessa("decompose", folder, "-o", tmp_path / "out").code == 0
+    assert pessa("verify", folder, tmp_path / "out", "--level", "weights").code == 0
+    for level in ("blocks", "outputs"):
+        result = pessa("verify", folder, tmp_path / "out", "--level", level)
+        is_refusal(result, "model.layers.0.self_attn.k_proj.weight: missing", "--level weights")
