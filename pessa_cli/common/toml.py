@@ -83,9 +83,8 @@ def _value(setting: Setting, value: Any) -> Any:
     key, types = setting.name, toml_types(setting)
     if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
         wanted = " or ".join(TOML_NAMES[kind] for kind in types)
-        raise UsageError(
-            f"{key} = {shortened(value)} is {TOML_NAMES.get(type(value), 'a date or time')}", f"give {wanted}"
-        )
+        found = "a list" if isinstance(value, list) else TOML_NAMES.get(type(value), "a date or time")
+        raise UsageError(f"{key} = {shortened(value)} is {found}", f"give {wanted}")
     if isinstance(value, int) and abs(value) > 2**53:
         raise UsageError(f"{key} = {shortened(value)} is too large", EXAMPLES)
     if setting.choices and value not in setting.choices:
