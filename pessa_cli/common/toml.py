@@ -82,10 +82,9 @@ def _value(setting: Setting, value: Any) -> Any:
     """The value of a field for a value in TOML. Raises UsageError if that has another type or is not a choice."""
     key, types = setting.name, toml_types(setting)
     if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
-        wanted = " or ".join(TOML_NAMES[kind] for kind in types)
-        raise UsageError(
-            f"{key} = {shortened(value)} is {TOML_NAMES.get(type(value), 'a date or time')}", f"give {wanted}"
-        )
+        wanted = " or ".join(TOML_NAMES[kind] for kind in types if not (kind is int and float in types))
+        found = "a list" if isinstance(value, list) else TOML_NAMES.get(type(value), "a date or time")
+        raise UsageError(f"{key} = {shortened(value)} is {found}", f"give {wanted}")
     if isinstance(value, int) and abs(value) > 2**53:
         raise UsageError(f"{key} = {shortened(value)} is too large", EXAMPLES)
     if setting.choices and value not in setting.choices:

@@ -85,12 +85,12 @@ class GeneratedText:
 
 def run_both(
     reference: Model, candidate: Model, whole: bool, audio: list[Path], text: list[Path], device: str = "cpu"
-) -> tuple[list[tuple[str, float]], OutputDifference | None, list[GeneratedText]]:
-    """Compare two models; returns the relative error of each attention block's output, the outputs and the texts.
+) -> tuple[dict[str, float], OutputDifference | None, list[GeneratedText]]:
+    """Compare two models; returns the relative error of the output of each attention block that ran, by its name, the
+    outputs and the texts.
 
     whole: whether outputs and texts are compared, too; otherwise they are None and empty. device: where both models
-    run. Raises UsageError when audio
-    or text do not fit the models, PessaError when a model cannot be loaded or run.
+    run. Raises UsageError when audio or text do not fit the models, PessaError when a model cannot be loaded or run.
     """
     with quiet_transformers():
         return _run_both(reference, candidate, whole, audio, text, device)
@@ -98,7 +98,7 @@ def run_both(
 
 def _run_both(
     reference: Model, candidate: Model, whole: bool, audio: list[Path], text: list[Path], device: str = "cpu"
-) -> tuple[list[tuple[str, float]], OutputDifference | None, list[GeneratedText]]:
+) -> tuple[dict[str, float], OutputDifference | None, list[GeneratedText]]:
     ours, theirs = load(reference).to(device), load(candidate).to(device)
     speech, reads = hears(ours), ours.main_input_name == "input_ids"
     if audio and not speech:
@@ -148,7 +148,7 @@ def _run_both(
         with ExitStack() as hooks:
             squares = block_squares(reference.sites, ours, theirs, hooks)
             expected = [_first_output(folder, ours, inputs) for inputs in samples]
-        blocks = [(name, (off / all_) ** 0.5 if all_ else off**0.5) for name, (off, all_) in squares.items()]
+        blocks = {name: (off / all_) ** 0.5 if all_ else off**0.5 for name, (off, all_) in squares.items()}
         outputs = None
         if whole:
             outputs = _compare_outputs(expected, [output_of(theirs, inputs) for inputs in samples], ", ".join(names))

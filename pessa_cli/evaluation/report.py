@@ -11,6 +11,7 @@ from pessa_cli.evaluation.compare import GeneratedText, OutputDifference
 from pessa_cli.evaluation.settings import SettingsComparison
 
 LEVELS = ("settings", "weights", "blocks", "outputs", "texts")
+NOT_RUN = "not compared, because the reference does not run it"
 MOST_SETTINGS = 8  # that are told one by one
 
 
@@ -57,7 +58,9 @@ class Report:
 
     settings: of the files beside the weights. unequal: tensors that are missing in one model, have another dtype, or
     differ in a byte outside attention, with how they differ. ignored: tensors that only one model has, and that change
-    nothing.
+    nothing. skipped: blocks whose outputs could not be compared because the reference does not run them, although it
+    runs others of their kind; the models do not count as the same. unreached: all blocks of the kinds that no input
+    reaches, as the vision part of a model that is given text; only their weights are compared.
     """
 
     limits: Limits
@@ -67,6 +70,8 @@ class Report:
     settings: SettingsComparison
     unequal: dict[str, str]
     blocks: list[Difference] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
+    unreached: list[str] = field(default_factory=list)
     outputs: OutputDifference | None = None
     texts: list[GeneratedText] = field(default_factory=list)
     ignored: list[str] = field(default_factory=list)
@@ -87,6 +92,7 @@ class Report:
         )
         checks.append(Check("weights", "tensors outside attention", unequal, not self.unequal, float("inf")))
         checks += [_within("blocks", found.where, found.error, limits.outputs) for found in self.blocks]
+        checks += [Check("blocks", name, NOT_RUN, False, math.inf) for name in self.skipped]
         if out is not None:
             checks.append(_within("outputs", out.what, out.error, limits.outputs))
             if out.agreement is not None:
@@ -138,6 +144,9 @@ class Report:
         if self.blocks:
             worst = max(self.blocks, key=lambda d: badness(d.error))
             rows.append(("blocks", "output, relative error", f"{worst.error:.2e}", limit, worst.where))
+        for what, names in (("not compared: not run", self.skipped), ("not compared: other input", self.unreached)):
+            if names:
+                rows.append(("blocks", what, f"{len(names)} blocks", "", ", ".join(names[:2])))
         if out is not None:
             rows.append(("outputs", f"{out.what}, relative error", f"{out.error:.2e}", limit, out.inputs))
             rows.append(("outputs", f"{out.what}, largest difference", f"{out.max_difference:.2e}", "", ""))

@@ -22,7 +22,6 @@ from pessa_cli.checkpoint.links import visible_files
 from pessa_cli.checkpoint.manifest import CARD_FILE, MANIFEST_FILE
 from pessa_cli.common.errors import PessaError
 from pessa_cli.common.text import shortened
-from pessa_cli.compat.for_transformers import generation_defaults, generation_in_config
 from pessa_cli.models.classes import LOCAL_ONLY
 from pessa_cli.models.load import quiet_transformers
 from pessa_cli.surgery.generation import GENERATION_FILE, mended_generation_config
@@ -264,6 +263,8 @@ def _read_config(folder: Folder) -> dict[str, Any]:
 
 def _read_generation(folder: Folder) -> dict[str, Any]:
     """The settings of `generate`; without a file of their own transformers takes them from config.json."""
+    from pessa_cli.compat.for_transformers import generation_defaults, generation_in_config
+
     place = folder.model.reader.folder
     if GENERATION_FILE in folder.files:
         found = transformers.GenerationConfig.from_pretrained(place, **LOCAL_ONLY)

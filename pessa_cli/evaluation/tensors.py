@@ -12,7 +12,6 @@ from pessa_cli.checkpoint.dtypes import TORCH_DTYPES
 from pessa_cli.checkpoint.reader import CheckpointReader
 from pessa_cli.common.errors import PessaError
 from pessa_cli.common.progress import Tick
-from pessa_cli.compat.for_transformers import tied_weights
 from pessa_cli.models.classes import model_class
 from pessa_cli.surgery.model import Model
 
@@ -90,6 +89,8 @@ def _is_odd(name: str, tensor: Tensor) -> bool:
 
 def _tied_to(name: str, model: Model) -> str | None:
     """The tensor that transformers ties this one to, if the file has both of them and they are equal."""
+    from pessa_cli.compat.for_transformers import tied_weights  # which must not be what imports transformers first
+
     reader = model.reader
     try:
         kind = model_class(model)

@@ -97,8 +97,12 @@ def verify_models(
     if not audio and not text and not (tolerance is None and min_agreement is None):
         # Whoever accepts a difference of the outputs has not asked for the same text from the built-in input.
         texts = [replace(written, judged=False) for written in texts]
-    differences = [Difference(name, error) for name, error in blocks]
-    return replace(report, blocks=differences, outputs=outputs, texts=texts)
+    differences = [Difference(site.name, blocks[site.name]) for site in reference.sites if site.name in blocks]
+    reached = {site.spec.kind for site in reference.sites if site.name in blocks}
+    silent = [site for site in reference.sites if site.name not in blocks]
+    skipped = [site.name for site in silent if site.spec.kind in reached or not reached]
+    unreached = [site.name for site in silent if site.name not in skipped]
+    return replace(report, blocks=differences, skipped=skipped, unreached=unreached, outputs=outputs, texts=texts)
 
 
 def _paired(reference: Model, candidate: Model) -> dict[str, Site]:

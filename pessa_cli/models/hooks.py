@@ -42,14 +42,16 @@ def block_squares(sites: Sequence[Site], ours: Any, theirs: Any, hooks: ExitStac
     """Accumulate, while the first model runs, how far each block of the second one deviates.
 
     Returns, by block name, two sums over all outputs of the output projection: the squared difference of both models,
-    and the square of the first one's output. Both blocks get the inputs of the first model.
+    and the square of the first one's output. Both blocks get the inputs of the first model. A block has no entry until
+    it runs.
     """
-    squares = {site.name: [0.0, 0.0] for site in sites}
+    squares: dict[str, list[float]] = {}
     first, second = block_modules(sites, ours), block_modules(sites, theirs)
     for site in sites:
 
-        def add(call: Call, sums: list[float] = squares[site.name], other: BlockModules = second[site.name]) -> None:
+        def add(call: Call, name: str = site.name, other: BlockModules = second[site.name]) -> None:
             found, expected = replay(other, call).double(), call.output.double()
+            sums = squares.setdefault(name, [0.0, 0.0])
             sums[0] += float((expected - found).square().sum())
             sums[1] += float(expected.square().sum())
 

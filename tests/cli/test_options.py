@@ -172,11 +172,32 @@ def test_every_field_is_a_key_of_recipes(table: str, name: str, tmp_path: Path) 
     assert getattr(owner, name) == value
     assert value != setting.default
     wrong = "[1]" if setting.items is None else "3"
-    found_type = "a list of strings" if setting.items is None else "an integer"
+    found_type = "a list" if setting.items is None else "an integer"
     with pytest.raises(UsageError, match=rf"recipe\.toml: {name} = {re.escape(wrong)} is {found_type}") as refused:
         loaded(table, f"{name} = {wrong}", tmp_path)
     assert refused.value.hint is not None
     assert refused.value.hint.startswith("give ")
+
+
+@pytest.mark.parametrize(
+    ("line", "found", "wanted"),
+    [
+        ("rank = 2.5", "a number", "an integer"),
+        ("rank = true", "true or false", "an integer"),
+        ("qk_thr = '0.3'", "a string", "a number"),
+        ("qk_thr = [0.3]", "a list", "a number"),
+        ("qk_thr = { value = 0.3 }", "a table", "a number"),
+        ("qk_thr = 2026-11-26", "a date or time", "a number"),
+        ("sequential = 1", "an integer", "true or false"),
+        ("layers = 3", "an integer", "a string"),
+        ("calibrate = 'a.txt'", "a string", "a list of strings"),
+        ("target_size = true", "true or false", "an integer or a string"),
+    ],
+)
+def test_both_types_are_named(line: str, found: str, wanted: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=rf" is {found}$") as refused:
+        loaded("prune", line, tmp_path)
+    assert refused.value.hint == f"give {wanted}"
 
 
 @pytest.mark.parametrize("table", TABLES)

@@ -49,7 +49,9 @@ def test_a_missing_name_breaks_nothing_but_pessa(library: str, hooked: str, modu
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("module", ["compat.for_peft", "tuning.tuner_base", "tuning.tuner_pica", "tuning.merge"])
+@pytest.mark.parametrize(
+    "module", ["compat.for_peft", "tuning.tuner_base", "tuning.tuner_pica", "tuning.merge", "evaluation.settings"]
+)
 def test_whichever_module_is_imported_first_all_methods_are_registered(module: str) -> None:
     line = f"import pessa_cli.{module}\nfrom peft import PeftType\nprint(PeftType.PESSA, PeftType.LORAXS)"
     command = [sys.executable, "-W", "error::RuntimeWarning", "-c", line]

@@ -254,3 +254,13 @@ def test_the_tests_that_the_page_of_checkpoints_names_exist() -> None:
     named = [re.findall(r"`([\w/]+\.py)` \|$", row) for row in rows]
     assert all(len(files) == 1 for files in named)
     assert {file for files in named for file in files if not (ROOT / "tests" / file).is_file()} == set()
+
+
+def test_the_page_of_environment_variables_is_complete() -> None:
+    """All that the source names; scripts/peft_tests.py sets PESSA_PEFT_MODELS itself, for the tests that it starts."""
+    page = (ROOT / "docs/reference/environment.md").read_text(encoding="utf-8")
+    files = [path for folder in ("pessa_cli", "scripts") for path in (ROOT / folder).rglob("*.py")]
+    source = "\n".join(path.read_text(encoding="utf-8") for path in files)
+    named = set(re.findall(r"\b(?:PESSA|HF)_[A-Z_]+\b", source)) - {"PESSA_PEFT_MODELS"}
+    assert len(named) > 5
+    assert {name for name in named if f"`{name}" not in page} == set()

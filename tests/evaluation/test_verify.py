@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import json
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import tiny
 import torch
-from harness import Pessa, TinyFolder, copy_of, edit_weights, is_refusal
+from harness import WEIGHTS, Pessa, Tensors, TinyFolder, copy_of, edit_weights, is_refusal
+from safetensors.torch import load_file
+from tiny_models import build
 
 import pessa_cli.models.inputs
+from pessa_cli.evaluation.compare import run_both
 from pessa_cli.evaluation.verify import verify_models
+from pessa_cli.models.hooks import block_squares
 from pessa_cli.models.inputs import built_in_speech
 from pessa_cli.surgery.model import open_model
 
@@ -82,3 +89,64 @@ def test_a_device_that_does_not_exist(pessa: Pessa, tiny_folder: TinyFolder) -> 
     folder = tiny_folder("bert")
     is_refusal(pessa("verify", folder, folder, "--device", "nonsense"), "--device nonsense", code=2)
     assert pessa("verify", folder, folder, "--device", "cpu", "--level", "blocks").code == 0
+
+
+def test_blocks_that_no_input_reaches_are_named(pessa: Pessa, tmp_path: Path) -> None:
+    """Text does not reach the vision part: its weights are compared, and the report says that its outputs are not."""
+    build("llava").save_pretrained(tmp_path / "llava")
+    folder = copy_of(tmp_path / "llava", tmp_path / "same")
+    done = pessa("verify", tmp_path / "llava", folder, "--level", "blocks", "--json")
+    report = json.loads(done.out)
+    assert (done.code, report["same"], report["skipped"]) == (0, True, [])
+    assert report["unreached"] == ["vision.self.0", "vision.self.1"]
+    assert {found["where"].rpartition(".")[0] for found in report["blocks"]} == {"text.self"}
+    assert "vision.self.0" in pessa("verify", tmp_path / "llava", folder, "--level", "blocks").out
+    name = next(name for name in load_file(folder / WEIGHTS) if "vision" in name and "v_proj.weight" in name)
+    edit_weights(lambda tensors: tensors[name].mul_(1.5))(folder)
+    assert pessa("verify", tmp_path / "llava", folder, "--level", "blocks").code == 1
+
+
+@pytest.mark.parametrize("left", [("encoder.self.0",), ()])
+def test_a_block_that_does_not_run_beside_others_is_not_the_same(
+    left: tuple[str, ...], tiny_folder: TinyFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its error must not count as 0. No class of transformers skips a block, so results are taken away."""
+
+    def some(*args: Any) -> Any:
+        blocks, outputs, texts = run_both(*args)
+        return {name: blocks[name] for name in left}, outputs, texts
+
+    model = open_model(tiny_folder("bert"))
+    assert verify_models(model, model, "blocks").same
+    monkeypatch.setattr("pessa_cli.evaluation.verify.run_both", some)
+    report = verify_models(model, model, "blocks")
+    names = [site.name for site in model.sites if site.name not in left]
+    assert (report.same, report.skipped, report.unreached) == (False, names, [])
+    assert names[0] in report.failures[0]
+    assert "does not run" in report.failures[0]
+
+
+def test_a_block_that_did_not_run_has_no_error(tiny_folder: TinyFolder) -> None:
+    model = open_model(tiny_folder("whisper"))
+    ours, theirs = tiny.load(tiny_folder("whisper")), tiny.load(tiny_folder("whisper"))
+    with ExitStack() as hooks, torch.inference_mode():
+        squares = block_squares(model.sites, ours, theirs, hooks)
+        ours.get_encoder()(tiny.inputs(ours)["input_features"])
+    assert set(squares) == {site.name for site in model.sites if site.name.startswith("encoder.")}
+    assert all(off == 0 < whole for off, whole in squares.values())
+
+
+def test_names_that_transformers_does_not_load(pessa: Pessa, tiny_folder: TinyFolder, tmp_path: Path) -> None:
+    """A prefix of a training program is kept; the weights alone do not show that it is one too many."""
+
+    def prefixed(tensors: Tensors) -> None:
+        for name in list(tensors):
+            tensors[f"student.{name}"] = tensors.pop(name)
+
+    folder = copy_of(tiny_folder("llama"), tmp_path / "student")
+    edit_weights(prefixed)(folder)
+    assert pessa("decompose", folder, "-o", tmp_path / "out").code == 0
+    assert pessa("verify", folder, tmp_path / "out", "--level", "weights").code == 0
+    for level in ("blocks", "outputs"):
+        result = pessa("verify", folder, tmp_path / "out", "--level", level)
+        is_refusal(result, "model.layers.0.self_attn.k_proj.weight: missing", "--level weights")

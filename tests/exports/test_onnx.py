@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 import tiny
 import torch
 from harness import Pessa, Tensors, TinyFolder, copy_of, edit_weights, is_refusal, snapshot
+from tiny_models import build
 from torch import Tensor
 
 from pessa_cli.algebra.heads import HeadWeights
@@ -171,6 +173,20 @@ def test_graphs_that_disagree_are_not_put_in_place(
 def test_other_models_are_refused(name: str, tiny_folder: TinyFolder, tmp_path: Path, pessa: Pessa) -> None:
     is_refusal(pessa("export", tiny_folder(name), "--to", "onnx", "-o", tmp_path / "onnx"), name)
     assert not list(tmp_path.iterdir())
+
+
+def test_attention_with_sinks_is_refused(tiny_folder: TinyFolder, tmp_path: Path) -> None:
+    """Its weights do not sum to one, so the value bias cannot move into the output bias."""
+    build("gpt_oss").save_pretrained(tmp_path)
+    model = open_model(tmp_path)
+    with pytest.raises(PessaError, match=f"{model.sites[0].name}: its attention weights do not sum to one") as raised:
+        onnx_export._attention(model.reader, model.sites[0], 1.0)
+    assert "--layout dense" in str(raised.value.hint)
+    bert = open_model(tiny_folder("bert"))  # the negative control
+    onnx_export._attention(bert.reader, bert.sites[0], 1.0)
+    sinks = replace(bert.sites[0], spec=replace(bert.sites[0].spec, sums_to_one=False))
+    with pytest.raises(PessaError, match="do not sum to one"):
+        onnx_export._attention(bert.reader, sinks, 1.0)
 
 
 def block(qk_ranks: list[int], vo_ranks: list[int], biases: bool) -> HeadWeights:

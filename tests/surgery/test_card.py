@@ -46,6 +46,17 @@ def out(source: Path, place: Path) -> Path:
     return place / "out"
 
 
+def test_a_link_is_the_name_of_its_model(source: Path, place: Path, pessa: Pessa) -> None:
+    """What the user calls it, and neither the folder behind it nor a path of this machine."""
+    (place / "short").symlink_to(source, target_is_directory=True)
+    assert pessa("prune", place / "short", "-o", place / "pruned", "--ratio", "0.3").code == 0
+    assert json.loads((place / "pruned" / "pessa.json").read_text())["source"] == "short"
+    card = (place / "pruned" / "README.md").read_text()
+    assert "short" in card
+    assert "moonlight" not in card.replace("Trained on moonlight.", "")
+    assert str(place) not in card
+
+
 def test_the_front_matter_is_that_of_the_source_with_our_tags(out: Path) -> None:
     data = ModelCard.load(out / "README.md").data.to_dict()
     assert data == {

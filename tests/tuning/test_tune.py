@@ -15,6 +15,7 @@ import torch
 from characters import tokenizer
 from harness import Pessa, Real, is_refusal, snapshot
 from peft import PeftModel
+from safetensors.torch import load_file
 from tuned import history, losses, sums, with_tokenizer, write_lines
 
 from pessa_cli.common.errors import PessaError, UsageError
@@ -244,6 +245,7 @@ def test_data_that_does_not_fit(
         ("--batch 0", "--batch 0", 2),
         ("--batch 4 --micro-batch 3", "--batch 4", 2),
         ("--lr -1", "--learning-rate -1", 2),
+        ("--dtype float16", "--dtype float16 needs an accelerator", 2),
         ("--recipe missing.toml", "missing.toml", 1),
         ("--data missing.jsonl", "missing.jsonl", 1),
     ],
@@ -256,6 +258,30 @@ def test_invalid_options_are_refused(
     line = ("tune", llama, "--method", "lora", "--data", data, "-o", place / "out", "--device", "cpu")
     is_refusal(pessa(*line, *options.split()), culprit, code=code)
     assert snapshot(place) == before
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_the_frozen_weights_have_the_dtype(dtype: str, pessa: Pessa, llama: Path, place: Path) -> None:
+    """Products are computed in it, while the adapter and its gradients stay in float32."""
+    seen: set[tuple[str, torch.dtype]] = set()
+
+    def note(module: torch.nn.Module, _inputs: Any, output: Any) -> None:
+        if isinstance(module, torch.nn.Linear) and module.weight.requires_grad:
+            seen.add(("adapter", module.weight.dtype))
+        elif isinstance(module, torch.nn.Linear):
+            seen.update({("weights", module.weight.dtype), ("products", output.dtype)})
+
+    data, hook = sums(place / "sums.jsonl"), torch.nn.modules.module.register_module_forward_hook(note)
+    try:
+        line = ("tune", llama, "--method", "lora", "--data", data, "-o", place / "out", *QUICK)
+        assert pessa(*line, "--dtype", dtype).code == 0
+    finally:
+        hook.remove()
+    wanted = getattr(torch, dtype)
+    assert seen == {("adapter", torch.float32), ("weights", wanted), ("products", wanted)}
+    saved = load_file(place / "out" / "adapter_model.safetensors")
+    assert {value.dtype for value in saved.values()} == {torch.float32}
+    assert all(value.any() for value in saved.values())  # those of lora_B were zero before the training
 
 
 @pytest.mark.parametrize("recipe", CONFIGS, ids=lambda path: path.stem)
