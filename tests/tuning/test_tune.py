@@ -267,7 +267,7 @@ def test_the_frozen_weights_have_the_dtype(dtype: str, pessa: Pessa, llama: Path
 
     def note(module: torch.nn.Module, _inputs: Any, output: Any) -> None:
         if isinstance(module, torch.nn.Linear) and module.weight.requires_grad:
-            seen.add(("adapter", module.weight.dtype))
+            seen.update({("adapter", module.weight.dtype), ("products", output.dtype)})
         elif isinstance(module, torch.nn.Linear):
             seen.update({("weights", module.weight.dtype), ("products", output.dtype)})
 
