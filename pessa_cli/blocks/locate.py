@@ -110,7 +110,9 @@ def layer_faults(specs: Sequence[AttentionSpec], config: Mapping[str, Any], head
                 continue
             key = in_config(config, spec, spec.depth)
             if last + 1 < depth:
-                faults.append(f"{prefix}{_stem(spec)}: config.json has {depth} layers ({key}), the file {last + 1}")
+                faults.append(
+                    f"{prefix}{_stem(spec)}{last + 1}: config.json has {depth} layers ({key}), the file {last + 1}"
+                )
             faults += [
                 f"{prefix}{_stem(spec)}{layer}: config.json has only {depth} layers ({key})"
                 for layer in sorted(there)

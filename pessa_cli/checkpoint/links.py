@@ -26,7 +26,7 @@ class _Entry(NamedTuple):
 
     name: str
     path: Path
-    fault: Literal["outside", "nowhere"] | None
+    fault: Literal["outside", "nowhere", "special"] | None
 
 
 def visible_files(folder: Path, enter_links: bool = True) -> dict[str, Path]:
@@ -48,7 +48,7 @@ def check_links(folder: Path, follow: bool = False, everything: bool = False) ->
 
     follow: allow links that lead out of the folder and of the hub's cache. everything: also look at files that no
     output takes over. Raises PessaError with the names and targets of the links that may not be followed, and of those
-    that lead nowhere.
+    that lead nowhere, and of what is neither a file nor a folder.
     """
     try:
         faults = [entry for entry in _listing(folder, follow) if entry.fault]
@@ -56,13 +56,17 @@ def check_links(folder: Path, follow: bool = False, everything: bool = False) ->
         raise PessaError(f"{folder} cannot be read: {error}", "check the permissions of its files") from error
     if not everything:
         faults = [entry for entry in faults if _matters(entry)]
-    nowhere, outside = (
-        [f"{entry.name} -> {os.path.realpath(entry.path)}" for entry in faults if entry.fault == kind]
-        for kind in ("nowhere", "outside")
-    )
+    special = [entry.name for entry in faults if entry.fault == "special"]
+    nowhere = [f"{entry.name} -> {entry.path.readlink()}" for entry in faults if entry.fault == "nowhere"]
+    outside = [f"{entry.name} -> {os.path.realpath(entry.path)}" for entry in faults if entry.fault == "outside"]
+    if special:
+        raise PessaError(
+            f"{folder} has pipes, sockets or devices in the place of files\n{listed(special)}",
+            "put the files in their place, or delete them",
+        )
     if nowhere:
         raise PessaError(
-            f"{folder} has links that lead to no file\n{listed(nowhere)}",
+            f"{folder} has links that lead to no file, or in a circle\n{listed(nowhere)}",
             "restore the files, for example by a new download, `dvc pull` or `git annex get`, or delete the links",
         )
     if outside:
@@ -105,12 +109,14 @@ def _entries(folder: Path, follow: bool, parts: str = "", roots: tuple[Path, ...
             yield from _entries(path, follow, f"{name}/", (*roots, real))
 
 
-def _fault(path: Path, roots: tuple[Path, ...], follow: bool) -> Literal["outside", "nowhere"] | None:
+def _fault(path: Path, roots: tuple[Path, ...], follow: bool) -> Literal["outside", "nowhere", "special"] | None:
+    target = Path(os.path.realpath(path))
+    if path.is_symlink() and (not _exists(target) or target in roots):  # a link to a folder above it never ends
+        return "nowhere"
+    if not path.is_file() and not path.is_dir():
+        return "special"
     if not path.is_symlink():
         return None
-    target = Path(os.path.realpath(path))
-    if not _exists(target) or target in roots:  # a link to a folder above it never ends
-        return "nowhere"
     allowed = follow or target.is_relative_to(roots[0]) or _is_cached(target, roots[0])
     return None if allowed else "outside"
 

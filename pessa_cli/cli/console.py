@@ -265,7 +265,10 @@ def show_plan(written: WrittenModel) -> None:
     OUT.print(table)
     for file, nbytes in written.shards.items():
         OUT.print(f"{file}  {size(nbytes)}")
-    OUT.print(written.other_files)
+    for line in written.other_files.splitlines():
+        OUT.print(line)
+    if written.out.exists():
+        note(f"{written.out} exists: a run needs --force, which replaces only what pessa wrote, or another -o")
     note(f"dry run: {written.out} would be written, {rule}, {written.layout}; nothing was written")
 
 

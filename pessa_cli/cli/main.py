@@ -27,6 +27,7 @@ from pessa_cli.common.memory import raise_if_out_of_memory
 from pessa_cli.common.version import VERSION
 
 BUG = 70  # the exit code of an error that pessa did not expect, as in sysexits.h
+INTERRUPTED = (130, 128 + signal.SIGTERM)  # the exit codes after Ctrl-C and SIGTERM
 TRACEBACK = "PESSA_TRACEBACK"  # the environment variable that shows the causes of errors
 
 app = typer.Typer(
@@ -99,9 +100,10 @@ def main() -> None:
             console.show_traceback(error)
         console.show_error(error)
         sys.exit(2 if isinstance(error, UsageError) else 1)
-    except KeyboardInterrupt:
-        console.note("interrupted; if shards were finished, --resume continues with them")
-        sys.exit(130)
+    except SystemExit as done:
+        if done.code in INTERRUPTED:  # typer makes an exit of Ctrl-C
+            console.note("interrupted; if shards were finished, --resume continues with them")
+        raise
     except BrokenPipeError:
         sys.exit(1)
     except Exception as error:

@@ -87,5 +87,5 @@ def merge(
         console.note(line)
     console.note_left_out(written["left_out"])
     console.note(
-        f"{out} written, {written['changed']} tensors changed; check it with: pessa eval {out}, pessa verify {out}"
+        f"{out} written, {written['changed']} tensors rewritten; check it with: pessa eval {out}, pessa verify {out}"
     )

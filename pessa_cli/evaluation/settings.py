@@ -245,7 +245,8 @@ def _shown(value: Any, other: Any) -> str:
         return str(value)
     if isinstance(value, str) and isinstance(other, str) and len(value) > SHOWN:
         start = next((i for i, (x, y) in enumerate(zip(value, other, strict=False)) if x != y), len(other))
-        value = f"{'...' if start > 20 else ''}{value[max(0, start - 20) :][:SHOWN]}"
+        rest = value[max(0, start - 20) :]
+        value = f"{'...' if start > 20 else ''}{rest[:SHOWN]}{'...' if len(rest) > SHOWN else ''}"
     return shortened(value)
 
 

@@ -174,6 +174,8 @@ def calibrated(
             raise UsageError(
                 f"--statistics {files[0]} is inside {folder}, which is only read", "give a file outside of it"
             )
+    if run.dry and data is not None:
+        files = ()  # nothing is written
     with calibration_for(model, sites, data, files, rule, run) as found:
         if found is None:
             yield Known()
