@@ -43,7 +43,8 @@ def not_ours(folder: Path) -> str:
         names = {*known, *UNHASHED}
     except (PessaError, KeyError, TypeError):
         return f"{folder} was not written by pessa: it has no valid {MANIFEST_FILE}"
-    foreign = sorted(name for name in (first, *files) if name not in names)
+    # pessa writes no links: one in the place of its file leads to a copy that others may rely on.
+    foreign = sorted(name for name in (first, *files) if name not in names or (folder / name).is_symlink())
     return f"{folder} holds files that pessa did not write\n{listed(foreign)}" if foreign else ""
 
 

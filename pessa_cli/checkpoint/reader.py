@@ -168,7 +168,8 @@ class CheckpointReader:
                 raise PessaError(f"{folder / INDEX_FILE} has no weight_map", "download the file again")
             files = sorted(set(weight_map.values()))
             # A shard may be a symbolic link, as in the hub's cache: the index cannot create links, so they are safe.
-            outside = [file for file in files if Path(file).name != file or "\\" in file or file in ("", "..")]
+            # But hidden files are not among those whose links are checked.
+            outside = [f for f in files if Path(f).name != f or "\\" in f or f.startswith(".") or not f]
             if outside:
                 raise PessaError(
                     f"{folder / INDEX_FILE} points outside its folder: {_printable(outside[0])}",

@@ -103,19 +103,27 @@ def text_positions(model: Any) -> int:
 
 
 def _start(model: Any) -> Tensor:
-    """The token that the decoder of a model starts with, (1, 1)."""
-    return torch.full((1, 1), model.config.decoder_start_token_id, device=device_of(model))
+    """The token that the decoder of a model starts with, (1, 1); its encoder does not depend on it."""
+    names = ("decoder_start_token_id", "bos_token_id", "pad_token_id")
+    known = (getattr(model.config, name, None) for name in names)
+    return torch.full((1, 1), next((token for token in known if token is not None), 0), device=device_of(model))
 
 
 def _written(model: Any, given: Inputs) -> Tensor:
     """What an encoder-decoder model for text writes for an input, under greedy decoding, (1, tokens).
 
-    Raises UsageError for a model without a language model head, which writes nothing.
+    Raises UsageError for a model without a language model head, which writes nothing, and PessaError for one that does
+    not say which token it starts with.
     """
     if not model.can_generate():
         raise UsageError(
             f"{type(model).__name__} writes no text, so there is nothing for its decoder to read",
             "calibrate its encoder: --sites encoder.self",
+        )
+    if all(getattr(model.generation_config, name, None) is None for name in ("decoder_start_token_id", "bos_token_id")):
+        raise PessaError(
+            f"{model.name_or_path}: config.json has no decoder_start_token_id, so its decoder cannot begin to write",
+            "add it to config.json, or calibrate the encoder: --sites encoder.self",
         )
     most = given["input_ids"].shape[1] - 1  # about as long as what it reads, and never more than its positions
     written: Tensor = model.generate(**given, do_sample=False, num_beams=1, max_new_tokens=max(1, most))

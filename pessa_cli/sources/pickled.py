@@ -90,7 +90,7 @@ def _files(folder: Path) -> list[str]:
     if not isinstance(weight_map, dict) or {type(file) for file in weight_map.values()} != {str}:
         raise PessaError(f"{folder / PICKLE_INDEX} has no weight_map", "download the file again")
     files = sorted(set(weight_map.values()))
-    outside = [file for file in files if Path(file).name != file or file in ("", "..")]
+    outside = [file for file in files if Path(file).name != file or file.startswith(".") or not file]
     if outside:
         raise PessaError(
             f"{folder / PICKLE_INDEX} points outside its folder: {outside[0]}",

@@ -271,6 +271,7 @@ def test_links_of_the_hub_cache_are_followed(bases: Bases, tmp_path: Path) -> No
         ".",
         "",
         "./x.safetensors",
+        ".hidden.safetensors",
         "a\0.safetensors",
         "\ud800.safetensors",
         "x" * 300 + ".safetensors",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -199,3 +200,11 @@ def test_verify_does_not_enter_folders_elsewhere(model: Path, place: Path, pessa
     (place / "out" / "1_Pooling").rename(place / "elsewhere")
     (place / "out" / "1_Pooling").symlink_to(place / "elsewhere")
     is_refusal(pessa("verify", place / "out"), "1_Pooling/config.json: missing")
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "1_Pooling/words.txt"])
+def test_a_pipe_in_the_place_of_a_file_is_refused(name: str, model: Path, place: Path, pessa: Pessa) -> None:
+    (model / name).unlink(missing_ok=True)
+    os.mkfifo(model / name)
+    is_refusal(pessa("prune", model, "-o", place / "out", *RULE), "pipes", name)
+    assert not (place / "out").exists()

@@ -259,6 +259,44 @@ def test_every_output_has_a_manifest_and_may_be_replaced(here: Path, pessa: Pess
     assert snapshot(here) == before
 
 
+def test_an_output_whose_files_became_links_is_not_replaced(here: Path, pessa: Pessa) -> None:
+    """As DVC and the hub's cache store files: the links lead to the only copies."""
+    assert pessa(*PRUNE).code == 0
+    (here / "store").mkdir()
+    (here / "out" / "config.json").rename(here / "store" / "config.json")
+    (here / "out" / "config.json").symlink_to(here / "store" / "config.json")
+    before = snapshot(here)
+    is_refusal(pessa(*PRUNE, "--force"), "did not write", "  config.json")
+    assert snapshot(here) == before
+
+
+def test_a_dry_run_writes_nothing_and_names_what_is_in_the_way(
+    here: Path, pessa: Pessa, tiny_folder: TinyFolder
+) -> None:
+    with_tokenizer(tiny_folder("llama"), here / "base")
+    (here / "story.txt").write_text("a man plays the flute, and the lamp burned until three ships came home. " * 20)
+    (here / "out").mkdir()
+    before = snapshot(here)
+    data = ("--calibrate", "story.txt", "--statistics", "found.safetensors")
+    result = pessa("prune", "base", "--ratio", "0.3", *data, "--dry-run", "-o", "out")
+    assert result.code == 0, result
+    assert "out exists" in result.err
+    assert "tokenizer.json  copied" in result.out.splitlines()
+    assert snapshot(here) == before
+
+
+def test_an_interrupted_run_says_how_to_go_on(here: Path, pessa: Pessa, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pessa_cli.workflow.prune.prune_model", interrupted)
+    result = pessa(*PRUNE)
+    assert result.code == 130
+    assert "interrupted" in result.err
+    assert "--resume" in result.err
+    assert not (here / ".out.partial").exists()
+
+
 def test_an_adapter_is_not_replaced_by_the_model_it_is_merged_into(
     here: Path, pessa: Pessa, tiny_folder: TinyFolder
 ) -> None:
