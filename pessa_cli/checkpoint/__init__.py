@@ -26,7 +26,7 @@ from pessa_cli.checkpoint.files import (
 )
 from pessa_cli.checkpoint.links import check_links, hidden_files, visible_files
 from pessa_cli.checkpoint.manifest import CARD_FILE, MANIFEST_FILE, UNHASHED, not_ours, write_manifest
-from pessa_cli.checkpoint.places import check_apart, check_free, partial_folder, partial_output
+from pessa_cli.checkpoint.places import check_apart, check_free, check_outside, partial_folder, partial_output
 from pessa_cli.checkpoint.reader import CheckpointReader, Header, TensorInfo
 from pessa_cli.checkpoint.shards import CheckpointWriter, ShardWriter, write_index
 from pessa_cli.checkpoint.staging import Staging, new_file, new_folder, run_identity
@@ -60,6 +60,7 @@ __all__ = [
     "check_apart",
     "check_free",
     "check_links",
+    "check_outside",
     "contents_of",
     "hidden_files",
     "left_out_text",
