@@ -20,13 +20,14 @@ from pessa_cli.checkpoint.files import (
     PICKLE_SUFFIXES,
     SINGLE_FILE,
     read_json,
+    read_json_value,
     sha256_of,
     source_name,
     write_json,
 )
 from pessa_cli.checkpoint.links import check_links, hidden_files, visible_files
 from pessa_cli.checkpoint.manifest import CARD_FILE, MANIFEST_FILE, UNHASHED, not_ours, write_manifest
-from pessa_cli.checkpoint.places import check_apart, check_free, partial_folder, partial_output
+from pessa_cli.checkpoint.places import check_apart, check_free, check_outside, partial_folder, partial_output
 from pessa_cli.checkpoint.reader import CheckpointReader, Header, TensorInfo
 from pessa_cli.checkpoint.shards import CheckpointWriter, ShardWriter, write_index
 from pessa_cli.checkpoint.staging import Staging, new_file, new_folder, run_identity
@@ -60,6 +61,7 @@ __all__ = [
     "check_apart",
     "check_free",
     "check_links",
+    "check_outside",
     "contents_of",
     "hidden_files",
     "left_out_text",
@@ -70,6 +72,7 @@ __all__ = [
     "partial_folder",
     "partial_output",
     "read_json",
+    "read_json_value",
     "run_identity",
     "sha256_of",
     "source_name",

@@ -23,9 +23,17 @@ PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Return the JSON object in a file.
+    """Return the JSON object in a file. Raises the errors of `read_json_value`, and PessaError for no object."""
+    value = read_json_value(path)
+    if not isinstance(value, dict):
+        raise PessaError(f"{path} holds a {type(value).__name__}, not a JSON object", "download the file again")
+    return value
 
-    Raises PessaError if the file is missing, unreadable, too large or too deeply nested, or holds no object.
+
+def read_json_value(path: Path) -> Any:
+    """Return the value in a JSON file, of any type.
+
+    Raises PessaError if the file is missing, unreadable, too large or too deeply nested.
     """
     try:
         size = file_size(path)
@@ -36,8 +44,6 @@ def read_json(path: Path) -> dict[str, Any]:
         raise PessaError(f"{path} does not exist", "give the folder of a complete checkpoint") from error
     except (OSError, ValueError, RecursionError) as error:
         raise PessaError(f"{path} is not readable JSON: {error}", "download the file again") from error
-    if not isinstance(value, dict):
-        raise PessaError(f"{path} holds a {type(value).__name__}, not a JSON object", "download the file again")
     if not _within_depth(value):
         raise PessaError(f"{path} is nested more than {MOST_DEPTH} levels deep", "download the file again")
     return value

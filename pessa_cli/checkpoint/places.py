@@ -11,7 +11,7 @@ from typing import Any
 
 from pessa_cli.checkpoint.files import read_json
 from pessa_cli.checkpoint.manifest import not_ours
-from pessa_cli.common.errors import PessaError
+from pessa_cli.common.errors import PessaError, UsageError
 from pessa_cli.common.files import TEMPORARY, reason
 
 JOURNAL_FILE, LOCK_FILE = f"{TEMPORARY}journal.json", f"{TEMPORARY}lock"
@@ -124,6 +124,12 @@ def check_apart(out: Path, sources: Sequence[Path]) -> None:
             raise PessaError(f"{out} is inside {source}, which is only read", "give an -o outside of it")
         if place == read or place in read.parents:
             raise PessaError(f"{out} exists, and cannot be replaced because the run reads from it", OTHER)
+
+
+def check_outside(path: Path, folder: Path, option: str) -> None:
+    """Raise UsageError when a file to write, which `option` named, is in a folder that is only read."""
+    if folder.resolve() in path.resolve().parents:
+        raise UsageError(f"{option} {path} is inside {folder}, which is only read", "give a file outside of it")
 
 
 def not_writable(out: Path, error: OSError) -> PessaError:

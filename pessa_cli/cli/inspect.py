@@ -35,10 +35,13 @@ def inspect(
     Example: `pessa inspect whisper-tiny.en --qk-thr 5e-3 --vo-thr 6e-3 --plot spectra.png`
     """
     run = options.run()
+    from pessa_cli.checkpoint.places import check_outside
     from pessa_cli.cli.plot import check_plot, plot_curve, plot_spectra
 
     if plot is not None:
         check_plot(plot)
+        if Path(model).is_dir():
+            check_outside(plot, Path(model), "--plot")
     from pessa_cli.workflow.inspect import inspect as inspect_model
 
     norms = plot is not None and not curve

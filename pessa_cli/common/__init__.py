@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from pessa_cli.common.errors import UsageError as UsageError
     from pessa_cli.common.files import FULL_DISK as FULL_DISK
     from pessa_cli.common.files import TEMPORARY as TEMPORARY
+    from pessa_cli.common.files import check_file as check_file
     from pessa_cli.common.files import check_there as check_there
     from pessa_cli.common.files import check_writable as check_writable
     from pessa_cli.common.files import disk_error as disk_error
@@ -59,6 +60,7 @@ else:
             "files": [
                 "FULL_DISK",
                 "TEMPORARY",
+                "check_file",
                 "check_there",
                 "check_writable",
                 "disk_error",

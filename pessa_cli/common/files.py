@@ -38,6 +38,15 @@ def check_there(path: Path, hint: str) -> None:
         raise PessaError(f"{path} does not exist", hint)
 
 
+def check_file(path: Path, hint: str) -> None:
+    """Raise PessaError if a path that a user named is not that of a regular file; `hint` is for one that is missing."""
+    check_there(path, hint)
+    if path.is_dir():
+        raise PessaError(f"{path} is a folder, not a file", hint)
+    if not path.is_file():  # a pipe, a socket or a device, which may never end
+        raise PessaError(f"{path} is not a regular file", "copy what it holds into a file first")
+
+
 def file_size(path: Path) -> int:
     """Return the size of a regular file in bytes, following symbolic links.
 

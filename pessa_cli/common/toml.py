@@ -12,7 +12,8 @@ from pessa_cli.common.files import file_size
 from pessa_cli.common.options import Setting, made, settings_of
 from pessa_cli.common.text import shortened
 
-MOST_BYTES = 2**20  # the largest recipe that is read
+MOST_BYTES = 2**16  # the largest recipe that is read
+MOST_DOTS = 1000  # in a line of a recipe: the time to parse a key grows with the square of the number of its parts
 PLAIN: Mapping[Any, tuple[type, ...]] = {float: (float, int), int: (int,), bool: (bool,), str: (str,), Path: (str,)}
 TOML_NAMES: Mapping[type, str] = {
     float: "a number",
@@ -35,7 +36,11 @@ def read_toml(path: Path, *tables: str) -> dict[str, Any]:
         size = file_size(path)
         if size > MOST_BYTES:
             raise ValueError(f"it has {size:,} bytes, more than {MOST_BYTES:,}")
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        for number, line in enumerate(text.split("\n"), 1):
+            if line.count(".") > MOST_DOTS:
+                raise ValueError(f"line {number} has {line.count('.'):,} dots, more than {MOST_DOTS:,}")
+        content = tomllib.loads(text)
     except FileNotFoundError as error:
         raise PessaError(
             f"the recipe {path} does not exist", "give the path of a TOML file, such as those in configs/"

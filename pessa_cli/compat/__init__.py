@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from pessa_cli.compat.for_peft import PeftTuner as PeftTuner
     from pessa_cli.compat.for_peft import check_adapters_to_merge as check_adapters_to_merge
     from pessa_cli.compat.for_peft import check_before_merging as check_before_merging
-    from pessa_cli.compat.for_peft import check_target_module_exists as check_target_module_exists
     from pessa_cli.compat.for_peft import corda as corda
     from pessa_cli.compat.for_peft import extend_peft_type as extend_peft_type
     from pessa_cli.compat.for_peft import get_quantization_kwargs as get_quantization_kwargs
@@ -65,7 +64,6 @@ else:
                 "TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING",
                 "check_adapters_to_merge",
                 "check_before_merging",
-                "check_target_module_exists",
                 "corda",
                 "extend_peft_type",
                 "get_quantization_kwargs",

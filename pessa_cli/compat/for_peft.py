@@ -13,7 +13,6 @@ from peft.tuners.tuners_utils import (
     BaseTuner,
     BaseTunerLayer,
     check_adapters_to_merge,
-    check_target_module_exists,
 )
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.quantization_utils import get_quantization_kwargs, resolve_quantization_backend
@@ -23,7 +22,6 @@ __all__ = [
     "TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING",
     "BufferDict",
     "check_adapters_to_merge",
-    "check_target_module_exists",
     "get_quantization_kwargs",
     "resolve_quantization_backend",
 ]

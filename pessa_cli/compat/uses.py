@@ -75,7 +75,6 @@ USES: Mapping[str, tuple[Use, ...]] = {
     "peft": (
         Use("peft.tuners._buffer_dict", "BufferDict.__init__", others=("persistent",)),
         Use(TUNERS_UTILS, "check_adapters_to_merge", ("module", "adapter_names")),
-        Use(TUNERS_UTILS, "check_target_module_exists", ("config", "key")),
         Use(TUNERS_UTILS, f"{LAYER}._move_adapter_to_device_of_base_layer", ("self", "adapter_name")),
         Use(TUNERS_UTILS, f"{LAYER}._get_base_layer_device_and_dtype", ("self", "base_layer")),
         Use(TUNERS_UTILS, f"{LAYER}._cast_input_dtype", ("self", "x", "dtype")),

@@ -24,6 +24,7 @@ from pessa_cli.checkpoint.links import visible_files
 from pessa_cli.checkpoint.manifest import CARD_FILE, MANIFEST_FILE
 from pessa_cli.checkpoint.reader import CheckpointReader
 from pessa_cli.common.errors import PessaError, UsageError
+from pessa_cli.common.files import is_there
 from pessa_cli.common.progress import Progress, quietly
 from pessa_cli.common.values import check_device
 from pessa_cli.evaluation.compare import run_both
@@ -213,6 +214,8 @@ def verify_folder(folder: Path) -> list[str]:
     A file differs when it is missing, changed, or not listed. Raises PessaError when the folder has no pessa.json, or
     one without hashes.
     """
+    if is_there(folder) and not folder.is_dir():
+        raise PessaError(f"{folder} is not a folder", "give the folder that holds its pessa.json")
     manifest = read_json(folder / MANIFEST_FILE)
     hashes = manifest.get("sha256")
     if not isinstance(hashes, dict) or not hashes or not all(isinstance(name, str) for name in hashes):

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pessa_cli.common.errors import PessaError
-from pessa_cli.common.files import check_there
+from pessa_cli.common.files import check_file
 
 SAMPLE_RATE = 16_000
 FORMATS = "give a WAV, FLAC, OGG or MP3 file"
@@ -20,7 +20,7 @@ def load_audio(path: Path) -> NDArray[np.float32]:
     Raises PessaError when the file does not exist, cannot be read or is empty, or when the `whisper` extra is not
     installed.
     """
-    check_there(path, FORMATS)
+    check_file(path, FORMATS)
     try:
         import soundfile
         import soxr

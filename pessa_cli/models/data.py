@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from pessa_cli.checkpoint.files import sha256_of
 from pessa_cli.common.errors import PessaError
-from pessa_cli.common.files import is_there
+from pessa_cli.common.files import check_file, is_there
 from pessa_cli.common.text import read_text
 
 AUDIO = (".wav", ".flac", ".ogg", ".mp3", ".opus")
@@ -64,9 +64,8 @@ def read_data(paths: Sequence[Path]) -> CalibrationData:
                 raise PessaError(
                     f"{path} contains no audio", f"give a folder with files that end in {', '.join(AUDIO)}"
                 )
-        elif not (is_there(path) and path.is_file()):
-            raise PessaError(f"{path} does not exist", "give audio or text files, folders of audio, or JSON lines")
         else:
+            check_file(path, "give audio or text files, folders of audio, or JSON lines")
             files = [path]
         for file in files:
             digest = sha256_of(file)
@@ -109,8 +108,9 @@ def _lines(path: Path) -> Iterator[DataItem]:
         except (ValueError, AttributeError, RecursionError) as error:
             raise PessaError(f"{path}, line {number}: {error}", 'write {"audio": FILE} or {"text": "..."}') from error
         clip = None if not audio else path.parent / audio
-        if clip is not None and not (is_there(clip) and clip.is_file()):
-            raise PessaError(
-                f"{path}, line {number}: {clip} does not exist", "correct the path; it is relative to the JSONL file"
-            )
+        if clip is not None:
+            try:
+                check_file(clip, "correct the path; it is relative to the JSONL file")
+            except PessaError as error:
+                raise PessaError(f"{path}, line {number}: {error.message}", error.hint) from error
         yield DataItem(clip, text, language or None)

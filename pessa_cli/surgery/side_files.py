@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Literal
 
 from pessa_cli.checkpoint.contents import CHOSEN, HIDDEN, MODULES_FILE, WEIGHT_SUFFIXES, Contents, contents_of
-from pessa_cli.checkpoint.files import CONFIG_FILE, INDEX_FILE
+from pessa_cli.checkpoint.files import CONFIG_FILE, INDEX_FILE, read_json_value
 from pessa_cli.checkpoint.links import hidden_files, visible_files
 from pessa_cli.checkpoint.manifest import CARD_FILE, MANIFEST_FILE
 from pessa_cli.checkpoint.reader import CheckpointReader
@@ -49,13 +48,16 @@ def output_contents(reader: CheckpointReader, unknown: UnknownWeights = "refuse"
 
 
 def _modules_without_weights(folder: Path, names: Collection[str]) -> list[str]:
-    """Return the modules with weights of a sentence-transformers model that have none among the files."""
+    """Return the modules with weights of a sentence-transformers model that have none among the files.
+
+    Raises PessaError if their list cannot be read.
+    """
     if MODULES_FILE not in names:
         return []
+    modules = read_json_value(folder / MODULES_FILE)
     try:
-        modules = json.loads((folder / MODULES_FILE).read_text(encoding="utf-8"))
         listed_there = [(str(module.get("path") or ""), str(module.get("type"))) for module in modules]
-    except (ValueError, TypeError, AttributeError):  # another program's file of this name
+    except (TypeError, AttributeError):  # another program's file of this name
         return []
     return [
         f"{path}, {kind}"

@@ -11,7 +11,7 @@ import copy
 import platform
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,6 @@ from pessa_cli.common.jobs import one_thread
 from pessa_cli.common.memory import raise_if_out_of_memory
 from pessa_cli.common.text import listed
 from pessa_cli.common.version import VERSION
-from pessa_cli.compat.for_peft import check_target_module_exists
 from pessa_cli.models.classes import model_class
 from pessa_cli.models.load import quiet_transformers
 from pessa_cli.surgery.generation import generation_notes, write_generation_config
@@ -42,6 +41,7 @@ from pessa_cli.surgery.output import hashes_of, write_shards
 from pessa_cli.surgery.rewrite import cut_into_files
 from pessa_cli.surgery.run import Run
 from pessa_cli.surgery.side_files import copy_side_files, output_contents
+from pessa_cli.tuning.adapter_config import check_adapter_config
 from pessa_cli.tuning.merge_compact import RaggedLayer, brings_back, narrow, whole
 from pessa_cli.tuning.tuner_base import TunerConfig
 
@@ -73,14 +73,15 @@ class Adapter:
             raise PessaError(f"{folder} is not an adapter: it has no {missing}", hint)
         self.folder = folder
         try:
-            read_json(folder / ADAPTER_FILE)  # which PEFT reads without limits
-            self.config = PeftConfig.from_pretrained(str(folder))
+            content = read_json(folder / ADAPTER_FILE)  # which PEFT reads without limits
             self._file = _opened(folder / ADAPTER_WEIGHTS)
+            self.names = list(self._file.keys())
+            _check_config(folder, content, (tuple(self._file.get_slice(name).get_shape()) for name in self.names))
+            self.config = PeftConfig.from_pretrained(str(folder))
         except (ValueError, TypeError, KeyError, SafetensorError) as error:
             raise PessaError(
                 f"the adapter {folder} cannot be read: {error!r}", "copy the adapter again, or tune again"
             ) from error
-        self.names = list(self._file.keys())
         extras = [name for name in NOT_MERGED if getattr(self.config, name, None)]
         extras += ["bias"] if getattr(self.config, "bias", None) not in (None, "none") else []
         if extras:
@@ -99,6 +100,16 @@ class Adapter:
         return {name: sha256_of(self.folder / name) for name in (ADAPTER_FILE, ADAPTER_WEIGHTS)}
 
 
+def _check_config(folder: Path, content: Mapping[str, Any], shapes: Iterable[tuple[int, ...]]) -> None:
+    try:
+        check_adapter_config(content, shapes)
+    except ValueError as error:
+        raise PessaError(
+            f"the adapter {folder} cannot be read: {ADAPTER_FILE}: {error}",
+            "copy the adapter again, or correct this key",
+        ) from error
+
+
 def _opened(path: Path) -> Any:
     return safe_open(path, framework="pt")
 
@@ -113,9 +124,7 @@ class Merger:
         self._reader, self._adapter = model.reader, adapter
         self._model = _meta_model(model)
         self._stored = ModuleNames(model.reader.header)
-        # PEFT changes a configuration when it matches modules, so each use gets a copy.
-        config = copy.deepcopy(adapter.config)
-        targets = [name for name, _ in self._model.named_modules() if name and check_target_module_exists(config, name)]
+        targets = _adapted_modules(self._model, adapter.names)
         self.layers: dict[str, list[str]] = {}  # names of the adapted modules of each layer
         for name in targets:
             self.layers.setdefault(_layer_of(name), []).append(name)
@@ -165,7 +174,7 @@ class Merger:
         stored = {name: self._stored.find(f"{layer}.{name}") for name, _ in module.named_parameters()}
         state = {name: self._reader.get(found) for name, found in stored.items() if found is not None}
         module.load_state_dict(state, strict=False, assign=True)
-        config = copy.deepcopy(self._adapter.config)
+        config = copy.deepcopy(self._adapter.config)  # PEFT changes a configuration when it matches modules
         config.target_modules, config.inference_mode, config.task_type = set(self.layers[layer]), True, None
         for name in ("exclude_modules", "layers_to_transform", "layers_pattern"):
             if hasattr(config, name):
@@ -256,6 +265,19 @@ def _meta_model(model: Model) -> nn.Module:
         if quantizer is not None:
             quantizer.before_loading(empty)
     return empty.eval()
+
+
+def _adapted_modules(model: nn.Module, names: Iterable[str]) -> list[str]:
+    """Return the modules without submodules that an adapter has tensors for, in the order of the model.
+
+    The names of its tensors tell them. PEFT would run the regular expressions of the adapter's file instead, and some
+    of these take endless time.
+    """
+    beginnings: set[str] = set()
+    for name in names:
+        parts = name.removeprefix(ADAPTER_PREFIX).split(".")
+        beginnings.update(".".join(parts[:end]) for end in range(1, len(parts)))
+    return [name for name, module in model.named_modules() if name in beginnings and not any(module.children())]
 
 
 def _layer_of(name: str) -> str:

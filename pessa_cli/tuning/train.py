@@ -27,7 +27,7 @@ from pessa_cli.checkpoint.files import sha256_of
 from pessa_cli.checkpoint.places import partial_output
 from pessa_cli.checkpoint.staging import Staging, new_folder, run_identity
 from pessa_cli.common.errors import PessaError, UsageError
-from pessa_cli.common.files import check_there, disk_error
+from pessa_cli.common.files import check_file, disk_error
 from pessa_cli.common.version import VERSION
 from pessa_cli.compat.for_transformers import bfloat16_is_fast, recomputing, use_one_device
 from pessa_cli.models.instructions import EXAMPLE_FILES, form_of, read_rows
@@ -100,7 +100,7 @@ def tune(job: Job) -> dict[str, Any] | None:
     UsageError for options that do not fit the model.
     """
     for path in filter(None, (job.data, job.eval_data)):
-        check_there(path, EXAMPLE_FILES)
+        check_file(path, EXAMPLE_FILES)
     with quiet_transformers(), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # deprecations inside transformers
         arguments = _arguments(job)  # first, because it also connects the processes

@@ -8,7 +8,17 @@ from pessa_cli.surgery.prune import decompose_model
 from pessa_cli.surgery.run import Run
 from pessa_cli.surgery.side_files import output_contents
 from pessa_cli.workflow.recipe import Recipe
-from pessa_cli.workflow.steps import Notify, calibrated, calibration_data, chosen, ignore, named, need_room, rewriting
+from pessa_cli.workflow.steps import (
+    Notify,
+    calibrated,
+    calibration_data,
+    check_statistics,
+    chosen,
+    ignore,
+    named,
+    need_room,
+    rewriting,
+)
 from pessa_cli.workflow.written import WrittenModel
 
 
@@ -39,6 +49,7 @@ def decompose(
     the model cannot be read, and when `out` exists or cannot be written.
     """
     run, out = named(run, model), Path(out)
+    check_statistics(recipe, out)
     with rewriting(model, out, run, architecture, revision, allow_pickle, follow_links) as (found, place):
         sites = chosen(found, recipe)
         need_room(place, found)

@@ -13,7 +13,17 @@ from pessa_cli.surgery.prune import prune_model
 from pessa_cli.surgery.run import Run
 from pessa_cli.surgery.side_files import output_contents
 from pessa_cli.workflow.recipe import Recipe
-from pessa_cli.workflow.steps import Notify, calibrated, calibration_data, chosen, ignore, named, need_room, rewriting
+from pessa_cli.workflow.steps import (
+    Notify,
+    calibrated,
+    calibration_data,
+    check_statistics,
+    chosen,
+    ignore,
+    named,
+    need_room,
+    rewriting,
+)
 from pessa_cli.workflow.written import WrittenModel
 
 if TYPE_CHECKING:
@@ -51,6 +61,7 @@ def prune(
     if isinstance(recipe, Rule):
         recipe = Recipe(recipe)
     run, out = named(run, model), Path(out)
+    check_statistics(recipe, out)
     with rewriting(model, out, run, architecture, revision, allow_pickle, follow_links) as (found, place):
         sites, rule, result = chosen(found, recipe), recipe.rule, None
         need_room(place, found, sites)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from pessa_cli.blocks.site import Site, select
 from pessa_cli.checkpoint.files import source_name
-from pessa_cli.checkpoint.places import check_apart, check_free
+from pessa_cli.checkpoint.places import check_apart, check_free, check_outside, partial_folder
 from pessa_cli.checkpoint.staging import Staging, new_folder
 from pessa_cli.common.errors import UsageError
 from pessa_cli.common.files import check_writable, is_there
@@ -137,6 +137,18 @@ def check_output(model: str | Path, out: Path, run: Run) -> None:
         check_free(out, [path for path in [Path(model)] if path.exists()], run.force)
 
 
+def check_statistics(recipe: Recipe, out: Path) -> None:
+    """Raise UsageError if collected statistics would be written to the place of the output, or into it."""
+    if not (recipe.calibrate and recipe.statistics):
+        return
+    file = recipe.statistics[0]
+    for taken in (out, partial_folder(out)):
+        if taken.resolve() in (file.resolve(), *file.resolve().parents):
+            raise UsageError(
+                f"--statistics {file} is in the place of the output {out}", "give a file outside of the output"
+            )
+
+
 def need_room(place: Path | Staging, model: Model, sites: Sequence[Site] = ()) -> None:
     """Raise PessaError if the disk has no room for what the output surely has: the model without the given blocks.
 
@@ -170,10 +182,7 @@ def calibrated(
     files = recipe.statistics
     if data is not None and files:
         check_writable(files[0], "--statistics", new=True)
-        if (folder := model.reader.folder).resolve() in files[0].resolve().parents:
-            raise UsageError(
-                f"--statistics {files[0]} is inside {folder}, which is only read", "give a file outside of it"
-            )
+        check_outside(files[0], model.reader.folder, "--statistics")
     if run.dry and data is not None:
         files = ()  # nothing is written
     with calibration_for(model, sites, data, files, rule, run) as found:

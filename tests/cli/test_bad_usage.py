@@ -185,6 +185,8 @@ def test_plots_that_cannot_be_written(options: str, code: int, refuse: Refuse, p
 RECIPES = {
     "not TOML": ("prune = = 3", "recipe.toml is not a readable recipe", 1),
     "not text": ("\udcff", "recipe.toml is not a readable recipe", 1),
+    "key of too many parts": ("a" + ".a" * 20_000 + " = 1", "line 1 has 20,000 dots", 1),
+    "too large": ("#" * 2**17, "131,072 bytes", 1),
     "unknown table": ("[purge]\nrank = 3", "'purge'", 2),
     "unknown key": ("[prune]\nquality = 3", "'quality'", 2),
     "unknown verify key": ("[verify]\naudio = 'x.wav'", "'audio'", 2),

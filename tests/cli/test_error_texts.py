@@ -433,6 +433,10 @@ EXAMPLES: Mapping[str, Example] = {
     "a package that is not installed": failure(
         lambda _: need("nobodys_package", extra="eval"), "nobodys_package", "pip install"
     ),
+    "a folder without audio": failure("prune whisper -o out --calibrate llama --rank 3", "llama contains no audio"),
+    "statistics in the output": usage(
+        "prune llama -o out --calibrate words.txt --statistics out/sums --rank 3", "--statistics out/sums"
+    ),
     # Fine-tuning.
     "a learning rate of 0": usage("tune llama --data sums.jsonl -o out --lr 0", "0"),
     "no such method": usage("tune llama --data sums.jsonl -o out --method magic", "magic", "lora"),

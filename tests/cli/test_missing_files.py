@@ -1,7 +1,8 @@
-"""A file to read that does not exist: whichever option names it, the error says so, and nothing is written."""
+"""A file to read that does not exist, or is a pipe: each option that names it says so, and nothing is written."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -59,3 +60,18 @@ def test_every_option_that_names_a_file(world: Path, pessa: Pessa, subtests: pyt
             result = pessa(*line.split())
             is_refusal(result, f"{missing} does not exist", code=1)
             assert snapshot(world) == before
+
+
+def test_pipes(world: Path, pessa: Pessa, subtests: pytest.Subtests) -> None:
+    """Reading one may never end, so it is refused without being opened, and not called missing."""
+    names = sorted({word for line in LINES for word in line.split() if "nosuch" in word} | {"nosuch.txt"})
+    for name in names:
+        os.mkfifo(world / name)
+    before = sorted(path.name for path in world.iterdir())
+    for line in (*LINES, "verify nosuch"):
+        with subtests.test(line):
+            result = pessa(*line.split())
+            is_refusal(result, "nosuch", code=1)
+            assert "does not exist" not in result.err
+            assert "download" not in result.err
+            assert sorted(path.name for path in world.iterdir()) == before

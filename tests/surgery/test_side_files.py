@@ -264,3 +264,11 @@ def test_an_adapter_alone_is_no_model(tiny_folder: TinyFolder, place: Path, pess
     told[told.index("merged")] = str(place / "merged")
     assert pessa(*told[1:]).code == 0
     assert pessa("prune", place / "merged", "-o", place / "out").code == 0
+
+
+@pytest.mark.parametrize("content", ["[" * 200_000, "[" * 100 + "]" * 100, "[1"], ids=["deep", "deep JSON", "cut off"])
+def test_an_unreadable_list_of_modules(content: str, model: Path, place: Path, pessa: Pessa) -> None:
+    (model / "modules.json").write_text(content)
+    before = snapshot(place)
+    is_refusal(pessa("prune", model, "-o", place / "out", "--rank", "3"), "modules.json")
+    assert snapshot(place) == before

@@ -256,6 +256,53 @@ def test_damaged_adapters_are_refused(damage: str, pessa: Pessa, tiny_folder: Ti
     assert snapshot(place) == before
 
 
+BAD_KEYS: dict[str, dict[str, Any]] = {
+    "no target_modules": {"target_modules": None},
+    "target_modules, no names": {"target_modules": 3},
+    "target_modules, no pattern": {"target_modules": "("},
+    "exclude_modules, no pattern": {"exclude_modules": "("},
+    "layers_pattern, no pattern": {"layers_to_transform": [0], "layers_pattern": "("},
+    "layers_to_transform, no number": {"layers_to_transform": "x"},
+    "rank_pattern, no pattern": {"rank_pattern": {"(": 3}},
+    "rank_pattern, endless": {"rank_pattern": {"([a-z0-9_.]+)*!?+": 3}},
+    "rank_pattern, choices": {"rank_pattern": {"(.|.)" * 40 + "!": 3}},
+    "rank_pattern, huge": {"rank_pattern": {"q_proj": 100_000_000}},
+    "alpha_pattern, no object": {"alpha_pattern": [3]},
+    "r, huge": {"r": 100_000_000},
+}
+
+
+@pytest.mark.parametrize("bad", BAD_KEYS)
+def test_unusable_keys_of_a_configuration(bad: str, pessa: Pessa, tiny_folder: TinyFolder, place: Path) -> None:
+    """PEFT would fail with another error, or take endless time or memory."""
+    adapter = tuned(tiny_folder("llama"), place / "adapter", "lora", None)
+    edit_json(lambda found: found.update(BAD_KEYS[bad]), "adapter_config.json")(adapter)
+    before = snapshot(place)
+    key = bad.removeprefix("no ").partition(",")[0]
+    result = pessa("merge", tiny_folder("llama"), adapter, "-o", place / "out")
+    is_refusal(result, "cannot be read", "adapter_config.json", key)
+    assert snapshot(place) == before
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"target_modules": "([a-z0-9_.]+)*!"},  # PEFT would match it for longer than anyone waits
+        {"target_modules": r".*\.(q_proj|v_proj)"},
+        {"rank_pattern": {r".*layers\.\d+\.self_attn\.q_proj": 4}},
+    ],
+    ids=["endless", "pattern", "ranks"],
+)
+def test_the_names_of_tensors_tell_the_adapted_modules(
+    keys: dict[str, Any], pessa: Pessa, tiny_folder: TinyFolder, place: Path
+) -> None:
+    adapter = tuned(tiny_folder("llama"), place / "adapter", "lora", ["q_proj", "v_proj"])
+    expected = in_memory(tiny_folder("llama"), adapter, place / "expected")
+    edit_json(lambda found: found.update(keys), "adapter_config.json")(adapter)
+    assert pessa("merge", tiny_folder("llama"), adapter, "-o", place / "out").code == 0
+    assert tensors(place / "out") == tensors(expected)
+
+
 @pytest.mark.parametrize("other", ["whisper", "llama-biased"])
 def test_an_adapter_of_another_model(other: str, pessa: Pessa, tiny_folder: TinyFolder, place: Path) -> None:
     adapter = tuned(tiny_folder("llama"), place / "adapter", "lora", None)
