@@ -227,7 +227,7 @@ def _changes(ours: Any, theirs: Any, key: str = "") -> Iterator[tuple[str, Any, 
     elif isinstance(ours, list) and isinstance(theirs, list) and len(ours) == len(theirs):
         for i, (x, y) in enumerate(zip(ours, theirs, strict=True)):
             yield from _changes(x, y, f"{key}[{i}]")
-    elif ours != theirs:
+    elif ours != theirs and json.dumps(ours) != json.dumps(theirs):  # NaN is unequal to itself, but not its text
         yield key, ours, theirs
 
 

@@ -5,6 +5,9 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import altered
@@ -50,3 +53,21 @@ def test_a_value_is_named_with_file_key_and_both_values(pairs: dict[str, altered
     change = next(c for c in altered.changes(pairs["llama"].candidate) if c.name.endswith("rope_theta"))
     said = altered.said(pairs["llama"], change, tmp_path)
     assert said == "settings: config.json rope_parameters.rope_theta: 10000.0 became 15000.25"
+
+
+def changed(pair: altered.Pair, place: Path, change: Callable[[Path], None]) -> str:
+    """What `verify` says after a change of a copy of the reference."""
+    return altered.said(altered.Pair(pair.reference, pair.reference), altered.Change("", change), place)
+
+
+def test_not_a_number_in_a_config_is_itself(pairs: dict[str, altered.Pair], tmp_path: Path) -> None:
+    reference = tmp_path / "reference"
+    shutil.copytree(pairs["llama"].reference, reference)
+    config = json.loads((reference / "config.json").read_text()) | {"threshold": float("nan")}
+    (reference / "config.json").write_text(json.dumps(config))
+    pair = altered.Pair(reference, reference)
+    # With another indentation the files differ, and are read.
+    assert not changed(pair, tmp_path, lambda new: altered.write(new / "config.json", config, 7))
+    assert "threshold" in changed(
+        pair, tmp_path, lambda new: altered.write(new / "config.json", {**config, "threshold": 1.5})
+    )

@@ -79,13 +79,13 @@ def _dense(name: str, folder: Path) -> Path:
     if name == "bert":
         (folder / "1_Pooling").mkdir()
         (folder / "2_Dense").mkdir()
-        _write(folder / "modules.json", [{"idx": i, "path": p} for i, p in enumerate(("", "1_Pooling", "2_Dense"))])
-        _write(folder / "1_Pooling/config.json", {"pooling_mode_mean_tokens": True, "word_embedding_dimension": 32})
-        _write(folder / "sentence_bert_config.json", {"max_seq_length": 40, "do_lower_case": False})
+        write(folder / "modules.json", [{"idx": i, "path": p} for i, p in enumerate(("", "1_Pooling", "2_Dense"))])
+        write(folder / "1_Pooling/config.json", {"pooling_mode_mean_tokens": True, "word_embedding_dimension": 32})
+        write(folder / "sentence_bert_config.json", {"max_seq_length": 40, "do_lower_case": False})
         save_file({"linear.weight": torch.eye(32)}, folder / "2_Dense" / WEIGHTS)
     elif name != "whisper":
         settings = json.loads((folder / "generation_config.json").read_text())
-        _write(folder / "generation_config.json", settings | {"do_sample": True, "temperature": 0.7, "top_k": 20})
+        write(folder / "generation_config.json", settings | {"do_sample": True, "temperature": 0.7, "top_k": 20})
     return folder
 
 
@@ -142,7 +142,7 @@ def changes(folder: Path) -> Iterator[Change]:
 def harmless(folder: Path) -> Iterator[Change]:
     """Changes that leave the model what it is."""
     config = json.loads((folder / "config.json").read_text())
-    yield Change("key order", lambda new: _write(new / "config.json", dict(reversed(config.items()))))
+    yield Change("key order", lambda new: write(new / "config.json", dict(reversed(config.items()))))
     for key, value in (("transformers_version", "4.0.0"), ("_name_or_path", "somewhere/else")):
         yield Change(key, _setting("config.json", [key], value))
     yield Change("dtype as torch_dtype", _renamed("dtype", "torch_dtype"))
@@ -159,7 +159,7 @@ def harmless(folder: Path) -> Iterator[Change]:
         yield Change("head_dim left out", _without("config.json", "head_dim"))
     yield Change("README.md", lambda new: _append(new / "README.md", "more"))
     yield Change("another file", lambda new: _append(new / "notes.txt", "more"))
-    yield Change("indented otherwise", lambda new: _write(new / "config.json", config, 7))
+    yield Change("indented otherwise", lambda new: write(new / "config.json", config, 7))
     yield Change("padding of the tokenizer", _setting("tokenizer.json", ["truncation"], {"max_length": 7}))
     yield Change("template within tokenizer_config.json", _template_inside)
     tensors = load_file(folder / WEIGHTS)
@@ -246,7 +246,7 @@ def _setting(file: str, path: Any, value: Any) -> Callable[[Path], None]:
         for step in steps:
             place = place[step]
         place[last] = copy.deepcopy(value)
-        _write(folder / file, document)
+        write(folder / file, document)
 
     return apply
 
@@ -255,7 +255,7 @@ def _without(file: str, key: str) -> Callable[[Path], None]:
     def apply(folder: Path) -> None:
         document = json.loads((folder / file).read_text())
         del document[key]
-        _write(folder / file, document)
+        write(folder / file, document)
 
     return apply
 
@@ -264,14 +264,14 @@ def _renamed(key: str, other: str | None) -> Callable[[Path], None]:
     def apply(folder: Path) -> None:
         document = json.loads((folder / "config.json").read_text())
         value = document.pop(key)
-        _write(folder / "config.json", document | ({} if other is None else {other: value}))
+        write(folder / "config.json", document | ({} if other is None else {other: value}))
 
     return apply
 
 
 def _old_rope(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
-    _write(folder / "config.json", config | {"rope_theta": config.pop("rope_parameters")["rope_theta"]})
+    write(folder / "config.json", config | {"rope_theta": config.pop("rope_parameters")["rope_theta"]})
 
 
 def _template_inside(folder: Path) -> None:
@@ -313,14 +313,14 @@ def _sharded(folder: Path) -> None:
     for file, held in halves.items():
         _save({name: tensors[name] for name in held}, folder / file)
     weight_map = {name: file for file, held in halves.items() for name in held}
-    _write(folder / f"{WEIGHTS}.index.json", {"metadata": {}, "weight_map": weight_map})
+    write(folder / f"{WEIGHTS}.index.json", {"metadata": {}, "weight_map": weight_map})
 
 
 def _save(tensors: dict[str, torch.Tensor], path: Path) -> None:
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, {"format": "pt"})
 
 
-def _write(path: Path, document: Any, indent: int = 2) -> None:
+def write(path: Path, document: Any, indent: int = 2) -> None:
     path.write_text(json.dumps(document, indent=indent))
 
 
