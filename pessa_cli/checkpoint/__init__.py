@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pessa_cli.checkpoint.contents import (
+    CARRIED,
     CHOSEN,
     HIDDEN,
     MODULES_FILE,
@@ -10,6 +11,8 @@ from pessa_cli.checkpoint.contents import (
     Contents,
     contents_of,
     left_out_text,
+    matched,
+    why_left_out,
 )
 from pessa_cli.checkpoint.dtypes import FLOATS, ITEM_BYTES, TORCH_DTYPES, UNDERFLOW, UNIT_ROUNDOFF, loaded_dtype
 from pessa_cli.checkpoint.files import (
@@ -35,6 +38,7 @@ from pessa_cli.checkpoint.staging import Staging, new_file, new_folder, run_iden
 __all__ = [
     "ADAPTER_FILE",
     "CARD_FILE",
+    "CARRIED",
     "CHOSEN",
     "CONFIG_FILE",
     "FLOATS",
@@ -66,6 +70,7 @@ __all__ = [
     "hidden_files",
     "left_out_text",
     "loaded_dtype",
+    "matched",
     "new_file",
     "new_folder",
     "not_ours",
@@ -77,6 +82,7 @@ __all__ = [
     "sha256_of",
     "source_name",
     "visible_files",
+    "why_left_out",
     "write_index",
     "write_json",
     "write_manifest",

@@ -74,7 +74,7 @@ def contents_of(files: Iterable[str], own: Collection[str]) -> Contents:
         reason = why_left_out(name)
         if reason is not None:
             found.left_out[reason[0]] = reason[1]
-        elif name.endswith(WEIGHT_SUFFIXES) and not (modules and "/" in name) and _match(name, CARRIED) is None:
+        elif name.endswith(WEIGHT_SUFFIXES) and not (modules and "/" in name) and matched(name, CARRIED) is None:
             found.unknown.append(name)
         else:
             found.copied.append(name)
@@ -83,7 +83,7 @@ def contents_of(files: Iterable[str], own: Collection[str]) -> Contents:
 
 def why_left_out(name: str) -> tuple[str, str] | None:
     """Return what of this name is left out, the file or a folder that it is in, and why; None for other files."""
-    found = [(matched, reason) for reason, patterns in LEFT_OUT if (matched := _match(name, patterns)) is not None]
+    found = [(part, reason) for reason, patterns in LEFT_OUT if (part := matched(name, patterns)) is not None]
     return min(found, key=lambda match: len(match[0]), default=None)
 
 
@@ -93,7 +93,7 @@ def is_training_state(name: str) -> bool:
     return found is not None and found[1] == TRAINING
 
 
-def _match(name: str, patterns: Sequence[str]) -> str | None:
+def matched(name: str, patterns: Sequence[str]) -> str | None:
     """Return the first part of a relative name that one of the patterns matches: one of its folders, or all of it."""
     parts = name.split("/")
     for depth, part in enumerate(parts):

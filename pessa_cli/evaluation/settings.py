@@ -6,6 +6,7 @@ counts by what transformers makes of both folders: defaults that are written out
 
 from __future__ import annotations
 
+import glob
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -15,9 +16,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import transformers
+from safetensors import SafetensorError, safe_open
 
+from pessa_cli.checkpoint.contents import CARRIED, MODULES_FILE, matched, why_left_out
 from pessa_cli.checkpoint.dtypes import loaded_dtype
-from pessa_cli.checkpoint.files import CONFIG_FILE, sha256_of
+from pessa_cli.checkpoint.files import ADAPTER_FILE, CONFIG_FILE, sha256_of, source_name
 from pessa_cli.checkpoint.links import visible_files
 from pessa_cli.checkpoint.manifest import CARD_FILE, MANIFEST_FILE
 from pessa_cli.common.errors import PessaError
@@ -26,6 +29,7 @@ from pessa_cli.models.classes import LOCAL_ONLY
 from pessa_cli.models.load import quiet_transformers
 from pessa_cli.surgery.generation import GENERATION_FILE, mended_generation_config
 from pessa_cli.surgery.model import Model
+from pessa_cli.surgery.spectra_file import SPECTRA_FILE
 
 # Who wrote a file, from where, and how attention is computed. `dtype` is compared as the dtype that is loaded, and the
 # `quantization_config` of pessa, which gives the shapes of its tensors, with the weights.
@@ -44,7 +48,21 @@ NOT_COMPARED = {
 }
 # Of the options that transformers gives a tokenizer, these are its own and those of a single call.
 OF_A_CALL = ("chat_template", "max_length", "stride", "truncation_strategy", "pad_to_multiple_of", "pad_token_type_id")
+TOKENS = "added_tokens_decoder"  # repeats what is in tokenizer.json, and decides without one
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 AS_READ = ("tokenizer_class",)  # has several names for one class
+# Files that are not compared where both folders have them, in the patterns of `checkpoint.contents`.
+NOTES = (
+    *(f"/{SPECTRA_FILE}", "*.md", "LICEN[CS]E*", "NOTICE*", "USE_POLICY*", "*.pdf", "*.html", "requirements*.txt"),
+    *("*.png", "*.jpg", "*.jpeg", "*.gif", "*.svg", "*.webp", "*_results.json", "*_results.txt"),
+)
+# Files that a model without them lacks, besides those of PARTS: weights beside the transformer, and data of tokenizers
+# and of preprocessing. Of other files it is not known whether anything reads them.
+NEEDED = (
+    *CARRIED,
+    *("tekken.json", "dict*.txt", "alphabet.json", "bpe.codes", "entity*.tsv", "special_tokens*.txt", "*.npz", "*.py"),
+    *("tokenizer/", "preprocessor/", "processor/", "feature_extractor/", "image_processor/", "speaker_embeddings/"),
+)
 MOST_PARSED = 64 * 2**20  # bytes of a file whose values are told apart; a larger one is compared as a whole
 MOST_VALUES = 20  # of one file that are told one by one; a tokenizer has 100,000
 SHOWN = 60  # characters of a value
@@ -132,21 +150,64 @@ def compare_settings(reference: Model, candidate: Model, architecture: str | Non
     differences: list[SettingDifference] = []
     ignored: list[str] = []
     with quiet_transformers():
-        for part in PARTS:
+        for part in (*PARTS, Part((*MODULES, *_module_files(ours), *_module_files(theirs)), _unread)):
             names = sorted(name for name in ours.files.keys() | theirs.files.keys() if _belongs(name, part))
             compared += names
             differences += _compare_part(part, names, ours, theirs, ignored)
+        weights = {*reference.reader.files, *candidate.reader.files, MANIFEST_FILE, CARD_FILE}
+        for name in sorted((ours.files.keys() | theirs.files.keys()) - weights - set(compared)):
+            in_both = name in ours.files and name in theirs.files
+            copied = why_left_out(name) is None and matched(name, NOTES) is None
+            if copied and (in_both or (name in ours.files and matched(name, NEEDED) is not None)):
+                compared.append(name)
+                differences += _compare_part(Part((name,), _unread), [name], ours, theirs, ignored)
+            elif not in_both:
+                ignored.append(f"{name}: only in the {'reference' if name in ours.files else 'candidate'}")
+    differences += _own_adapters(ours, theirs)
     dtypes = [
         loaded_dtype(model.reader.config, (info.dtype for info in model.reader.header.values()))
         for model in (reference, candidate)
     ]
     if dtypes[0] != dtypes[1]:
         differences.append(SettingDifference(CONFIG_FILE, "dtype", *map(str, dtypes)))
-    others = ours.files.keys() ^ theirs.files.keys()
-    weights = {*reference.reader.files, *candidate.reader.files, MANIFEST_FILE, CARD_FILE}
-    sides = {name: "reference" if name in ours.files else "candidate" for name in sorted(others - weights)}
-    ignored += [f"{name}: only in the {side}" for name, side in sides.items() if name not in compared]
     return SettingsComparison(compared, differences, ignored)
+
+
+def _own_adapters(ours: Folder, theirs: Folder) -> list[SettingDifference]:
+    """The differences of adapters that transformers, with PEFT installed, adds to the weights beside them.
+
+    For an adapter of another model it would load that model; pessa loads neither, and such adapters are only listed.
+    """
+    if not (_adapts_itself(ours) or _adapts_itself(theirs)):
+        return []
+    hashes = [
+        {name: sha256_of(path) for name, path in folder.files.items() if fnmatchcase(name, "adapter_*")}
+        for folder in (ours, theirs)
+    ]
+    names = sorted(name for name in hashes[0].keys() | hashes[1].keys() if hashes[0].get(name) != hashes[1].get(name))
+    return [SettingDifference(name, "", *(shortened(found.get(name, "absent")) for found in hashes)) for name in names]
+
+
+def _adapts_itself(folder: Folder) -> bool:
+    """Whether the folder has an adapter, with weights of PEFT, that names the model beside it as its base."""
+    config, place = folder.document(ADAPTER_FILE), folder.model.reader.folder
+    base = config.get("base_model_name_or_path") if isinstance(config, dict) else None
+    if not isinstance(base, str) or (Path(base).resolve() != place.resolve() and base != source_name(place)):
+        return False
+    if ADAPTER_WEIGHTS not in folder.files:
+        return "adapter_model.bin" in folder.files
+    try:
+        with safe_open(folder.files[ADAPTER_WEIGHTS], "np") as file:
+            return any(name.startswith("base_model.model.") for name in file.keys())  # noqa: SIM118  # not a dict
+    except SafetensorError:
+        return False
+
+
+def _module_files(folder: Folder) -> tuple[str, ...]:
+    """Patterns of the files of the modules that modules.json lists, whatever the names of their folders."""
+    modules = folder.document(MODULES_FILE)
+    paths = [module.get("path") for module in modules if isinstance(module, dict)] if isinstance(modules, list) else []
+    return tuple(f"{glob.escape(path.rstrip('/'))}/*" for path in paths if isinstance(path, str) and path)
 
 
 def _belongs(name: str, part: Part) -> bool:
@@ -159,12 +220,13 @@ def _compare_part(
     """The differences of one part; adds to `ignored` the values that differ without changing anything."""
     written: list[Found] = []
     only_one: list[Found] = []
+    tokens_decide = any("tokenizer.json" not in folder.files for folder in (ours, theirs))
     for name in names:
         files = ours.files.get(name), theirs.files.get(name)
         if files[0] is not None and files[1] is not None and sha256_of(files[0]) == sha256_of(files[1]):
             continue
         for key, x, y in _changes(ours.document(name), theirs.document(name)):
-            if _is_ignored(name, key):
+            if _is_ignored(name, key) and not (key.startswith(TOKENS) and tokens_decide):
                 ignored.append(f"{name} {key}: {_shown(x, y)} and {_shown(y, x)}")
             elif type(x) is type(y) and ABSENT not in (x, y) and key not in AS_READ:
                 written.append((name, key, x, y))
@@ -305,6 +367,8 @@ def _unread(folder: Folder) -> dict[str, Any]:
     raise ValueError(f"transformers does not read these files of {folder.model.reader.folder}")
 
 
+# Of sentence-transformers: its modules behind the model, each in a folder such as 1_Pooling, with their weights.
+MODULES = (MODULES_FILE, "sentence_*_config.json", "config_sentence_transformers.json", "[0-9]_*/*")
 PARTS = (
     Part((CONFIG_FILE,), _read_config),
     Part((GENERATION_FILE,), _read_generation),
@@ -317,7 +381,5 @@ PARTS = (
         _read_tokenizer,
     ),
     Part(("preprocessor_config.json", "processor_config.json", "*_preprocessor_config.json"), _read_processor),
-    # Of sentence-transformers: its modules behind the model, each in a folder such as 1_Pooling, with their weights.
-    Part(("modules.json", "sentence_*_config.json", "config_sentence_transformers.json", "[0-9]_*/*"), _unread),
     Part(("*.py",), _unread),  # the model's own code
 )

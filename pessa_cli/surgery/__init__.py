@@ -19,10 +19,12 @@ from pessa_cli.surgery.prune import decompose_model, prune_model
 from pessa_cli.surgery.rewrite import SHARD_BYTES, Rewrite, cut_into_files
 from pessa_cli.surgery.run import Run
 from pessa_cli.surgery.side_files import UnknownWeights, copy_side_files, output_contents
+from pessa_cli.surgery.spectra_file import SPECTRA_FILE
 
 __all__ = [
     "GENERATION_FILE",
     "SHARD_BYTES",
+    "SPECTRA_FILE",
     "BlockReader",
     "Decomposition",
     "Model",

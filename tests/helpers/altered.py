@@ -126,7 +126,7 @@ def changes(folder: Path) -> Iterator[Change]:
     yield Change("tokenizer.json normalizer", _setting("tokenizer.json", ["normalizer"], {"type": "Lowercase"}))
     splitter = {"type": "WhitespaceSplit"}
     yield Change("tokenizer.json pre_tokenizer", _setting("tokenizer.json", ["pre_tokenizer"], splitter))
-    yield Change("chat_template.jinja", lambda new: _append(new / "chat_template.jinja", "!"))
+    yield Change("chat_template.jinja", lambda new: append(new / "chat_template.jinja", "!"))
     for file in ("tokenizer.json", "chat_template.jinja", "generation_config.json", "preprocessor_config.json"):
         # A generation config that only repeats config.json is not missed, and encoders have none.
         plain = file == "generation_config.json" and "temperature" not in (folder / "config.json").read_text()
@@ -157,8 +157,8 @@ def harmless(folder: Path) -> Iterator[Change]:
     if config["model_type"] == "llama":
         yield Change("rope_theta as before transformers 5", _old_rope)
         yield Change("head_dim left out", _without("config.json", "head_dim"))
-    yield Change("README.md", lambda new: _append(new / "README.md", "more"))
-    yield Change("another file", lambda new: _append(new / "notes.txt", "more"))
+    yield Change("README.md", lambda new: append(new / "README.md", "more"))
+    yield Change("another file", lambda new: append(new / "notes.txt", "more"))
     yield Change("indented otherwise", lambda new: write(new / "config.json", config, 7))
     yield Change("padding of the tokenizer", _setting("tokenizer.json", ["truncation"], {"max_length": 7}))
     yield Change("template within tokenizer_config.json", _template_inside)
@@ -324,5 +324,5 @@ def write(path: Path, document: Any, indent: int = 2) -> None:
     path.write_text(json.dumps(document, indent=indent))
 
 
-def _append(path: Path, text: str) -> None:
+def append(path: Path, text: str) -> None:
     path.write_text((path.read_text() if path.exists() else "") + text)
