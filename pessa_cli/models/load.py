@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import transformers
 
+from pessa_cli.checkpoint.files import INDEX_FILE
 from pessa_cli.common.errors import PessaError
 from pessa_cli.common.memory import MORE_MEMORY, raise_if_out_of_memory
 from pessa_cli.common.text import listed
@@ -40,7 +41,9 @@ def load(model: Model, dtype: torch.dtype = torch.float32, **placing: Any) -> An
     except Exception as error:  # transformers raises many types, all of them caused by this folder or its size
         size = f"{model.parameters:,} parameters in {str(dtype).removeprefix('torch.')}"
         raise_if_out_of_memory(error, f"load {folder}, {size}", f"{MORE_MEMORY}; or {WEIGHTS_ALONE}")
-        raise PessaError(f"transformers cannot load {folder}\n{listed(str(error).splitlines())}", MISFIT) from error
+        bare = isinstance(error, KeyError) and error.args == ("metadata",)  # of the index, which transformers looks up
+        hint = f'add "metadata": {{}} to {folder / INDEX_FILE}; or {WEIGHTS_ALONE}' if bare else MISFIT
+        raise PessaError(f"transformers cannot load {folder}\n{listed(str(error).splitlines())}", hint) from error
     lost = sorted([*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])])
     if lost:  # found in the headers, but not when the weights were loaded
         raise PessaError(f"transformers did not load all weights of {folder}\n{listed(lost)}", MISFIT)

@@ -87,6 +87,12 @@ def test_an_index_without_metadata(sharded: Path, place: Path, pessa: Pessa) -> 
     assert "no `metadata`" in result.err
     assert "metadata" in json.loads((place / "out" / INDEX).read_text())
     assert tiny.close(tiny.load(place / "out"), original, 1e-4)
+    check = ("verify", sharded, place / "out", "--tolerance", "1", "--min-agreement", "0")
+    refused = pessa(*check)
+    assert refused.code == 1
+    assert f'hint: add "metadata": {{}} to {sharded / INDEX}' in refused.err
+    edit_json(lambda index: index.update(metadata={}), INDEX)(sharded)
+    assert pessa(*check).code == 0
 
 
 def test_a_correct_index_gives_no_warning(sharded: Path, warned: list[warnings.WarningMessage]) -> None:
