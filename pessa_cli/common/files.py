@@ -16,6 +16,7 @@ from pessa_cli.common.errors import PessaError, UsageError
 
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 OCCUPIED = (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR)  # os.rename of a folder, where something is already
+TORCH_WRITING = ("inline_container", "StreamWriter", "iostream error")  # in the texts of torch.save's RuntimeErrors
 TEMPORARY = ".pessa-"  # the beginning of the names of files that are being written
 
 
@@ -66,11 +67,12 @@ def reason(error: OSError) -> str:
 def disk_error(error: Exception) -> OSError | None:
     """Return the error of the operating system that another library reports as one of its own; None if it is none.
 
-    safetensors raises SafetensorError with the number in its text, torch a RuntimeError of its writer of zip files.
+    safetensors raises SafetensorError with the number in its text, torch a RuntimeError of its writer of zip files, or
+    of the C++ stream below it.
     """
     if found := re.search(r"\(os error ([0-9]+)\)", str(error)):
         return OSError(int(found[1]), os.strerror(int(found[1])))
-    if isinstance(error, RuntimeError) and ("inline_container" in str(error) or "StreamWriter" in str(error)):
+    if isinstance(error, RuntimeError) and any(part in str(error) for part in TORCH_WRITING):
         return OSError(f"torch could not write its file: {str(error).splitlines()[0]}")
     return None
 

@@ -404,6 +404,7 @@ def test_errors_of_the_disk_inside_other_libraries() -> None:
     assert found is not None
     assert found.errno == 28
     assert disk_error(RuntimeError("PytorchStreamWriter failed writing file data/1")) is not None
+    assert disk_error(RuntimeError("basic_ios::clear: iostream error")) is not None  # torch.save to a path, at its end
     assert disk_error(RuntimeError("shape mismatch")) is None
 
 
