@@ -11,6 +11,7 @@ import shutil
 import socket
 import struct
 import tempfile
+import tracemalloc
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
@@ -461,3 +462,16 @@ def test_pipes_are_read_by_no_reader(kind: str, bases: Bases, tmp_path: Path) ->
 def _opened(path: Path) -> None:
     with open_source(str(path), allow_pickle=True) as folder:
         open_model(folder)
+
+
+def test_a_length_beyond_the_file_takes_no_memory(bases: Bases, tmp_path: Path) -> None:
+    folder = copy_of(bases["bert"], tmp_path / "model")
+    content = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes((24 * 2**20).to_bytes(8, "little") + content[8:])
+    tracemalloc.start()
+    try:
+        with pytest.raises(PessaError, match="not a complete safetensors file"):
+            CheckpointReader(folder)
+        assert tracemalloc.get_traced_memory()[1] < 2**20
+    finally:
+        tracemalloc.stop()
