@@ -6,6 +6,7 @@ encoded data, and a model that is scored with and without an adapter is loaded o
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from statistics import fmean
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from transformers import AutoTokenizer, WhisperProcessor
 
 from pessa_cli.common.errors import PessaError, UsageError
@@ -223,10 +225,10 @@ def with_adapter(base: Any, folder: Path, adapter: Path) -> Any:
     """The model with an adapter on it, on the CPU, where adapters that start from an SVD of the base compute it.
 
     Changes the modules of `base`. `folder` is that of the base, for messages. Raises PessaError when the adapter's
-    folder has no adapter_config.json, or when PEFT cannot put the adapter on this model.
+    folder has no adapter_config.json, or when PEFT cannot put all of the adapter on this model.
     """
     need("peft")
-    from peft import PeftModel
+    from peft import PeftModel, get_peft_model_state_dict
 
     check_there(adapter, "give a folder that `pessa tune` wrote")
     if not (adapter / "adapter_config.json").is_file():
@@ -234,10 +236,21 @@ def with_adapter(base: Any, folder: Path, adapter: Path) -> Any:
             f"{adapter} is not an adapter: it has no adapter_config.json", "give a folder that `pessa tune` wrote"
         )
     try:
-        return PeftModel.from_pretrained(base.to("cpu"), str(adapter))
-    except (ValueError, TypeError, KeyError, RuntimeError) as error:
+        model = PeftModel.from_pretrained(base.to("cpu"), str(adapter))
+    except (ValueError, TypeError, KeyError, RuntimeError, re.error) as error:
         raise_if_out_of_memory(error, f"put the adapter {adapter} on {folder}")
         reasons = listed(str(error).splitlines())
         raise PessaError(
             f"the adapter {adapter} does not fit {folder}\n{reasons}", "give the model that the adapter was tuned on"
         ) from error
+    weights = adapter / "adapter_model.safetensors"
+    if weights.is_file():  # PEFT passes over weights of modules that the model does not have
+        with safe_open(weights, "pt") as file:
+            stored = set(file.keys())
+        taken = {*get_peft_model_state_dict(model, save_embedding_layers=False), *model.state_dict()}
+        if lost := sorted(stored - taken):
+            raise PessaError(
+                f"the adapter {adapter} does not fit {folder}, which has no place for these weights\n{listed(lost)}",
+                "give the model that the adapter was tuned on",
+            )
+    return model

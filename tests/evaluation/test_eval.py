@@ -10,7 +10,7 @@ import pytest
 import tiny
 import torch
 from characters import tokenizer
-from harness import Pessa, TinyFolder, is_refusal
+from harness import Pessa, TinyFolder, copy_of, edit_json, edit_weights, is_refusal
 from peft import PeftModel, get_peft_model
 from tuned import disturb
 
@@ -114,3 +114,22 @@ def test_refusals(pessa: Pessa, llama: Path, adapter: Path, tiny_folder: TinyFol
     is_refusal(pessa("eval", llama, "--tasks", tmp_path), "test.json")
     (tmp_path / "odd.json").write_text(json.dumps([{"instruction": "Why?", "output": "because"}]))
     is_refusal(pessa("eval", llama, "--tasks", tmp_path / "odd.json"), "question 1")
+
+
+def test_an_adapter_that_does_not_fit(pessa: Pessa, llama: Path, adapter: Path, tmp_path: Path) -> None:
+    """PEFT passes over weights of modules that the model does not have, so the scores would be those of the base."""
+    task = questions(tmp_path / "task.json", "a/b")
+    others = copy_of(adapter, tmp_path / "others")
+    edit_weights(
+        lambda tensors: tensors.update(
+            {name.replace("layers.0", "layers.9"): tensors.pop(name) for name in [*tensors]}
+        ),
+        "adapter_model.safetensors",
+    )(others)
+    result = pessa("eval", llama, "--adapter", others, "--tasks", task)
+    assert result.code == 1
+    assert "no place for these weights" in result.err
+    assert "layers.9" in result.err
+    pattern = copy_of(adapter, tmp_path / "pattern")
+    edit_json(lambda config: config.update(target_modules="("), "adapter_config.json")(pattern)
+    is_refusal(pessa("eval", llama, "--adapter", pattern, "--tasks", task), str(pattern), "does not fit")
