@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pessa_cli.algebra.heads import HeadWeights
-from pessa_cli.blocks.site import Site
+from pessa_cli.blocks.site import AttentionSite
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Absorbed:
     o_bias: Tensor | None
 
 
-def absorb(weights: HeadWeights, site: Site, dtype: torch.dtype = torch.float64) -> Absorbed:
+def absorb(weights: HeadWeights, site: AttentionSite, dtype: torch.dtype = torch.float64) -> Absorbed:
     """Return the block's products in `dtype`, with the key and value biases removed where that is exact.
 
     The key bias adds the same number to the scores of a query with all keys, which softmax removes. It is dropped,
@@ -99,7 +99,7 @@ def recompose(
     absorbed: Absorbed,
     qk: Factors | None,
     vo: Factors,
-    site: Site,
+    site: AttentionSite,
     mean: Tensor | None = None,
 ) -> HeadWeights:
     """Return weights of the block that compute the same function from the factors of its products, in float64.

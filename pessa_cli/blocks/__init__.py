@@ -1,4 +1,4 @@
-"""The attention blocks of a checkpoint: the architecture table, their discovery, and the compact format."""
+"""The attention blocks and MLPs of a checkpoint: the architecture table, their discovery, and the compact format."""
 
 from __future__ import annotations
 
@@ -19,8 +19,11 @@ from pessa_cli.blocks.compact_format import (
     ragged_modules,
 )
 from pessa_cli.blocks.discover import find_sites, specs_of
+from pessa_cli.blocks.mlp_site import MlpSite
+from pessa_cli.blocks.mlp_spec import MlpSpec
 from pessa_cli.blocks.names import module_names
-from pessa_cli.blocks.site import Site, count, in_full, ragged_site, select, with_ranks
+from pessa_cli.blocks.seam import TITLES, Seam, Symmetry
+from pessa_cli.blocks.site import AttentionSite, Site, count, select
 from pessa_cli.blocks.spec import AttentionSpec
 from pessa_cli.blocks.table import ARCHITECTURES, FIRST_RELEASE, PUBLISHED, SINCE, TOWERS
 
@@ -32,17 +35,22 @@ __all__ = [
     "PUBLISHED",
     "QUANT_METHOD",
     "SINCE",
+    "TITLES",
     "TOWERS",
+    "AttentionSite",
     "AttentionSpec",
+    "MlpSite",
+    "MlpSpec",
     "ModuleNames",
     "PairRuns",
     "Ragged",
     "Ranks",
+    "Seam",
     "Site",
+    "Symmetry",
     "alignment_heads",
     "count",
     "find_sites",
-    "in_full",
     "last_pair",
     "match_module",
     "module_names",
@@ -50,9 +58,7 @@ __all__ = [
     "pairs_text",
     "parse_pairs",
     "ragged_modules",
-    "ragged_site",
     "select",
     "specs_of",
     "usual_heads",
-    "with_ranks",
 ]

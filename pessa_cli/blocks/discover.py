@@ -23,7 +23,7 @@ from pessa_cli.blocks.locate import (
     without_first_part,
     without_spare_layers,
 )
-from pessa_cli.blocks.site import ROPE, Site, count, head_order, ragged_site
+from pessa_cli.blocks.site import ROPE, AttentionSite, count, head_order
 from pessa_cli.blocks.spec import AttentionSpec, Tower
 from pessa_cli.blocks.table import ARCHITECTURES, TOWERS
 from pessa_cli.checkpoint.dtypes import FLOATS
@@ -81,7 +81,7 @@ def _submodel_rows(tower: Tower, config: Mapping[str, Any]) -> tuple[AttentionSp
     return specs_of(inner or {}, {}, model_type)
 
 
-def find_sites(specs: Iterable[AttentionSpec], config: Mapping[str, Any], header: Header) -> list[Site]:
+def find_sites(specs: Iterable[AttentionSpec], config: Mapping[str, Any], header: Header) -> list[AttentionSite]:
     """Return every attention block in the header, ordered by kind and layer.
 
     Raises PessaError, which lists all faults, if projections are missing, have a shape that contradicts the config or
@@ -89,7 +89,7 @@ def find_sites(specs: Iterable[AttentionSpec], config: Mapping[str, Any], header
     has an operation between W_V and W_O.
     """
     faults: list[str] = []
-    sites: list[Site] = []
+    sites: list[AttentionSite] = []
     owned: set[str] = set()
     ragged = ragged_modules(config)
     ragged_names = ModuleNames(ragged)
@@ -201,7 +201,7 @@ def _site(
     entries: Mapping[str, Ragged | None],
     most: int,
     between: str,
-) -> Site:
+) -> AttentionSite:
     """Build the site of one block.
 
     `entries` are its ragged projections, `most` is the largest allowed number of entries at full size, and `between`
@@ -229,7 +229,7 @@ def _site(
         return tuple(rank for rank, (letter, _) in zip(entry.ranks, orders[side], strict=False) if letter == side)
 
     unmerged = head_dim if between else rotated_directions(config, spec, layer, head_dim)
-    site = Site(
+    site = AttentionSite(
         spec=spec,
         layer=layer,
         q=modules["q"],
@@ -274,7 +274,7 @@ def _site(
             f"{site.q}: config.json gives Q-K rank {min(site.qk_ranks)}, "
             f"but {unmerged} directions cannot be merged ({site.between})"
         )
-    size = count(site.shapes(site.full, site.full))
+    size = count(site.in_full().tensors)
     if size > most:
         raise PessaError(f"{parent(modules['q'])}: at full size it would have {size:,} entries, more than {most:,}")
     for name, shape in site.tensors.items():
@@ -284,7 +284,7 @@ def _site(
                 f"({kv_heads} for keys and values) need {shape}"
             )
     if {side: entry for side, entry in entries.items() if entry} != {
-        side: entry for side in "qkvo" for entry in [ragged_site(site).get(modules[side])] if entry
+        side: entry for side in "qkvo" for entry in [site.ragged().get(modules[side])] if entry
     }:
         raise PessaError(f"{site.q}: the ranks that config.json gives q, k, v and o contradict each other")
     return site

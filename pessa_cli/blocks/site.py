@@ -1,20 +1,102 @@
-"""Sites: the attention blocks of a checkpoint with their module names, widths, heads and stored ranks."""
+"""Sites: the blocks of a checkpoint with their module names, widths and stored ranks."""
 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Self
 
 from pessa_cli.blocks.compact_format import PairRuns, Ragged, Ranks, pair_ranks
+from pessa_cli.blocks.seam import Seam, Symmetry
 from pessa_cli.blocks.spec import AttentionSpec
 from pessa_cli.common.errors import UsageError
 
 ROPE = "RoPE"
 
 
+class Site(ABC):
+    """One block of one checkpoint: an attention block or an MLP.
+
+    layer: the number of its layer. dtype: of the weights and biases; if they differ, the coarsest.
+    """
+
+    layer: int
+    dtype: str
+
+    @property
+    @abstractmethod
+    def kind(self) -> str:
+        """The kind of block, such as "encoder.self"."""
+
+    @property
+    def name(self) -> str:
+        """The site's unique name within the model, such as "encoder.self.3"."""
+        return f"{self.kind}.{self.layer}"
+
+    @property
+    @abstractmethod
+    def modules(self) -> Mapping[str, str]:
+        """The names of its modules as in the file, by what they are in the block, such as "q", "k", "v" and "o"."""
+
+    @property
+    @abstractmethod
+    def last(self) -> str:
+        """What the module is that gives the block's output: a key of `modules`."""
+
+    @property
+    @abstractmethod
+    def seams(self) -> tuple[Seam, ...]:
+        """The hidden widths of the block, with what the file stores of them."""
+
+    @abstractmethod
+    def shapes(self, ranks: Mapping[str, Ranks]) -> dict[str, tuple[int, ...]]:
+        """Return the names and shapes of this site's tensors if these ranks were stored, by the name of the seam."""
+
+    @abstractmethod
+    def keeping(self, ranks: Mapping[str, Ranks], pairs: tuple[PairRuns, ...] | None = None) -> Self:
+        """Return the site as a compact file with these ranks, and under RoPE these frequency pairs, would store it."""
+
+    @abstractmethod
+    def ragged(self) -> dict[str, Ragged]:
+        """Return its entries of `quantization_config` by module name; what is stored in full has none."""
+
+    @property
+    def compact(self) -> bool:
+        """Whether the stock model code runs narrower modules."""
+        return True
+
+    @property
+    @abstractmethod
+    def function(self) -> str:
+        """Describe the numbers of the block that pruning does not change."""
+
+    def module(self, letter: str) -> str:
+        """Return the name of one of its modules as in the file."""
+        return self.modules[letter]
+
+    def seam(self, name: str) -> Seam:
+        """Return one of its seams by name."""
+        return next(seam for seam in self.seams if seam.name == name)
+
+    @property
+    def ranks(self) -> dict[str, Ranks]:
+        """How many directions or channels of each group the file stores, by the name of the seam."""
+        return {seam.name: seam.ranks for seam in self.seams}
+
+    @property
+    def tensors(self) -> dict[str, tuple[int, ...]]:
+        """The names and shapes of this site's tensors in the file."""
+        return self.shapes(self.ranks)
+
+    def in_full(self) -> Self:
+        """Return the site as a dense file stores it."""
+        return self.keeping({seam.name: seam.full for seam in self.seams})
+
+
 @dataclass(frozen=True)
-class Site:
+class AttentionSite(Site):
     """One attention block of one checkpoint.
 
     q, k, v, o: module names as in the file.
@@ -47,9 +129,33 @@ class Site:
     unmerged: int = 0
 
     @property
-    def name(self) -> str:
-        """The site's unique name within the model, such as "encoder.self.3"."""
-        return f"{self.spec.kind}.{self.layer}"
+    def kind(self) -> str:
+        return self.spec.kind
+
+    @property
+    def modules(self) -> Mapping[str, str]:
+        return {"q": self.q, "k": self.k, "v": self.v, "o": self.o}
+
+    @property
+    def last(self) -> str:
+        return "o"
+
+    @property
+    def compact(self) -> bool:
+        return self.spec.compact
+
+    @property
+    def seams(self) -> tuple[Seam, ...]:
+        symmetry: Symmetry = "linear" if self.merges_qk else "pairs" if self.by_pairs else "fixed"
+        return (
+            Seam("qk", self.head_dim, self.qk_ranks, symmetry, self.always_kept, self.pairs),
+            Seam("vo", self.head_dim, self.vo_ranks, "linear"),
+        )
+
+    @property
+    def function(self) -> str:
+        widths = f"{self.query_width}, {self.key_width} -> {self.output_width}"
+        return f"{self.heads} heads of {self.head_dim} ({self.kv_heads} for keys and values), {widths}"
 
     @property
     def group(self) -> int:
@@ -88,37 +194,43 @@ class Site:
 
     @property
     def full(self) -> Ranks:
-        """The ranks of an unpruned block."""
+        """The ranks of Q-K, and of V-O, of an unpruned block."""
         return (self.head_dim,) * self.kv_heads
-
-    def module(self, side: str) -> str:
-        """Return the module name of a projection, by its letter."""
-        return {"q": self.q, "k": self.k, "v": self.v, "o": self.o}[side]
 
     def stored(self, side: str) -> Ranks:
         """Return the stored rank of each head in the tensor of a projection, in the tensor's order of heads."""
-        return self._in_order(side, self.qk_ranks, self.vo_ranks)
+        return self._in_order(side, self.ranks)
 
-    def _in_order(self, side: str, qk_ranks: Ranks, vo_ranks: Ranks) -> Ranks:
+    def _in_order(self, side: str, ranks: Mapping[str, Ranks]) -> Ranks:
         order = head_order(self.spec, side, self.kv_heads, self.group)
-        return tuple((qk_ranks if letter in "qk" else vo_ranks)[head] for letter, head in order)
+        return tuple(ranks["qk" if letter in "qk" else "vo"][head] for letter, head in order)
 
-    def shapes(self, qk_ranks: Ranks, vo_ranks: Ranks) -> dict[str, tuple[int, ...]]:
-        """Return the names and shapes of this site's tensors if these ranks per key/value head were stored."""
+    def shapes(self, ranks: Mapping[str, Ranks]) -> dict[str, tuple[int, ...]]:
         widths = {"q": self.query_width, "k": self.key_width, "v": self.key_width, "o": self.output_width}
         shapes: dict[str, tuple[int, ...]] = {}
         for side, width in widths.items():
-            slots = sum(self._in_order(side, qk_ranks, vo_ranks))
+            slots = sum(self._in_order(side, ranks))
             shape = (width, slots) if (side == "o") != self.spec.transposed else (slots, width)
             shapes[f"{self.module(side)}.weight"] = shape
             if side in self.biases:
                 shapes[f"{self.module(side)}.bias"] = (width if side == "o" else slots,)
         return shapes
 
-    @property
-    def tensors(self) -> dict[str, tuple[int, ...]]:
-        """The names and shapes of this site's tensors in the file."""
-        return self.shapes(self.qk_ranks, self.vo_ranks)
+    def keeping(self, ranks: Mapping[str, Ranks], pairs: tuple[PairRuns, ...] | None = None) -> Self:
+        if pairs is not None and pair_ranks(pairs) == self.full:
+            pairs = None
+        return replace(self, qk_ranks=ranks["qk"], vo_ranks=ranks["vo"], pairs=pairs)
+
+    def ragged(self) -> dict[str, Ragged]:
+        entries: dict[str, Ragged] = {}
+        for side in "qkvo":
+            ranks = self.stored(side)
+            if side in "qk" and self.pairs is not None:
+                pairs = tuple(runs for runs in self.pairs for _ in range(self.group if side == "q" else 1))
+                entries[self.module(side)] = Ragged.of_pairs(self.head_dim, pairs)
+            elif any(rank < self.head_dim for rank in ranks):
+                entries[self.module(side)] = Ragged("columns" if side == "o" else "rows", self.head_dim, ranks)
+        return entries
 
 
 def count(shapes: Mapping[str, tuple[int, ...]]) -> int:
@@ -143,44 +255,17 @@ def select(sites: list[Site], kinds: tuple[str, ...] = (), layers: frozenset[int
 
     Raises UsageError if the model has no block of a kind or no such layer, or if no site is selected.
     """
-    known = list(dict.fromkeys(site.spec.kind for site in sites))
+    known = list(dict.fromkeys(site.kind for site in sites))
     unknown = [kind for kind in kinds if kind not in known]
     if unknown:
         raise UsageError(f"--sites {unknown[0]}: this model has no such blocks", f"it has {', '.join(known)}")
     top = max(site.layer for site in sites)
     if layers is not None and max(layers) > top:
         raise UsageError(f"--layers {max(layers)}: the model's last layer is {top}", f"give layers from 0 to {top}")
-    chosen = [
-        site for site in sites if (not kinds or site.spec.kind in kinds) and (layers is None or site.layer in layers)
-    ]
+    chosen = [site for site in sites if (not kinds or site.kind in kinds) and (layers is None or site.layer in layers)]
     if not chosen:
         raise UsageError(
             "--sites and --layers together select no block",
             f"choose other kinds or layers: blocks of this model are {', '.join(known)}, and its last layer is {top}",
         )
     return chosen
-
-
-def ragged_site(site: Site) -> dict[str, Ragged]:
-    """Return the entries of `quantization_config` for one site by module name; projections of full rank have none."""
-    entries: dict[str, Ragged] = {}
-    for side in "qkvo":
-        ranks = site.stored(side)
-        if side in "qk" and site.pairs is not None:
-            pairs = tuple(runs for runs in site.pairs for _ in range(site.group if side == "q" else 1))
-            entries[site.module(side)] = Ragged.of_pairs(site.head_dim, pairs)
-        elif any(rank < site.head_dim for rank in ranks):
-            entries[site.module(side)] = Ragged("columns" if side == "o" else "rows", site.head_dim, ranks)
-    return entries
-
-
-def with_ranks(site: Site, qk_ranks: Ranks, vo_ranks: Ranks, pairs: tuple[PairRuns, ...] | None = None) -> Site:
-    """Return the site as a compact file with these ranks, and under RoPE these frequency pairs, would store it."""
-    if pairs is not None and pair_ranks(pairs) == site.full:
-        pairs = None
-    return replace(site, qk_ranks=qk_ranks, vo_ranks=vo_ranks, pairs=pairs)
-
-
-def in_full(site: Site) -> Site:
-    """Return the site as a dense file stores it."""
-    return with_ranks(site, site.full, site.full)

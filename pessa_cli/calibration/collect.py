@@ -21,7 +21,7 @@ from pessa_cli.blocks.site import Site
 from pessa_cli.calibration.listeners import BY_WEIGHTS, collect_statistics
 from pessa_cli.calibration.memory import CALLS, free_memory, free_on, needs
 from pessa_cli.calibration.sequential import collect_in_sequence
-from pessa_cli.calibration.trial_cuts import PASSES, try_out
+from pessa_cli.calibration.trial_cuts import passes, try_out
 from pessa_cli.common.errors import PessaError, UsageError
 from pessa_cli.models.data import CalibrationData, read_data
 from pessa_cli.models.dense import dense_model, text_part
@@ -149,7 +149,7 @@ def calibrate(
                 loaded = loaded.to(run.device)
             samples: list[Inputs] = []
             with torch.inference_mode():
-                transcribed = any(not site.spec.kind.startswith("encoder") for site in sites)
+                transcribed = any(not site.kind.startswith("encoder") for site in sites)
                 inputs: Iterable[tuple[Inputs, int]] = _sampled(
                     windows(model.reader.folder, loaded, items, transcribed), samples
                 )
@@ -165,7 +165,7 @@ def calibrate(
                 tried = CollectedStatistics(held_out if few else others, identities)
                 with (
                     decomposition_of(model, run, blocks, reuse=True) as trial,
-                    run.progress("trying out cuts", 0, PASSES) as tick,
+                    run.progress("trying out cuts", 0, passes(sites)) as tick,
                 ):
                     trial.decompose(sites, tried)
                     # Block by block, since the sums of all blocks may be the largest part of the memory.
@@ -228,12 +228,12 @@ def _sampled(inputs: Iterable[tuple[Inputs, int]], samples: list[Inputs]) -> Ite
 def check_blocks(sites: Sequence[Site]) -> None:
     """Raise UsageError for blocks that cannot be calibrated."""
     for site in sites:
-        if not site.spec.compact:
+        if not site.compact:
             raise UsageError(
                 f"{site.name} cannot be calibrated: it reads the weights of its projections without calling them",
                 BY_WEIGHTS,
             )
-        if (tower := site.spec.kind.partition(".")[0]) in UNREAD:
+        if (tower := site.kind.partition(".")[0]) in UNREAD:
             raise UsageError(
                 f"{site.name} cannot be calibrated: the data of a model with several parts are text, which its {tower} "
                 "part does not read",

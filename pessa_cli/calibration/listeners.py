@@ -1,4 +1,4 @@
-"""Hooks that add up the calibration statistics of attention blocks while the model runs."""
+"""Hooks that add up the calibration statistics of blocks while the model runs."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from pessa_cli.algebra.rope import output_gram, rotated
-from pessa_cli.blocks.site import Site
+from pessa_cli.blocks.mlp_site import MlpSite
+from pessa_cli.blocks.site import AttentionSite, Site
 from pessa_cli.common.errors import PessaError, UsageError
 from pessa_cli.common.progress import Tick
 from pessa_cli.common.text import listed
 from pessa_cli.models.hooks import BlockModules, block_modules, output_of
 from pessa_cli.models.inputs import Inputs
 from pessa_cli.models.windows import device_of, on_device
-from pessa_cli.statistics.sums import NAMES, BlockStatistics, shapes_of
+from pessa_cli.statistics.sums import BlockStatistics, shapes_of, statistics_of
 from pessa_cli.surgery.block_io import split_fused
 from pessa_cli.surgery.block_reader import BlockReader
 
@@ -43,10 +44,7 @@ def collect_statistics(
     """
     with ExitStack() as hooks, progress as tick:
         masks, modules, device = VisibleKeys(), block_modules(sites, loaded), device_of(loaded)
-        listeners = [
-            BlockListener(site, modules[site.name], blocks.weights(site).o, hooks, device, masks, min(folds, 2))
-            for site in sites
-        ]
+        listeners = [_listener(site, modules[site.name], blocks, hooks, device, masks, min(folds, 2)) for site in sites]
         for number, (given, nbytes) in enumerate(inputs):
             run_input(loaded, given, listeners, fold=int(number % folds > 0))
             tick(nbytes, 0)
@@ -55,11 +53,27 @@ def collect_statistics(
         return [{each.site.name: each.found(fold) for each in listeners} for fold in range(min(folds, 2))]
 
 
+def _listener(
+    site: Site,
+    modules: BlockModules,
+    blocks: BlockReader,
+    hooks: ExitStack,
+    device: torch.device | str,
+    masks: VisibleKeys,
+    folds: int,
+) -> BlockListener:
+    """Create the listener of one block."""
+    if isinstance(site, MlpSite):
+        return MlpListener(site, modules, hooks, device, folds)
+    assert isinstance(site, AttentionSite)
+    return AttentionListener(site, modules, blocks.weights(site).o, hooks, device, masks, folds)
+
+
 def _check_all_ran(listeners: Sequence[BlockListener]) -> None:
     """Raise UsageError if a block had no queries in the inputs so far."""
     idle = [each.site for each in listeners if not each.called]
     if idle:
-        others = list(dict.fromkeys(each.site.spec.kind for each in listeners if each.site not in idle))
+        others = list(dict.fromkeys(each.site.kind for each in listeners if each.site not in idle))
         raise UsageError(
             f"the calibration data do not reach {len(idle)} of the chosen blocks\n{listed([s.name for s in idle])}",
             f"choose others: --sites {','.join(others)}" if others else BY_WEIGHTS,
@@ -101,11 +115,55 @@ class VisibleKeys:
 
 
 class BlockListener:
-    """Adds up the statistics of one attention block while the model runs, with hooks on its modules.
+    """Adds up the statistics of one block while the model runs, with hooks on its modules.
 
-    fold: the index of the sums that are added to; None to add nothing. o: W_O as in HeadWeights. hooks: removes the
-    hooks when it is closed. masks: may be shared by the blocks of a model. folds: the number of separate sums. Every
-    input must have batch size 1.
+    fold: the index of the sums that are added to; None to add nothing. folds: the number of separate sums.
+    """
+
+    def __init__(self, site: Site, device: torch.device | str, folds: int) -> None:
+        self.site = site
+        self.fold: int | None = None
+        self._sums = [
+            {name: torch.zeros(shape, dtype=torch.float64, device=device) for name, shape in shapes_of(site).items()}
+            for _ in range(folds)
+        ]
+
+    @property
+    def called(self) -> bool:
+        """Whether the block was called yet."""
+        return any(bool(sums["frames"] > 0) for sums in self._sums)
+
+    def found(self, fold: int = 0) -> BlockStatistics:
+        """Return the sums of one fold so far, on the CPU."""
+        return statistics_of(self.site).of({name: total.cpu() for name, total in self._sums[fold].items()})
+
+
+class MlpListener(BlockListener):
+    """Adds up the statistics of one MLP: the moments of the inputs of the matrix that reads its channels.
+
+    hooks: removes the hook when it is closed.
+    """
+
+    def __init__(
+        self, site: MlpSite, modules: BlockModules, hooks: ExitStack, device: torch.device | str = "cpu", folds: int = 1
+    ) -> None:
+        super().__init__(site, device, folds)
+        hooks.callback(modules.output.register_forward_pre_hook(self._add).remove)
+
+    def _add(self, _module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        if self.fold is None:
+            return
+        sums, channels = self._sums[self.fold], args[0].reshape(-1, args[0].shape[-1]).double()
+        sums["frames"] += len(channels)
+        sums["moment"].addmm_(channels.mT, channels)
+        sums["total"] += channels.sum(0)
+
+
+class AttentionListener(BlockListener):
+    """Adds up the statistics of one attention block.
+
+    o: W_O as in HeadWeights. hooks: removes the hooks when it is closed. masks: may be shared by the blocks of a model.
+    Every input must have batch size 1.
 
     While the model runs, PessaError is raised if the block returns no attention weights, if the input of W_O is not
     attention times values, or if RoPE is applied in an unknown way.
@@ -113,7 +171,7 @@ class BlockListener:
 
     def __init__(
         self,
-        site: Site,
+        site: AttentionSite,
         modules: BlockModules,
         o: Tensor,
         hooks: ExitStack,
@@ -121,18 +179,11 @@ class BlockListener:
         masks: VisibleKeys | None = None,
         folds: int = 1,
     ) -> None:
-        self.site = site
-        self.fold: int | None = None
+        super().__init__(site, device, folds)
+        self._attention = site
         self._checked = False
         self._seen: dict[str, Tensor] = {}
         self._masks = masks or VisibleKeys()
-        self._sums = [
-            {
-                name: torch.zeros(shape, dtype=torch.float64, device=device)
-                for name, shape in zip(NAMES, shapes_of(site), strict=True)
-            }
-            for _ in range(folds)
-        ]
         # R of the QR decomposition of W_O, (G, M, d, d). It replaces W_O where only inner products of outputs matter.
         self._roots = torch.linalg.qr(o.double().permute(1, 2, 0, 3).to(device), mode="r").R
         for side in "qkv":
@@ -142,26 +193,21 @@ class BlockListener:
             hooks.callback(modules.block.register_forward_pre_hook(_ask_for_weights, with_kwargs=True).remove)
         hooks.callback(modules.block.register_forward_hook(self._add_call, with_kwargs=True).remove)
 
-    @property
-    def called(self) -> bool:
-        """Whether the block was called yet."""
-        return any(bool(sums["frames"] > 0) for sums in self._sums)
-
-    def found(self, fold: int = 0) -> BlockStatistics:
-        """Return the sums of one fold so far, on the CPU."""
-        return BlockStatistics(**{name: total.cpu() for name, total in self._sums[fold].items()})
-
     def _keep_output(self, side: str) -> Any:
         def hook(_module: nn.Module, _args: Any, output: Tensor) -> None:
             # The first call of a block is for its inputs; DeBERTa's calls after that are for relative positions.
             if self.fold is not None and side not in self._seen:
-                self._seen[side] = split_fused(output[0].mT, self.site)[side] if self.site.spec.fused else output[0].mT
+                self._seen[side] = (
+                    split_fused(output[0].mT, self._attention)[side] if self._attention.spec.fused else output[0].mT
+                )
 
         return hook
 
     def _heads(self, side: str) -> Tensor:
         """Return the outputs of a projection by head, (positions, G, M, d); M is 1 for keys and values."""
-        heads = self._seen[side].reshape(self.site.kv_heads, -1, self.site.head_dim, self._seen[side].shape[-1])
+        heads = self._seen[side].reshape(
+            self._attention.kv_heads, -1, self._attention.head_dim, self._seen[side].shape[-1]
+        )
         return heads.permute(3, 0, 1, 2)
 
     def _keep_input(self, _module: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -172,7 +218,7 @@ class BlockListener:
         """Add one call of the block to the sums."""
         if self.fold is None:
             return
-        site, sums = self.site, self._sums[self.fold]
+        site, sums = self._attention, self._sums[self.fold]
         g, m, d = site.kv_heads, site.group, site.head_dim
         # T5 also returns the position bias, which has the same shape, before the weights.
         found = [t[0] for t in output if isinstance(t, Tensor) and t.dim() == 4 and t.shape[1] == site.heads]
@@ -207,7 +253,7 @@ class BlockListener:
 
     def _check(self, attention: Tensor, mixtures: Tensor) -> None:
         """Raise PessaError unless the input of W_O is attention times values, as the statistics assume."""
-        site = self.site
+        site = self._attention
         values = self._heads("v").float().permute(1, 2, 0, 3)
         weights = attention.reshape(site.kv_heads, site.group, *attention.shape[1:]).float()
         fit = weights.shape[-1] == values.shape[-2] and weights[..., 0].numel() * site.head_dim == mixtures.numel()
@@ -221,13 +267,14 @@ class BlockListener:
     def _rotated(self, queries: Tensor, keys: Tensor, rotation: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
         """Return queries and keys after RoPE. Raises PessaError if the block is not given cos and sin of full heads."""
         if rotation is None:
-            raise PessaError(f"{self.site.name} is not called with position_embeddings (cos and sin)", BY_WEIGHTS)
+            raise PessaError(f"{self._attention.name} is not called with position_embeddings (cos and sin)", BY_WEIGHTS)
         cos, sin = (angle[0] for angle in rotation)
-        if 2 * cos.shape[-1] == self.site.head_dim:  # GPT-OSS gives the angles of each pair once
+        head_dim = self._attention.head_dim
+        if 2 * cos.shape[-1] == head_dim:  # GPT-OSS gives the angles of each pair once
             cos, sin = torch.cat([cos, cos], -1), torch.cat([sin, sin], -1)
-        if cos.shape[-1] != self.site.head_dim:
+        if cos.shape[-1] != head_dim:
             raise PessaError(
-                f"{self.site.name}: rotations of width {cos.shape[-1]} for heads of width {self.site.head_dim}",
+                f"{self._attention.name}: rotations of width {cos.shape[-1]} for heads of width {head_dim}",
                 BY_WEIGHTS,
             )
         return rotated(queries, cos, sin), rotated(keys, cos, sin)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from pessa_cli.blocks.site import Site, count, in_full
+from pessa_cli.blocks.site import Site, count
 from pessa_cli.checkpoint.dtypes import ITEM_BYTES
 from pessa_cli.statistics.sums import shapes_of
 from pessa_cli.surgery.model import Model
@@ -48,12 +48,12 @@ class Needs:
 
 def needs(model: Model, sites: Sequence[Site]) -> Needs:
     """Estimate the memory for the calibration of the given blocks, apart from the inputs and attention weights."""
-    cut = sum(count(in_full(site).tensors) - count(site.tensors) for site in model.sites)
-    dense = {site.name: count(in_full(site).tensors) for site in sites}
+    cut = sum(count(site.in_full().tensors) - count(site.tensors) for site in model.sites)
+    dense = {site.name: count(site.in_full().tensors) for site in sites}
     return Needs(
         weights=4 * (model.parameters + cut),
         copies=sum(dense[site.name] * (4 + 2 * ITEM_BYTES[site.dtype]) for site in sites),
-        statistics=sum(8 * math.prod(shape) for site in sites for shape in shapes_of(site)),
+        statistics=sum(8 * math.prod(shape) for site in sites for shape in shapes_of(site).values()),
     )
 
 

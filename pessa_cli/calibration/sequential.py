@@ -56,6 +56,7 @@ def collect_in_sequence(
     return result
 
 
-def _place(site: Site) -> tuple[bool, int, bool]:
+def _place(site: Site) -> tuple[bool, int, int]:
     """Return a sort key for the order in which an input passes through the blocks."""
-    return not site.spec.kind.startswith("encoder"), site.layer, site.spec.kind.endswith("cross")
+    last = site.kind.rpartition(".")[2]
+    return not site.kind.startswith("encoder"), site.layer, (last == "mlp") + (last in ("mlp", "cross"))

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map_only
 
 from pessa_cli.blocks.compact_format import pair_ranks
-from pessa_cli.blocks.site import Site, with_ranks
+from pessa_cli.blocks.site import Site
 from pessa_cli.common.progress import Tick
 from pessa_cli.models.hooks import BlockModules, Call, block_modules, on_calls, output_of, replay
 from pessa_cli.models.inputs import Inputs
@@ -30,15 +30,17 @@ from pessa_cli.surgery.decomposition import Decomposition
 
 DEPTH = 0.5  # the share of Q-K and of V-O that is cut to measure the harm to the model's output
 SAMPLES = 4  # the number of gradients for each input from which the harm is estimated
-PASSES = 2 * len(LEVELS) + 1  # passes over the inputs
 
 
 @dataclass
 class _Sums:
-    """The sums over the trial cuts of one block, in float64; see `statistics.sums.BlockStatistics`."""
+    """The sums over the trial cuts of one block, in float64; see `statistics.sums.BlockStatistics`.
 
+    tried: by the name of the seam, a sum for each of LEVELS.
+    """
+
+    tried: dict[str, list[float]]
     output: float = 0.0
-    tried: Tensor = field(default_factory=lambda: torch.zeros(2, len(LEVELS), dtype=torch.float64))
     harm: Tensor = field(default_factory=lambda: torch.zeros(3, dtype=torch.float64))
 
 
@@ -55,23 +57,26 @@ def try_out(
 
     The model runs once for each input. The inputs of its blocks are kept, up to `most_bytes` at a time, and the cut
     copies of the blocks run on them. loaded: the model in transformers. found: the statistics without trial cuts.
-    decomposition: of the blocks, by statistics that do not include these inputs. tick: is called for each of PASSES.
+    decomposition: of the blocks, by statistics that do not include these inputs. tick: is called `passes(sites)` times.
     """
     ours = block_modules(sites, loaded)
     cut_blocks = {name: copied(modules) for name, modules in ours.items()}
-    sums = {site.name: _Sums() for site in sites}
+    sums = {site.name: _Sums({seam: [0.0] * len(LEVELS) for seam in site.ranks}) for site in sites}
 
-    def cut(qk: float, vo: float) -> None:
+    def cut(share: float, seam: str | None = None) -> None:
+        """Cut this share of one seam, or of all, of the blocks that have it."""
         for site in sites:
-            kept = kept_at(site, decomposition.spectra[site.name], qk, vo)
-            set_block(site, cut_blocks[site.name], decomposition.cut(kept, "dense"))
+            if seam is None or seam in site.ranks:
+                kept = kept_at(site, decomposition.spectra[site.name], share, seam)
+                set_block(site, cut_blocks[site.name], decomposition.cut(kept, "dense"))
 
-    ticks_left = PASSES
+    seams = list(dict.fromkeys(seam for site in sites for seam in site.ranks))
+    ticks_left = passes(sites)
     loaded.requires_grad_(False)
     generator = torch.Generator().manual_seed(0)
     remaining = list(inputs)
     while remaining:
-        cut(DEPTH, DEPTH)
+        cut(DEPTH)
         calls: dict[str, list[Call]] = {site.name: [] for site in sites}
         held = 0
         while remaining and held <= most_bytes:
@@ -80,11 +85,11 @@ def try_out(
             for name, each in seen.items():
                 calls[name] += each
         for at, level in enumerate(LEVELS):
-            for side, depths in enumerate(((level, 0.0), (0.0, level))):
-                cut(*depths)
+            for seam in seams:
+                cut(level, seam)
                 for name, each in calls.items():
-                    for call in each:
-                        sums[name].tried[side, at] += _square(cut_blocks[name], call)
+                    for call in each if seam in sums[name].tried else ():
+                        sums[name].tried[seam][at] += _square(cut_blocks[name], call)
                 if not remaining:
                     tick(0, 1)
                     ticks_left -= 1
@@ -96,7 +101,7 @@ def try_out(
         name: replace(
             known,
             output=torch.tensor(sums[name].output, dtype=torch.float64),
-            tried=sums[name].tried,
+            tried=torch.tensor(list(sums[name].tried.values()), dtype=torch.float64),
             harm=sums[name].harm,
         )
         for name, known in found.items()
@@ -138,7 +143,7 @@ def _run_and_harm(
                 detached: Call = tree_map_only(Tensor, Tensor.detach, call)
                 calls[name].append(detached)
 
-            hooks.callback(ours[site.name].projections["o"].register_forward_hook(probe).remove)
+            hooks.callback(ours[site.name].output.register_forward_hook(probe).remove)
             on_calls(site, ours[site.name], keep, hooks)
         kind, output = output_of(loaded, given)
         with torch.no_grad():
@@ -171,9 +176,8 @@ def copied(modules: BlockModules) -> BlockModules:
     """Return a copy of a block's modules, whose weights can be exchanged."""
     names = {id(module): name for name, module in modules.block.named_modules()}
     block = copy.deepcopy(modules.block)
-    return BlockModules(
-        block, {side: block.get_submodule(names[id(module)]) for side, module in modules.projections.items()}
-    )
+    own = {letter: block.get_submodule(names[id(module)]) for letter, module in modules.projections.items()}
+    return BlockModules(block, own, modules.last)
 
 
 def set_block(site: Site, modules: BlockModules, tensors: Mapping[str, Tensor]) -> None:
@@ -183,19 +187,27 @@ def set_block(site: Site, modules: BlockModules, tensors: Mapping[str, Tensor]) 
             parameter.data.copy_(tensors[f"{site.module(side)}.{name}"])
 
 
-def kept_at(site: Site, spectra: Spectra, qk: float, vo: float) -> Site:
-    """Return the block with the ranks that remain when these shares of its Q-K and V-O directions are cut."""
+def passes(sites: Sequence[Site]) -> int:
+    """Return how often trial cuts of these blocks pass over the inputs."""
+    return len({seam for site in sites for seam in site.ranks}) * len(LEVELS) + 1
 
-    def remaining(spectrum: Spectrum, share: float) -> NDArray[np.int64]:
+
+def kept_at(site: Site, spectra: Spectra, share: float, only: str | None = None) -> Site:
+    """Return the block with the ranks that remain when this share of one of its seams, or of all of them, is cut."""
+
+    def remaining(spectrum: Spectrum) -> NDArray[np.int64]:
         return smallest_dropped({site.name: spectrum}, share)[site.name]
 
-    vo_ranks = tuple(remaining(spectra.vo, vo).tolist())
-    if spectra.qk is not None:
-        return with_ranks(site, tuple(remaining(spectra.qk, qk).tolist()), vo_ranks)
-    if spectra.pairs is None or qk == 0:
-        return with_ranks(site, site.full, vo_ranks)
-    pairs = largest_pairs(spectra.pairs, remaining(pair_shares(spectra.pairs), qk))
-    return with_ranks(site, pair_ranks(pairs), vo_ranks, pairs)
+    ranks, pairs = {seam.name: seam.full for seam in site.seams}, None
+    for seam in site.seams:
+        if only not in (None, seam.name):
+            continue
+        if (found := spectra.seams.get(seam.name)) is not None:
+            ranks[seam.name] = tuple((seam.always_kept + remaining(found)).tolist())
+        elif seam.symmetry == "pairs" and spectra.pairs is not None and share:
+            pairs = largest_pairs(spectra.pairs, remaining(pair_shares(spectra.pairs)))
+            ranks[seam.name] = pair_ranks(pairs)
+    return site.keeping(ranks, pairs)
 
 
 def _projected(kind: str, output: Tensor, generator: torch.Generator) -> tuple[Tensor, float]:

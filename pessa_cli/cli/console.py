@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from statistics import median
 from threading import Timer
@@ -15,6 +15,9 @@ from rich.live import Live
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from pessa_cli.blocks.mlp_site import MlpSite
+from pessa_cli.blocks.seam import TITLES
+from pessa_cli.blocks.site import AttentionSite
 from pessa_cli.checkpoint.contents import left_out_text
 from pessa_cli.cli.plain_console import PlainConsole, styled
 from pessa_cli.cli.quantities import PERCENT, measured, quantity, size, step_row
@@ -150,17 +153,18 @@ def show_inspection(found: Inspection) -> None:
 def _show_model(found: Overview) -> None:
     """Print the header of `inspect`: the size of the model and its kinds of blocks."""
     totals, sites = found.totals, found.sites
-    attention = totals["attention_parameters"] / totals["parameters"]
-    OUT.print(styled((found.model, "bold"), f"  {found.model_type}, {totals['blocks']} attention blocks"))
-    OUT.print(
-        f"{totals['parameters']:,} parameters in {size(totals['bytes'])}, {attention:.1%} of them in "
-        f"{'these' if totals['blocks_chosen'] < totals['blocks'] else 'the'} attention blocks"
-    )
+    shares = {what: totals[f"{what}_parameters"] / totals["parameters"] for what in ("attention", "mlp")}
+    these = "these" if totals["blocks_chosen"] < totals["blocks"] else "the"
+    names = {"attention": "attention blocks", "mlp": "MLPs"}
+    shown = [f"{share:.1%} of them in {these} {names[what]}" for what, share in shares.items() if share]
+    OUT.print(styled((found.model, "bold"), f"  {found.model_type}, {totals['blocks']} blocks"))
+    OUT.print(f"{totals['parameters']:,} parameters in {size(totals['bytes'])}, {' and '.join(shown)}")
     table = Table(
         "blocks", "layers", "heads", "head_dim", "width", "biases", "dtype", "merges", box=None, pad_edge=False
     )
-    for kind in dict.fromkeys(site.spec.kind for site in sites):
-        of_kind = [site for site in sites if site.spec.kind == kind]
+    attention = [site for site in sites if isinstance(site, AttentionSite)]
+    for kind in dict.fromkeys(site.kind for site in attention):
+        of_kind = [site for site in attention if site.kind == kind]
         first = of_kind[0]
         heads = str(first.heads) if first.group == 1 else f"{first.heads} ({first.kv_heads} kv)"
         biases = " ".join(side for side in "qkvo" if side in first.biases) or "none"
@@ -174,11 +178,27 @@ def _show_model(found: Overview) -> None:
             first.dtype,
             " | ".join(dict.fromkeys(site.merges for site in of_kind)),
         )
-    OUT.print(table)
+    if attention:
+        OUT.print(table)
+    _show_mlps([site for site in sites if isinstance(site, MlpSite)])
+
+
+def _show_mlps(sites: Sequence[MlpSite]) -> None:
+    """Print the kinds of MLPs in the header of `inspect`."""
+    table = Table("MLPs", "layers", "channels", "gated", "width", "biases", "dtype", box=None, pad_edge=False)
+    for kind in dict.fromkeys(site.kind for site in sites):
+        of_kind = [site for site in sites if site.kind == kind]
+        first = of_kind[0]
+        channels = " | ".join(dict.fromkeys(f"{site.width:,}" for site in of_kind))
+        gated = "yes" if first.gated else "no"
+        biases = "yes" if first.biases else "none"
+        table.add_row(kind, str(len(of_kind)), channels, gated, str(first.input_width), biases, first.dtype)
+    if sites:
+        OUT.print(table)
 
 
 def show_blocks(blocks: list[InspectedBlock]) -> None:
-    """Print the table of `inspect`: for each block, the Q-K and V-O spectra of all its heads together."""
+    """Print the table of `inspect`: for each block and seam, the spectra of all groups together."""
     table = Table(box=None, pad_edge=False)
     for heading in ("block", "", "largest", "median", "smallest", "kept", "spectrum, log"):
         table.add_column(
@@ -186,13 +206,13 @@ def show_blocks(blocks: list[InspectedBlock]) -> None:
         )
     for block in blocks:
         name = f"{block.kind}.{block.layer}"
-        sides = (("Q-K", block.qk_spectrum, sum(block.qk_ranks)), ("V-O", block.vo_spectrum, sum(block.vo_ranks)))
-        for label, spectrum, kept in sides:
-            if spectrum is None and block.qk_pairs is None:  # for example with norms between W_Q and W_K
+        for seam, found in block.seams.items():
+            label, spectrum, kept = TITLES[seam], found.spectrum, sum(found.ranks)
+            if spectrum is None and found.pairs is None:  # for example with norms between W_Q and W_K
                 continue
             if spectrum is None:  # RoPE: pairs of directions, in the units of singular values and sorted like them
                 label, kept = f"{label} pairs", kept // 2
-                spectrum = [sorted((pair**0.5 for pair in head), reverse=True) for head in block.qk_pairs or []]
+                spectrum = [sorted((pair**0.5 for pair in head), reverse=True) for head in found.pairs or []]
             values = sorted(value for head in spectrum for value in head)
             numbers = (f"{value:.3g}" for value in (values[-1], median(values), values[0]))
             table.add_row(name, label, *numbers, f"{kept}/{len(values)}", sparkline(spectrum, OUT.encoding))
@@ -236,14 +256,26 @@ def show_totals(totals: Mapping[str, Any], rule: str) -> None:
     OUT.print(
         styled(
             (rule, "bold"),
-            f" prunes {totals['qk_pruned']:.2%} of Q-K and {totals['vo_pruned']:.2%} of V-O "
-            f"= {totals['attention_pruned']:.2%} of this attention = {totals['model_pruned']:.2%} of the model",
+            f" prunes {pruned_parts(totals)} = {totals['model_pruned']:.2%} of the model",
         )
     )
     OUT.print(
         f"{totals['parameters']:,} -> {totals['parameters_after']:,} parameters, "
         f"{size(totals['bytes'])} -> {size(totals['bytes_after'])} as compact weights"
     )
+
+
+def pruned_parts(totals: Mapping[str, Any]) -> str:
+    """Say which shares of the attention and of the MLPs among the chosen blocks a rule removes."""
+    parts = []
+    if totals["attention_parameters"]:
+        parts.append(
+            f"{totals['qk_pruned']:.2%} of Q-K and {totals['vo_pruned']:.2%} of V-O "
+            f"= {totals['attention_pruned']:.2%} of this attention"
+        )
+    if totals["mlp_parameters"]:
+        parts.append(f"{totals['mlp_pruned']:.2%} of the channels of these MLPs")
+    return ", and ".join(parts)
 
 
 def show_written(written: WrittenModel, check: bool = True) -> None:
@@ -259,9 +291,9 @@ def show_written(written: WrittenModel, check: bool = True) -> None:
 def show_plan(written: WrittenModel) -> None:
     """Print what a run would write: the ranks of each block, and the files."""
     rule = _show_pruned(written)
-    table = Table("block", "ranks of Q-K", "ranks of V-O", box=None, pad_edge=False)
+    table = Table("block", "ranks of Q-K", "ranks of V-O, or channels", box=None, pad_edge=False)
     for name, ranks in written.ranks.items():
-        table.add_row(name, ranks["qk"], ranks["vo"])
+        table.add_row(name, ranks.get("qk", ""), ranks["mlp"] if "mlp" in ranks else ranks["vo"])
     OUT.print(table)
     for file, nbytes in written.shards.items():
         OUT.print(f"{file}  {size(nbytes)}")

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pessa_cli.blocks.seam import TITLES
 from pessa_cli.blocks.site import Site
 from pessa_cli.common.errors import PessaError, UsageError
 from pessa_cli.common.files import check_writable, whole_file
@@ -18,7 +19,7 @@ MOST_COLUMNS = 4
 def plot_spectra(path: Path, sites: list[Site], spectra: Mapping[str, Spectra], norms: Mapping[str, Spectra]) -> None:
     """Draw each block's sorted singular values against its sorted products of L2 norms, to a PNG, SVG or PDF.
 
-    One row for each kind of block and side (Q-K, V-O), one column for each layer, at most four of them, evenly spaced.
+    One row for each kind of block and seam, one column for each layer, at most four of them, evenly spaced.
     Thin lines are heads, thick lines their geometric mean. Source: PESSA/CLOVER, arXiv 2411.17426, figure 2.
     """
     check_plot(path)
@@ -27,12 +28,12 @@ def plot_spectra(path: Path, sites: list[Site], spectra: Mapping[str, Spectra], 
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    kinds = list(dict.fromkeys(site.spec.kind for site in sites))
+    kinds = list(dict.fromkeys(site.kind for site in sites))
     rows = [
-        (kind, side)
+        (kind, seam)
         for kind in kinds
-        for side in ("Q-K", "V-O")
-        if side == "V-O" or any(site.merges_qk for site in sites if site.spec.kind == kind)
+        for seam in TITLES
+        if any(seam in spectra[site.name].seams for site in sites if site.kind == kind)
     ]
     layers = _spread(sorted({site.layer for site in sites}))
     figure, axes = plt.subplots(
@@ -43,18 +44,18 @@ def plot_spectra(path: Path, sites: list[Site], spectra: Mapping[str, Spectra], 
         sharey="row",
         layout="constrained",
     )
-    by_place = {(site.spec.kind, site.layer): site.name for site in sites}
-    for row, (kind, side) in zip(axes, rows, strict=True):
+    by_place = {(site.kind, site.layer): site.name for site in sites}
+    for row, (kind, seam) in zip(axes, rows, strict=True):
         for axis, layer in zip(row, layers, strict=True):
             name = by_place.get((kind, layer))
             if name is None:
                 axis.set_axis_off()
                 continue
             for source, colour, label in ((norms, "tab:orange", "product of L2 norms"), (spectra, "tab:blue", "SVD")):
-                values = source[name].qk if side == "Q-K" else source[name].vo
+                values = source[name].seams.get(seam)
                 if values is not None:
                     _draw(axis, values, colour, label)
-            axis.set_title(f"{kind} {layer}, {side}", fontsize=9)
+            axis.set_title(f"{kind} {layer}, {TITLES[seam]}", fontsize=9)
             axis.set_yscale("log")
             axis.tick_params(labelsize=7)
     axes[0][0].legend(fontsize=7)

@@ -137,7 +137,7 @@ def _run_both(
             contents, known = [(path.name, read_text(path)) for path in text], has_tokenizer(folder)
             tokenizer = from_folder(transformers.AutoTokenizer, folder, "tokenizer") if known or text else None
             prompts = text_prompts(tokenizer, ours, contents)
-            crosses = [site.key_width for site in reference.sites if site.spec.kind.endswith(".cross")]
+            crosses = [site.key_width for site in reference.attention if site.kind.endswith(".cross")]
             samples, names = [with_decoder_ids(ours, inputs) for _, inputs in prompts], [name for name, _ in prompts]
             if crosses:
                 samples = [with_encoder_states(ours, crosses[0], inputs) for inputs in samples]

@@ -15,9 +15,11 @@ import torch
 from torch import Tensor
 
 from pessa_cli.algebra.absorb import Pair, absorb
+from pessa_cli.algebra.channels import ChannelWeights
 from pessa_cli.algebra.compare import relative_difference
 from pessa_cli.algebra.heads import HeadWeights
-from pessa_cli.blocks.site import Site
+from pessa_cli.blocks.mlp_site import MlpSite
+from pessa_cli.blocks.site import AttentionSite, Site
 from pessa_cli.checkpoint.dtypes import FLOATS
 from pessa_cli.checkpoint.files import read_json, sha256_of
 from pessa_cli.checkpoint.links import visible_files
@@ -33,6 +35,7 @@ from pessa_cli.evaluation.report import LIMITS, Difference, Limits, Report
 from pessa_cli.evaluation.settings import compare_settings
 from pessa_cli.evaluation.tensors import compare_tensors
 from pessa_cli.surgery.block_io import NotFiniteError, read_site
+from pessa_cli.surgery.channel_numbers import all_channels
 from pessa_cli.surgery.model import Model
 
 
@@ -75,7 +78,7 @@ def verify_models(
     with progress("comparing weights", reference.nbytes, len(reference.sites)) as tick:
         for site in reference.sites:
             try:
-                weights += _compare_site(reference.reader, site, candidate.reader, pairs[site.name])
+                weights += _compare_site(reference, site, candidate, pairs[site.name])
             except NotFiniteError as error:
                 faults[error.reader] += error.faults
             tick(sum(reference.reader.header[name].nbytes for name in site.tensors), 1)
@@ -99,9 +102,9 @@ def verify_models(
         # Whoever accepts a difference of the outputs has not asked for the same text from the built-in input.
         texts = [replace(written, judged=False) for written in texts]
     differences = [Difference(site.name, blocks[site.name]) for site in reference.sites if site.name in blocks]
-    reached = {site.spec.kind for site in reference.sites if site.name in blocks}
+    reached = {site.kind for site in reference.sites if site.name in blocks}
     silent = [site for site in reference.sites if site.name not in blocks]
-    skipped = [site.name for site in silent if site.spec.kind in reached or not reached]
+    skipped = [site.name for site in silent if site.kind in reached or not reached]
     unreached = [site.name for site in silent if site.name not in skipped]
     return replace(report, blocks=differences, skipped=skipped, unreached=unreached, outputs=outputs, texts=texts)
 
@@ -116,7 +119,7 @@ def _paired(reference: Model, candidate: Model) -> dict[str, Site]:
                 f"{candidate.reader.folder} has no block {site.name}, but {reference.reader.folder} has one",
                 "compare a model with the one that it was made from",
             )
-        shape, other_shape = _function(site), _function(other)
+        shape, other_shape = site.function, other.function
         if shape != other_shape:
             raise PessaError(
                 f"{site.name} has {shape} in {reference.reader.folder} and {other_shape} in {candidate.reader.folder}",
@@ -131,16 +134,48 @@ def _paired(reference: Model, candidate: Model) -> dict[str, Site]:
     return others
 
 
-def _function(site: Site) -> str:
-    """The heads and widths of a block, which pruning does not change."""
-    widths = f"{site.query_width}, {site.key_width} -> {site.output_width}"
-    return f"{site.heads} heads of {site.head_dim} ({site.kv_heads} for keys and values), {widths}"
+def _compare_site(model: Model, site: Site, other_model: Model, other: Site) -> list[Difference]:
+    """The relative differences of the weights of one block."""
+    if isinstance(site, MlpSite):
+        assert isinstance(other, MlpSite)
+        return _compare_mlp(model, site, other_model, other)
+    assert isinstance(site, AttentionSite)
+    assert isinstance(other, AttentionSite)
+    return _compare_attention(model.reader, site, other_model.reader, other)
 
 
-def _compare_site(
-    reader: CheckpointReader, site: Site, other_reader: CheckpointReader, other: Site
+def _compare_mlp(model: Model, site: MlpSite, other_model: Model, other: MlpSite) -> list[Difference]:
+    """The relative differences of an MLP: the matrices that write its channels, the one that reads them, and its bias.
+
+    The order of the channels does not matter: each is compared with the one of the same original number.
+    """
+    ours, theirs = (
+        read_site(own.reader, mlp).restored(torch.tensor(all_channels(own.channels.get(mlp.name), mlp.width)))
+        for own, mlp in ((model, site), (other_model, other))
+    )
+    found = [
+        Difference(f"{site.name} {what}", float(_relative(one.flatten(), two.flatten())))
+        for what, one, two in (
+            ("input", _rows(ours), _rows(theirs)),
+            ("output", ours.out.double(), theirs.out.double()),
+        )
+    ]
+    if ours.out_bias is not None and theirs.out_bias is not None:
+        bias = _relative(ours.out_bias.double(), theirs.out_bias.double())
+        found.append(Difference(f"{site.name} output bias", float(bias)))
+    return found
+
+
+def _rows(weights: ChannelWeights) -> Tensor:
+    """The rows of the matrices that write the channels, with their biases, (P, F, D or D + 1)."""
+    rows = weights.into.double()
+    return rows if weights.into_bias is None else torch.cat([rows, weights.into_bias.double().unsqueeze(-1)], -1)
+
+
+def _compare_attention(
+    reader: CheckpointReader, site: AttentionSite, other_reader: CheckpointReader, other: AttentionSite
 ) -> list[Difference]:
-    """The relative differences of one block: Q-K and V-O of each query head, and the output bias.
+    """The relative differences of an attention block: Q-K and V-O of each query head, and the output bias.
 
     Where RoPE or a norm prevents merging Q and K, their unmerged directions are compared separately.
     """
@@ -162,11 +197,11 @@ def _compare_site(
     return found
 
 
-def _by_head(site: Site, what: str, errors: Tensor) -> list[Difference]:
+def _by_head(site: AttentionSite, what: str, errors: Tensor) -> list[Difference]:
     return [Difference(f"{site.name} head {head} {what}", error) for head, error in enumerate(errors.tolist())]
 
 
-def _query_heads(pair: Pair, site: Site, stacked: Literal["left", "right"]) -> Pair:
+def _query_heads(pair: Pair, site: AttentionSite, stacked: Literal["left", "right"]) -> Pair:
     """The pair with one batch entry per query head: the stacked factor is split, the other one is repeated."""
     g, m = site.kv_heads, site.group
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from pessa_cli.blocks.compact_format import ModuleNames
-from pessa_cli.blocks.site import Site
+from pessa_cli.blocks.site import AttentionSite
 from pessa_cli.checkpoint.files import CONFIG_FILE, sha256_of, write_json
 from pessa_cli.checkpoint.links import visible_files
 from pessa_cli.checkpoint.manifest import write_manifest
@@ -222,7 +222,7 @@ def _cache_names(layers: int, kind: str) -> list[tuple[str, str]]:
 def _swap_attention(model: Model, loaded: Any, tick: Callable[[int, int], None]) -> None:
     """Replace each attention module by one that is only as wide as the kept directions."""
     names = ModuleNames(name for name, _ in loaded.named_modules())
-    for site in model.sites:
+    for site in model.attention:
         q, o = names.find(site.q), names.find(site.o)
         if q is None or o is None:
             raise PessaError(f"{type(loaded).__name__} has no module named {site.q}", "use the class it was saved from")
@@ -235,7 +235,7 @@ def _swap_attention(model: Model, loaded: Any, tick: Callable[[int, int], None])
         tick(sum(model.reader.header[name].nbytes for name in site.tensors), 1)
 
 
-def _attention(reader: CheckpointReader, site: Site, scaling: float) -> HeadByHead | CacheSlots:
+def _attention(reader: CheckpointReader, site: AttentionSite, scaling: float) -> HeadByHead | CacheSlots:
     """The module for a block: slots where there is a cache or the input is short, otherwise head by head."""
     if not site.spec.sums_to_one:
         raise PessaError(
@@ -243,7 +243,7 @@ def _attention(reader: CheckpointReader, site: Site, scaling: float) -> HeadByHe
             "export with --layout dense, and use another exporter",
         )
     heads, o_bias = kept_heads(read_site(reader, site), scaling)
-    if site.spec.kind.startswith("decoder"):
+    if site.kind.startswith("decoder"):
         return CacheSlots(site.name, heads, o_bias)
     if reader.config["model_type"] == "whisper":
         return HeadByHead(heads, o_bias)

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import torch
 
-from pessa_cli.blocks.site import in_full
 from pessa_cli.checkpoint.staging import new_file
 from pessa_cli.common.errors import PessaError, UsageError
 from pessa_cli.common.files import disk_error
@@ -47,7 +46,7 @@ def export_openai(folder: Path, out: Path, force: bool = False, progress: Progre
         with progress("reading", form.model.nbytes, len(form.model.sites)) as tick:
             for site in form.model.sites:
                 weights = read_site(reader, site)
-                tensors |= write_site(weights, in_full(site), reader.header, "dense")
+                tensors |= write_site(weights, site.in_full(), reader.header, "dense")
                 tick(sum(reader.header[name].nbytes for name in site.tensors), 1)
             for name in form.names.values():
                 if name not in tensors:

@@ -179,7 +179,7 @@ def _fit(model: Model, candidate: ModelClass) -> Fit:
     faults += [
         f"{name}: {tuple(found)}, the model has {tuple(own)}" for name, found, own in sorted(info["mismatched_keys"])
     ]
-    projections = [site.module(side) for site in model.sites for side in "qkvo"]
+    projections = [module for site in model.sites for module in site.modules.values()]
     places = module_names(empty, projections)
     faults += [f"{name}: {kind.__name__} has no such module" for name in projections if name not in places]
     return Fit(faults, len(info["unexpected_keys"]))

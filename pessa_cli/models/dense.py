@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pessa_cli.blocks.site import in_full
 from pessa_cli.checkpoint.reader import CheckpointReader
 from pessa_cli.models.load import load
 from pessa_cli.surgery.export import export_model
@@ -23,7 +22,7 @@ def dense_model(model: Model, **placing: Any) -> Iterator[Any]:
     The blocks of the result can be cut again and again, since every direction has its place. A compact checkpoint is
     exported to a temporary folder, which is deleted after the `with` block. placing: see `load`, also for what raises.
     """
-    if all(site == in_full(site) for site in model.sites):
+    if all(site == site.in_full() for site in model.sites):
         yield load(model, **placing)
         return
     with tempfile.TemporaryDirectory() as folder:

@@ -1,9 +1,10 @@
-"""Hooks on the attention blocks of loaded models: recording their calls, and replaying them in other blocks."""
+"""Hooks on the blocks of loaded models: recording their calls, and replaying them in other blocks."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from functools import reduce
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -16,14 +17,23 @@ from pessa_cli.models.inputs import Inputs, fitted
 
 
 class BlockModules(NamedTuple):
-    """The innermost module that contains the four projections of an attention block, and the projections by letter."""
+    """The innermost module that contains all modules of a block, these by what they are, and which of them is the last.
+
+    See `blocks.site.Site.modules`.
+    """
 
     block: nn.Module
     projections: Mapping[str, nn.Module]
+    last: str
+
+    @property
+    def output(self) -> nn.Module:
+        """The module that gives the output of the block."""
+        return self.projections[self.last]
 
 
 class Call(NamedTuple):
-    """One call of an attention block: its arguments, and the output of its output projection."""
+    """One call of a block: its arguments, and the output of the last of its modules."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -83,14 +93,14 @@ def on_calls(site: Site, modules: BlockModules, take: Callable[[Call], None], ho
         take(call)
 
     hooks.callback(modules.block.register_forward_pre_hook(entered, with_kwargs=True).remove)
-    hooks.callback(modules.projections["o"].register_forward_hook(projected).remove)
+    hooks.callback(modules.output.register_forward_hook(projected).remove)
     hooks.callback(modules.block.register_forward_hook(finished).remove)
 
 
 def replay(modules: BlockModules, call: Call) -> Tensor:
     """The output of a block's output projection when the block gets the arguments of a call of another one."""
     found: list[Tensor] = []
-    handle = modules.projections["o"].register_forward_hook(lambda _m, _a, output: found.append(output))
+    handle = modules.output.register_forward_hook(lambda _m, _a, output: found.append(output))
     try:
         modules.block(*call.args, **call.kwargs)
     finally:
@@ -104,14 +114,16 @@ def block_modules(sites: Sequence[Site], model: Any) -> dict[str, BlockModules]:
     Raises PessaError when the model has no modules of these names.
     """
     modules = dict(model.named_modules())
-    places = module_names(model, [site.module(side) for site in sites for side in "qkvo"])
+    places = module_names(model, [module for site in sites for module in site.modules.values()])
     found = {}
     for site in sites:
-        names = {side: places[site.module(side)] for side in "qkvo" if site.module(side) in places}
-        if len(names) < len("qkvo"):
-            raise PessaError(f"{type(model).__name__} has no module named {site.q}", "compare with --level weights")
+        missing = [module for module in site.modules.values() if module not in places]
+        if missing:
+            raise PessaError(f"{type(model).__name__} has no module named {missing[0]}", "compare with --level weights")
+        names = {letter: places[module] for letter, module in site.modules.items()}
+        shared = reduce(_shared, names.values())
         found[site.name] = BlockModules(
-            modules[_shared(names["q"], names["o"])], {side: modules[name] for side, name in names.items()}
+            modules[shared], {letter: modules[name] for letter, name in names.items()}, site.last
         )
     return found
 
@@ -120,6 +132,6 @@ def _shared(name: str, other: str) -> str:
     """The name of the innermost module that contains two others."""
     parts, others = name.split("."), other.split(".")
     shared = 0
-    while parts[shared] == others[shared]:
+    while shared < min(len(parts), len(others)) and parts[shared] == others[shared]:
         shared += 1
     return ".".join(parts[:shared])

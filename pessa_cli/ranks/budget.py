@@ -1,7 +1,7 @@
 """Ranks that meet a budget over all heads and blocks at the lowest predicted loss of quality.
 
-The price of a direction is the predicted error that dropping it adds, per parameter that it frees. Within one side of
-one block (Q-K or V-O), directions are ordered by the spectrum. Trials on calibration data measure how dropping a share
+The price of a direction is the predicted error that dropping it adds, per parameter that it frees. Within one seam of
+one block, directions are ordered by the spectrum. Trials on calibration data measure how dropping a share
 of them changes the block's output, and how an error of the block changes the model's output (`Trials`). Without trials
 the error is the relative squared error of the product.
 """
@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pessa_cli.blocks.compact_format import Ranks
+from pessa_cli.blocks.seam import Seam
 from pessa_cli.blocks.site import Site, count
 from pessa_cli.checkpoint.dtypes import ITEM_BYTES
 from pessa_cli.common.errors import PessaError, UsageError
@@ -25,24 +26,22 @@ from pessa_cli.ranks.plan import RankPlan, check_ranks, plan_ranks
 from pessa_cli.ranks.rule import Rule
 from pessa_cli.ranks.spectra import LEVELS, Size, Spectra, Spectrum, Trials, largest_pairs, pair_shares
 
-SIDES = ("qk", "vo")
-
 
 class UnmetBudgetError(PessaError):
     """Raised for a budget that is smaller than what must remain."""
 
 
 class PruneStep(NamedTuple):
-    """Directions of one head that are dropped together, with their predicted cost."""
+    """Directions of one group of a seam that are dropped together, with their predicted cost."""
 
     site: Site
-    side: str  # "qk" or "vo"
-    head: int  # the key/value head
+    seam: Seam
+    group: int  # the key/value head; 0 for an MLP
     rank: int  # the rank that remains
     parameters: int  # the number of parameters freed
     error: float  # the relative squared error of the block's output that this step adds to the steps before it
     harm: float  # the predicted change of the model's output, see `Trials.harm`; without trials the same as `error`
-    price: float  # the harm per parameter, made non-decreasing within one side of a block
+    price: float  # the harm per parameter, made non-decreasing within one seam
 
 
 @dataclass(frozen=True)
@@ -115,24 +114,24 @@ def ordered_steps(sites: Sequence[Site], spectra: Mapping[str, Spectra], rule: R
 
     If they would drop all of Q-K or all of V-O, the last step of that side is left out.
     """
-    steps = [step for site in sites for side in SIDES for step in _steps(site, side, spectra[site.name], rule)]
-    # The sort is stable and prices within one side never decrease, so the steps of a side stay in their order.
+    steps = [step for site in sites for seam in site.seams for step in _steps(site, seam, spectra[site.name], rule)]
+    # The sort is stable and prices within one seam never decrease, so the steps of a seam stay in their order.
     steps.sort(key=lambda step: step.price)
-    for side in SIDES:
-        own = [step for step in steps if step.side == side]
-        least = {(site.name, head): rank for site in sites for head, rank in enumerate(_stored(site, side))}
-        least |= {(step.site.name, step.head): step.rank for step in own}
+    for name in dict.fromkeys(seam.name for site in sites for seam in site.seams):
+        own = [step for step in steps if step.seam.name == name]
+        least = {(site.name, at): n for site in sites for at, n in enumerate(site.ranks.get(name, ()))}
+        least |= {(step.site.name, step.group): step.rank for step in own}
         if own and not any(least.values()):
             steps.remove(own[-1])
     return steps
 
 
-def _steps(site: Site, side: str, spectra: Spectra, rule: Rule) -> Iterator[PruneStep]:
-    """Yield the steps of one side of a block, ordered by price."""
-    worth, unit = _importance(spectra, side)
-    always_kept = site.always_kept if side == "qk" else 0  # the spectrum does not cover these directions
-    stored = [rank - always_kept for rank in _stored(site, side)]
-    grid, least = -(-rule.round_to // unit), -(-rule.min_rank // unit)
+def _steps(site: Site, seam: Seam, spectra: Spectra, rule: Rule) -> Iterator[PruneStep]:
+    """Yield the steps of one seam of a block, ordered by price."""
+    worth, unit = _importance(spectra, seam)
+    stored = [rank - seam.always_kept for rank in seam.ranks]  # the spectrum does not cover what is always kept
+    grid = -(-rule.round_to // unit)
+    least = 1 if seam.name == "mlp" else -(-rule.min_rank // unit)  # no MLP is left without channels
     chunks = [
         (float(worth[head, low:high].mean()), -high, head, low, high)
         for head, rank in zip(range(len(worth)), stored, strict=False)
@@ -143,31 +142,25 @@ def _steps(site: Site, side: str, spectra: Spectra, rule: Rule) -> Iterator[Prun
     if not len(masses):
         return
     trials = spectra.trials
-    errors = _errors(worth, masses, trials, side)
-    each, harmful = unit * _parameters(site, side), 1.0 if trials is None else trials.harm
+    errors = _errors(worth, masses, trials, seam)
+    each, harmful = unit * _parameters(site, seam), 1.0 if trials is None else trials.harm
     price = 0.0
     for (_, _, head, low, high), error in zip(chunks, np.diff(errors, prepend=0.0).tolist(), strict=True):
         parameters, harm = each * (high - low), error * harmful
         price = max(price, harm / parameters)
-        yield PruneStep(site, side, head, always_kept + unit * low, parameters, error, harm, price)
+        yield PruneStep(site, seam, head, seam.always_kept + unit * low, parameters, error, harm, price)
 
 
-def _stored(site: Site, side: str) -> Ranks:
-    return site.qk_ranks if side == "qk" else site.vo_ranks
-
-
-def _importance(spectra: Spectra, side: str) -> tuple[Spectrum, int]:
-    """Return the importance of the units of one side, descending in each head, and the number of directions per unit.
+def _importance(spectra: Spectra, seam: Seam) -> tuple[Spectrum, int]:
+    """Return the importance of the units of one seam, descending in each group, and the number of directions per unit.
 
     The importance of a direction is its squared spectrum. For Q-K under RoPE the units are frequency pairs of two
     directions, and their importance is a share of the head's total.
     """
-    if side == "vo":
-        return spectra.vo**2, 1
-    if spectra.qk is not None:
-        return spectra.qk**2, 1
-    if spectra.pairs is None:
-        return spectra.vo[:0], 1
+    if (found := spectra.seams.get(seam.name)) is not None:
+        return found**2, 1
+    if seam.symmetry != "pairs" or spectra.pairs is None:
+        return np.empty((0, 0)), 1
     return -np.sort(-pair_shares(spectra.pairs), axis=-1), 2
 
 
@@ -179,7 +172,7 @@ def _chunks(rank: int, step: int, least: int) -> Iterator[tuple[int, int]]:
         rank = lower
 
 
-def _errors(worth: Spectrum, masses: NDArray[np.float64], trials: Trials | None, side: str) -> NDArray[np.float64]:
+def _errors(worth: Spectrum, masses: NDArray[np.float64], trials: Trials | None, seam: Seam) -> NDArray[np.float64]:
     """Predict the relative squared error of the block's output for each sum of dropped importance in `masses`.
 
     Errors measured by trials are interpolated linearly in log-log coordinates, and extrapolated proportionally. Without
@@ -187,7 +180,7 @@ def _errors(worth: Spectrum, masses: NDArray[np.float64], trials: Trials | None,
     """
     if trials is None:
         return masses / (total if (total := float(worth.sum())) > 0 else 1.0)
-    tried = np.maximum.accumulate(np.array(trials.qk if side == "qk" else trials.vo))
+    tried = np.maximum.accumulate(np.array(trials.errors[seam.name]))
     at = np.cumsum(np.sort(worth, axis=None))[[max(0, int(level * worth.size) - 1) for level in LEVELS]]
     known = (at > 0) & (tried > 0)
     if not known.any():
@@ -219,22 +212,20 @@ def _within_error(steps: Sequence[PruneStep], spectra: Mapping[str, Spectra], mo
 
 def _plan(sites: Sequence[Site], spectra: Mapping[str, Spectra], taken: Sequence[PruneStep]) -> RankPlan:
     """Return the rank plan after the taken steps; of frequency pairs the most important are kept."""
-    plan = {"qk": {s.name: list(s.qk_ranks) for s in sites}, "vo": {s.name: list(s.vo_ranks) for s in sites}}
+    plan = {site.name: {name: list(ranks) for name, ranks in site.ranks.items()} for site in sites}
     for step in taken:
-        plan[step.side][step.site.name][step.head] = step.rank
-    qk, vo = ({name: tuple(ranks) for name, ranks in side.items()} for side in plan.values())
+        plan[step.site.name][step.seam.name][step.group] = step.rank
+    ranks = {place: {name: tuple(kept) for name, kept in seams.items()} for place, seams in plan.items()}
     pairs = {
-        site.name: largest_pairs(found, np.array(qk[site.name]) // 2)
+        site.name: largest_pairs(found, np.array(ranks[site.name]["qk"]) // 2)
         for site in sites
-        if (found := spectra[site.name].pairs) is not None and qk[site.name] != site.full
+        if (found := spectra[site.name].pairs) is not None and ranks[site.name]["qk"] != site.seam("qk").full
     }
-    return RankPlan(qk, vo, pairs)
+    return RankPlan(ranks, pairs)
 
 
-def _parameters(site: Site, side: str) -> int:
-    """Return how many parameters one direction of one key/value head has, in weights and biases."""
-
-    none: Ranks = (0,) * site.kv_heads
-    one: Ranks = (1, *none[1:])
-    shapes = site.shapes(one, none) if side == "qk" else site.shapes(none, one)
-    return count(shapes) - count(site.shapes(none, none))
+def _parameters(site: Site, seam: Seam) -> int:
+    """Return how many parameters one direction of one group of a seam has, in weights and biases."""
+    none: dict[str, Ranks] = {name: (0,) * len(ranks) for name, ranks in site.ranks.items()}
+    one = none | {seam.name: (1, *none[seam.name][1:])}
+    return count(site.shapes(one)) - count(site.shapes(none))

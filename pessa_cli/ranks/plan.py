@@ -3,53 +3,68 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pessa_cli.blocks.compact_format import PairRuns, Ranks, pair_ranks
-from pessa_cli.blocks.site import Site, with_ranks
+from pessa_cli.blocks.seam import TITLES
+from pessa_cli.blocks.site import Site
 from pessa_cli.checkpoint.dtypes import UNIT_ROUNDOFF
 from pessa_cli.common.errors import PessaError, UsageError
 from pessa_cli.ranks.rule import Rule
 from pessa_cli.ranks.spectra import Spectra, Spectrum, largest_pairs, pair_shares, smallest_dropped
 
+NO_MLP = "add MLPs with --sites mlp, if `pessa architectures` has them for this model"
+
 
 @dataclass(frozen=True)
 class RankPlan:
-    """The ranks to keep for each site, by site name.
+    """The ranks to keep of each seam of each site.
 
-    qk, vo: one rank per key/value head. pairs: the kept frequency pairs of each key/value head, for sites whose Q-K is
-    pruned by pairs under RoPE and that do not keep all of them.
+    ranks: by site name and by the name of the seam, one rank per group. pairs: by site name, the kept frequency pairs
+    of each key/value head, for sites whose Q-K is pruned by pairs under RoPE and that do not keep all of them.
     """
 
-    qk: Mapping[str, Ranks]
-    vo: Mapping[str, Ranks]
+    ranks: Mapping[str, Mapping[str, Ranks]]
     pairs: Mapping[str, tuple[PairRuns, ...]] = field(default_factory=dict)
 
     @staticmethod
     def stored(sites: Iterable[Site]) -> RankPlan:
         """Return the plan that keeps everything that the file stores of these sites."""
         sites = list(sites)
-        pairs = {site.name: site.pairs for site in sites if site.pairs is not None}
-        return RankPlan(
-            {site.name: site.qk_ranks for site in sites}, {site.name: site.vo_ranks for site in sites}, pairs
-        )
+        pairs = {site.name: seam.pairs for site in sites for seam in site.seams if seam.pairs is not None}
+        return RankPlan({site.name: site.ranks for site in sites}, pairs)
+
+    @staticmethod
+    def full(sites: Iterable[Site]) -> RankPlan:
+        """Return the plan that keeps all that the blocks had before any pruning."""
+        return RankPlan({site.name: {seam.name: seam.full for seam in site.seams} for site in sites})
 
     def kept(self, site: Site) -> Site:
         """Return the site as a compact file stores it after pruning by this plan."""
-        return with_ranks(site, self.qk[site.name], self.vo[site.name], self.pairs.get(site.name))
+        return site.keeping(self.ranks[site.name], self.pairs.get(site.name))
 
 
-def check_ranks(sites: Iterable[Site], rule: Rule) -> None:
-    """Raise UsageError if the rule has a rank that is larger than every head of the sites."""
-    width = max(site.head_dim for site in sites)
-    for flag, rank in (("--rank", rule.rank), ("--min-rank", rule.min_rank)):
-        if rank is not None and rank > width:
+def check_ranks(sites: Sequence[Site], rule: Rule) -> None:
+    """Raise UsageError if the rule has a rank that is larger than every head, or a width larger than every MLP.
+
+    Also if it has options for MLPs, but no MLP was chosen.
+    """
+    heads = max((seam.width for site in sites for seam in site.seams if seam.name != "mlp"), default=0)
+    channels = max((seam.width for site in sites for seam in site.seams if seam.name == "mlp"), default=0)
+    if rule.of_mlp and not channels:
+        raise UsageError(f"--{rule.of_mlp[0].replace('_', '-')}: no MLP is among the chosen blocks", NO_MLP)
+    for flag, rank, width, what in (
+        ("--rank", rule.rank, heads, "the largest head has {} directions"),
+        ("--min-rank", rule.min_rank, heads, "the largest head has {} directions"),
+        ("--mlp-rank", rule.mlp_rank, channels, "the widest MLP has {} channels"),
+    ):
+        if rank is not None and rank > width > 0:
             raise UsageError(
-                f"{flag} {rank}: the largest head has {width} directions, so nothing would be pruned",
+                f"{flag} {rank}: {what.format(width)}, so nothing would be pruned",
                 f"give at most {width}",
             )
 
@@ -57,26 +72,21 @@ def check_ranks(sites: Iterable[Site], rule: Rule) -> None:
 def plan_ranks(sites: list[Site], spectra: Mapping[str, Spectra], rule: Rule) -> RankPlan:
     """Apply a rule without a budget to every site.
 
-    Raises PessaError if the rule would prune all of Q-K or all of V-O, and UsageError if --rope-ratio is given but no
-    site has frequency pairs.
+    Raises PessaError if the rule would prune all of Q-K or all of V-O or all channels of an MLP, and UsageError if
+    --rope-ratio is given but no site has frequency pairs.
     """
-    qk = {site.name: spectra[site.name].qk for site in sites}
-    vo = {site.name: spectra[site.name].vo for site in sites}
+    whole = [site for site in sites if "qk" in site.ranks and "qk" not in spectra[site.name].seams]
+    pairs = _kept_pairs(whole, spectra, rule)
     dtypes = {site.name: site.dtype for site in sites}
-    always_kept = {site.name: site.always_kept for site in sites}
-    rotated = [site for site in sites if qk[site.name] is None]
-    pairs = _kept_pairs(rotated, spectra, rule)
-    return RankPlan(
-        qk={
-            name: tuple(always_kept[name] + rank for rank in ranks)
-            for name, ranks in _side_ranks(
-                {name: spectrum for name, spectrum in qk.items() if spectrum is not None}, dtypes, rule, "Q-K"
-            ).items()
-        }
-        | {site.name: pair_ranks(pairs[site.name]) if site.name in pairs else site.full for site in rotated},
-        vo=_side_ranks(vo, dtypes, rule, "V-O"),
-        pairs=pairs,
-    )
+    ranks: dict[str, dict[str, Ranks]] = {site.name: {seam.name: seam.full for seam in site.seams} for site in sites}
+    for name in TITLES:
+        found = {site.name: each for site in sites if (each := spectra[site.name].seams.get(name)) is not None}
+        seams = {site.name: site.seam(name) for site in sites if site.name in found}
+        for place, kept in _seam_ranks(found, dtypes, rule, name).items():
+            ranks[place][name] = tuple(seams[place].always_kept + rank for rank in kept)
+    for place, runs in pairs.items():
+        ranks[place]["qk"] = pair_ranks(runs)
+    return RankPlan(ranks, pairs)
 
 
 def _kept_pairs(sites: list[Site], spectra: Mapping[str, Spectra], rule: Rule) -> dict[str, tuple[PairRuns, ...]]:
@@ -85,7 +95,7 @@ def _kept_pairs(sites: list[Site], spectra: Mapping[str, Spectra], rule: Rule) -
     Pairs that the file does not store are never kept. Raises UsageError if --rope-ratio finds no frequency pairs.
     """
     if rule.rope_ratio is None:
-        return {site.name: site.pairs for site in sites if site.pairs is not None}
+        return {site.name: pairs for site in sites if (pairs := site.seam("qk").pairs) is not None}
     worth = {site.name: found for site in sites if (found := spectra[site.name].pairs) is not None}
     if not worth:
         raise UsageError(
@@ -109,27 +119,51 @@ def _rounded(kept: NDArray[np.int64], rule: Rule, width: int) -> NDArray[np.int6
     return (-(-kept // step) * step).clip(least, width)
 
 
-def _side_ranks(spectra: Mapping[str, Spectrum], dtypes: Mapping[str, str], rule: Rule, what: str) -> dict[str, Ranks]:
-    """Return the ranks of one side, `what` is "Q-K" or "V-O", of all sites. Raises PessaError if all are zero."""
+def _seam_ranks(spectra: Mapping[str, Spectrum], dtypes: Mapping[str, str], rule: Rule, seam: str) -> dict[str, Ranks]:
+    """Return the ranks of the seams of one name by site name. Raises PessaError if nothing would remain of them."""
     if not spectra:
         return {}
+    if seam == "mlp":
+        return _channels(spectra, rule)
     if rule.ratio is not None:
         counts = smallest_dropped(spectra, rule.ratio)
     else:
-        counts = {name: _kept_directions(spectrum, rule, what, dtypes[name]) for name, spectrum in spectra.items()}
+        counts = {name: _kept_directions(spectrum, rule, seam, dtypes[name]) for name, spectrum in spectra.items()}
     plan: dict[str, Ranks] = {}
     for name, kept in counts.items():
         plan[name] = tuple(int(r) for r in _rounded(kept, rule, spectra[name].shape[1]))
     if not any(any(ranks) for ranks in plan.values()):
         largest = max(float(spectrum.max()) for spectrum in spectra.values())
         raise PessaError(
-            f"the rule ({rule}) would prune all of {what}: the largest singular value is {largest:.3g}",
+            f"the rule ({rule}) would prune all of {TITLES[seam]}: the largest singular value is {largest:.3g}",
             "lower the threshold; `pessa inspect` shows the spectra",
         )
     return plan
 
 
-def _kept_directions(spectrum: Spectrum, rule: Rule, what: str, dtype: str) -> NDArray[np.int64]:
+def _channels(spectra: Mapping[str, Spectrum], rule: Rule) -> dict[str, Ranks]:
+    """Return how many channels each MLP keeps, by site name. Raises PessaError if one would keep none."""
+    plan: dict[str, Ranks] = {}
+    for name, spectrum in spectra.items():
+        width = spectrum.shape[1]
+        if rule.mlp_ratio is not None:
+            kept = width - int(rule.mlp_ratio * width)
+        elif rule.mlp_rank is not None:
+            kept = min(rule.mlp_rank, width)
+        elif rule.mlp_thr is not None:
+            kept = int((spectrum > rule.mlp_thr).sum())
+            if not kept:
+                raise PessaError(
+                    f"the rule ({rule}) would leave {name} without channels: its largest value is {spectrum.max():.3g}",
+                    "lower the threshold; `pessa inspect --sites mlp` shows the spectra",
+                )
+        else:
+            kept = width
+        plan[name] = (min(width, -(-kept // rule.round_to) * rule.round_to),)
+    return plan
+
+
+def _kept_directions(spectrum: Spectrum, rule: Rule, seam: str, dtype: str) -> NDArray[np.int64]:
     """Return how many leading directions each head keeps, (G,), under a rule that looks at one head at a time.
 
     `--energy` and lossless compare the norm of the dropped tail with that of the whole spectrum.
@@ -138,7 +172,7 @@ def _kept_directions(spectrum: Spectrum, rule: Rule, what: str, dtype: str) -> N
     if rule.rank is not None:
         return np.full(heads, min(rule.rank, width))
     if rule.qk_thr is not None or rule.vo_thr is not None:
-        threshold = rule.qk_thr if what == "Q-K" else rule.vo_thr
+        threshold = rule.qk_thr if seam == "qk" else rule.vo_thr
         return np.full(heads, width) if threshold is None else (spectrum > threshold).sum(-1)
     loss = UNIT_ROUNDOFF[dtype] if rule.energy is None else math.sqrt(1 - rule.energy)
     largest = spectrum[:, :1]

@@ -27,6 +27,11 @@ def _criterion(help: str, group: str = "criterion", **more: Any) -> Any:
     return option(None, help, group=group, **more)
 
 
+def _mlp(help: str, allowed: Range) -> Any:
+    """An option that chooses the widths of MLPs; it can be combined with one that chooses the ranks of attention."""
+    return option(None, help, group="MLPs", allowed=allowed)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Rule:
     """The rule that determines how many directions of each head are kept. At most one criterion may be given.
@@ -75,6 +80,11 @@ class Rule:
     max_error: float | None = _criterion(
         "Largest allowed relative error of any block's output on the calibration data.", "budget", allowed=ERROR
     )
+    mlp_ratio: float | None = _mlp("Drop this share of the channels of every MLP.", SHARE_TO_DROP)
+    mlp_thr: float | None = _mlp(
+        "Keep the channels of MLPs that are above this threshold, by the product of their weights' norms.", THRESHOLD
+    )
+    mlp_rank: int | None = _mlp("Keep this many channels in every MLP.", at_least(1))
     lossless: bool = option(
         False, "Drop only directions below the rounding error of the dtype (the default).", group="criterion"
     )
@@ -88,9 +98,15 @@ class Rule:
 
     def __post_init__(self) -> None:
         rules = list(dict.fromkeys(_title(setting) for setting in CRITERIA if self._has(setting)))
-        if len(rules) > 1:
-            raise UsageError(f"{' and '.join(rules)} cannot be combined", "give one of them")
+        for own in (rules, [f"--{name.replace('_', '-')}" for name in self.of_mlp]):
+            if len(own) > 1:
+                raise UsageError(f"{' and '.join(own)} cannot be combined", "give one of them")
         check_options(self)
+        if self.budgeted and self.of_mlp:
+            raise UsageError(
+                f"{rules[0]} also chooses the widths of MLPs, so it excludes --{self.of_mlp[0].replace('_', '-')}",
+                "leave one of them out",
+            )
         if self.budgeted and self.rope_ratio is not None:
             raise UsageError(
                 f"{self}: a budget also chooses the frequency pairs, so it excludes --rope-ratio",
@@ -98,7 +114,8 @@ class Rule:
             )
 
     def __str__(self) -> str:
-        criteria = [f"{setting.name} {getattr(self, setting.name):.12g}" for setting in CRITERIA if self._has(setting)]
+        given = [*self.given, *self.of_mlp]
+        criteria = [f"{name} {getattr(self, name):.12g}" for name in given if name != "lossless"]
         text = "lossless" if self.lossless or not criteria else ", ".join(criteria)
         return (
             text
@@ -117,6 +134,11 @@ class Rule:
         return [setting.name for setting in CRITERIA if self._has(setting)]
 
     @property
+    def of_mlp(self) -> list[str]:
+        """The names of the options for the widths of MLPs that are given; at most one."""
+        return [setting.name for setting in OF_MLPS if self._has(setting)]
+
+    @property
     def budgeted(self) -> bool:
         """Whether the criterion is a budget over all heads and blocks at once."""
         return any(setting.option.group == "budget" and self._has(setting) for setting in CRITERIA)
@@ -129,4 +151,5 @@ def _title(setting: Setting) -> str:
     return "/".join(each.flag for each in CRITERIA if each.option.group == "thresholds")
 
 
-CRITERIA = tuple(setting for setting in settings_of(Rule) if setting.option.group is not None)
+CRITERIA = tuple(s for s in settings_of(Rule) if s.option.group in ("criterion", "thresholds", "budget"))
+OF_MLPS = tuple(setting for setting in settings_of(Rule) if setting.option.group == "MLPs")

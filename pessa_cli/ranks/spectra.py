@@ -1,4 +1,4 @@
-"""The spectra of attention blocks, and the choice of the smallest or largest entries across heads."""
+"""The spectra of blocks, and the choice of the smallest or largest entries across heads."""
 
 from __future__ import annotations
 
@@ -19,14 +19,13 @@ LEVELS = (0.125, 0.25, 0.5, 0.75)  # the shares of a block's directions that tri
 class Trials:
     """Errors measured on calibration data with a part of one block dropped.
 
-    qk, vo: the relative squared errors of the block's output with each share in LEVELS of the directions of one side
-    dropped, the smallest first.
+    errors: by the name of the seam, the relative squared errors of the block's output with each share in LEVELS of its
+    directions dropped, the smallest first.
     harm: the change of the model's output per relative squared error of the block's output, extrapolated from small
     errors: the KL divergence in nats for a model with logits, else the relative squared error of the hidden states.
     """
 
-    qk: tuple[float, ...]
-    vo: tuple[float, ...]
+    errors: Mapping[str, tuple[float, ...]]
     harm: float
 
 
@@ -41,20 +40,22 @@ class Size(NamedTuple):
 class Spectra:
     """The spectra of one block.
 
-    qk: (G, c), descending, for the c directions of each head that can be merged; None if Q-K cannot be merged.
-    vo: (G, d), descending.
+    seams: by the name of the seam, (G, c), descending, for the c directions of each group that can be cut; a seam of
+    which no single direction can be cut has none. Of attention, they are the singular values of the products.
     calibrated: whether the spectra are weighted by calibration data, in units of attention scores for Q-K and of the
-    block's output for V-O; otherwise they are the singular values of the products.
+    block's output for the others.
     trials: the measured errors, if there are any.
     pairs: (G, d/2), the squared contribution of each frequency pair in the order of the file (see
     `algebra.rope.contributions`), if Q-K is pruned by pairs; otherwise None.
+    order: (F,), the places in the file of the channels of an MLP, the most important first; None if they are in this
+    order already, or for an attention block.
     """
 
-    qk: Spectrum | None
-    vo: Spectrum
+    seams: Mapping[str, Spectrum]
     calibrated: bool = False
     trials: Trials | None = None
     pairs: Spectrum | None = None
+    order: NDArray[np.int64] | None = None
 
 
 def largest_pairs(contributions: Spectrum, counts: NDArray[np.int64]) -> tuple[PairRuns, ...]:

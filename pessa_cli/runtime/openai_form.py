@@ -10,7 +10,6 @@ from typing import Any
 import torch
 
 from pessa_cli.blocks.alignment import alignment_heads, usual_heads
-from pessa_cli.blocks.site import in_full
 from pessa_cli.checkpoint.dtypes import TORCH_DTYPES
 from pessa_cli.checkpoint.files import read_json
 from pessa_cli.common.errors import PessaError
@@ -106,7 +105,7 @@ def _check_tensors(model: Model, plan: dict[str, tuple[int, ...]], embedding: st
     reader = model.reader
     shapes = {name: info.shape for name, info in reader.header.items() if name != PROJECTION}
     for site in model.sites:
-        shapes |= in_full(site).tensors
+        shapes |= site.in_full().tensors
     problems = [f"{name}: not part of OpenAI's Whisper" for name in shapes if name not in plan]
     for name, shape in plan.items():
         if name not in shapes:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from pessa_cli.algebra.heads import HeadWeights
-from pessa_cli.blocks.site import Site
+from pessa_cli.blocks.site import AttentionSite
 from pessa_cli.common.errors import PessaError
 from pessa_cli.runtime.bucketed_attention import DECODING, ENCODING
 from pessa_cli.runtime.buckets import Bucket, plan
@@ -39,13 +39,13 @@ except ImportError as error:
 JOINING = 15  # microseconds per bucket to split rows and join results, measured in a layer of Whisper tiny at decoding
 
 
-def buckets_of(site: Site) -> Sequence[Bucket]:
+def buckets_of(site: AttentionSite) -> Sequence[Bucket]:
     """Return buckets with all heads of the block, or none if openai-whisper's own attention is as fast.
 
     The costs are those measured for transformers' attention on a CPU, since both use the same kernels; splitting rows
     and joining results costs more per bucket here.
     """
-    measured = (ENCODING if site.spec.kind.startswith("encoder") else DECODING)["cpu"]
+    measured = (ENCODING if site.kind.startswith("encoder") else DECODING)["cpu"]
     cost = replace(measured, call=measured.call + JOINING)
     # A head with V-O rank 0 must keep its scores, because it may be an alignment head.
     planned = plan(site.qk_ranks, tuple(max(1, rank) for rank in site.vo_ranks), site.head_dim, cost)
@@ -131,7 +131,7 @@ def load_whisper(model: str | Path, device: str | torch.device | None = None) ->
         others = {theirs: ours for theirs, ours in form.names.items() if ours not in form.attention}
         state = {theirs: form.tensor(ours).float() for theirs, ours in others.items()}
         theirs_of = {ours: theirs for theirs, ours in form.names.items()}
-        for site in form.model.sites:
+        for site in form.model.attention:
             weights = read_site(form.model.reader, site)
             name = theirs_of[f"{site.q}.weight"].removesuffix(".query.weight")
             buckets = buckets_of(site)
@@ -164,7 +164,7 @@ def _model_on_meta(form: OpenAIForm) -> Whisper:
     return model
 
 
-def _single_bucket(site: Site) -> Bucket:
+def _single_bucket(site: AttentionSite) -> Bucket:
     """Return a bucket with all heads at their original width."""
     return Bucket(tuple(range(site.heads)), site.head_dim, site.head_dim, site.head_dim)
 

@@ -1,4 +1,4 @@
-"""Calibration statistics of attention blocks: the sums, their file, and the weightings that follow from them."""
+"""Calibration statistics of blocks: the sums, their file, and the weightings that follow from them."""
 
 from __future__ import annotations
 
@@ -12,24 +12,44 @@ from pessa_cli.statistics.file import (
     save_statistics,
     shortages,
 )
-from pessa_cli.statistics.sums import NAMES, BlockStatistics, shapes_of
-from pessa_cli.statistics.weighing import Refit, Weighed, kept_directions, refit_moment, weigh
+from pessa_cli.statistics.sums import (
+    AttentionStatistics,
+    BlockStatistics,
+    MlpStatistics,
+    input_moment,
+    shapes_of,
+    statistics_of,
+)
+from pessa_cli.statistics.weighing import (
+    ChannelRefit,
+    Refit,
+    Weighed,
+    channel_refit,
+    kept_directions,
+    refit_moment,
+    weigh,
+)
 
 __all__ = [
-    "NAMES",
+    "AttentionStatistics",
     "BlockStatistics",
+    "ChannelRefit",
     "CollectedStatistics",
+    "MlpStatistics",
     "Refit",
     "SavedStatistics",
     "Statistics",
     "Weighed",
+    "channel_refit",
     "data_sha256",
     "files_of",
     "fingerprint",
+    "input_moment",
     "kept_directions",
     "refit_moment",
     "save_statistics",
     "shapes_of",
     "shortages",
+    "statistics_of",
     "weigh",
 ]

@@ -17,12 +17,13 @@ from typing import Any, Protocol
 
 import torch
 
+from pessa_cli.algebra.channels import ChannelWeights
 from pessa_cli.algebra.heads import HeadWeights
 from pessa_cli.blocks.site import Site
 from pessa_cli.common.errors import PessaError
 from pessa_cli.common.files import file_size, write_file
 from pessa_cli.common.text import listed, shortened
-from pessa_cli.statistics.sums import NAMES, BlockStatistics, shapes_of
+from pessa_cli.statistics.sums import BlockStatistics, input_moment, shapes_of, statistics_of
 from pessa_cli.statistics.weighing import independent
 
 FORMAT = "pessa-statistics-2"
@@ -111,13 +112,13 @@ class SavedStatistics:
         for path, about in zip(self.paths, self._about, strict=True):
             with safe_open(path, framework="pt") as file:
                 there = set(file.keys())
-                if not {f"{site.name}.{name}" for name in NAMES} <= there:
+                names = {name: f"{site.name}.{name}" for name in shapes_of(site)}
+                if not set(names.values()) <= there:
                     raise PessaError(f"{path} has no statistics of {site.name}", "collect them again with --calibrate")
-                found = BlockStatistics(*(file.get_tensor(f"{site.name}.{name}") for name in NAMES))
+                found = statistics_of(site).of({name: file.get_tensor(stored) for name, stored in names.items()})
             if not _plausible(found, site):
                 raise PessaError(
-                    f"{path}: the statistics of {site.name} do not fit its {site.heads} heads of {site.head_dim} "
-                    "dimensions",
+                    f"{path}: the statistics of {site.name} do not fit its {site.function}",
                     "collect them again with --calibrate",
                 )
             if expected is not None and about["weights"].get(site.name) != expected:
@@ -135,8 +136,9 @@ def shortages(statistics: Statistics, sites: Sequence[Site]) -> list[str]:
     few = []
     for site in sites:
         found = statistics.of(site)
-        wide = int((found.mixtures.diagonal() > 0).sum())
-        count = min(int(found.frames), independent(found.mixtures))
+        moment = input_moment(found)
+        wide = int((moment.diagonal() > 0).sum())
+        count = min(int(found.frames), independent(moment))
         if count < wide:
             few.append(f"{site.name}: {count:,} independent frames for {wide:,} dimensions")
         elif found.trials is None:
@@ -158,15 +160,19 @@ def save_statistics(
     """
     from safetensors.torch import save
 
-    tensors = {f"{s}.{name}": getattr(found, name).contiguous() for s, found in blocks.items() for name in NAMES}
+    tensors = {
+        f"{place}.{name}": getattr(found, name).contiguous()
+        for place, found in blocks.items()
+        for name in found.names()
+    }
     about = {"format": FORMAT, "weights": json.dumps(dict(weights)), "data": json.dumps(sorted(data))}
     if sequential is not None:
         about["sequential"] = sequential
     write_file(path, save(tensors, about), "--statistics", new=True)
 
 
-def fingerprint(weights: HeadWeights) -> str:
-    """Return the SHA-256 of the names, dtypes, shapes and bytes of a block's weights per head."""
+def fingerprint(weights: HeadWeights | ChannelWeights) -> str:
+    """Return the SHA-256 of the names, dtypes, shapes and bytes of a block's weights in the canonical form."""
     digest = hashlib.sha256()
     for name, tensor in vars(weights).items():
         if tensor is not None:
@@ -196,8 +202,8 @@ def _about(path: Path) -> dict[str, Any]:
 
 def _plausible(found: BlockStatistics, site: Site) -> bool:
     """Return whether all tensors are float64, finite, and of the shapes of the site."""
-    tensors = [getattr(found, name) for name in NAMES]
+    tensors = {name: getattr(found, name) for name in found.names()}
     return all(
-        tensor.dtype == torch.float64 and tuple(tensor.shape) == shape and bool(tensor.isfinite().all())
-        for tensor, shape in zip(tensors, shapes_of(site), strict=True)
+        tensor.dtype == torch.float64 and tuple(tensor.shape) == shapes_of(site)[name] and bool(tensor.isfinite().all())
+        for name, tensor in tensors.items()
     )

@@ -1,19 +1,66 @@
-"""The calibration statistics of one attention block: sums over the frames of the calibration data."""
+"""The calibration statistics of one block: sums over the frames of the calibration data."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 
-from pessa_cli.blocks.site import Site
+from pessa_cli.blocks.mlp_site import MlpSite
+from pessa_cli.blocks.site import AttentionSite, Site
 from pessa_cli.ranks.spectra import LEVELS, Trials
 
 
 @dataclass(frozen=True)
 class BlockStatistics:
     """Sums over the calibration data for one block; all tensors are float64.
+
+    Those of every block are measured with trial cuts on some of the data:
+    output: (), the sum of squares of the block's output.
+    tried: (seams, LEVELS), the sums of squared differences of that output with these shares of each seam cut.
+    harm: (3,), the effect of a trial cut on the model's output (nats, or relative squared errors of hidden states),
+    the number of tokens it was measured on, and the sum of squares of the difference that caused it.
+    """
+
+    SEAMS: ClassVar[tuple[str, ...]]
+    frames: Tensor
+    output: Tensor
+    tried: Tensor
+    harm: Tensor
+
+    @property
+    def trials(self) -> Trials | None:
+        """The results of the trial cuts relative to the block's output; None if there were none."""
+        output, (done, tokens, moved) = float(self.output), self.harm.tolist()
+        if output == 0:
+            return None
+        errors = {name: tuple((each / output).tolist()) for name, each in zip(self.SEAMS, self.tried, strict=True)}
+        # The harm is 0 for a block that no output depends on, and for one whose output the trial cut did not change.
+        return Trials(errors, done / tokens * output / moved if tokens and moved else 0.0)
+
+    @classmethod
+    def names(cls) -> tuple[str, ...]:
+        """Return the names of the tensors."""
+        return tuple(field.name for field in fields(cls))
+
+    @classmethod
+    def of(cls, tensors: Any) -> Self:
+        """Return the statistics with these tensors, by name."""
+        return cls(**{name: tensors[name] for name in cls.names()})
+
+    def __add__(self, other: Self) -> Self:
+        return type(self)(**{name: getattr(self, name) + getattr(other, name) for name in self.names()})
+
+    def to(self, device: str | torch.device) -> Self:
+        """Return the same statistics on another device."""
+        return type(self)(**{name: getattr(self, name).to(device) for name in self.names()})
+
+
+@dataclass(frozen=True)
+class AttentionStatistics(BlockStatistics):
+    """Sums over the calibration data for one attention block; all tensors are float64.
 
     With G key/value heads, H query heads and head_dim d:
     frames: (), the number of queries.
@@ -27,10 +74,7 @@ class BlockStatistics:
     mixtures: (H d, H d), the sum of a a^T, where a is the input of W_O with all heads concatenated.
     mixture: (H d,), the sum of a.
     The others are measured with trial cuts on some of the data:
-    output: (), the sum of squares of the block's output.
-    tried: (2, LEVELS), the sums of squared differences of that output with these shares of Q-K and of V-O cut.
-    harm: (3,), the effect of a trial cut on the model's output (nats, or relative squared errors of hidden states),
-    the number of tokens it was measured on, and the sum of squares of the difference that caused it.
+    output, tried, harm: see BlockStatistics; `tried` has a row for Q-K and one for V-O.
     """
 
     frames: Tensor
@@ -44,29 +88,45 @@ class BlockStatistics:
     tried: Tensor
     harm: Tensor
 
-    @property
-    def trials(self) -> Trials | None:
-        """The results of the trial cuts relative to the block's output; None if there were none."""
-        output, (done, tokens, moved) = float(self.output), self.harm.tolist()
-        if output == 0:
-            return None
-        qk, vo = ((errors / output).tolist() for errors in self.tried)
-        # The harm is 0 for a block that no output depends on, and for one whose output the trial cut did not change.
-        return Trials(tuple(qk), tuple(vo), done / tokens * output / moved if tokens and moved else 0.0)
-
-    def __add__(self, other: BlockStatistics) -> BlockStatistics:
-        return BlockStatistics(*(getattr(self, name) + getattr(other, name) for name in NAMES))
-
-    def to(self, device: str | torch.device) -> BlockStatistics:
-        return BlockStatistics(*(getattr(self, name).to(device) for name in NAMES))
+    SEAMS = ("qk", "vo")
 
 
-NAMES = tuple(field.name for field in fields(BlockStatistics))
+@dataclass(frozen=True)
+class MlpStatistics(BlockStatistics):
+    """Sums over the calibration data for one MLP with F channels; all tensors are float64.
+
+    frames: (), the number of inputs. moment: (F, F), the sum of h h^T over the values h of the channels, the inputs of
+    the matrix that reads them. total: (F,), the sum of h. output, tried, harm: see BlockStatistics.
+    """
+
+    frames: Tensor
+    moment: Tensor
+    total: Tensor
+    output: Tensor
+    tried: Tensor
+    harm: Tensor
+
+    SEAMS = ("mlp",)
 
 
-def shapes_of(site: Site) -> tuple[tuple[int, ...], ...]:
-    """Return the shapes of the statistics of a block, in the order of NAMES."""
+def input_moment(found: BlockStatistics) -> Tensor:
+    """Return the sum of the outer products of the inputs of the block's last matrix."""
+    moment: Tensor = getattr(found, "moment" if isinstance(found, MlpStatistics) else "mixtures")
+    return moment
+
+
+def statistics_of(site: Site) -> type[AttentionStatistics] | type[MlpStatistics]:
+    """Return the kind of statistics that a block has."""
+    return MlpStatistics if isinstance(site, MlpSite) else AttentionStatistics
+
+
+def shapes_of(site: Site) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the statistics of a block by name."""
+    trials = {"output": (), "tried": (len(site.ranks), len(LEVELS)), "harm": (3,)}
+    if isinstance(site, MlpSite):
+        return {"frames": (), "moment": (site.width, site.width), "total": (site.width,), **trials}
+    assert isinstance(site, AttentionSite)
     g, d, n = site.kv_heads, site.head_dim, site.heads * site.head_dim
     head, none, rope = (g, d, d), (0, d, d), site.by_pairs
-    influence, pairs = (none, head) if rope else (head, none)
-    return (), head, head, influence, (n, n), (n,), pairs, (), (2, len(LEVELS)), (3,)
+    found = {"frames": (), "queries": head, "keys": head, "influence": none if rope else head}
+    return {**found, "mixtures": (n, n), "mixture": (n,), "pairs": head if rope else none, **trials}

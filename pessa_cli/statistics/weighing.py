@@ -11,12 +11,13 @@ from pessa_cli.algebra.heads import live
 from pessa_cli.algebra.rope import PairWeighting
 from pessa_cli.algebra.weighted import Weighting, scales, traces
 from pessa_cli.blocks.compact_format import Ranks
-from pessa_cli.blocks.site import Site
-from pessa_cli.statistics.sums import BlockStatistics
+from pessa_cli.blocks.site import AttentionSite
+from pessa_cli.statistics.sums import AttentionStatistics, MlpStatistics
 
 SHRINKAGE = 0.3  # of the weightings towards the Gram matrices of the weights alone; at least this much with any data
 NOISE = 1e-10  # a variance below this share of the second moment from which it was computed is rounding noise
 RIDGE = 1e-2  # regularization of the refits of W_O and of frequency pairs; at least this much with any data
+CHANNEL_RIDGE = 0.03  # regularization of the refit of an MLP's readers, relative to each channel
 UNIFORM = 0.3  # the share of `keys`, which treats all visible keys alike, in the keys' weighting; else `influence`
 
 
@@ -37,6 +38,28 @@ class Refit:
 
 
 @dataclass(frozen=True)
+class ChannelRefit:
+    """The statistics for the refit of the matrix that reads the channels of an MLP.
+
+    moment: (F, F), the second moment of the channels, without their means if `mean` can be returned through a bias.
+    mean: (F,), zero without a bias. ridge: the regularization of the refit.
+    """
+
+    moment: Tensor
+    mean: Tensor
+    ridge: float
+
+
+def channel_refit(found: MlpStatistics, biased: bool) -> ChannelRefit:
+    """Compute the refit of an MLP from its statistics; biased: whether its output has a bias."""
+    frames = found.frames.clamp(min=1)
+    mean, moment = found.total / frames, found.moment / frames
+    if not biased:
+        mean = torch.zeros_like(mean)
+    return ChannelRefit(moment - torch.outer(mean, mean), mean, CHANNEL_RIDGE)
+
+
+@dataclass(frozen=True)
 class Weighed:
     """The weightings of a block that follow from its statistics.
 
@@ -49,7 +72,7 @@ class Weighed:
     refit: Refit
 
 
-def weigh(found: BlockStatistics, site: Site, v_bias: Tensor | None) -> Weighed:
+def weigh(found: AttentionStatistics, site: AttentionSite, v_bias: Tensor | None) -> Weighed:
     """Compute the weightings of a block from its statistics.
 
     v_bias: (G, d), the value bias as in the file, or None without one.
@@ -86,9 +109,9 @@ def weigh(found: BlockStatistics, site: Site, v_bias: Tensor | None) -> Weighed:
 def _key_side(keys: Tensor, influence: Tensor) -> Tensor:
     """Return the weighting of the keys, (G, c, c): mostly by how their errors change the output, partly uniformly.
 
-    keys, influence: as in BlockStatistics, for the c directions of each head that are merged. The trace of each head,
-    which weights the heads against one another, is the geometric mean of the traces of `keys` and of `influence` after
-    both were scaled to the same sum over the heads.
+    keys, influence: as in AttentionStatistics, for the c directions of each head that are merged. The trace of each
+    head, which weights the heads against one another, is the geometric mean of the traces of `keys` and of `influence`
+    after both were scaled to the same sum over the heads.
     """
     if not len(influence):
         return keys
@@ -107,7 +130,7 @@ def independent(moment: Tensor) -> int:
     return int((values > 1e-10 * values[-1]).sum())
 
 
-def refit_moment(refit: Refit, transform: Tensor, site: Site) -> Tensor:
+def refit_moment(refit: Refit, transform: Tensor, site: AttentionSite) -> Tensor:
     """Return the second moment of the inputs of W_O after the transform of V-O, (H d, H d).
 
     transform: (G, d, d), from the original value dimensions to the new directions.
@@ -119,6 +142,6 @@ def refit_moment(refit: Refit, transform: Tensor, site: Site) -> Tensor:
     return (moment @ each).transpose(0, 1).reshape(h * d, h * d)
 
 
-def kept_directions(site: Site, ranks: Ranks) -> Tensor:
+def kept_directions(site: AttentionSite, ranks: Ranks) -> Tensor:
     """Return the indices of the kept directions of V-O among the inputs of W_O."""
     return live(ranks, site.head_dim, site.group)

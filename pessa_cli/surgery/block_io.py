@@ -1,28 +1,46 @@
-"""Conversion between the tensors of an attention block in a file and its weights per head, without changing a bit.
+"""Conversion between the tensors of a block in a file and its weights in the canonical form, without changing a bit.
 
-Files store the heads one after the other, as rows of W_Q, W_K and W_V and as columns of W_O. A compact file stores only
-the kept directions of each head. A "slot" is the row or column of one direction if all directions were stored.
+Files store the heads of attention one after the other, as rows of W_Q, W_K and W_V and as columns of W_O; and the
+channels of an MLP as rows of the matrices that write them and as columns of the one that reads them. A compact file
+stores only the kept directions of each head and the kept channels. A "slot" is the row or column of one direction or
+channel if all of them were stored.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
 
+from pessa_cli.algebra.channels import ChannelWeights
 from pessa_cli.algebra.heads import HeadWeights, all_finite, live
-from pessa_cli.blocks.site import Site
+from pessa_cli.blocks.mlp_site import MlpSite
+from pessa_cli.blocks.site import AttentionSite, Site
 from pessa_cli.checkpoint.dtypes import TORCH_DTYPES
 from pessa_cli.checkpoint.reader import CheckpointReader, Header
 from pessa_cli.common.errors import PessaError
 from pessa_cli.common.text import listed
 
 StorageLayout = Literal["compact", "dense"]
+Weights = HeadWeights | ChannelWeights  # the canonical forms of the two kinds of blocks
 
 
-def read_site(reader: CheckpointReader, site: Site) -> HeadWeights:
-    """Read a block's weights per head, in the dtypes of the file; directions that were cut are zero.
+@overload
+def read_site(reader: CheckpointReader, site: AttentionSite) -> HeadWeights: ...
+
+
+@overload
+def read_site(reader: CheckpointReader, site: MlpSite) -> ChannelWeights: ...
+
+
+@overload
+def read_site(reader: CheckpointReader, site: Site) -> Weights: ...
+
+
+def read_site(reader: CheckpointReader, site: Site) -> Weights:
+    """Read a block's weights in the canonical form and the dtypes of the file; what was cut is zero.
 
     Raises NotFiniteError when an entry is NaN or infinite.
     """
@@ -34,7 +52,39 @@ def read_site(reader: CheckpointReader, site: Site) -> HeadWeights:
     ]
     if faults:
         raise NotFiniteError(reader, faults)
+    if isinstance(site, MlpSite):
+        return _channels(stored, site)
+    assert isinstance(site, AttentionSite)
+    return _heads(stored, site)
 
+
+def _channels(stored: Mapping[str, Tensor], site: MlpSite) -> ChannelWeights:
+    """Return the canonical form of the stored tensors of an MLP."""
+
+    def slots(letter: str, part: str) -> Tensor:
+        tensor = stored[f"{site.module(letter)}.{part}"]
+        if site.spec.transposed and part == "weight":
+            tensor = tensor.mT
+        if site.kept == site.width:
+            return tensor
+        axis, index = _live(site, letter)
+        places = list(tensor.shape)
+        places[axis] = site.width * (1 if letter == "out" else site.spec.parts)
+        return tensor.new_zeros(places).index_copy_(axis, index, tensor)
+
+    writers = [letter for letter in site.modules if letter != "out"]
+    biased = site.module(writers[0]) in site.biases
+    shape = (-1, site.width)
+    return ChannelWeights(
+        into=torch.cat([slots(letter, "weight").reshape(*shape, site.input_width) for letter in writers]),
+        out=slots("out", "weight"),
+        into_bias=torch.cat([slots(letter, "bias").reshape(shape) for letter in writers]) if biased else None,
+        out_bias=stored[f"{site.out}.bias"] if site.out in site.biases else None,
+    )
+
+
+def _heads(stored: Mapping[str, Tensor], site: AttentionSite) -> HeadWeights:
+    """Return the canonical form of the stored tensors of an attention block."""
     g, m, d = site.kv_heads, site.group, site.head_dim
 
     def slots(letter: str, part: str) -> Tensor:
@@ -43,10 +93,10 @@ def read_site(reader: CheckpointReader, site: Site) -> HeadWeights:
             tensor = tensor.mT
         ranks = site.stored(letter)
         if min(ranks) < d:
-            axis = 1 if letter == "o" else 0
+            axis, index = _live(site, letter)
             places = list(tensor.shape)
             places[axis] = len(ranks) * d
-            tensor = tensor.new_zeros(places).index_copy_(axis, _live(site, letter), tensor)
+            tensor = tensor.new_zeros(places).index_copy_(axis, index, tensor)
         return tensor
 
     def side(letter: str, *shape: int, part: str = "weight") -> Tensor:
@@ -70,20 +120,21 @@ def read_site(reader: CheckpointReader, site: Site) -> HeadWeights:
     )
 
 
-def write_site(weights: HeadWeights, site: Site, header: Header, layout: StorageLayout) -> dict[str, Tensor]:
-    """Return the tensors of a block by their names in the file, cut to the directions that `site` keeps.
+def write_site(weights: Weights, site: Site, header: Header, layout: StorageLayout) -> dict[str, Tensor]:
+    """Return the tensors of a block by their names in the file, cut to what `site` keeps.
 
     layout: "dense" keeps the original shapes, with zeros in the cut directions; "compact" stores only the kept
     directions. Each tensor is rounded to the dtype that `header` gives for its name. With the site as it is stored in
     the file this is the inverse of `read_site`. Raises PessaError when a value overflows in its dtype.
     """
     tensors: dict[str, Tensor] = {}
+    letters = {module: letter for letter, module in reversed(list(site.modules.items()))}  # the first of a fused tensor
+    transposed = isinstance(site, AttentionSite | MlpSite) and site.spec.transposed
     for name, tensor in _in_slots(weights, site).items():
         rounded = tensor.to(getattr(torch, TORCH_DTYPES[header[name].dtype]))
         module, _, part = name.rpartition(".")
-        side = next(side for side in "qkvo" if site.module(side) == module)
-        if side + part != "obias":
-            index, axis = _live(site, side), 1 if side == "o" else 0
+        if (letters[module], part) != (site.last, "bias"):
+            axis, index = _live(site, letters[module])
             kept = rounded.index_select(axis, index)
             rounded = kept if layout == "compact" else torch.zeros_like(rounded).index_copy_(axis, index, kept)
         if not all_finite(rounded):
@@ -91,19 +142,27 @@ def write_site(weights: HeadWeights, site: Site, header: Header, layout: Storage
                 f"{name} would overflow: its values become too large for {header[name].dtype}",
                 "convert the model to float32 or bfloat16 first",
             )
-        tensors[name] = (rounded.mT if site.spec.transposed and part == "weight" else rounded).contiguous()
+        tensors[name] = (rounded.mT if transposed and part == "weight" else rounded).contiguous()
     return tensors
 
 
-def _live(site: Site, side: str) -> Tensor:
-    """Return the indices of the kept directions among the slots of a projection's tensor."""
+def _live(site: Site, side: str) -> tuple[int, Tensor]:
+    """Return the axis of the slots of a module's tensor, and the indices of the kept ones among them."""
+    axis = 1 if side == site.last else 0
+    if isinstance(site, MlpSite):
+        return axis, live((site.kept,) * (1 if axis else site.spec.parts), site.width)
+    assert isinstance(site, AttentionSite)
     repeats = site.group if side == "q" else 1
     pairs = None if site.pairs is None or side not in "qk" else [p for p in site.pairs for _ in range(repeats)]
-    return live(site.stored(side), site.head_dim, pairs=pairs)
+    return axis, live(site.stored(side), site.head_dim, pairs=pairs)
 
 
-def _in_slots(weights: HeadWeights, site: Site) -> dict[str, Tensor]:
-    """Return the block's tensors with the slots of all directions, by their names in the file."""
+def _in_slots(weights: Weights, site: Site) -> dict[str, Tensor]:
+    """Return the block's tensors with all slots, by their names in the file."""
+    if isinstance(weights, ChannelWeights):
+        assert isinstance(site, MlpSite)
+        return _channel_slots(weights, site)
+    assert isinstance(site, AttentionSite)
     by_side: dict[str, Tensor | None] = {
         **{f"{side}.weight": getattr(weights, side) for side in "qkv"},
         **{f"{side}.bias": getattr(weights, f"{side}_bias") for side in "qkv"},
@@ -120,14 +179,24 @@ def _in_slots(weights: HeadWeights, site: Site) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in flat.items() if tensor is not None}
 
 
-def _fused(q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
+def _channel_slots(weights: ChannelWeights, site: MlpSite) -> dict[str, Tensor]:
+    """Return the tensors of an MLP with the slots of all channels, by their names in the file."""
+    flat: dict[str, Tensor | None] = {f"{site.out}.weight": weights.out, f"{site.out}.bias": weights.out_bias}
+    for number, module in enumerate(site.into):
+        own = slice(number * site.spec.parts, (number + 1) * site.spec.parts)
+        flat[f"{module}.weight"] = weights.into[own].flatten(0, 1)
+        flat[f"{module}.bias"] = None if weights.into_bias is None else weights.into_bias[own].flatten()
+    return {name: tensor for name, tensor in flat.items() if tensor is not None}
+
+
+def _fused(q: Tensor, k: Tensor, v: Tensor, site: AttentionSite) -> Tensor:
     """Concatenate q (G, M, d, ...), k and v (G, d, ...) in the order of heads of a fused tensor."""
     if site.spec.fused == "grouped":
         return torch.cat([q, k.unsqueeze(1), v.unsqueeze(1)], 1).flatten(0, 2)
     return torch.cat([q.flatten(0, 2), k.flatten(0, 1), v.flatten(0, 1)])
 
 
-def split_fused(slots: Tensor, site: Site) -> dict[str, Tensor]:
+def split_fused(slots: Tensor, site: AttentionSite) -> dict[str, Tensor]:
     """Split the slots of a fused tensor, (slots, ...), into q, k and v: the inverse of `_fused`."""
     g, m, d = site.kv_heads, site.group, site.head_dim
     if site.spec.fused == "grouped":

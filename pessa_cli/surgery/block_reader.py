@@ -1,11 +1,13 @@
-"""Reading the attention blocks of a checkpoint during one run, each as rarely as memory allows."""
+"""Reading the blocks of a checkpoint during one run, each as rarely as memory allows."""
 
 from __future__ import annotations
 
+from typing import overload
+
 from pessa_cli.algebra.heads import HeadWeights
-from pessa_cli.blocks.site import Site
+from pessa_cli.blocks.site import AttentionSite, Site
 from pessa_cli.checkpoint.reader import CheckpointReader
-from pessa_cli.surgery.block_io import read_site
+from pessa_cli.surgery.block_io import Weights, read_site
 
 
 class BlockReader:
@@ -18,9 +20,15 @@ class BlockReader:
     def __init__(self, reader: CheckpointReader, keep: bool = False) -> None:
         self.reader = reader
         self.keeps = keep
-        self._weights: dict[str, HeadWeights] = {}
+        self._weights: dict[str, Weights] = {}
 
-    def weights(self, site: Site) -> HeadWeights:
+    @overload
+    def weights(self, site: AttentionSite) -> HeadWeights: ...
+
+    @overload
+    def weights(self, site: Site) -> Weights: ...
+
+    def weights(self, site: Site) -> Weights:
         """Return the block's weights in the dtypes of the file. Raises NotFiniteError when an entry is not finite."""
         if site.name in self._weights:
             return self._weights[site.name]

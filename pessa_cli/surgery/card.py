@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from pessa_cli.blocks.seam import TITLES
 from pessa_cli.checkpoint.manifest import CARD_FILE
 from pessa_cli.common.errors import PessaError
 from pessa_cli.common.files import file_size, write_file
@@ -111,17 +112,33 @@ def _size(summary: Mapping[str, Any], totals: Mapping[str, Any]) -> str:
     if summary["command"] == "prune":
         rows = [
             ("parameters", f"{totals['parameters']:,}", f"{totals['parameters_after']:,}"),
-            ("of the attention blocks in question", f"{totals['attention_parameters']:,}",
-             f"{totals['attention_parameters_after']:,}"),
+            *(
+                (f"of the {what} in question", f"{totals[f'{kind}_parameters']:,}",
+                 f"{totals[f'{kind}_parameters_after']:,}")
+                for kind, what in (("attention", "attention blocks"), ("mlp", "MLPs"))
+                if totals[f"{kind}_parameters"]
+            ),
             ("bytes of weights, compact", f"{totals['bytes']:,}", f"{totals['bytes_after']:,}"),
         ]  # fmt: skip
         lines += [
             _table(("", "before", "after"), rows),
-            f"The rule was `{summary['rule']}`. It cut {totals['qk_pruned']:.2%} of Q-K and "
-            f"{totals['vo_pruned']:.2%} of V-O, which is "
-            f"{totals['attention_pruned']:.2%} of this attention and {totals['model_pruned']:.2%} of the model.",
+            f"The rule was `{summary['rule']}`. It cut {_parts(totals)}, which is {totals['model_pruned']:.2%} of the "
+            "model.",
         ]
     return "\n\n".join(lines)
+
+
+def _parts(totals: Mapping[str, Any]) -> str:
+    """Say which shares of the attention and of the MLPs were cut."""
+    parts = []
+    if totals["attention_parameters"]:
+        parts.append(
+            f"{totals['qk_pruned']:.2%} of Q-K and {totals['vo_pruned']:.2%} of V-O "
+            f"({totals['attention_pruned']:.2%} of this attention)"
+        )
+    if totals["mlp_parameters"]:
+        parts.append(f"{totals['mlp_pruned']:.2%} of the channels of these MLPs")
+    return " and ".join(parts)
 
 
 def _loading(config: Mapping[str, Any], layout: str) -> str:
@@ -149,14 +166,14 @@ def _pruned(summary: Mapping[str, Any]) -> str:
     rows = []
     for block, ranks in summary["ranks"].items():
         dropped = summary["dropped"].get(block, {})
-        cells = [cell for side in ("qk", "vo") for cell in (_ranks(ranks[side]), _norm(dropped.get(side)))]
-        rows.append((block, *cells))
+        for seam in (name for name in TITLES if name in ranks):
+            rows.append((block, TITLES[seam], _ranks(ranks[seam]), _norm(dropped.get(seam))))
     heading = "What each block keeps" if summary["command"] == "decompose" else "What was pruned where"
-    headings = ("block", "Q-K directions", "largest norm cut", "V-O directions", "largest norm cut")
+    headings = ("block", "", "kept", "largest norm cut")
     return (
-        f"## {heading}\n\nDirections kept of all heads together, with the fewest and the most in a head; and the norm "
-        "of what the head that lost most has lost, as a change of its W_Q W_K^T or W_V W_O. Each head's own figures "
-        f"are in `pessa.json`.\n\n{_table(headings, rows)}"
+        f"## {heading}\n\nDirections kept of all heads together, with the fewest and the most in a head, or channels "
+        "of an MLP; and the norm of what the head or the MLP that lost most has lost, as a change of W_Q W_K^T or W_V W_O "
+        f"or of the output. Each head's own figures are in `pessa.json`.\n\n{_table(headings, rows)}"
     )
 
 

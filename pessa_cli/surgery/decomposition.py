@@ -12,19 +12,20 @@ from typing import TypeVar
 from torch import Tensor
 
 from pessa_cli.algebra.heads import HeadWeights
-from pessa_cli.blocks.site import Site
+from pessa_cli.blocks.site import AttentionSite, Site
 from pessa_cli.common.jobs import in_order, one_thread
 from pessa_cli.ranks.spectra import Spectra
 from pessa_cli.statistics.file import Statistics, fingerprint
-from pessa_cli.surgery.block_io import NotFiniteError, StorageLayout, write_site
+from pessa_cli.surgery.attention_block import pair_contributions
+from pessa_cli.surgery.block_io import NotFiniteError, StorageLayout, Weights, write_site
 from pessa_cli.surgery.block_reader import BlockReader
 from pessa_cli.surgery.decomposed_block import (
-    BlockTransforms,
     DecomposedBlock,
+    Form,
     cut,
     decompose_block,
     factored,
-    pair_contributions,
+    form_of,
     spectra_of,
 )
 from pessa_cli.surgery.model import Model
@@ -48,7 +49,7 @@ class Decomposition:
         self._model, self._blocks, self._scratch, self._run = model, blocks, scratch, run
         self._reuse = reuse
         self._sites = {site.name: site for site in model.sites}  # as the source stores them
-        self._factors: dict[str, HeadWeights] = {}
+        self._factors: dict[str, Weights] = {}
         self._stored: set[str] = set()  # names of the blocks that the checkpoint already stores as factors
 
     def decompose(self, sites: Sequence[Site], statistics: Statistics | None = None, ranking: Ranking = "svd") -> None:
@@ -62,11 +63,11 @@ class Decomposition:
 
         def decompose(site: Site) -> DecomposedBlock:
             known = self._model.spectra.get(site.name) if ranking == "svd" and statistics is None else None
-            if known is not None and not site.by_pairs:
+            if known is not None and not _by_pairs(site):
                 return DecomposedBlock(known, None)
             weights = blocks.weights(site)
             if known is not None:
-                return DecomposedBlock(replace(known, pairs=pair_contributions(weights.to(device), site)), None)
+                return DecomposedBlock(_with_pairs(known, weights.to(device), site), None)
             found = None if statistics is None else statistics.of(site, lambda: fingerprint(weights))
             return decompose_block(weights.to(device), site, ranking, found)
 
@@ -74,10 +75,10 @@ class Decomposition:
 
     def _add(self, site: Site, block: DecomposedBlock) -> None:
         self.spectra[site.name] = block.spectra
-        if block.transforms is None:
+        if block.form is None:
             self._stored.add(site.name)
         else:
-            self._scratch.put(site.name, block.transforms.tensors())
+            self._scratch.put(site.name, block.form.tensors())
 
     def cut(self, kept: Site, layout: StorageLayout) -> dict[str, Tensor]:
         """Return the tensors of one block, cut to the directions that `kept` keeps; may be called from any thread.
@@ -87,21 +88,21 @@ class Decomposition:
         header = self._model.reader.header
         if kept.name in self._stored:
             return write_site(self._checked(kept), kept, header, layout)
-        transforms = BlockTransforms.of(self._scratch.take(kept.name))
-        weights = cut(self._factored(kept, transforms), kept, transforms)
+        form = form_of(kept, self._scratch.take(kept.name))
+        weights = cut(self._factored(kept, form), kept, form)
         return write_site(weights.to("cpu"), kept, header, layout)
 
-    def _factored(self, kept: Site, transforms: BlockTransforms) -> HeadWeights:
-        """Return the block as factors at full rank."""
+    def _factored(self, kept: Site, form: Form) -> Weights:
+        """Return the block in its form at full width."""
         if kept.name in self._factors:
             return self._factors[kept.name]
         weights = self._blocks.weights(self._sites[kept.name]).to(self._run.device)
-        found = factored(weights, kept, transforms)
+        found = factored(weights, kept, form)
         if self._reuse:
             self._factors[kept.name] = found
         return found
 
-    def _checked(self, kept: Site) -> HeadWeights:
+    def _checked(self, kept: Site) -> Weights:
         """Read a block that is stored as factors, and compare it with its stored spectra."""
         site = self._sites[kept.name]
         weights = self._blocks.weights(site)
@@ -151,7 +152,7 @@ def measure(
         known = model.spectra.get(site.name) if ranking == "svd" and statistics is None else None
         if known is not None:
             check_spectra(model.reader.folder, known, site, weights)
-            return replace(known, pairs=pair_contributions(weights, site))
+            return _with_pairs(known, weights, site)
         if statistics is None:
             return spectra_of(weights, site, ranking)
         sums = statistics.of(site, lambda: fingerprint(weights))
@@ -159,6 +160,17 @@ def measure(
 
     _over_blocks(model, sites, spectra, run, lambda site, block: found.update({site.name: block}))
     return found
+
+
+def _by_pairs(site: Site) -> bool:
+    return any(seam.symmetry == "pairs" for seam in site.seams)
+
+
+def _with_pairs(known: Spectra, weights: Weights, site: Site) -> Spectra:
+    """Return stored spectra with the contributions of frequency pairs, which are not stored."""
+    if not isinstance(site, AttentionSite) or not isinstance(weights, HeadWeights):
+        return known
+    return replace(known, pairs=pair_contributions(weights, site))
 
 
 def _over_blocks(

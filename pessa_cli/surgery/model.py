@@ -3,27 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from pessa_cli.blocks.discover import find_sites, specs_of
-from pessa_cli.blocks.site import Site
+from pessa_cli.blocks.site import AttentionSite, Site
 from pessa_cli.checkpoint.reader import CheckpointReader
 from pessa_cli.common.errors import PessaError
 from pessa_cli.ranks.spectra import Size, Spectra
+from pessa_cli.surgery.channel_numbers import load_channels
 from pessa_cli.surgery.spectra_file import load_spectra
 
 
 @dataclass(frozen=True)
 class Model:
-    """A checkpoint, its attention blocks, and the spectra that an earlier `decompose` or `prune` stored with it.
+    """A checkpoint, its blocks, and the spectra that an earlier `decompose` or `prune` stored with it.
 
-    spectra: by site name, only for blocks that are stored as balanced factors.
+    spectra: by site name, only for blocks that are stored as balanced factors or ordered
+    channels. channels: by site name, the original numbers of the channels of MLPs that pessa has reordered.
     """
 
     reader: CheckpointReader
     sites: list[Site]
     spectra: Mapping[str, Spectra]
+    channels: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+
+    @property
+    def attention(self) -> list[AttentionSite]:
+        """The attention blocks among the sites."""
+        return [site for site in self.sites if isinstance(site, AttentionSite)]
 
     @property
     def parameters(self) -> int:
@@ -49,7 +57,8 @@ def open_model(folder: Path, architecture: str | None = None) -> Model:
     """
     reader = CheckpointReader(folder)
     try:
-        sites = find_sites(specs_of(reader.config, reader.header, architecture), reader.config, reader.header)
+        specs = specs_of(reader.config, reader.header, architecture)
+        sites: list[Site] = [*find_sites(specs, reader.config, reader.header)]
     except PessaError as error:  # its message names tensors and shapes, but not the folder
         raise type(error)(f"{folder}: {error.message}", error.hint) from error
-    return Model(reader, sites, load_spectra(folder, sites))
+    return Model(reader, sites, load_spectra(folder, sites), load_channels(folder, sites))

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from pessa_cli.blocks.compact_format import HINT_BEGINS, LOAD_HINT, QUANT_METHOD, Ranks
-from pessa_cli.blocks.site import Site, ragged_site
+from pessa_cli.blocks.site import Site
 from pessa_cli.checkpoint.dtypes import loaded_dtype
 from pessa_cli.checkpoint.files import CONFIG_FILE, sha256_of, source_name, write_json
 from pessa_cli.checkpoint.links import visible_files
@@ -129,7 +129,7 @@ def _new_tensors(
 
 
 def _write_config(rewrite: Rewrite, folder: Path) -> None:
-    modules = {name: str(ragged) for site in rewrite.stored for name, ragged in ragged_site(site).items()}
+    modules = {name: str(ragged) for site in rewrite.stored for name, ragged in site.ragged().items()}
     reader = rewrite.model.reader
     config = {key: value for key, value in reader.config.items() if key != "quantization_config"}
     # Without a dtype in config.json transformers takes that of the first tensor, and the order of tensors may change.
@@ -166,7 +166,7 @@ def _output_spectra(rewrite: Rewrite) -> dict[str, Spectra]:
     if rewrite.method == "vanilla":
         return {}
     fitted = rewrite.command == "prune" and rewrite.data is not None
-    others = {name: known for name, known in rewrite.model.spectra.items() if name not in rewrite.ranks.vo}
+    others = {name: known for name, known in rewrite.model.spectra.items() if name not in rewrite.ranks.ranks}
     return others if fitted else dict(rewrite.model.spectra) | _cut_spectra(rewrite)
 
 
@@ -176,9 +176,8 @@ def _cut_spectra(rewrite: Rewrite) -> dict[str, Spectra]:
     def cut(spectrum: Spectrum, ranks: Ranks) -> Spectrum:
         return np.where(np.arange(spectrum.shape[1]) < np.array(ranks)[:, None], spectrum, 0.0)
 
-    qk, vo = rewrite.merged_ranks, rewrite.ranks.vo
     return {
-        name: replace(known, qk=None if known.qk is None else cut(known.qk, qk[name]), vo=cut(known.vo, vo[name]))
+        name: replace(known, seams={seam: cut(each, kept[seam]) for seam, each in known.seams.items()})
         for name, known in rewrite.spectra.items()
-        if name in vo
+        if (kept := rewrite.kept_values.get(name)) is not None
     }

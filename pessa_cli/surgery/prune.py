@@ -44,8 +44,7 @@ def decompose_model(
     errors.
     """
     run, sites = run or Run(), model.sites if sites is None else sites
-    full = {site.name: site.full for site in sites}
-    plan = RankPlan(full, full)
+    plan = RankPlan.full(sites)
 
     def planned(spectra: Mapping[str, Spectra]) -> Rewrite:
         rewrite = new_rewrite("decompose", model, sites, plan, spectra, "full rank", "svd", "dense", run)

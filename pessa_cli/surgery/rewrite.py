@@ -13,15 +13,17 @@ from typing import Any, Literal
 import numpy as np
 
 from pessa_cli.blocks.compact_format import Ranks, pairs_text
-from pessa_cli.blocks.site import Site, in_full
+from pessa_cli.blocks.mlp_site import MlpSite
+from pessa_cli.blocks.site import Site
 from pessa_cli.checkpoint.contents import Contents
 from pessa_cli.checkpoint.files import SINGLE_FILE
 from pessa_cli.checkpoint.reader import Header
 from pessa_cli.checkpoint.staging import run_identity
 from pessa_cli.common.version import VERSION
 from pessa_cli.ranks.plan import RankPlan
-from pessa_cli.ranks.spectra import Spectra, Spectrum
+from pessa_cli.ranks.spectra import Spectra
 from pessa_cli.surgery.block_io import StorageLayout
+from pessa_cli.surgery.channel_numbers import CHANNELS, all_channels
 from pessa_cli.surgery.generation import generation_notes
 from pessa_cli.surgery.model import Model
 
@@ -60,10 +62,10 @@ class Rewrite:
         return [self._stored(site) for site in self.model.sites]
 
     def _stored(self, site: Site) -> Site:
-        if site.name not in self.ranks.vo:
+        if site.name not in self.ranks.ranks:
             return site
         if self.layout == "dense":
-            return in_full(site)
+            return site.in_full()
         return self.ranks.kept(site)
 
     @cached_property
@@ -98,8 +100,6 @@ class Rewrite:
     @property
     def summary(self) -> dict[str, Any]:
         """The content of pessa.json without the hashes: versions, options, ranks and dropped norms of each block."""
-        sides = {"qk": self.ranks.qk, "vo": self.ranks.vo}
-        of_spectra = {"qk": self.merged_ranks, "vo": self.ranks.vo}
         pairs = {name: {"pairs": pairs_text(kept)} for name, kept in self.ranks.pairs.items()}
         return {
             "pessa": VERSION,
@@ -113,17 +113,48 @@ class Rewrite:
             **({"notes": self.notes} if self.notes else {}),
             "layout": self.layout,
             "ranks": {
-                s.name: {side: _ranks_text(plan[s.name]) for side, plan in sides.items()} | pairs.get(s.name, {})
+                s.name: {seam: _ranks_text(kept) for seam, kept in self.ranks.ranks[s.name].items()}
+                | pairs.get(s.name, {})
                 for s in self.sites
             },
-            "dropped": {name: _dropped(known, of_spectra, name) for name, known in sorted(self.spectra.items())},
+            **({CHANNELS: self.channels} if self.channels else {}),
+            "dropped": {name: self._dropped(name, known) for name, known in sorted(self.spectra.items())},
         }
 
-    @property
-    def merged_ranks(self) -> dict[str, Ranks]:
-        """How many values of the Q-K spectrum of each head are kept, by site name."""
-        before = {site.name: site.always_kept for site in self.sites}
-        return {name: tuple(rank - before[name] for rank in ranks) for name, ranks in self.ranks.qk.items()}
+    @cached_property
+    def channels(self) -> dict[str, str]:
+        """The original numbers of the channels that each reordered MLP of the output stores, by site name."""
+        texts = {name: _ranks_text(numbers) for name, numbers in self.model.channels.items()}
+        for site in self.sites:
+            if not isinstance(site, MlpSite):
+                continue
+            order = self.spectra[site.name].order if site.name in self.spectra else None
+            if order is None and site.name not in self.model.channels:
+                continue
+            before = all_channels(self.model.channels.get(site.name), site.width)
+            after = before if order is None else [before[place] for place in order.tolist()]
+            texts[site.name] = _ranks_text(tuple(after[: self.ranks.ranks[site.name]["mlp"][0]]))
+        return texts
+
+    def _dropped(self, name: str, known: Spectra) -> dict[str, list[float] | None]:
+        """Return the norm of what each group drops, by seam; None for a seam without a spectrum."""
+        found: dict[str, list[float] | None] = {}
+        for seam, kept in self.kept_values.get(name, {}).items():
+            rows = zip(known.seams[seam], kept, strict=True) if seam in known.seams else None
+            norms = None if rows is None else [float(f"{np.linalg.norm(row[rank:]):.9g}") for row, rank in rows]
+            found[seam] = norms
+        return found
+
+    @cached_property
+    def kept_values(self) -> dict[str, dict[str, Ranks]]:
+        """How many values of the spectrum of each group are kept, by site name and seam."""
+        return {
+            site.name: {
+                seam.name: tuple(rank - seam.always_kept for rank in self.ranks.ranks[site.name][seam.name])
+                for seam in site.seams
+            }
+            for site in self.sites
+        }
 
     @property
     def run(self) -> str:
@@ -155,14 +186,3 @@ def cut_into_files(header: Header, owner: Mapping[str, str], most_bytes: int) ->
 
 def _ranks_text(ranks: Ranks) -> str:
     return " ".join(map(str, ranks))
-
-
-def _dropped(known: Spectra, sides: Mapping[str, Mapping[str, Ranks]], name: str) -> dict[str, list[float] | None]:
-    """Return the norm of the dropped directions of each head, by side; None for a side without a spectrum."""
-
-    def norms(spectrum: Spectrum | None, ranks: Ranks) -> list[float] | None:
-        if spectrum is None:
-            return None
-        return [float(f"{np.linalg.norm(row[rank:]):.9g}") for row, rank in zip(spectrum, ranks, strict=True)]
-
-    return {side: norms(getattr(known, side), plan[name]) for side, plan in sides.items() if name in plan}

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import get_args
 
-from pessa_cli.blocks.site import Site
+from pessa_cli.blocks.site import Site, count
 from pessa_cli.common.errors import UsageError
 from pessa_cli.common.progress import Progress, quietly
 from pessa_cli.common.text import shortened
@@ -54,10 +54,5 @@ class Run:
 
     def jobs_for(self, sites: Sequence[Site]) -> int:
         """Return how many of these blocks may be computed at the same time."""
-        largest = max(8 * _count(site) for site in sites)
+        largest = max(8 * count(site.in_full().tensors) for site in sites)
         return max(1, min(self.jobs or os.cpu_count() or 1, IN_FLIGHT // largest))
-
-
-def _count(site: Site) -> int:
-    """Return the number of entries of a block's four weight matrices at full rank."""
-    return site.head_dim * (site.heads * (site.query_width + site.output_width) + 2 * site.kv_heads * site.key_width)

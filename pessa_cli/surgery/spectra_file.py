@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from itertools import chain
 from pathlib import Path
 
 import torch
 
+from pessa_cli.algebra.channels import ChannelWeights
 from pessa_cli.algebra.heads import HeadWeights
-from pessa_cli.blocks.site import Site
+from pessa_cli.blocks.mlp_site import MlpSite
+from pessa_cli.blocks.seam import Seam
+from pessa_cli.blocks.site import AttentionSite, Site
 from pessa_cli.checkpoint.dtypes import UNDERFLOW, UNIT_ROUNDOFF
 from pessa_cli.common.errors import PessaError
 from pessa_cli.ranks.spectra import LEVELS, Spectra, Trials
@@ -21,15 +25,17 @@ DELETE = "delete it, and the model is decomposed again"
 def save_spectra(folder: Path, spectra: Mapping[str, Spectra]) -> None:
     """Write spectra.safetensors for the given spectra by site name.
 
-    Tensors are float64: "<site>.qk" and "<site>.vo", (G, d) each, and "<site>.trials", (2 LEVELS + 1,), with the errors
-    of Q-K, the errors of V-O and the harm of the trial cuts, if there are any. The metadata list calibrated blocks.
+    Tensors are float64: "<site>.<seam>", (G, d), for each seam that has a spectrum, and "<site>.trials", with LEVELS
+    errors for each seam in their order and the harm of the trial cuts, if there are any. The metadata list calibrated
+    blocks.
     """
     from safetensors.torch import save
 
-    tensors = {f"{name}.vo": torch.from_numpy(s.vo) for name, s in spectra.items()}
-    tensors |= {f"{name}.qk": torch.from_numpy(s.qk) for name, s in spectra.items() if s.qk is not None}
+    tensors = {
+        f"{name}.{seam}": torch.from_numpy(each) for name, s in spectra.items() for seam, each in s.seams.items()
+    }
     tensors |= {
-        f"{name}.trials": torch.tensor([*s.trials.qk, *s.trials.vo, s.trials.harm], dtype=torch.float64)
+        f"{name}.trials": torch.tensor([*chain(*s.trials.errors.values()), s.trials.harm], dtype=torch.float64)
         for name, s in spectra.items()
         if s.trials is not None
     }
@@ -50,7 +56,7 @@ def load_spectra(folder: Path, sites: list[Site]) -> dict[str, Spectra]:
     path = folder / SPECTRA_FILE
     if not path.is_file():
         return {}
-    wanted = [f"{site.name}.{part}" for site in sites for part in ("qk", "vo", "trials")]
+    wanted = [f"{site.name}.{part}" for site in sites for part in (*site.ranks, "trials")]
     try:
         with safe_open(path, framework="pt") as file:
             there = set(file.keys())
@@ -61,59 +67,64 @@ def load_spectra(folder: Path, sites: list[Site]) -> dict[str, Spectra]:
         raise PessaError(f"{path} is not a spectra file: {reason}", DELETE) from error
     spectra: dict[str, Spectra] = {}
     for site in sites:
-        vo, qk = tensors.get(f"{site.name}.vo"), tensors.get(f"{site.name}.qk")
-        if vo is None:
+        found = {seam.name: tensors.get(f"{site.name}.{seam.name}") for seam in site.seams}
+        if not any(each is not None for each in found.values()):
             continue
-        if (qk is None) == site.merges_qk or not (
-            _plausible(vo, site, site.head_dim) and (qk is None or _plausible(qk, site, site.head_dim - site.unmerged))
-        ):
-            raise PessaError(
-                f"{path}: the spectra of {site.name} do not fit its {site.kv_heads} key/value heads of {site.head_dim} "
-                "directions",
-                DELETE,
-            )
+        for seam in site.seams:
+            each, expected = found[seam.name], seam.symmetry in ("linear", "permutation")
+            if (each is not None) != expected or (each is not None and not _plausible(each, seam)):
+                raise PessaError(
+                    f"{path}: the spectra of {site.name} do not fit its {seam.title} of {len(seam.ranks)} x "
+                    f"{seam.width} directions",
+                    DELETE,
+                )
         trials = tensors.get(f"{site.name}.trials")
-        if trials is not None and not _plausible_trials(trials):
+        if trials is not None and not _plausible_trials(trials, site):
             raise PessaError(f"{path}: the results of the trial cuts of {site.name} are damaged", DELETE)
         spectra[site.name] = Spectra(
-            None if qk is None else qk.numpy(),
-            vo.numpy(),
+            {name: each.numpy() for name, each in found.items() if each is not None},
             site.name in calibrated,
-            None if trials is None else _trials(trials.tolist()),
+            None if trials is None else _trials(trials.tolist(), site),
         )
     return spectra
 
 
-def _trials(numbers: list[float]) -> Trials:
+def _trials(numbers: list[float], site: Site) -> Trials:
     levels = len(LEVELS)
-    return Trials(tuple(numbers[:levels]), tuple(numbers[levels : 2 * levels]), numbers[-1])
+    errors = {seam: tuple(numbers[at * levels : (at + 1) * levels]) for at, seam in enumerate(site.ranks)}
+    return Trials(errors, numbers[-1])
 
 
-def _plausible_trials(numbers: torch.Tensor) -> bool:
+def _plausible_trials(numbers: torch.Tensor, site: Site) -> bool:
     """Return whether the results of trial cuts are float64, of the right number, finite and not negative."""
     return (
         numbers.dtype == torch.float64
-        and tuple(numbers.shape) == (2 * len(LEVELS) + 1,)
+        and tuple(numbers.shape) == (len(site.ranks) * len(LEVELS) + 1,)
         and bool(numbers.isfinite().all() and (numbers >= 0).all())
     )
 
 
-def _plausible(spectrum: torch.Tensor, site: Site, width: int) -> bool:
+def _plausible(spectrum: torch.Tensor, seam: Seam) -> bool:
     """Return whether a spectrum is float64, (G, width), finite, not negative and descending."""
     return (
         spectrum.dtype == torch.float64
-        and tuple(spectrum.shape) == (site.kv_heads, width)
+        and tuple(spectrum.shape) == (len(seam.ranks), seam.width - seam.always_kept)
         and bool(spectrum.isfinite().all() and (spectrum >= 0).all() and (spectrum.diff(dim=-1) <= 0).all())
     )
 
 
-def check_spectra(folder: Path, known: Spectra, site: Site, weights: HeadWeights) -> None:
+def check_spectra(folder: Path, known: Spectra, site: Site, weights: HeadWeights | ChannelWeights) -> None:
     """Raise PessaError when the stored spectra do not belong to the weights of the block.
 
     In balanced factors, both vectors of a direction have the norm sqrt(s) for its singular value s, so that changed
     weights are found without an SVD. The values of a calibrated spectrum are not norms, but both vectors of a direction
     still have the same norm.
     """
+    if isinstance(weights, ChannelWeights):
+        assert isinstance(site, MlpSite)
+        _check_channels(folder, known, site, weights)
+        return
+    assert isinstance(site, AttentionSite)
     # Rounding changes the norm of a vector by far less than the roundoff of its largest entries, except where entries
     # underflow. Where the dtype is finer than the errors of the algebra, these errors decide.
     roundoff = max(UNIT_ROUNDOFF[site.dtype], 2.0**-40)
@@ -121,11 +132,11 @@ def check_spectra(folder: Path, known: Spectra, site: Site, weights: HeadWeights
     least = UNDERFLOW[site.dtype] * longest**0.5
     found = {
         side: norms[:, site.unmerged :] if side in "qk" else norms
-        for side, norms in _norms(weights, site, known.qk is not None)
+        for side, norms in _norms(weights, site, "qk" in known.seams)
     }
     for side, norms in found.items():
         other = found[{"q": "k", "k": "q", "v": "o", "o": "v"}[side]]
-        spectrum = torch.from_numpy(known.vo if known.qk is None or side in "vo" else known.qk)
+        spectrum = torch.from_numpy(known.seams["qk" if side in "qk" else "vo"])
         roots = other if known.calibrated else spectrum.sqrt()  # (G, d)
         allowed = 4 * roundoff * roots.amax(dim=-1, keepdim=True) + least
         if ((norms - roots).abs() > allowed).any():
@@ -136,7 +147,11 @@ def check_spectra(folder: Path, known: Spectra, site: Site, weights: HeadWeights
             )
 
 
-def _norms(weights: HeadWeights, site: Site, merged_qk: bool) -> Iterator[tuple[str, torch.Tensor]]:
+def _check_channels(folder: Path, known: Spectra, site: MlpSite, weights: ChannelWeights) -> None:
+    """Raise PessaError when the norms of the channels are not those that were stored with their order."""
+
+
+def _norms(weights: HeadWeights, site: AttentionSite, merged_qk: bool) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield, for each projection, the norms (G, d) of the directions over inputs, bias and query heads of a group."""
     rows = {"v": None if site.moves_v_bias else weights.v_bias}  # a bias that moved into the output bias is zero
     if merged_qk:

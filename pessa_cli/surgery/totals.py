@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from math import prod
 from typing import Any
 
+from pessa_cli.blocks.seam import TITLES
 from pessa_cli.blocks.site import Site
 from pessa_cli.checkpoint.dtypes import ITEM_BYTES
 from pessa_cli.checkpoint.reader import Header
@@ -15,28 +16,39 @@ from pessa_cli.ranks.plan import RankPlan
 def totals(header: Header, sites: Iterable[Site], chosen: Iterable[Site], plan: RankPlan) -> dict[str, Any]:
     """Count blocks, parameters and bytes before and after the plan, and the shares from 0 to 1 that it removes.
 
-    chosen: the blocks that the plan covers. Shares are of the directions of Q-K and of V-O in the chosen blocks, of the
-    parameters of these blocks, and of all parameters of the model. Bytes are those of compact weights. Source of the
-    way of counting: PESSA/CLOVER, arXiv 2411.17426.
+    chosen: the blocks that the plan covers. Shares are of the directions of Q-K and of V-O and of the channels of the
+    MLPs in the chosen blocks, of the parameters of the attention blocks and of the MLPs among them, and of all
+    parameters of the model. Bytes are those of compact weights. Source of the way of counting: PESSA/CLOVER, arXiv
+    2411.17426.
     """
     chosen = list(chosen)
-    attention, attention_bytes = _count(header, (site.tensors for site in chosen))
-    left, left_bytes = _count(header, (site.shapes(plan.qk[site.name], plan.vo[site.name]) for site in chosen))
+    now, nbytes_now = _count(header, (site.tensors for site in chosen))
+    left, left_bytes = _count(header, (site.shapes(plan.ranks[site.name]) for site in chosen))
+    kinds: dict[str, Any] = {}
+    for what, own in (
+        ("attention", [site for site in chosen if "mlp" not in site.ranks]),
+        ("mlp", [site for site in chosen if "mlp" in site.ranks]),
+    ):
+        before, _ = _count(header, (site.tensors for site in own))
+        after, _ = _count(header, (site.shapes(plan.ranks[site.name]) for site in own))
+        share = "attention_pruned" if what == "attention" else "mlp_parameters_pruned"
+        kinds |= {
+            f"{what}_parameters": before,
+            f"{what}_parameters_after": after,
+            share: _share(before - after, before),
+        }
     parameters = sum(info.count for info in header.values())
     nbytes = sum(info.nbytes for info in header.values())
     return {
         "blocks": len(list(sites)),
         "blocks_chosen": len(chosen),
-        "qk_pruned": _dropped(plan.qk, {site.name: site.qk_ranks for site in chosen}),
-        "vo_pruned": _dropped(plan.vo, {site.name: site.vo_ranks for site in chosen}),
-        "attention_parameters": attention,
-        "attention_parameters_after": left,
-        "attention_pruned": _share(attention - left, attention),
+        **{f"{seam}_pruned": _dropped(chosen, plan, seam) for seam in TITLES},
+        **kinds,
         "parameters": parameters,
-        "parameters_after": parameters - attention + left,
-        "model_pruned": _share(attention - left, parameters),
+        "parameters_after": parameters - now + left,
+        "model_pruned": _share(now - left, parameters),
         "bytes": nbytes,
-        "bytes_after": nbytes - attention_bytes + left_bytes,
+        "bytes_after": nbytes - nbytes_now + left_bytes,
     }
 
 
@@ -46,9 +58,10 @@ def _count(header: Header, blocks: Iterable[Mapping[str, tuple[int, ...]]]) -> t
     return sum(shapes.values()), sum(ITEM_BYTES[header[name].dtype] * count for name, count in shapes.items())
 
 
-def _dropped(plan: Mapping[str, tuple[int, ...]], stored: Mapping[str, tuple[int, ...]]) -> float:
-    before = sum(sum(ranks) for ranks in stored.values())
-    return _share(before - sum(sum(plan[name]) for name in stored), before)
+def _dropped(chosen: Iterable[Site], plan: RankPlan, seam: str) -> float:
+    places = [site for site in chosen if seam in site.ranks]
+    before = sum(sum(site.ranks[seam]) for site in places)
+    return _share(before - sum(sum(plan.ranks[site.name][seam]) for site in places), before)
 
 
 def _share(part: int, whole: int) -> float:

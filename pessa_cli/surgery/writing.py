@@ -23,7 +23,7 @@ from pessa_cli.surgery.side_files import output_contents
 
 def check_layout(model: Model, sites: list[Site], layout: StorageLayout) -> None:
     """Raise UsageError if one of the blocks cannot be stored in this layout."""
-    if layout == "compact" and not all(site.spec.compact for site in sites):
+    if layout == "compact" and not all(site.compact for site in sites):
         raise UsageError(
             f"{model.reader.folder}: this model's attention reads its weight tensors directly, and needs full shapes",
             "give --layout dense",

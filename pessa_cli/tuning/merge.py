@@ -138,7 +138,7 @@ class Merger:
                 f"{adapter.folder} is not an adapter of {model.reader.folder}, which lacks these modules\n{found}",
                 "give the model that it was tuned on",
             )
-        back = brings_back(model.sites, adapter.config, targets)
+        back = brings_back(model.attention, adapter.config, targets)
         if back:
             folder = model.reader.folder
             raise PessaError(

@@ -15,7 +15,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from pessa_cli.blocks.compact_format import ModuleNames
-from pessa_cli.blocks.site import Site, ragged_site
+from pessa_cli.blocks.site import AttentionSite
 from pessa_cli.common.errors import PessaError
 from pessa_cli.common.text import listed
 from pessa_cli.compat.for_peft import PeftLayer
@@ -25,7 +25,7 @@ from pessa_cli.tuning.tuner_base import TunerConfig
 RaggedLayer = RaggedOut | RaggedIn
 
 
-def brings_back(sites: Iterable[Site], config: Any, targets: Iterable[str]) -> list[str]:
+def brings_back(sites: Iterable[AttentionSite], config: Any, targets: Iterable[str]) -> list[str]:
     """Return the adapted projections through which an adapter gives cut directions an effect again.
 
     sites: the blocks of a compact model. config: of the adapter. targets: the names of all adapted modules.
@@ -36,7 +36,7 @@ def brings_back(sites: Iterable[Site], config: Any, targets: Iterable[str]) -> l
     only_adds = config.peft_type == PeftType.LORA and not config.use_dora
     found = []
     for site in sites:
-        cut = ragged_site(site)
+        cut = site.ragged()
         for first, second in (("q", "k"), ("v", "o")):
             pair = [site.module(side) for side in (first, second)]
             adapted = [name for name in pair if names.find(name) is not None]

@@ -8,6 +8,7 @@ from pessa_cli.common.lazy import lazy_exports
 
 if TYPE_CHECKING:
     from pessa_cli.workflow.inspect import InspectedBlock as InspectedBlock
+    from pessa_cli.workflow.inspect import InspectedSeam as InspectedSeam
     from pessa_cli.workflow.inspect import Inspection as Inspection
     from pessa_cli.workflow.recipe import Recipe as Recipe
     from pessa_cli.workflow.recipe import load_recipe as load_recipe
@@ -23,7 +24,7 @@ else:
     __getattr__, __all__ = lazy_exports(
         __name__,
         {
-            "inspect": ["InspectedBlock", "Inspection"],
+            "inspect": ["InspectedBlock", "InspectedSeam", "Inspection"],
             "recipe": ["Recipe", "load_recipe"],
             "steps": ["Overview", "TooLittleData", "check_output", "named", "opened"],
             "verify": ["Verification", "verify_files"],

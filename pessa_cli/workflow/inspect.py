@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pessa_cli.blocks.site import Site
+from pessa_cli.blocks.site import AttentionSite, Site
 from pessa_cli.ranks.budget import Point, ranks_for, trade_off
 from pessa_cli.ranks.plan import RankPlan
 from pessa_cli.ranks.rule import Rule
@@ -22,39 +22,52 @@ Rows = list[list[float]]
 
 
 @dataclass(frozen=True)
-class InspectedBlock:
-    """One attention block: its spectra (key/value heads x directions, descending) and its ranks under the rule.
+class InspectedSeam:
+    """One hidden width of a block: its spectrum and what the rule keeps of it.
 
-    qk_spectrum: only of the directions in which Q and K can be merged; None if there are none. qk_pairs: if RoPE
-    rotates whole heads, the contributions of the frequency pairs (key/value heads x head_dim / 2, squared, in the order
-    of the file); otherwise None. qk_ranks, vo_ranks: for each key/value head.
+    width: the original number of directions or channels of each group. spectrum: groups x directions, descending, of
+    the directions and channels that can be cut one by one; None if there are none. pairs: if RoPE rotates whole heads,
+    the contributions of the frequency pairs (groups x width / 2, squared, in the order of the file); otherwise None.
+    ranks: how many of each group are kept. The groups of attention are its key/value heads, an MLP is one group.
+    """
+
+    width: int
+    spectrum: Rows | None
+    pairs: Rows | None
+    ranks: list[int]
+
+
+@dataclass(frozen=True)
+class InspectedBlock:
+    """One block with its hidden widths, by the name of the seam: "qk" and "vo" of attention, "mlp" of an MLP.
+
+    heads, kv_heads: the numbers of query heads and of key/value heads; None for an MLP.
     """
 
     kind: str
     layer: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    qk_spectrum: Rows | None
-    qk_pairs: Rows | None
-    vo_spectrum: Rows
-    qk_ranks: list[int]
-    vo_ranks: list[int]
+    heads: int | None
+    kv_heads: int | None
+    seams: dict[str, InspectedSeam]
 
     @staticmethod
     def of(site: Site, spectra: Spectra, plan: RankPlan) -> InspectedBlock:
         """Return the row of one site."""
+        heads = (site.heads, site.kv_heads) if isinstance(site, AttentionSite) else (None, None)
         return InspectedBlock(
-            kind=site.spec.kind,
+            kind=site.kind,
             layer=site.layer,
-            heads=site.heads,
-            kv_heads=site.kv_heads,
-            head_dim=site.head_dim,
-            qk_spectrum=None if spectra.qk is None else spectra.qk.tolist(),
-            qk_pairs=None if spectra.pairs is None else spectra.pairs.tolist(),
-            vo_spectrum=spectra.vo.tolist(),
-            qk_ranks=list(plan.qk[site.name]),
-            vo_ranks=list(plan.vo[site.name]),
+            heads=heads[0],
+            kv_heads=heads[1],
+            seams={
+                seam.name: InspectedSeam(
+                    width=seam.width,
+                    spectrum=spectra.seams[seam.name].tolist() if seam.name in spectra.seams else None,
+                    pairs=spectra.pairs.tolist() if spectra.pairs is not None and seam.symmetry == "pairs" else None,
+                    ranks=list(plan.ranks[site.name][seam.name]),
+                )
+                for seam in site.seams
+            },
         )
 
 
@@ -83,7 +96,7 @@ class Inspection:
     def to_dict(self) -> dict[str, Any]:
         """The document of `--json`."""
         about = {"model": self.model, "method": self.method, "rule": self.rule}
-        found = {"blocks": [dict(vars(block)) for block in self.blocks], "totals": dict(self.totals)}
+        found = {"blocks": [asdict(block) for block in self.blocks], "totals": dict(self.totals)}
         return about | found | ({"curve": [asdict(point) for point in self.curve]} if self.curve else {})
 
 
