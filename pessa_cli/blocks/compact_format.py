@@ -28,16 +28,27 @@ PairRuns = tuple[range, ...]
 
 @dataclass(frozen=True)
 class Ragged:
-    """Which of the `head_dim` rows or columns of each head a compact file stores for one projection.
+    """Which of the `head_dim` rows or columns of each group a compact file stores of one module.
 
-    These are the first `rank` directions of each head, written as "rows 64: 28 31 0", or with `pairs` the frequency
-    pairs of q or k under RoPE, written as "pairs 64: 0-3,7,9-31 0-31 none".
+    For a projection of attention these are the first `rank` directions of each head, written as "rows 64: 28 31 0", or
+    with `pairs` the frequency pairs of q or k under RoPE, written as "pairs 64: 0-3,7,9-31 0-31 none". For a module of
+    an MLP they are its first channels, written as "channel rows 1536: 1024".
     """
 
-    side: str  # "rows" for q, k and v; "columns" for o
+    side: str  # "rows" for q, k and v; "columns" for o; with "channel " before it for a module of an MLP
     head_dim: int
     ranks: tuple[int, ...]
     pairs: tuple[PairRuns, ...] | None = None  # one entry per head; each pair counts as two directions of the rank
+
+    @property
+    def channels(self) -> bool:
+        """Whether the module is part of an MLP, which runs at the stored width."""
+        return self.side.startswith("channel ")
+
+    @property
+    def rows(self) -> bool:
+        """Whether rows of the module are left out; otherwise columns are."""
+        return self.side.endswith("rows")
 
     @staticmethod
     def of_pairs(head_dim: int, pairs: tuple[PairRuns, ...]) -> Ragged:
@@ -53,7 +64,7 @@ class Ragged:
     def parse(module: str, text: str) -> Ragged:
         """Parse the entry of one module. Raises PessaError if it is malformed, or a rank or pair exceeds the head."""
         digits = "[0-9]{1,5}"
-        pattern = rf"(rows|columns) ({digits}):((?: {digits})+)"
+        pattern = rf"((?:channel )?(?:rows|columns)) ({digits}):((?: {digits})+)"
         match = re.fullmatch(pattern, text) if isinstance(text, str) else None
         if match is None and isinstance(text, str) and (of_pairs := re.fullmatch(rf"pairs ({digits}): (.+)", text)):
             head_dim, pairs = int(of_pairs[1]), parse_pairs(of_pairs[2])
@@ -72,10 +83,13 @@ class Ragged:
         ragged = Ragged(match[1], int(match[2]), tuple(int(rank) for rank in match[3].split()))
         if max(ragged.ranks) > ragged.head_dim:
             raise PessaError(
-                f"config.json gives {module} rank {max(ragged.ranks)}, but its heads have {ragged.head_dim} directions",
+                f"config.json gives {module} {max(ragged.ranks)} of {ragged.head_dim} {_UNITS[ragged.channels]}",
                 "write the folder again with pessa",
             )
         return ragged
+
+
+_UNITS = {False: "directions of a head", True: "channels"}
 
 
 def pair_ranks(pairs: Iterable[PairRuns]) -> Ranks:

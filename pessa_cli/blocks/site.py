@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -250,22 +250,35 @@ def head_order(spec: AttentionSpec, side: str, kv_heads: int, group: int) -> lis
     return [pair for letter in "qkv" for pair in head_order(replace(spec, fused=""), letter, kv_heads, group)]
 
 
-def select(sites: list[Site], kinds: tuple[str, ...] = (), layers: frozenset[int] | None = None) -> list[Site]:
+def select(sites: Sequence[Site], kinds: tuple[str, ...] = (), layers: frozenset[int] | None = None) -> list[Site]:
     """Return the sites of the given kinds and layers; no kinds means all kinds, and None means all layers.
 
-    Raises UsageError if the model has no block of a kind or no such layer, or if no site is selected.
+    A kind is the whole name of one, such as "encoder.self" or "encoder.mlp", or "encoder" for all kinds of a stack,
+    "attention" for all attention blocks, "mlp" for all MLPs, or "all". Raises UsageError if the model has no block of a
+    kind or no such layer, or if no site is selected.
     """
     known = list(dict.fromkeys(site.kind for site in sites))
-    unknown = [kind for kind in kinds if kind not in known]
-    if unknown:
-        raise UsageError(f"--sites {unknown[0]}: this model has no such blocks", f"it has {', '.join(known)}")
+    for kind in kinds:
+        if not any(_is_of(site.kind, kind) for site in sites):
+            raise UsageError(f"--sites {kind}: this model has no such blocks", f"it has {', '.join(known)}")
     top = max(site.layer for site in sites)
     if layers is not None and max(layers) > top:
         raise UsageError(f"--layers {max(layers)}: the model's last layer is {top}", f"give layers from 0 to {top}")
-    chosen = [site for site in sites if (not kinds or site.kind in kinds) and (layers is None or site.layer in layers)]
+    chosen = [
+        site
+        for site in sites
+        if (not kinds or any(_is_of(site.kind, kind) for kind in kinds)) and (layers is None or site.layer in layers)
+    ]
     if not chosen:
         raise UsageError(
             "--sites and --layers together select no block",
             f"choose other kinds or layers: blocks of this model are {', '.join(known)}, and its last layer is {top}",
         )
     return chosen
+
+
+def _is_of(kind: str, chosen: str) -> bool:
+    """Whether a kind of block is what the user's word for one or several kinds stands for."""
+    stack, _, last = kind.rpartition(".")
+    words = (kind, stack, "mlp" if last == "mlp" else "attention", "all")
+    return chosen in words

@@ -87,9 +87,26 @@ class _RaggedLinear(nn.Linear):
             self.slots = self.slots.to(device)
 
 
+def narrow_module(module: Any, ragged: Ragged) -> nn.Module:
+    """Return the replacement for a linear layer or a Conv1D that stores less than its full width.
+
+    A module of an MLP becomes a plain narrower one, since the modules beside it have the same channels. A projection of
+    attention becomes a ragged one.
+    """
+    if not ragged.channels:
+        return ragged_module(module, ragged)
+    kept = sum(ragged.ranks)
+    linear = isinstance(module, nn.Linear)
+    inputs, outputs = module.weight.shape[::-1] if linear else module.weight.shape
+    inputs, outputs = (inputs, kept) if ragged.rows else (kept, outputs)
+    with torch.device(module.weight.device):
+        narrow = nn.Linear(inputs, outputs, module.bias is not None) if linear else type(module)(outputs, inputs)
+    return narrow.to(module.weight.dtype)
+
+
 def ragged_module(module: Any, ragged: Ragged) -> _RaggedLinear:
     """Return the ragged replacement for a linear layer, or for a Conv1D, whose weight is transposed."""
-    kind = RaggedOut if ragged.side == "rows" else RaggedIn
+    kind = RaggedOut if ragged.rows else RaggedIn
     if isinstance(module, nn.Linear):
         return kind(module, ragged)
     inputs, outputs = module.weight.shape

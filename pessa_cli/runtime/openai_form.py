@@ -60,7 +60,7 @@ class OpenAIForm:
     @cached_property
     def attention(self) -> frozenset[str]:
         """The names of all attention tensors in the file."""
-        return frozenset(name for site in self.model.sites for name in site.tensors)
+        return frozenset(name for site in self.model.attention for name in site.tensors)
 
 
 def openai_form(model: Model) -> OpenAIForm:

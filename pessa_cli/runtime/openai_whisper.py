@@ -6,7 +6,7 @@ So queries, keys and values are split into heads by reshaping alone, and caches 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from pessa_cli.algebra.heads import HeadWeights
+from pessa_cli.blocks.mlp_site import MlpSite
 from pessa_cli.blocks.site import AttentionSite
 from pessa_cli.common.errors import PessaError
 from pessa_cli.runtime.bucketed_attention import DECODING, ENCODING
@@ -141,9 +142,21 @@ def load_whisper(model: str | Path, device: str | torch.device | None = None) ->
                 loaded.set_submodule(name, attention)
             tensors = _in_buckets(weights, buckets or [_single_bucket(site)])
             state |= {f"{name}.{key}": tensor.float() for key, tensor in tensors.items()}
+        for mlp in form.model.sites:
+            if isinstance(mlp, MlpSite):
+                _narrow(loaded, mlp, theirs_of)
         loaded.load_state_dict(state, assign=True)
     chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
     return loaded.eval().to(chosen)
+
+
+def _narrow(loaded: Whisper, site: MlpSite, theirs_of: Mapping[str, str]) -> None:
+    """Give the linear layers of an MLP the number of channels that the file stores."""
+    for module in site.modules.values():
+        name = theirs_of[f"{module}.weight"].removesuffix(".weight")
+        rows, columns = site.tensors[f"{module}.weight"]
+        with torch.device("meta"):
+            loaded.set_submodule(name, type(loaded.get_submodule(name))(columns, rows))
 
 
 def _model_on_meta(form: OpenAIForm) -> Whisper:

@@ -1,7 +1,7 @@
 """Loading of compact models by transformers: pessa registers as a "quantizer", the extension point for weight formats.
 
-model_type, architectures and tensor names are unchanged; `quantization_config` in config.json lists the ragged
-projections. They are swapped while the model is on the meta device, and then the weights are loaded by name.
+model_type, architectures and tensor names are unchanged; `quantization_config` in config.json lists the narrower
+modules. They are swapped while the model is on the meta device, and then the weights are loaded by name.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from pessa_cli.compat.for_transformers import (
     forget_attention_implementation,
     register_loader,
 )
-from pessa_cli.runtime.compact_linear import RaggedIn, RaggedOut, ragged_module
+from pessa_cli.runtime.compact_linear import RaggedIn, RaggedOut, narrow_module
 
 
 class PessaConfig(QuantizationConfigMixin):  # type: ignore[misc]
-    """The `quantization_config` of a compact model; `modules` maps projections to ranks, "rows 64: 28 31 ..."."""
+    """The `quantization_config` of a compact model; `modules` maps names to "rows 64: 28 31 ..."; see Ragged."""
 
     def __init__(self, modules: dict[str, str], **_: Any) -> None:
         self.quant_method = QUANT_METHOD
@@ -36,7 +36,7 @@ class PessaConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
 
 class PessaQuantizer(LoaderHook):
-    """The loader hook that replaces the projections named in the config by ragged ones; nothing is quantised."""
+    """The loader hook that replaces the modules named in the config by narrower ones; nothing is quantised."""
 
     def before_attention_is_chosen(self, config: Any) -> None:
         """Remove the hint that config.json holds for loading without pessa; the user's own choice is kept."""
@@ -50,20 +50,20 @@ class PessaQuantizer(LoaderHook):
             module, ragged = model.get_submodule(name), modules[entry]
             if not isinstance(module, (nn.Linear, Conv1D)):
                 continue
-            swapped = ragged_module(module, ragged)
-            given = module.weight.shape[::-1] if isinstance(module, nn.Linear) else module.weight.shape
-            if (swapped.in_features, swapped.out_features) != tuple(given):
+            inputs, outputs = module.weight.shape[::-1] if isinstance(module, nn.Linear) else module.weight.shape
+            side, width = outputs if ragged.rows else inputs, len(ragged.ranks) * ragged.head_dim
+            if side != width:
                 raise PessaError(
-                    f"{name} is {given[1]} x {given[0]} in the model, but its ranks in config.json are for "
-                    f"{swapped.out_features} x {swapped.in_features}",
+                    f"{name} is {outputs} x {inputs} in the model, but its entry in config.json is for {width} "
+                    f"{'rows' if ragged.rows else 'columns'}",
                     "config.json was changed after pruning; restore it",
                 )
-            model.set_submodule(name, swapped)
+            model.set_submodule(name, narrow_module(module, ragged))
             # Use the name in this model's class, so that saving it is right, unless transformers renames the module.
             found[name if match_module(entry, [name]) else entry] = str(ragged)
         if not found:
             raise PessaError(
-                f"none of the {len(modules)} pruned projections in config.json is in {type(model).__name__}",
+                f"none of the {len(modules)} pruned modules in config.json is in {type(model).__name__}",
                 "load the class named under `architectures` in config.json",
             )
         self.quantization_config.modules = found

@@ -172,7 +172,7 @@ def _pruned(summary: Mapping[str, Any]) -> str:
     headings = ("block", "", "kept", "largest norm cut")
     return (
         f"## {heading}\n\nDirections kept of all heads together, with the fewest and the most in a head, or channels "
-        "of an MLP; and the norm of what the head or the MLP that lost most has lost, as a change of W_Q W_K^T, W_V W_O "
+        "of an MLP; and the norm of what the head or the MLP that lost most has lost, in W_Q W_K^T, W_V W_O "
         f"or the output. Each head's own figures are in `pessa.json`.\n\n{_table(headings, rows)}"
     )
 

@@ -41,7 +41,7 @@ class Recipe:
     )
     sites: tuple[str, ...] = option(
         (),
-        "Use only these kinds of attention blocks, e.g. encoder.self,decoder.cross.",
+        "Use only these kinds of blocks: attention, mlp, a stack such as encoder, or e.g. encoder.self,encoder.mlp.",
         metavar="KINDS",
         example="encoder.self",
     )

@@ -91,8 +91,16 @@ def named(run: Run, model: str | Path) -> Run:
 
 
 def chosen(model: Model, recipe: Recipe) -> list[Site]:
-    """Return the blocks that a recipe applies to. Raises UsageError if there are none."""
-    return select(model.sites, recipe.sites, recipe.layers)
+    """Return the blocks that a recipe applies to. Raises UsageError if there are none.
+
+    Without `sites` a budget is shared by all blocks, the options for MLPs take the MLPs, and all other rules take the
+    attention blocks, as in the paper.
+    """
+    kinds = recipe.sites
+    if not kinds and not (recipe.rule.budgeted or recipe.searches):
+        kinds = ("mlp",) if recipe.rule.of_mlp else ()
+        kinds += ("attention",) if recipe.rule.given or not kinds else ()
+    return select(model.sites, kinds, recipe.layers)
 
 
 def calibration_data(recipe: Recipe) -> CalibrationData | None:
