@@ -49,6 +49,8 @@ class Spectra:
     `algebra.rope.contributions`), if Q-K is pruned by pairs; otherwise None.
     order: (F,), the places in the file of the channels of an MLP, the most important first; None if they are in this
     order already, or for an attention block.
+    norms: (F,), of an MLP with a calibrated spectrum, the products of the norms of each channel's weights in the order
+    of the spectrum, by which changed weights are noticed.
     """
 
     seams: Mapping[str, Spectrum]
@@ -56,6 +58,7 @@ class Spectra:
     trials: Trials | None = None
     pairs: Spectrum | None = None
     order: NDArray[np.int64] | None = None
+    norms: Spectrum | None = None
 
 
 def largest_pairs(contributions: Spectrum, counts: NDArray[np.int64]) -> tuple[PairRuns, ...]:

@@ -73,7 +73,11 @@ def decompose_mlp(weights: ChannelWeights, found: MlpStatistics | None = None) -
     spectrum = np.maximum.accumulate(worth.clamp(min=0).sqrt().cpu().numpy()[::-1])[::-1]
     ordered = replace(refit, moment=refit.moment[order][:, order], mean=refit.mean[order])
     spectra = Spectra(
-        {"mlp": spectrum.reshape(1, -1).copy()}, calibrated=True, trials=found.trials, order=order.cpu().numpy()
+        {"mlp": spectrum.reshape(1, -1).copy()},
+        calibrated=True,
+        trials=found.trials,
+        order=order.cpu().numpy(),
+        norms=channel_norms(weights)[order].cpu().numpy(),
     )
     moved = {name: tensor.cpu() for name, tensor in ChannelOrder(order, ordered).tensors().items()}
     return spectra, ChannelOrder.of(moved)

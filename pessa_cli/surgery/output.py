@@ -176,8 +176,12 @@ def _cut_spectra(rewrite: Rewrite) -> dict[str, Spectra]:
     def cut(spectrum: Spectrum, ranks: Ranks) -> Spectrum:
         return np.where(np.arange(spectrum.shape[1]) < np.array(ranks)[:, None], spectrum, 0.0)
 
-    return {
-        name: replace(known, seams={seam: cut(each, kept[seam]) for seam, each in known.seams.items()})
-        for name, known in rewrite.spectra.items()
-        if (kept := rewrite.kept_values.get(name)) is not None
-    }
+    found: dict[str, Spectra] = {}
+    for name, known in rewrite.spectra.items():
+        kept = rewrite.kept_values.get(name)
+        if kept is None:
+            continue
+        norms = known.norms if known.norms is None else cut(known.norms[None], kept["mlp"])[0]
+        seams = {seam: cut(each, kept[seam]) for seam, each in known.seams.items()}
+        found[name] = replace(known, seams=seams, norms=norms, order=None)
+    return found

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from pessa_cli.algebra.channels import ChannelWeights
+from pessa_cli.algebra.channels import ChannelWeights, channel_norms
 from pessa_cli.algebra.heads import HeadWeights
 from pessa_cli.blocks.mlp_site import MlpSite
 from pessa_cli.blocks.seam import Seam
@@ -25,9 +25,9 @@ DELETE = "delete it, and the model is decomposed again"
 def save_spectra(folder: Path, spectra: Mapping[str, Spectra]) -> None:
     """Write spectra.safetensors for the given spectra by site name.
 
-    Tensors are float64: "<site>.<seam>", (G, d), for each seam that has a spectrum, and "<site>.trials", with LEVELS
-    errors for each seam in their order and the harm of the trial cuts, if there are any. The metadata list calibrated
-    blocks.
+    Tensors are float64: "<site>.<seam>", (G, d), for each seam that has a spectrum; "<site>.trials", with LEVELS errors
+    for each seam in their order and the harm of the trial cuts, if there are any; and "<site>.norms" of calibrated
+    MLPs. The metadata list calibrated blocks.
     """
     from safetensors.torch import save
 
@@ -39,6 +39,7 @@ def save_spectra(folder: Path, spectra: Mapping[str, Spectra]) -> None:
         for name, s in spectra.items()
         if s.trials is not None
     }
+    tensors |= {f"{name}.norms": torch.from_numpy(s.norms) for name, s in spectra.items() if s.norms is not None}
     # Written as bytes, because save_file of safetensors creates files that only their owner can read.
     calibrated = " ".join(sorted(name for name, s in spectra.items() if s.calibrated))
     about = {CALIBRATED: calibrated} if calibrated else None
@@ -56,7 +57,7 @@ def load_spectra(folder: Path, sites: list[Site]) -> dict[str, Spectra]:
     path = folder / SPECTRA_FILE
     if not path.is_file():
         return {}
-    wanted = [f"{site.name}.{part}" for site in sites for part in (*site.ranks, "trials")]
+    wanted = [f"{site.name}.{part}" for site in sites for part in (*site.ranks, "trials", "norms")]
     try:
         with safe_open(path, framework="pt") as file:
             there = set(file.keys())
@@ -81,10 +82,15 @@ def load_spectra(folder: Path, sites: list[Site]) -> dict[str, Spectra]:
         trials = tensors.get(f"{site.name}.trials")
         if trials is not None and not _plausible_trials(trials, site):
             raise PessaError(f"{path}: the results of the trial cuts of {site.name} are damaged", DELETE)
+        norms = tensors.get(f"{site.name}.norms")
+        needed = isinstance(site, MlpSite) and site.name in calibrated
+        if (norms is not None) != needed or (norms is not None and tuple(norms.shape) != (site.seams[0].width,)):
+            raise PessaError(f"{path}: the norms of the channels of {site.name} are damaged", DELETE)
         spectra[site.name] = Spectra(
             {name: each.numpy() for name, each in found.items() if each is not None},
             site.name in calibrated,
             None if trials is None else _trials(trials.tolist(), site),
+            norms=None if norms is None else norms.numpy(),
         )
     return spectra
 
@@ -148,7 +154,17 @@ def check_spectra(folder: Path, known: Spectra, site: Site, weights: HeadWeights
 
 
 def _check_channels(folder: Path, known: Spectra, site: MlpSite, weights: ChannelWeights) -> None:
-    """Raise PessaError when the norms of the channels are not those that were stored with their order."""
+    """Raise PessaError when the norms of the channels are not those that were stored with their order.
+
+    Ordering does not round, so they agree to the errors of the sums.
+    """
+    stored = torch.from_numpy(known.seams["mlp"][0] if known.norms is None else known.norms)
+    found = channel_norms(weights).cpu()
+    if not torch.allclose(found, stored, rtol=1e-9, atol=1e-12 * float(stored.max())):
+        raise PessaError(
+            f"{folder / SPECTRA_FILE} does not belong to these weights: {site.name} has changed since it was ordered",
+            DELETE,
+        )
 
 
 def _norms(weights: HeadWeights, site: AttentionSite, merged_qk: bool) -> Iterator[tuple[str, torch.Tensor]]:
