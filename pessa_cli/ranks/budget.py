@@ -1,9 +1,9 @@
 """Ranks that meet a budget over all heads and blocks at the lowest predicted loss of quality.
 
 The price of a direction is the predicted error that dropping it adds, per parameter that it frees. Within one seam of
-one block, directions are ordered by the spectrum. Trials on calibration data measure how dropping a share
-of them changes the block's output, and how an error of the block changes the model's output (`Trials`). Without trials
-the error is the relative squared error of the product.
+one block, directions are ordered by the spectrum. Trials on calibration data measure how dropping a share of them
+changes the block's output, and how an error of the block changes the model's output (`Trials`). Without trials the
+error is the relative squared error of the product.
 """
 
 from __future__ import annotations
@@ -65,28 +65,30 @@ def ranks_for(sites: list[Site], spectra: Mapping[str, Spectra], rule: Rule, who
     check_ranks(sites, rule)
     if not rule.budgeted:
         return plan_ranks(sites, spectra, rule)
-    steps = ordered_steps(sites, spectra, rule)
     if rule.max_error is not None:
-        return _plan(sites, spectra, _within_error(steps, spectra, rule.max_error))
-    attention = sum(count(site.tensors) for site in sites)
+        return _plan(sites, spectra, _within_error(ordered_steps(sites, spectra, rule), spectra, rule.max_error))
+    chosen = sum(count(site.tensors) for site in sites)
     hint = "give {share:g} or more, or choose more --sites"
     if rule.target_attention is not None:
-        what, most, now = "attention parameters", rule.target_attention * attention, attention
+        what, most, now = "attention parameters", rule.target_attention * chosen, chosen
+    elif rule.target_layers is not None:
+        what, most, now = "parameters of the chosen blocks", rule.target_layers * chosen, chosen
     elif rule.target_params is not None:
         what, most, now = "parameters", rule.target_params * whole.parameters, whole.parameters
     else:
         assert rule.target_size is not None
         what, most, now, hint = "bytes", float(rule.target_size), whole.nbytes, "give a larger size"
-    taken, left = [], float(now)
-    for step in steps:
+    taken: list[PruneStep] = []
+    left = float(now)
+    for move in ordered_moves(sites, spectra, rule):
         if left <= most:
             break
-        taken.append(step)
-        left -= step.parameters * (1 if rule.target_size is None else ITEM_BYTES[step.site.dtype])
+        taken += move
+        left -= sum(step.parameters * (1 if rule.target_size is None else ITEM_BYTES[step.site.dtype]) for step in move)
     if left > most:
         raise UnmetBudgetError(
-            f"{rule}: the budget is {most:,.0f} of {now:,} {what}, but {left:,.0f} remain after dropping all attention "
-            "that may be pruned",
+            f"{rule}: the budget is {most:,.0f} of {now:,} {what}, but {left:,.0f} remain after dropping all that may "
+            "be pruned",
             hint.format(share=math.ceil(1000 * left / now) / 1000),
         )
     return _plan(sites, spectra, taken)
@@ -99,14 +101,65 @@ def trade_off(
     attention = now = sum(count(site.tensors) for site in sites)
     errors: dict[str, float] = defaultdict(float)
     harm, curve = 0.0, [Point(attention, whole.parameters, 0.0, 0.0)]
-    for step in ordered_steps(sites, spectra, rule):
-        now -= step.parameters
-        errors[step.site.name] += step.error
-        harm += step.harm
+    for move in ordered_moves(sites, spectra, rule):
+        for step in move:
+            now -= step.parameters
+            errors[step.site.name] += step.error
+            harm += step.harm
         if attention - now >= len(curve) * attention / points:
             worst = math.sqrt(max(errors.values()))
             curve.append(Point(now, whole.parameters - attention + now, worst, harm))
     return curve
+
+
+def ordered_moves(sites: Sequence[Site], spectra: Mapping[str, Spectra], rule: Rule) -> Iterator[Sequence[PruneStep]]:
+    """Yield the steps that are taken together, the cheapest first: single ones or, with `uniform`, those of all layers.
+
+    With `uniform` all groups of the seams of one kind of block have the same width after each move.
+    """
+    if not rule.uniform:
+        yield from ([step] for step in ordered_steps(sites, spectra, rule))
+        return
+    moves: list[tuple[float, Sequence[PruneStep]]] = []
+    for kind, name in dict.fromkeys((site.kind, seam.name) for site in sites for seam in site.seams):
+        steps = [
+            step
+            for site in sites
+            if site.kind == kind
+            for step in _level_steps(site, site.seam(name), spectra[site.name], rule)
+        ]
+        price = 0.0
+        for rank in sorted({step.rank for step in steps}, reverse=True):
+            move = [step for step in steps if step.rank == rank]
+            price = max(price, sum(step.harm for step in move) / sum(step.parameters for step in move))
+            moves.append((price, move))
+        if moves and name != "mlp" and moves[-1][1][0].rank == 0:  # all of Q-K or V-O
+            moves.pop()
+    yield from (move for _, move in sorted(moves, key=lambda each: each[0]))
+
+
+def _level_steps(site: Site, seam: Seam, spectra: Spectra, rule: Rule) -> Iterator[PruneStep]:
+    """Yield the steps of one seam of a block in which all of its groups are cut to the same rank, the smallest last."""
+    worth, unit = _importance(spectra, seam)
+    if not worth.size:
+        return
+    stored = np.array([rank - seam.always_kept for rank in seam.ranks]) // unit
+    grid = -(-rule.round_to // unit)
+    least = 1 if seam.name == "mlp" else -(-rule.min_rank // unit)
+    each, error = unit * _parameters(site, seam), 0.0
+    harmful = 1.0 if spectra.trials is None else spectra.trials.harm
+    tails = np.concatenate([np.cumsum(worth[:, ::-1], -1)[:, ::-1], np.zeros((len(worth), 1))], -1)
+    before = int(stored.max())
+    for low, _ in _chunks(before, grid, least):
+        mass = sum(tails[head, min(low, rank)] - tails[head, rank] for head, rank in enumerate(stored.tolist()))
+        now = float(_errors(worth, np.array([mass]), spectra.trials, seam)[0])
+        added, error = max(0.0, now - error), max(error, now)
+        cut = [(head, min(before, rank) - low) for head, rank in enumerate(stored.tolist()) if rank > low]
+        for head, dropped in cut:
+            share = added / len(cut)
+            parameters, rank = each * dropped, seam.always_kept + unit * low
+            yield PruneStep(site, seam, head, rank, parameters, share, share * harmful, share * harmful / parameters)
+        before = low
 
 
 def ordered_steps(sites: Sequence[Site], spectra: Mapping[str, Spectra], rule: Rule) -> list[PruneStep]:

@@ -37,8 +37,8 @@ class Rule:
     """The rule that determines how many directions of each head are kept. At most one criterion may be given.
 
     `qk_thr` and `vo_thr` count as one criterion; with only one of them the other side is not pruned. `ratio` applies to
-    Q-K and V-O separately. The budgets `target_params`, `target_attention`, `target_size` (bytes) and `max_error` are
-    shared by all blocks and both sides: the directions with the lowest predicted cost per parameter are dropped first.
+    Q-K and V-O separately. The budgets `target_params`, `target_attention`, `target_layers`, `target_size` (bytes) and
+    `max_error` are shared by all blocks and seams: what has the lowest predicted cost per parameter is dropped first.
     Without a criterion the rule is lossless: it drops the tail whose norm is at most the rounding error of storing the
     head in its dtype.
 
@@ -70,6 +70,12 @@ class Rule:
         "budget",
         allowed=SHARE_TO_KEEP,
     )
+    target_layers: float | None = _criterion(
+        "Keep this share of the parameters in the chosen attention blocks and MLPs; widths are chosen for the smallest "
+        "error.",
+        "budget",
+        allowed=SHARE_TO_KEEP,
+    )
     target_size: int | None = _criterion(
         "Prune the weights to this size, e.g. 120MB; ranks are chosen for the smallest error.",
         "budget",
@@ -90,6 +96,9 @@ class Rule:
     )
     round_to: int = option(1, "Round ranks up to a multiple of this number.", allowed=at_least(1))
     min_rank: int = option(0, "Keep at least this many directions in every head.", allowed=at_least(0))
+    uniform: bool = option(
+        False, "With a budget, give all layers of a kind the same width, and all heads the same rank."
+    )
     rope_ratio: float | None = option(
         None,
         "With RoPE, also drop this share of the frequency pairs of Q-K, those with the smallest share of their head.",
@@ -107,6 +116,11 @@ class Rule:
                 f"{rules[0]} also chooses the widths of MLPs, so it excludes --{self.of_mlp[0].replace('_', '-')}",
                 "leave one of them out",
             )
+        if self.uniform and not self.budgeted:
+            raise UsageError(
+                "--uniform is for a budget; --rank and --mlp-ratio give the same width to all layers anyway",
+                "give a budget such as --target-params, or leave it out",
+            )
         if self.budgeted and self.rope_ratio is not None:
             raise UsageError(
                 f"{self}: a budget also chooses the frequency pairs, so it excludes --rope-ratio",
@@ -120,6 +134,7 @@ class Rule:
         return (
             text
             + (f", rope_ratio {self.rope_ratio:g}" if self.rope_ratio is not None else "")
+            + (", uniform" if self.uniform else "")
             + (f", round_to {self.round_to}" if self.round_to > 1 else "")
             + (f", min_rank {self.min_rank}" if self.min_rank else "")
         )

@@ -97,6 +97,8 @@ def chosen(model: Model, recipe: Recipe) -> list[Site]:
     attention blocks, as in the paper.
     """
     kinds = recipe.sites
+    if not kinds and recipe.rule.target_attention is not None:
+        kinds = ("attention",)
     if not kinds and not (recipe.rule.budgeted or recipe.searches):
         kinds = ("mlp",) if recipe.rule.of_mlp else ()
         kinds += ("attention",) if recipe.rule.given or not kinds else ()
