@@ -19,12 +19,14 @@ from pessa_cli.blocks.compact_format import (
     ragged_modules,
 )
 from pessa_cli.blocks.discover import find_sites, specs_of
+from pessa_cli.blocks.mlp_discover import find_mlps, mlp_specs_of
 from pessa_cli.blocks.mlp_site import MlpSite
 from pessa_cli.blocks.mlp_spec import MlpSpec
+from pessa_cli.blocks.mlp_table import MLPS, TOWER_MLPS
 from pessa_cli.blocks.names import module_names
 from pessa_cli.blocks.seam import TITLES, Seam, Symmetry
 from pessa_cli.blocks.site import AttentionSite, Site, count, select
-from pessa_cli.blocks.spec import AttentionSpec
+from pessa_cli.blocks.spec import AttentionSpec, BlockSpec
 from pessa_cli.blocks.table import ARCHITECTURES, FIRST_RELEASE, PUBLISHED, SINCE, TOWERS
 
 __all__ = [
@@ -32,13 +34,16 @@ __all__ = [
     "FIRST_RELEASE",
     "HINT_BEGINS",
     "LOAD_HINT",
+    "MLPS",
     "PUBLISHED",
     "QUANT_METHOD",
     "SINCE",
     "TITLES",
     "TOWERS",
+    "TOWER_MLPS",
     "AttentionSite",
     "AttentionSpec",
+    "BlockSpec",
     "MlpSite",
     "MlpSpec",
     "ModuleNames",
@@ -50,9 +55,11 @@ __all__ = [
     "Symmetry",
     "alignment_heads",
     "count",
+    "find_mlps",
     "find_sites",
     "last_pair",
     "match_module",
+    "mlp_specs_of",
     "module_names",
     "pair_ranks",
     "pairs_text",

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
-from pessa_cli.blocks.spec import AttentionSpec, Keys
+from pessa_cli.blocks.spec import AttentionSpec, BlockSpec, Keys
 from pessa_cli.common.errors import PessaError
 from pessa_cli.common.text import shortened
 
@@ -14,7 +14,7 @@ MOST_HEADS = 4096
 MOST_LAYERS = 100_000
 
 
-def value(config: Mapping[str, Any], spec: AttentionSpec, keys: Keys) -> Any:
+def value(config: Mapping[str, Any], spec: BlockSpec, keys: Keys) -> Any:
     """Return the value of the first key that the row's part of config.json has; None if none exists or all are null."""
     inner = config.get(spec.config) if spec.config else None
     for key in keys:
@@ -26,7 +26,7 @@ def value(config: Mapping[str, Any], spec: AttentionSpec, keys: Keys) -> Any:
     return None
 
 
-def default(config: Mapping[str, Any], spec: AttentionSpec, keys: Keys) -> Any:
+def default(config: Mapping[str, Any], spec: BlockSpec, keys: Keys) -> Any:
     """Return transformers' default for the first key that its config class has; None if there is none.
 
     Configs on the hub leave out values that are equal to the default, most often in the parts of submodels.
@@ -45,7 +45,7 @@ def _defaults(model_type: str) -> Any:
     return CONFIG_MAPPING[model_type]() if model_type in CONFIG_MAPPING else None
 
 
-def number(config: Mapping[str, Any], spec: AttentionSpec, keys: Keys, what: str, most: int) -> int | None:
+def number(config: Mapping[str, Any], spec: BlockSpec, keys: Keys, what: str, most: int) -> int | None:
     """Return a number from config.json or, if no key exists, transformers' default; None if that has none either.
 
     what: names the number in messages. Raises PessaError if the value is not an integer from 1 to `most`.
@@ -79,7 +79,7 @@ def head_counts(config: Mapping[str, Any], spec: AttentionSpec) -> tuple[int, in
     return heads, kv_heads
 
 
-def in_config(config: Mapping[str, Any], spec: AttentionSpec, keys: Keys) -> str:
+def in_config(config: Mapping[str, Any], spec: BlockSpec, keys: Keys) -> str:
     """Return the name of the first key that exists, or of the first one, as it is written in messages."""
     key = next((key for key in keys if value(config, spec, (key,)) is not None), keys[0])
     return f"{spec.config}.{key}" if isinstance(config.get(spec.config), Mapping) else key

@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from fnmatch import fnmatchcase
 from typing import Any
 
 from pessa_cli.blocks.compact_format import ModuleNames, Ragged, Ranks, ragged_modules
@@ -17,6 +16,8 @@ from pessa_cli.blocks.config_values import default, head_counts, in_config, rota
 from pessa_cli.blocks.locate import (
     complete,
     layer_faults,
+    matches_any,
+    most_entries,
     parent,
     places,
     refuse_wrapped,
@@ -37,10 +38,6 @@ HEADS_WERE_CUT = (
     "some layers have fewer heads (pruned_heads in config.json), which transformers 5 cannot load: give the whole model"
 )
 LISTED = "`pessa architectures` lists the supported ones"
-# A compact block is processed at full size, even if its file stores almost nothing of it. A block is refused as an
-# attempt to exhaust memory if its full size exceeds both MOST_GROWTH times the entries of the whole checkpoint and
-# ALWAYS_FINE entries.
-MOST_GROWTH, ALWAYS_FINE = 64, 2**24
 
 
 def specs_of(config: Mapping[str, Any], header: Header, architecture: str | None = None) -> tuple[AttentionSpec, ...]:
@@ -54,11 +51,7 @@ def specs_of(config: Mapping[str, Any], header: Header, architecture: str | None
             spec for tower in TOWERS[model_type] for spec in tower.specs(tower.rows or _submodel_rows(tower, config))
         )
     if isinstance(model_type, str) and model_type in ARCHITECTURES:
-        return tuple(
-            spec
-            for spec in ARCHITECTURES[model_type]
-            if all(bool(config.get(key, default)) == value for key, default, value in spec.where)
-        )
+        return tuple(spec for spec in ARCHITECTURES[model_type] if spec.applies(config))
     if architecture is not None:
         raise UsageError(f"--as {architecture} is not a known architecture", LISTED)
     alike = [name for name, specs in ARCHITECTURES.items() if all(complete(spec, header) for spec in specs)]
@@ -93,7 +86,7 @@ def find_sites(specs: Iterable[AttentionSpec], config: Mapping[str, Any], header
     owned: set[str] = set()
     ragged = ragged_modules(config)
     ragged_names = ModuleNames(ragged)
-    most = max(ALWAYS_FINE, MOST_GROWTH * sum(info.count for info in header.values()))
+    most = most_entries(header)
     refuse_wrapped(header)
     specs = without_first_part(tuple(specs), header)
     header = without_spare_layers(specs, config, header)
@@ -114,13 +107,13 @@ def find_sites(specs: Iterable[AttentionSpec], config: Mapping[str, Any], header
         spec, modules = place.spec, place.modules
         owned |= {f"{modules[side]}.{part}" for side in "qkvo" for part in ("weight", "bias")}
         rests = beside[place.parent]
-        owned |= {f"{place.parent}.{rest}" for rest in rests if _matches_any(rest, (*spec.beside, *spec.norms))}
+        owned |= {f"{place.parent}.{rest}" for rest in rests if matches_any(rest, (*spec.beside, *spec.norms))}
         missing = [f"{modules[side]}.weight: missing" for side in "qkvo" if f"{modules[side]}.weight" not in header]
         faults += dict.fromkeys(missing)
         if missing:
             continue
         entries = {side: ragged.get(ragged_names.find(module) or "") for side, module in modules.items()}
-        there = [norm.partition(".")[0] for norm in spec.norms if any(_matches_any(rest, (norm,)) for rest in rests)]
+        there = [norm.partition(".")[0] for norm in spec.norms if any(matches_any(rest, (norm,)) for rest in rests)]
         between = there[0] if there else "norms" * spec.normed
         try:
             sites.append(_site(spec, place.layer, modules, config, header, entries, most, between))
@@ -139,12 +132,12 @@ def find_sites(specs: Iterable[AttentionSpec], config: Mapping[str, Any], header
             faults.append(f"{name}: no row of the architecture owns this attention tensor")
     if faults and found:
         raise PessaError(
-            f"{len(faults)} attention tensors do not fit {_model_type(config)}\n{listed(faults)}",
+            f"{len(faults)} attention tensors do not fit {model_type_of(config)}\n{listed(faults)}",
             HEADS_WERE_CUT if config.get("pruned_heads") else MISFIT,
         )
     if not sites:
         raise PessaError(
-            f"found no attention block with the tensor names of {_model_type(config)}",
+            f"found no attention block with the tensor names of {model_type_of(config)}",
             MISFIT,
         )
     return sites
@@ -158,10 +151,6 @@ def _tensors_within(scopes: set[str], header: Header) -> dict[str, list[str]]:
             if name[: dot.start()] in scopes:
                 rests[name[: dot.start()]].append(name[dot.end() :])
     return rests
-
-
-def _matches_any(name: str, patterns: tuple[str, ...]) -> bool:
-    return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def _head_dim(
@@ -187,7 +176,8 @@ def _head_dim(
     return head_dim
 
 
-def _model_type(config: Mapping[str, Any]) -> str:
+def model_type_of(config: Mapping[str, Any]) -> str:
+    """Return the `model_type` of config.json, as it is written in messages."""
     model_type = config.get("model_type")
     return model_type if model_type in KNOWN else shortened(model_type)
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal, Self, TypeVar
 
 Keys = tuple[str, ...]  # alternative keys of config.json, dotted if nested; the first that exists is used
+Row = TypeVar("Row", bound="BlockSpec")
 
 
 @dataclass(frozen=True)
@@ -32,19 +35,69 @@ class Rotation:
         return bool(self.share or self.count)
 
 
-@dataclass(frozen=True)
-class AttentionSpec:
-    """One row of the architecture table: where the projections of one kind of block are, and what is between them.
+@dataclass(frozen=True, kw_only=True)
+class BlockSpec:
+    """What all rows of the architecture table have: which blocks a row is about, and where they are.
 
     kind: the kind of block, such as "encoder.self".
+    depth: config keys of the number of layers.
+    transposed: whether weights are stored as (in, out), as transformers' Conv1D does.
+    beside: name patterns of other tensors beside those of the row, which are copied.
+    where: conditions (config key, its default, required truth value or a regular expression for the whole value) under
+    which the row applies.
+    sparse: whether some layers have no block of this kind.
+    under: name parts, one of which must be part of the prefix of the blocks' names.
+    config: the key of config.json whose object holds the config keys above; empty for config.json itself.
+    """
+
+    kind: str
+    depth: Keys = ("num_hidden_layers",)
+    transposed: bool = False
+    beside: tuple[str, ...] = ()
+    where: tuple[tuple[str, object, object], ...] = ()
+    sparse: bool = False
+    under: tuple[str, ...] = ()
+    config: str = ""
+
+    @property
+    def title(self) -> str:
+        """What a message calls a block of this kind, such as "encoder.self attention"."""
+        raise NotImplementedError
+
+    @property
+    def modules(self) -> dict[str, str]:
+        """The module names of the block's matrices, with `{i}` for the layer, by what they are in the block."""
+        raise NotImplementedError
+
+    @property
+    def stem(self) -> str:
+        """The name of the list of layers that the blocks are in, with its final dot."""
+        return next(iter(self.modules.values())).partition("{i}")[0]
+
+    def within(self, part: str) -> Self:
+        """Return the row for the submodel `part` alone, such as "encoder", whose name is no part of its names."""
+        raise NotImplementedError
+
+    def applies(self, config: Mapping[str, Any]) -> bool:
+        """Whether config.json meets the conditions under which the row applies."""
+        return all(
+            re.fullmatch(wanted, str(config.get(key, default))) is not None
+            if isinstance(wanted, str)
+            else bool(config.get(key, default)) == wanted
+            for key, default, wanted in self.where
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionSpec(BlockSpec):
+    """One row of the architecture table: where the projections of one kind of block are, and what is between them.
+
     q, k, v, o: module names of the projections, with `{i}` for the layer.
     heads, kv_heads: config keys of the numbers of heads; `kv_heads` may also be a constant, and if none of its keys
     exists there is one key/value head per query head.
     head_dim: config keys of the size of each head; if none exists, it is the width divided by the number of heads.
-    depth: config keys of the number of layers.
     fused: whether q, k and v are one tensor: "blocks" has all of q, then all of k, then all of v; "grouped" has for
     each key/value head its query heads, its key head and its value head.
-    transposed: whether weights are stored as (in, out), as transformers' Conv1D does.
     rope: the rotation between W_Q and W_K, if there is one.
     norms: name patterns, within the module that holds q, of modules between W_Q and W_K that prevent merging, if
     present; normed: whether such norms are always present.
@@ -54,13 +107,8 @@ class AttentionSpec:
     names of such tensors in other modules.
     refused: config keys that, when set, put an operation between W_V and W_O, so that the model cannot be pruned.
     compact: whether the stock model code runs ragged projections.
-    where: conditions (config key, its default, required truth value) under which the row applies.
-    sparse: whether some layers have no block of this kind.
-    under: name parts, one of which must be part of the prefix of the projections' names.
-    config: the key of config.json whose object holds the config keys above; empty for config.json itself.
     """
 
-    kind: str
     q: str
     k: str
     v: str
@@ -68,22 +116,30 @@ class AttentionSpec:
     heads: Keys
     kv_heads: Keys | int = ()
     head_dim: Keys = ()
-    depth: Keys = ("num_hidden_layers",)
     fused: Literal["", "blocks", "grouped"] = ""
-    transposed: bool = False
     rope: Rotation | None = None
     norms: tuple[str, ...] = ()
     normed: bool = False
     key_bias_stays: bool = False
     sums_to_one: bool = True
-    beside: tuple[str, ...] = ()
     elsewhere: tuple[str, ...] = ()
     refused: Keys = ()
     compact: bool = True
-    where: tuple[tuple[str, object, object], ...] = ()
-    sparse: bool = False
-    under: tuple[str, ...] = ()
-    config: str = ""
+
+    @property
+    def title(self) -> str:
+        """What a message calls a block of this kind, such as "encoder.self attention"."""
+        return f"{self.kind} attention"
+
+    @property
+    def modules(self) -> dict[str, str]:
+        """The module names of the projections, with `{i}` for the layer, by their letters."""
+        return {"q": self.q, "k": self.k, "v": self.v, "o": self.o}
+
+    def within(self, part: str) -> Self:
+        """Return the row for the submodel `part` alone, such as "encoder", whose name is no part of its names."""
+        short = {side: name.removeprefix(f"{part}.") for side, name in self.modules.items()}
+        return replace(self, **short)  # type: ignore[arg-type]
 
     @property
     def merges(self) -> str:
@@ -117,7 +173,7 @@ class Tower:
     under: tuple[str, ...] = ()
     rows: tuple[AttentionSpec, ...] = ()
 
-    def specs(self, rows: tuple[AttentionSpec, ...]) -> tuple[AttentionSpec, ...]:
+    def specs(self, rows: tuple[Row, ...]) -> tuple[Row, ...]:
         """Return the rows with the kind, config key and prefix of this submodel."""
         return tuple(
             replace(row, kind=f"{self.kind}.{row.kind.rpartition('.')[2]}", config=self.config, under=self.under)

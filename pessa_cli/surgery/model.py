@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from pessa_cli.blocks.compact_format import ragged_modules
 from pessa_cli.blocks.discover import find_sites, specs_of
+from pessa_cli.blocks.mlp_discover import find_mlps, mlp_specs_of
 from pessa_cli.blocks.site import AttentionSite, Site
 from pessa_cli.checkpoint.reader import CheckpointReader
 from pessa_cli.common.errors import PessaError
@@ -57,8 +59,10 @@ def open_model(folder: Path, architecture: str | None = None) -> Model:
     """
     reader = CheckpointReader(folder)
     try:
-        specs = specs_of(reader.config, reader.header, architecture)
-        sites: list[Site] = [*find_sites(specs, reader.config, reader.header)]
+        config, header = reader.config, reader.header
+        specs = specs_of(config, header, architecture)
+        sites: list[Site] = [*find_sites(specs, config, header)]
+        sites += find_mlps(mlp_specs_of(config, architecture), config, header, ragged_modules(config), specs)
     except PessaError as error:  # its message names tensors and shapes, but not the folder
         raise type(error)(f"{folder}: {error.message}", error.hint) from error
     return Model(reader, sites, load_spectra(folder, sites), load_channels(folder, sites))
