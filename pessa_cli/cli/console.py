@@ -281,7 +281,7 @@ def pruned_parts(totals: Mapping[str, Any]) -> str:
 def show_written(written: WrittenModel, check: bool = True) -> None:
     """Print what was written, and with `check` the command that verifies it."""
     rule = _show_pruned(written)
-    limits = " --tolerance 1 --min-agreement 0" if written.totals["attention_pruned"] else ""
+    limits = " --tolerance 1 --min-agreement 0" if written.totals["model_pruned"] else ""
     command = f"pessa verify {shlex.quote(str(written.source))} {shlex.quote(str(written.out))}{limits}"
     how = f"; compare it with the original: {command}" if check else ""
     note_left_out(written.left_out)

@@ -83,7 +83,10 @@ def plan_ranks(sites: list[Site], spectra: Mapping[str, Spectra], rule: Rule) ->
         found = {site.name: each for site in sites if (each := spectra[site.name].seams.get(name)) is not None}
         seams = {site.name: site.seam(name) for site in sites if site.name in found}
         for place, kept in _seam_ranks(found, dtypes, rule, name).items():
-            ranks[place][name] = tuple(seams[place].always_kept + rank for rank in kept)
+            seam = seams[place]
+            ranks[place][name] = tuple(seam.always_kept + rank for rank in kept)
+            if name == "mlp":  # a compact file has no more channels
+                ranks[place][name] = tuple(map(min, ranks[place][name], seam.ranks))
     for place, runs in pairs.items():
         ranks[place]["qk"] = pair_ranks(runs)
     return RankPlan(ranks, pairs)
