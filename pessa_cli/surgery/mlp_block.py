@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pessa_cli.algebra.channels import ChannelWeights, channel_norms
+from pessa_cli.algebra.channels import ChannelWeights, channel_norms, removal_order
 from pessa_cli.algebra.weighted import refitted
 from pessa_cli.blocks.mlp_site import MlpSite
 from pessa_cli.ranks.spectra import Spectra
@@ -68,9 +68,8 @@ def decompose_mlp(weights: ChannelWeights, found: MlpStatistics | None = None) -
         order = order.cpu()
         return Spectra({"mlp": values.reshape(1, -1).cpu().numpy()}, order=order.numpy()), ChannelOrder(order)
     refit = channel_refit(found.to(weights.out.device), weights.out_bias is not None)
-    columns = weights.out.double().square().sum(0)  # (F,)
-    worth, order = (refit.moment.diagonal() * columns).sort(descending=True, stable=True)
-    spectrum = np.maximum.accumulate(worth.clamp(min=0).sqrt().cpu().numpy()[::-1])[::-1]
+    order, errors = removal_order(refit.moment, weights.out, refit.ridge)
+    spectrum = np.maximum.accumulate(errors.clamp(min=0).sqrt().numpy()[::-1])[::-1]
     ordered = replace(refit, moment=refit.moment[order][:, order], mean=refit.mean[order])
     spectra = Spectra(
         {"mlp": spectrum.reshape(1, -1).copy()},
