@@ -69,7 +69,7 @@ def check_ranks(sites: Sequence[Site], rule: Rule) -> None:
             )
 
 
-def plan_ranks(sites: list[Site], spectra: Mapping[str, Spectra], rule: Rule) -> RankPlan:
+def plan_ranks(sites: Sequence[Site], spectra: Mapping[str, Spectra], rule: Rule) -> RankPlan:
     """Apply a rule without a budget to every site.
 
     Raises PessaError if the rule would prune all of Q-K or all of V-O or all channels of an MLP, and UsageError if
@@ -92,7 +92,7 @@ def plan_ranks(sites: list[Site], spectra: Mapping[str, Spectra], rule: Rule) ->
     return RankPlan(ranks, pairs)
 
 
-def _kept_pairs(sites: list[Site], spectra: Mapping[str, Spectra], rule: Rule) -> dict[str, tuple[PairRuns, ...]]:
+def _kept_pairs(sites: Sequence[Site], spectra: Mapping[str, Spectra], rule: Rule) -> dict[str, tuple[PairRuns, ...]]:
     """Return the frequency pairs that the rule keeps, for sites that do not keep all of them.
 
     Pairs that the file does not store are never kept. Raises UsageError if --rope-ratio finds no frequency pairs.

@@ -208,7 +208,7 @@ def test_a_dense_folder_and_a_stock_file_load_as_openai_whisper_itself(
 
 
 def test_buckets_cover_every_head_and_never_cost_more(compact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for site in open_model(compact).sites:
+    for site in open_model(compact).attention:
         buckets = buckets_of(site)
         assert sorted(head for bucket in buckets for head in bucket.heads) == list(range(HEADS))
         for bucket in buckets:

@@ -24,16 +24,16 @@ from pessa_cli.statistics.file import (
     save_statistics,
     shortages,
 )
-from pessa_cli.statistics.sums import NAMES, BlockStatistics, shapes_of
+from pessa_cli.statistics.sums import NAMES, AttentionStatistics, shapes_of
 
 NAME = GROUPED.name
 
 
-def block(seed: int = 0, **more: Any) -> BlockStatistics:
+def block(seed: int = 0, **more: Any) -> AttentionStatistics:
     generator = torch.Generator().manual_seed(seed)
     shapes = zip(NAMES, shapes_of(GROUPED), strict=True)
     found = {name: torch.rand(shape, generator=generator, dtype=torch.float64) for name, shape in shapes}
-    return BlockStatistics(**(found | more))
+    return AttentionStatistics(**(found | more))
 
 
 def saved(path: Path, seed: int = 0, data: tuple[str, ...] = ("b", "a"), weights: str = "w") -> Path:
@@ -41,7 +41,7 @@ def saved(path: Path, seed: int = 0, data: tuple[str, ...] = ("b", "a"), weights
     return path
 
 
-def equal(a: BlockStatistics, b: BlockStatistics) -> bool:
+def equal(a: AttentionStatistics, b: AttentionStatistics) -> bool:
     return all(torch.equal(getattr(a, name), getattr(b, name)) for name in NAMES)
 
 
