@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +19,9 @@ from pessa_cli.ranks.rule import Rule
 from pessa_cli.ranks.spectra import Spectra, Spectrum, largest_pairs, pair_shares, smallest_dropped
 
 NO_MLP = "add MLPs with --sites mlp, if `pessa architectures` has them for this model"
+
+
+Block = TypeVar("Block", bound=Site)
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,7 @@ class RankPlan:
         """Return the plan that keeps all that the blocks had before any pruning."""
         return RankPlan({site.name: {seam.name: seam.full for seam in site.seams} for site in sites})
 
-    def kept(self, site: Site) -> Site:
+    def kept(self, site: Block) -> Block:
         """Return the site as a compact file stores it after pruning by this plan."""
         return site.keeping(self.ranks[site.name], self.pairs.get(site.name))
 

@@ -93,7 +93,7 @@ def test_the_smallest_pairs_of_all_blocks_are_dropped(tiny_folder: TinyFolder) -
     assert min(rank for ranks in ranks_by(kept(rope_ratio=0.9, min_rank=3), "qk").values() for rank in ranks) == 4
     assert {rank % 4 for ranks in ranks_by(kept(rope_ratio=0.4, round_to=4), "qk").values() for rank in ranks} == {0}
     nothing = {name: replace(known, pairs=np.zeros((2, 4))) for name, known in spectra.items()}
-    assert plan_ranks(model.attention, nothing, Rule(rope_ratio=0.0)).ranks["decoder.self.0"] == (0, 0)
+    assert plan_ranks(model.attention, nothing, Rule(rope_ratio=0.0)).ranks["decoder.self.0"]["qk"] == (0, 0)
 
 
 def test_without_rope_there_are_no_pairs(tiny_folder: TinyFolder) -> None:
@@ -116,7 +116,7 @@ def test_zero_pairs_are_dropped_exactly(name: str, tiny_folder: TinyFolder, tmp_
     folder = copy_of(tiny_folder(name), tmp_path / "zero")
     edit_weights(zeroed)(folder)
     written = prune_model(open_model(folder), tmp_path / "out", Rule(rope_ratio=0.0))
-    half = written.sites[0].head_dim // 2
+    half = written.sites[0].seam("qk").width // 2
     assert set(ranks_by(written.ranks, "qk").values()) == {(2 * half - 4, 2 * half - 4)}
     assert tiny.close(tiny.load(folder), tiny.load(tmp_path / "out"), 1e-6)
     assert verify_models(open_model(folder), open_model(tmp_path / "out")).failures == []
@@ -133,7 +133,7 @@ def test_compact_equals_dense_and_other_pairs_do_not(name: str, tiny_folder: Tin
     report = verify_models(open_model(tmp_path / "dense"), open_model(tmp_path / "compact"))
     assert report.failures == []
     # The negative control: the same weights at other frequencies are a valid file but another model.
-    half = written.sites[0].head_dim // 2
+    half = written.sites[0].seam("qk").width // 2
 
     def mirrored(content: dict[str, Any]) -> None:
         modules = content["quantization_config"]["modules"]

@@ -231,7 +231,7 @@ def test_sites_choose_a_tower(tmp_path: Path, pessa: Pessa) -> None:
     done = pessa("prune", tmp_path / "model", "-o", tmp_path / "out", "--sites", "vision.self", "--rank", "3", "--json")
     assert done.code == 0, done.err
     model, out = open_model(tmp_path / "model"), open_model(tmp_path / "out")
-    for site, cut in zip(model.attention, out.sites, strict=True):
+    for site, cut in zip(model.attention, out.attention, strict=True):
         assert (cut.qk_ranks == (3,) * 4) == (site.spec.kind == "vision.self")
     refused = pessa("prune", tmp_path / "model", "-o", tmp_path / "no", "--sites", "encoder.self", "--rank", "3")
     is_refusal(refused, "encoder.self", "text.self, vision.self", code=2)
@@ -263,7 +263,7 @@ def test_rotated_directions_are_kept_and_rules_apply_to_the_others(name: str, tm
         prune_model(model, tmp_path / f"{rule}", rule)
         prune_model(open_model(tmp_path / "whole"), tmp_path / f"sliced {rule}", rule)
         out, sliced = (open_model(tmp_path / folder) for folder in (f"{rule}", f"sliced {rule}"))
-        for site, cut in zip(out.sites, sliced.sites, strict=True):
+        for site, cut in zip(out.attention, sliced.attention, strict=True):
             assert min(site.qk_ranks) >= site.unmerged > 0
             assert (site.qk_ranks, site.vo_ranks) == (cut.qk_ranks, cut.vo_ranks)
             if rule.rank:

@@ -74,7 +74,7 @@ def test_the_refit_of_the_output_projection_reduces_the_error(
     """
     site, model = calibrated.block(block), calibrated.model
     decompose_model(model, tmp_path / "full", statistics=calibrated.statistics)
-    spectrum = measure(model, [site], statistics=calibrated.statistics)[block].vo
+    spectrum = measure(model, [site], statistics=calibrated.statistics)[block].seams["vo"]
     rule = Rule(qk_thr=0.0, vo_thr=float(np.quantile(spectrum, 0.5)))
     fitted = prune_model(model, tmp_path / "fitted", rule, [site], layout="dense", statistics=calibrated.statistics)
     full = open_model(tmp_path / "full")
@@ -103,8 +103,7 @@ def test_weighting_keys_by_their_influence_on_the_output_reduces_the_error(
     save_file({n: t * 0 if n.endswith(".influence") else t for n, t in sums.items()}, without, about)
     errors = []
     for name, statistics in (("all", calibrated.statistics), ("keys", SavedStatistics(without))):
-        spectrum = measure(model, [site], statistics=statistics)[block].qk
-        assert spectrum is not None
+        spectrum = measure(model, [site], statistics=statistics)[block].seams["qk"]
         rule = Rule(qk_thr=float(np.quantile(spectrum, 0.25)), vo_thr=0.0)
         written = prune_model(model, tmp_path / name, rule, [site], layout="dense", statistics=statistics)
         assert sum(written.ranks.ranks[block]["qk"]) == 0.75 * spectrum.size

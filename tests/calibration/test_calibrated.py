@@ -32,7 +32,7 @@ from pessa_cli.models.load import load
 from pessa_cli.ranks.budget import ranks_for
 from pessa_cli.ranks.rule import Rule
 from pessa_cli.statistics.file import CollectedStatistics, SavedStatistics, data_sha256, files_of, shortages
-from pessa_cli.statistics.sums import NAMES, AttentionStatistics
+from pessa_cli.statistics.sums import AttentionStatistics
 from pessa_cli.statistics.weighing import independent, weigh
 from pessa_cli.surgery.block_io import read_site
 from pessa_cli.surgery.decomposition import measure
@@ -230,7 +230,9 @@ def test_statistics_of_parts_of_the_data_add_up(tiny_folder: TinyFolder, data: l
     assert data_sha256(both) == data_sha256(whole) != data_sha256(SavedStatistics(tmp_path / "a"))
     for site in model.attention:
         one, sum_ = whole.of(site), both.of(site)
-        added = [name for name in NAMES if name not in TRIED]  # trial cuts are made on other inputs
+        added = [
+            name for name in AttentionStatistics.names() if name not in TRIED
+        ]  # trial cuts are made on other inputs
         assert all(torch.allclose(getattr(one, name), getattr(sum_, name)) for name in added)
         assert sum_.trials is not None
     with pytest.raises(PessaError, match="in common"):
@@ -256,7 +258,9 @@ def test_a_model_that_does_not_fit_is_read_from_disk_block_by_block(
     assert "disk" in placed[0]
     for site in model.attention:
         one, other = whole.of(site), parts.of(site)
-        assert all(torch.allclose(getattr(one, n), getattr(other, n)) for n in NAMES if n not in TRIED)
+        assert all(
+            torch.allclose(getattr(one, n), getattr(other, n)) for n in AttentionStatistics.names() if n not in TRIED
+        )
         assert other.trials is None
         assert one.trials is not None
     assert (
@@ -308,7 +312,9 @@ def test_a_compact_model_is_calibrated(
     for site, same in zip(compact.attention, dense_one.sites, strict=True):
         assert max(site.vo_ranks) < site.head_dim
         one, two = found.of(site), other.of(same)
-        assert all(torch.allclose(getattr(one, n), getattr(two, n), rtol=1e-4, atol=1e-6) for n in NAMES)
+        assert all(
+            torch.allclose(getattr(one, n), getattr(two, n), rtol=1e-4, atol=1e-6) for n in AttentionStatistics.names()
+        )
         assert one.trials is not None
     decompose_model(compact, tmp_path / "full", statistics=found)
     assert block_errors(tmp_path / "full", tmp_path / "compact") < 1e-5
@@ -419,7 +425,7 @@ def test_repeating_one_input_is_too_little_data_but_works(
         found = collected(model, data, tmp_path / name)
         assert len(shortages(found, model.attention)) == len(model.attention)
         spectra = measure(model, model.attention, statistics=found)
-        assert all(np.isfinite(known.vo).all() and (known.vo > 0).any() for known in spectra.values())
+        assert all(np.isfinite(known.seams["vo"]).all() and (known.seams["vo"] > 0).any() for known in spectra.values())
         prune_model(model, tmp_path / f"{name}-out", Rule(ratio=0.3), statistics=found)
         with torch.no_grad():
             loaded = tiny.load(tmp_path / f"{name}-out")
@@ -522,7 +528,7 @@ def test_the_commands(tiny_folder: TinyFolder, data: list[Path], tmp_path: Path,
 
 
 def test_statistics_of_a_block_add_up() -> None:
-    one = AttentionStatistics(*(torch.ones((), dtype=torch.float64) for _ in NAMES))
+    one = AttentionStatistics.of({name: torch.ones((), dtype=torch.float64) for name in AttentionStatistics.names()})
     assert float((one + one).queries) == 2
 
 

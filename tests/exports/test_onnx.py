@@ -185,8 +185,8 @@ def test_attention_with_sinks_is_refused(tiny_folder: TinyFolder, tmp_path: Path
         onnx_export._attention(model.reader, model.attention[0], 1.0)
     assert "--layout dense" in str(raised.value.hint)
     bert = open_model(tiny_folder("bert"))  # the negative control
-    onnx_export._attention(bert.reader, bert.sites[0], 1.0)
-    sinks = replace(bert.sites[0], spec=replace(bert.sites[0].spec, sums_to_one=False))
+    onnx_export._attention(bert.reader, bert.attention[0], 1.0)
+    sinks = replace(bert.attention[0], spec=replace(bert.attention[0].spec, sums_to_one=False))
     with pytest.raises(PessaError, match="do not sum to one"):
         onnx_export._attention(bert.reader, sinks, 1.0)
 

@@ -126,7 +126,7 @@ def test_a_compact_model_is_the_same_in_openai_whisper(compact: Path, mel: torch
     assert isinstance(loaded, Whisper)
     assert len(ragged(loaded)) == 6
     reader = open_model(compact)
-    assert {0, 32} < {rank for site in reader.sites for rank in (*site.qk_ranks, *site.vo_ranks)}
+    assert {0, 32} < {rank for site in reader.attention for rank in (*site.qk_ranks, *site.vo_ranks)}
     theirs = WhisperForConditionalGeneration.from_pretrained(compact).eval()
     with torch.no_grad():
         expected = theirs(input_features=mel, decoder_input_ids=tokens).logits

@@ -98,7 +98,7 @@ def test_a_rank_larger_than_every_head_is_refused(option: str) -> None:
     for rank in (4, 5):
         rule = Rule(rank=rank) if option == "rank" else Rule(min_rank=rank)
         if rank == 4:
-            assert ranks_for(SITES, spectra_of(0.5, 0.7), rule, WHOLE).vo[SITE.name] == (4, 4)
+            assert ranks_for(SITES, spectra_of(0.5, 0.7), rule, WHOLE).ranks[SITE.name]["vo"] == (4, 4)
         else:
             with pytest.raises(UsageError, match=f"--{option.replace('_', '-')} 5: the largest head has 4"):
                 ranks_for(SITES, spectra_of(0.5, 0.7), rule, WHOLE)
@@ -108,7 +108,7 @@ def test_the_cheapest_directions_of_all_blocks_are_dropped_first() -> None:
     """No dropped direction has a larger share than a kept one, so no plan of the same size drops a smaller sum."""
     spectra = spectra_of(0.3, 0.9)
     plan = ranks_for(SITES, spectra, Rule(target_attention=0.5), WHOLE)
-    shares = {name: found.vo**2 / (found.vo**2).sum() for name, found in spectra.items()}
+    shares = {name: found.seams["vo"] ** 2 / (found.seams["vo"] ** 2).sum() for name, found in spectra.items()}
     kept = [shares[s.name][h, r] for s in SITES for h, rank in enumerate(plan.ranks[s.name]["vo"]) for r in range(rank)]
     gone = [
         shares[s.name][h, r] for s in SITES for h, rank in enumerate(plan.ranks[s.name]["vo"]) for r in range(rank, 4)
@@ -157,11 +157,11 @@ def test_ranks_respect_round_to_and_min_rank(step: int, least: int) -> None:
 def test_max_error_bounds_every_block() -> None:
     tried = (0.0001, 0.001, 0.01, 0.1)
     trials = trials_by(tried, tried, 1.0)
-    spectra = spectra_of(0.5, 0.7, (trials, replace(trials, qk=tuple(100 * e for e in tried))))
+    spectra = spectra_of(0.5, 0.7, (trials, trials_by(tuple(100 * e for e in tried), tried, 1.0)))
     plan = ranks_for(SITES, spectra, Rule(max_error=0.1), WHOLE)
     for site in SITES:
         errors = [step for step in ordered_steps(SITES, spectra, Rule()) if step.site == site]
-        lost = sum(s.error for s in errors if s.rank >= getattr(plan, s.seam.name)[site.name][s.group])
+        lost = sum(s.error for s in errors if s.rank >= plan.ranks[site.name][s.seam.name][s.group])
         assert lost <= 0.1**2 * (1 + 1e-9)
     assert left(plan, SITES[:1]) < left(plan, SITES[1:]) < EACH * 16
     with pytest.raises(UsageError, match="measured on calibration data"):
@@ -201,7 +201,7 @@ def test_trials_are_the_errors_of_pruned_blocks(
                 loaded(**given)
         outputs.append(torch.cat(seen))
     both = float((outputs[0] - outputs[1]).norm() / outputs[0].norm())
-    pruned_too = trials.errors["vo"][2] + (0 if spectra[site.name].seams["qk"] is None else trials.errors["qk"][2])
+    pruned_too = trials.errors["vo"][2] + trials.errors["qk"][2]
     # Trials use held-out inputs, and the statistics of the others.
     assert 0.2 * pruned_too < both**2 < 1.2 * pruned_too
 

@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from sites import SITE, spectra_by
+from sites import SITE, plan_by, spectra_by
 
 from pessa_cli.blocks.site import AttentionSite
 from pessa_cli.checkpoint.dtypes import UNIT_ROUNDOFF
 from pessa_cli.common.errors import PessaError, UsageError
-from pessa_cli.ranks.plan import RankPlan, plan_ranks
+from pessa_cli.ranks.plan import plan_ranks
 from pessa_cli.ranks.rule import Rule
 
 QK = [[4.0, 3.0, 2.0, 1.0], [0.4, 0.3, 0.2, 0.0]]
@@ -69,7 +69,7 @@ def test_ratio_compares_directions_over_all_blocks_but_never_qk_with_vo() -> Non
         sites[1].name: spectra_by(np.full((2, 4), 2.0), np.full((2, 4), 50.0)),
     }
     plan = plan_ranks(sites, spectra, Rule(ratio=0.5))
-    assert plan == RankPlan(
+    assert plan == plan_by(
         qk={sites[0].name: (0, 0), sites[1].name: (4, 4)}, vo={sites[0].name: (4, 4), sites[1].name: (0, 0)}
     )
 

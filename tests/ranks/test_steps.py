@@ -107,7 +107,7 @@ def test_directions_that_are_not_stored_are_not_dropped_again() -> None:
     ]  # fmt: skip
     nothing = replace(BIASED, qk_ranks=(0, 0), vo_ranks=(0, 0))
     assert steps_of(nothing, spectra_of(nothing), Rule()) == []
-    assert ranks_for([nothing], spectra_of(nothing), Rule(target_params=1.0), WHOLE).vo[nothing.name] == (0, 0)
+    assert ranks_for([nothing], spectra_of(nothing), Rule(target_params=1.0), WHOLE).ranks[nothing.name]["vo"] == (0, 0)
 
 
 def test_directions_that_cannot_be_merged_are_always_kept() -> None:
@@ -137,7 +137,7 @@ def test_pairs_of_a_block_with_rope() -> None:
     size = sum(s.parameters for s in steps[:3])
     attention = 8 * (4 * (5 + 7) + 2 * 2 * 6)
     rule = Rule(target_attention=1 - size / attention)
-    free = {ROTATED.name: replace(spectra[ROTATED.name], vo=1e3 * EIGHT, trials=None)}
+    free = {ROTATED.name: replace(spectra[ROTATED.name], seams={"vo": 1e3 * EIGHT}, trials=None)}
     plan = ranks_for([ROTATED], free, rule, WHOLE)
     assert sum(plan.ranks[ROTATED.name]["qk"]) + sum(plan.ranks[ROTATED.name]["vo"]) < 32
     chosen = {s.name: s for s in [ROTATED]}
@@ -261,7 +261,7 @@ def test_a_budget_that_cannot_be_met_names_what_remains() -> None:
 
 def test_max_error_stops_a_block_at_its_first_step_that_is_too_much() -> None:
     sites = [BIASED, replace(BIASED, layer=1)]
-    worse = replace(TRIED, vo=tuple(100 * error for error in TRIED.vo))
+    worse = trials_by(TRIED.errors["qk"], tuple(100 * error for error in TRIED.errors["vo"]), TRIED.harm)
     spectra = {site.name: spectra_by(QK, VO, True, trials) for site, trials in zip(sites, (TRIED, worse), strict=True)}
     steps = ordered_steps(sites, spectra, Rule())
     for most in (0.0, 0.02, 0.05, 0.1, 0.5):

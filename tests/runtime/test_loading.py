@@ -68,7 +68,7 @@ def test_save_pretrained_round_trips(pruned: Callable[[str, str], Path], name: s
     for folder in ("single", "shards"):
         assert close(model, load(tmp_path / folder), 1e-7)
         reopened = open_model(tmp_path / folder)
-        assert [s.vo_ranks for s in reopened.sites] == [
+        assert [s.vo_ranks for s in reopened.attention] == [
             s.vo_ranks for s in open_model(pruned(name, "compact")).attention
         ]
     assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 1

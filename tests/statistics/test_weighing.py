@@ -16,7 +16,7 @@ from pessa_cli.algebra.rope import PairWeighting
 from pessa_cli.algebra.weighted import traces
 from pessa_cli.blocks.site import ROPE, AttentionSite
 from pessa_cli.blocks.table import ARCHITECTURES
-from pessa_cli.statistics.sums import NAMES, AttentionStatistics, shapes_of
+from pessa_cli.statistics.sums import AttentionStatistics, shapes_of
 from pessa_cli.statistics.weighing import (
     RIDGE,
     SHRINKAGE,
@@ -177,7 +177,7 @@ def test_constant_inputs_leave_no_noise() -> None:
 
 
 def test_without_frames_nothing_is_divided_by_zero() -> None:
-    empty = AttentionStatistics(*(torch.zeros(shape, dtype=torch.float64) for shape in shapes_of(GROUPED)))
+    empty = AttentionStatistics.of({n: torch.zeros(s, dtype=torch.float64) for n, s in shapes_of(GROUPED).items()})
     weighed = weigh(empty, GROUPED, None)
     assert weighed.qk.shrinkage == SHRINKAGE + D
     assert weighed.vo.left.isfinite().all()
@@ -208,10 +208,10 @@ def test_the_moment_of_the_new_directions() -> None:
 def test_statistics_add_up_and_trials_are_shares_of_the_output() -> None:
     first, second = statistics_of(GROUPED), statistics_of(GROUPED, values_of(GROUPED, 9))
     both = first + second
-    for name in NAMES:
+    for name in AttentionStatistics.names():
         assert torch.equal(getattr(both, name), getattr(first, name) + getattr(second, name))
     moved = first.to("meta")
-    assert {getattr(moved, name).device.type for name in NAMES} == {"meta"}
+    assert {getattr(moved, name).device.type for name in AttentionStatistics.names()} == {"meta"}
     trials = first.trials
     assert trials is not None
     assert trials.errors["qk"] == pytest.approx((0.02, 0.04, 0.06, 0.08))
@@ -229,4 +229,4 @@ def test_statistics_add_up_and_trials_are_shares_of_the_output() -> None:
 @pytest.mark.parametrize("site", [GROUPED, ROTATED])
 def test_shapes_are_those_of_the_statistics(site: AttentionSite) -> None:
     found = statistics_of(site)
-    assert [tuple(getattr(found, name).shape) for name in NAMES] == list(shapes_of(site))
+    assert {name: tuple(getattr(found, name).shape) for name in found.names()} == shapes_of(site)

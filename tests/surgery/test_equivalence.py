@@ -130,7 +130,7 @@ def test_each_head_loses_the_norm_of_its_dropped_singular_values(source: Path, t
     errors = {found.where: found.error for found in compare(model, tmp_path / "out").weights}
     for site in model.attention:
         spectra = written.spectra[site.name]
-        for side, spectrum in (("Q-K", spectra.qk), ("V-O", spectra.vo)):
+        for side, spectrum in (("Q-K", spectra.seams.get("qk")), ("V-O", spectra.seams["vo"])):
             if spectrum is None:
                 continue
             for group in range(site.kv_heads):
@@ -171,7 +171,7 @@ def test_negative_control_a_dropped_value_bias_is_caught(
         return replace(absorbed, o_bias=weights.o_bias.double())
 
     model = open_model(tiny_folder(name))
-    monkeypatch.setattr("pessa_cli.surgery.decomposed_block.absorb", forgetful)
+    monkeypatch.setattr("pessa_cli.surgery.attention_block.absorb", forgetful)
     decompose_model(model, tmp_path / "out")
     report = verify_models(model, open_model(tmp_path / "out"))
     assert not report.same

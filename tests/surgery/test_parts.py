@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from attention import GROUPED, weights_of
+from attention import GROUPED, decomposed, weights_of
 from harness import TinyFolder, copy_of
 from safetensors.torch import load_file, save_file
 from sites import plan_by, spectra_by, trials_by
@@ -28,7 +28,7 @@ from pessa_cli.ranks.plan import RankPlan
 from pessa_cli.ranks.rule import Rule
 from pessa_cli.ranks.spectra import Spectra
 from pessa_cli.surgery import run as run_module
-from pessa_cli.surgery.decomposed_block import decompose_block, factored
+from pessa_cli.surgery.attention_block import attention_factors
 from pessa_cli.surgery.decomposition import decomposition_of, measure
 from pessa_cli.surgery.export import _fit, export_model
 from pessa_cli.surgery.model import open_model
@@ -141,7 +141,7 @@ def test_the_stored_blocks_and_the_header(rewrite: Rewrite) -> None:
     first, second = rewrite.model.attention
     assert [site.name for site in rewrite.stored] == [first.name, second.name]
     assert rewrite.stored[1] is second
-    assert (rewrite.stored[0].qk_ranks, rewrite.stored[0].vo_ranks) == ((4, 2), (3, 0))
+    assert rewrite.stored[0].ranks == {"qk": (4, 2), "vo": (3, 0)}
     assert replace(rewrite, layout="dense").stored[0] == first
     assert rewrite.owner == dict.fromkeys(first.tensors, first)
     assert rewrite.sites_of(rewrite.header) == [first]
@@ -167,7 +167,7 @@ def test_the_identity_of_a_run(rewrite: Rewrite) -> None:
     for other in (
         replace(rewrite, shard_bytes=1000),
         replace(rewrite, rule="rank 4"),
-        replace(rewrite, ranks=replace(rewrite.ranks, vo={name: (3, 1)})),
+        replace(rewrite, ranks=replace(rewrite.ranks, ranks={name: {"qk": (4, 2), "vo": (3, 1)}})),
         replace(rewrite, layout="dense"),
     ):
         assert other.run != rewrite.run
@@ -176,7 +176,7 @@ def test_the_identity_of_a_run(rewrite: Rewrite) -> None:
 def test_directions_that_cannot_be_merged_do_not_count_as_values() -> None:
     partial = replace(BIASED, unmerged=1)
     described = Rewrite("prune", "", None, [partial], plan_by({partial.name: (3, 1)}, {partial.name: (3, 3)}), {}, "")  # type: ignore[arg-type]
-    assert described.merged_ranks == {partial.name: (2, 0)}
+    assert described.kept_values == {partial.name: {"qk": (2, 0), "vo": (3, 3)}}
 
 
 # The spectra file
@@ -196,18 +196,16 @@ def test_spectra_are_the_same_after_a_file(tmp_path: Path) -> None:
     found = load_spectra(tmp_path, SITES)
     for name, known in spectra().items():
         again = found[name]
-        assert again.qk is not None
-        assert known.qk is not None
-        assert np.array_equal(again.qk, known.qk)
-        assert np.array_equal(again.vo, known.vo)
+        assert again.seams.keys() == known.seams.keys()
+        assert all(np.array_equal(again.seams[seam], each) for seam, each in known.seams.items())
         assert (again.calibrated, again.trials, again.pairs) == (known.calibrated, known.trials, None)
     assert load_spectra(tmp_path, [replace(BIASED, layer=7)]) == {}
     unmerged = replace(BIASED, unmerged=3)
     save_spectra(tmp_path, {BIASED.name: spectra_by(None, VO)})
-    assert load_spectra(tmp_path, [unmerged])[BIASED.name].qk is None
+    assert load_spectra(tmp_path, [unmerged])[BIASED.name].seams.keys() == {"vo"}
     partial = replace(BIASED, unmerged=1)
     save_spectra(tmp_path, {BIASED.name: spectra_by(QK[:, :2], VO)})
-    assert load_spectra(tmp_path, [partial])[BIASED.name].qk is not None
+    assert load_spectra(tmp_path, [partial])[BIASED.name].seams.keys() == {"qk", "vo"}
     keys = load_file(tmp_path / SPECTRA_FILE)
     assert set(keys) == {f"{BIASED.name}.qk", f"{BIASED.name}.vo"}
 
@@ -258,9 +256,9 @@ SINKS = replace(GROUPED.spec, key_bias_stays=True, sums_to_one=False)
 
 def factors(site: AttentionSite, dtype: torch.dtype = torch.float64) -> tuple[HeadWeights, Spectra]:
     weights = weights_of(site, dtype=dtype)
-    block = decompose_block(weights, site, "svd")
+    block = decomposed(weights, site, "svd")
     assert block.form is not None
-    return factored(weights, site, block.form), block.spectra
+    return attention_factors(weights, site, block.form), block.spectra
 
 
 @pytest.mark.parametrize("calibrated", [False, True])
@@ -275,7 +273,11 @@ def test_changed_weights_do_not_belong_to_their_spectra(kind: str, calibrated: b
     }[kind]
     made, known = factors(site, torch.float16 if kind == "half" else torch.float64)
     if calibrated:  # values in other units
-        known = replace(known, qk=None if known.qk is None else 3 * known.qk, vo=5 * known.vo, calibrated=True)
+        known = replace(
+            known,
+            seams={seam: (3 if seam == "qk" else 5) * each for seam, each in known.seams.items()},
+            calibrated=True,
+        )
     check_spectra(tmp_path, known, site, made)
     noticed = {"v", "o"} | ({"v_bias", "k_bias"} if kind == "sinks" else set())
     if kind != "unmerged":
@@ -388,22 +390,22 @@ def test_settings_that_cannot_be_used() -> None:
     ],
 )
 def test_ranks_that_a_file_could_have(qk: Any, vo: Any, pairs: Any, fits: bool) -> None:
-    assert _fit(BIASED, qk, vo, pairs) == fits
+    assert _fit(BIASED, {"qk": qk, "vo": vo}, pairs) == fits
 
 
 def test_ranks_and_pairs_under_rope() -> None:
     site = replace(BIASED, spec=ARCHITECTURES["llama"][0], between=ROPE, head_dim=4, unmerged=4)
     pairs = ((range(0, 2),), (range(1, 2),))
-    assert _fit(site, (4, 2), (4, 4), pairs)
-    assert not _fit(site, (4, 4), (4, 4), pairs)
-    assert not _fit(site, (4, 2), (4, 4), ())
-    assert _fit(site, (4, 4), (4, 4), ())
-    assert not _fit(site, (4, 2), (4, 4), ((range(0, 2),), (range(2, 3),)))
+    assert _fit(site, {"qk": (4, 2), "vo": (4, 4)}, pairs)
+    assert not _fit(site, {"qk": (4, 4), "vo": (4, 4)}, pairs)
+    assert not _fit(site, {"qk": (4, 2), "vo": (4, 4)}, ())
+    assert _fit(site, {"qk": (4, 4), "vo": (4, 4)}, ())
+    assert not _fit(site, {"qk": (4, 2), "vo": (4, 4)}, ((range(0, 2),), (range(2, 3),)))
     wide = replace(site, head_dim=8, unmerged=8)
-    assert _fit(wide, (2, 2), (8, 8), ((range(3, 4),), (range(3, 4),)))
+    assert _fit(wide, {"qk": (2, 2), "vo": (8, 8)}, ((range(3, 4),), (range(3, 4),)))
     partial = replace(BIASED, unmerged=1)
-    assert _fit(partial, (1, 3), (0, 0), ())
-    assert not _fit(partial, (1, 0), (0, 0), ())
+    assert _fit(partial, {"qk": (1, 3), "vo": (0, 0)}, ())
+    assert not _fit(partial, {"qk": (1, 0), "vo": (0, 0)}, ())
 
 
 @pytest.fixture
