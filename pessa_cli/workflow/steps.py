@@ -91,17 +91,11 @@ def named(run: Run, model: str | Path) -> Run:
 
 
 def chosen(model: Model, recipe: Recipe) -> list[Site]:
-    """Return the blocks that a recipe applies to. Raises UsageError if there are none.
+    """Return the blocks that a recipe applies to; without `sites` those that its rule is about.
 
-    Without `sites` a budget is shared by all blocks, the options for MLPs take the MLPs, and all other rules take the
-    attention blocks, as in the paper.
+    Raises UsageError if there are none.
     """
-    kinds = recipe.sites
-    if not kinds and recipe.rule.target_attention is not None:
-        kinds = ("attention",)
-    if not kinds and not (recipe.rule.budgeted or recipe.searches):
-        kinds = ("mlp",) if recipe.rule.of_mlp else ()
-        kinds += ("attention",) if recipe.rule.given or not kinds else ()
+    kinds = recipe.sites or (() if recipe.searches else recipe.rule.kinds)
     return select(model.sites, kinds, recipe.layers)
 
 
