@@ -40,7 +40,8 @@ def decompose_model(
 ) -> Rewrite:
     """Write the model with blocks as balanced factors at full rank or with ordered channels, and with their spectra.
 
-    All tensors keep their names and shapes. sites: by default all attention blocks. out, blocks, decomposition: as in `prune_model`, which also lists the
+    All tensors keep their names and shapes. sites: by default all attention blocks. out, blocks, decomposition: as in
+    `prune_model`, which also lists the
     errors.
     """
     run, sites = run or Run(), model.attention if sites is None else sites
