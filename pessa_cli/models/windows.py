@@ -85,9 +85,9 @@ def inputs_of(
     """Encode an item as inputs of batch size 1, cut into windows of at most the model's input length.
 
     encoder: from `encoder_for`. transcribed: whether the decoder of an encoder-decoder model gets a text with the
-    window of this number: the transcript of each window of speech, or what the model itself makes of a window where the
-    data give no transcript. False gives the start token alone, for when no decoder block is calibrated. Raises UsageError
-    when the item does not fit the model.
+    window of this number: the transcript of each window of speech, or what the model itself makes of a window where
+    the data give no transcript. False gives the start token alone, for when no decoder block is calibrated. Raises
+    UsageError when the item does not fit the model.
     """
     if item.audio is not None:
         yield from _speech(model, encoder, load_audio(item.audio), item, transcribed)
