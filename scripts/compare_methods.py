@@ -47,7 +47,7 @@ def main() -> None:
     processor = AutoProcessor.from_pretrained(source)
     inputs = clip_features(processor, load_audio(clip))
     model = open_model(source)
-    sites = select(model.sites, () if args.sites == "all" else tuple(args.sites.split(",")))
+    sites = select(model.attention, () if args.sites == "all" else tuple(args.sites.split(",")))
     original = heard(source, inputs, processor)
     print(f"| pruned ({args.sites}) | parameters | method | WER | transcript of {clip.name} |")
     print("|---|---|---|---|---|")
@@ -58,7 +58,7 @@ def main() -> None:
                 out = Path(folder) / "out"
                 written = prune_model(model, out, Rule(ratio=ratio), sites, method)
                 said = heard(out, inputs, processor)
-            counts = totals(model.reader.header, model.sites, sites, written.ranks)
+            counts = totals(model.reader.header, model.attention, sites, written.ranks)
             rate, left = compare_words([original], [said]).rate, counts["parameters_after"]
             said = said if len(said) <= 80 else said[:80] + " ..."
             name = "pessa" if method == "svd" else method

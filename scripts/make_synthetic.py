@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from pessa_cli.blocks.discover import find_sites, specs_of
-from pessa_cli.blocks.site import Site
+from pessa_cli.blocks.site import AttentionSite
 from pessa_cli.checkpoint.dtypes import TORCH_DTYPES
 from pessa_cli.checkpoint.files import CONFIG_FILE, SINGLE_FILE, write_json
 from pessa_cli.checkpoint.reader import CHUNK, TensorInfo
@@ -199,7 +199,7 @@ def product(generator: torch.Generator, left: int, right: int, spectra: Tensor) 
     return side(left), side(right)
 
 
-def attention(site: Site, recipe: Recipe, block: int, dtype: torch.dtype) -> dict[str, Tensor]:
+def attention(site: AttentionSite, recipe: Recipe, block: int, dtype: torch.dtype) -> dict[str, Tensor]:
     """Return the tensors of a block that determine its products; the other tensors are noise."""
     generator = torch.Generator().manual_seed((recipe.seed << 20) + block)
     shapes = site.tensors

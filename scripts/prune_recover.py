@@ -60,7 +60,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place:
         folder, data = Path(place) / "pruned", Path(place) / "development.jsonl"
         model = open_model(source)
-        prune_model(model, folder, Rule(ratio=args.ratio), select(model.sites, ("encoder.self",)))
+        prune_model(model, folder, Rule(ratio=args.ratio), select(model.attention, ("encoder.self",)))
         print(f"| pruned | {errors(load(folder))} |", flush=True)
         heard = transcribe(original, processor, development.inputs, settings)
         lines = [

@@ -192,7 +192,7 @@ def calibrate(
     torch.set_num_threads(n)
     opened, started = open_model(fetch(model)), time.perf_counter()
     partial = out.with_suffix(".partial")
-    collect(opened, select(opened.sites, kinds), files, partial, rule)
+    collect(opened, select(opened.attention, kinds), files, partial, rule)
     partial.rename(out)
     return {"calibration": out.stem, "seconds": time.perf_counter() - started, "peak": peak_memory()}
 
@@ -227,7 +227,7 @@ class Results:
 
     def _pruned(self, subject: Subject, method: str, share: float, model: Model, fold: int, out: Path) -> Figures:
         """Write a pruned model and return its size."""
-        sites, statistics = select(model.sites, subject.kinds), None
+        sites, statistics = select(model.attention, subject.kinds), None
         rotates = any(site.spec.rope for site in sites)
         rule = Rule(ratio=share, rope_ratio=share if rotates else None)
         if method in ("calibrated", "in sequence"):
@@ -236,7 +236,7 @@ class Results:
         how: Ranking = "vanilla" if method == "vanilla" else "svd"
         run = Run(jobs=self._threads)
         ranks = prune_model(model, out, rule, sites, how, run=run, statistics=statistics).ranks
-        counted = totals(model.reader.header, model.sites, sites, ranks)
+        counted = totals(model.reader.header, model.attention, sites, ranks)
         names = {"parameters": "parameters_after", "attention": "attention_pruned"}
         return {name: counted[known] for name, known in names.items()}
 

@@ -29,6 +29,7 @@ import transformers
 from calibrating import data  # noqa: F401  # a fixture
 from fetch_models import fetch
 from harness import Once, Pessa, Real, RealPruned, Result, TinyFolder
+from sites import ranks_by
 from tuned import with_tokenizer
 
 from pessa_cli.cli.main import BUG, main
@@ -89,7 +90,7 @@ def pruned(tiny_folder: TinyFolder, tmp_path_factory: pytest.TempPathFactory) ->
         if (name, layout) not in made:
             out = tmp_path_factory.mktemp("pruned") / "out"
             written = prune_model(open_model(tiny_folder(name)), out, Rule(ratio=0.45), layout=layout)
-            assert len({rank for ranks in written.ranks.vo.values() for rank in ranks}) > 1
+            assert len({rank for ranks in ranks_by(written.ranks, "vo").values() for rank in ranks}) > 1
             made[name, layout] = out
         return made[name, layout]
 

@@ -6,7 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import Self, TypeVar
 
 from pessa_cli.blocks.compact_format import PairRuns, Ragged, Ranks, pair_ranks
 from pessa_cli.blocks.seam import Seam, Symmetry
@@ -233,6 +233,9 @@ class AttentionSite(Site):
         return entries
 
 
+Block = TypeVar("Block", bound=Site)
+
+
 def count(shapes: Mapping[str, tuple[int, ...]]) -> int:
     """Return the total number of entries of tensors of these shapes."""
     return sum(math.prod(shape) for shape in shapes.values())
@@ -250,7 +253,7 @@ def head_order(spec: AttentionSpec, side: str, kv_heads: int, group: int) -> lis
     return [pair for letter in "qkv" for pair in head_order(replace(spec, fused=""), letter, kv_heads, group)]
 
 
-def select(sites: Sequence[Site], kinds: tuple[str, ...] = (), layers: frozenset[int] | None = None) -> list[Site]:
+def select(sites: Sequence[Block], kinds: tuple[str, ...] = (), layers: frozenset[int] | None = None) -> list[Block]:
     """Return the sites of the given kinds and layers; no kinds means all kinds, and None means all layers.
 
     A kind is the whole name of one, such as "encoder.self" or "encoder.mlp", or "encoder" for all kinds of a stack,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,9 @@ from pessa_cli.ranks.spectra import Spectra, Spectrum
 MOST_COLUMNS = 4
 
 
-def plot_spectra(path: Path, sites: list[Site], spectra: Mapping[str, Spectra], norms: Mapping[str, Spectra]) -> None:
+def plot_spectra(
+    path: Path, sites: Sequence[Site], spectra: Mapping[str, Spectra], norms: Mapping[str, Spectra]
+) -> None:
     """Draw each block's sorted singular values against its sorted products of L2 norms, to a PNG, SVG or PDF.
 
     One row for each kind of block and seam, one column for each layer, at most four of them, evenly spaced.

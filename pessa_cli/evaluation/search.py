@@ -92,7 +92,7 @@ class SearchResult:
 
 def search(
     model: Model,
-    sites: list[Site],
+    sites: Sequence[Site],
     limit: QualityLimit,
     items: EvaluationItems,
     rule: Rule,

@@ -54,7 +54,7 @@ class Point:
     harm: float  # the predicted change of the model's output, as in PruneStep
 
 
-def ranks_for(sites: list[Site], spectra: Mapping[str, Spectra], rule: Rule, whole: Size) -> RankPlan:
+def ranks_for(sites: Sequence[Site], spectra: Mapping[str, Spectra], rule: Rule, whole: Size) -> RankPlan:
     """Return the ranks that a rule gives to the chosen blocks of a model whose total size is `whole`.
 
     For a rule with a budget, directions are dropped in the order of their price until the budget is met; at least one

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +19,9 @@ from pessa_cli.ranks.rule import Rule
 from pessa_cli.ranks.spectra import Spectra, Spectrum, largest_pairs, pair_shares, smallest_dropped
 
 NO_MLP = "add MLPs with --sites mlp, if `pessa architectures` has them for this model"
+
+
+Block = TypeVar("Block", bound=Site)
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,7 @@ class RankPlan:
         """Return the plan that keeps all that the blocks had before any pruning."""
         return RankPlan({site.name: {seam.name: seam.full for seam in site.seams} for site in sites})
 
-    def kept(self, site: Site) -> Site:
+    def kept(self, site: Block) -> Block:
         """Return the site as a compact file stores it after pruning by this plan."""
         return site.keeping(self.ranks[site.name], self.pairs.get(site.name))
 
@@ -69,7 +73,7 @@ def check_ranks(sites: Sequence[Site], rule: Rule) -> None:
             )
 
 
-def plan_ranks(sites: list[Site], spectra: Mapping[str, Spectra], rule: Rule) -> RankPlan:
+def plan_ranks(sites: Sequence[Site], spectra: Mapping[str, Spectra], rule: Rule) -> RankPlan:
     """Apply a rule without a budget to every site.
 
     Raises PessaError if the rule would prune all of Q-K or all of V-O or all channels of an MLP, and UsageError if
@@ -92,7 +96,7 @@ def plan_ranks(sites: list[Site], spectra: Mapping[str, Spectra], rule: Rule) ->
     return RankPlan(ranks, pairs)
 
 
-def _kept_pairs(sites: list[Site], spectra: Mapping[str, Spectra], rule: Rule) -> dict[str, tuple[PairRuns, ...]]:
+def _kept_pairs(sites: Sequence[Site], spectra: Mapping[str, Spectra], rule: Rule) -> dict[str, tuple[PairRuns, ...]]:
     """Return the frequency pairs that the rule keeps, for sites that do not keep all of them.
 
     Pairs that the file does not store are never kept. Raises UsageError if --rope-ratio finds no frequency pairs.

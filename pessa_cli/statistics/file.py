@@ -13,17 +13,17 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, overload
 
 import torch
 
 from pessa_cli.algebra.channels import ChannelWeights
 from pessa_cli.algebra.heads import HeadWeights
-from pessa_cli.blocks.site import Site
+from pessa_cli.blocks.site import AttentionSite, Site
 from pessa_cli.common.errors import PessaError
 from pessa_cli.common.files import file_size, write_file
 from pessa_cli.common.text import listed, shortened
-from pessa_cli.statistics.sums import BlockStatistics, input_moment, shapes_of, statistics_of
+from pessa_cli.statistics.sums import AttentionStatistics, BlockStatistics, input_moment, shapes_of, statistics_of
 from pessa_cli.statistics.weighing import independent
 
 FORMAT = "pessa-statistics-2"
@@ -42,6 +42,12 @@ class Statistics(Protocol):
     @property
     def sequential(self) -> str | None:
         """The rule by which the blocks before each block were pruned; None if the statistics are of the whole model."""
+
+    @overload
+    def of(self, site: AttentionSite, digest: Callable[[], str] | None = None) -> AttentionStatistics: ...
+
+    @overload
+    def of(self, site: Site, digest: Callable[[], str] | None = None) -> BlockStatistics: ...
 
     def of(self, site: Site, digest: Callable[[], str] | None = None) -> BlockStatistics:
         """Return the statistics of a block.
@@ -68,6 +74,12 @@ class CollectedStatistics:
     blocks: Mapping[str, BlockStatistics]
     data: Sequence[str]
     sequential: str | None = None
+
+    @overload
+    def of(self, site: AttentionSite, digest: Callable[[], str] | None = None) -> AttentionStatistics: ...
+
+    @overload
+    def of(self, site: Site, digest: Callable[[], str] | None = None) -> BlockStatistics: ...
 
     def of(self, site: Site, digest: Callable[[], str] | None = None) -> BlockStatistics:  # noqa: ARG002
         """Return the statistics of a block; `digest` is not needed."""
@@ -99,6 +111,12 @@ class SavedStatistics:
                 "give only files that were collected with the same options",
             )
         self.sequential: str | None = next(iter(ways), None)
+
+    @overload
+    def of(self, site: AttentionSite, digest: Callable[[], str] | None = None) -> AttentionStatistics: ...
+
+    @overload
+    def of(self, site: Site, digest: Callable[[], str] | None = None) -> BlockStatistics: ...
 
     def of(self, site: Site, digest: Callable[[], str] | None = None) -> BlockStatistics:
         """Return the sum of a block's statistics over all files.

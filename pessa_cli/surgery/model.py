@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -26,7 +26,7 @@ class Model:
     """
 
     reader: CheckpointReader
-    sites: list[Site]
+    sites: Sequence[Site]
     spectra: Mapping[str, Spectra]
     channels: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 

@@ -6,7 +6,7 @@ the header of a safetensors file contains the shapes. Tensors outside of attenti
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -31,7 +31,7 @@ from pessa_cli.surgery.writing import carry_out, check_layout, new_output, new_r
 def decompose_model(
     model: Model,
     out: Path | Staging,
-    sites: list[Site] | None = None,
+    sites: Sequence[Site] | None = None,
     run: Run | None = None,
     statistics: Statistics | None = None,
     *,
@@ -57,7 +57,7 @@ def prune_model(
     model: Model,
     out: Path | Staging,
     rule: Rule,
-    sites: list[Site] | None = None,
+    sites: Sequence[Site] | None = None,
     method: Ranking = "svd",
     layout: StorageLayout = "compact",
     run: Run | None = None,
@@ -104,7 +104,7 @@ def _two_passes(
     planned: Callable[[Mapping[str, Spectra]], Rewrite],
     model: Model,
     out: Path | Staging,
-    sites: list[Site],
+    sites: Sequence[Site],
     ranking: Ranking,
     layout: StorageLayout,
     run: Run,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib.metadata import version
@@ -45,7 +45,7 @@ class Rewrite:
     command: str
     source: str
     model: Model
-    sites: list[Site]
+    sites: Sequence[Site]
     ranks: RankPlan
     spectra: Mapping[str, Spectra]
     rule: str

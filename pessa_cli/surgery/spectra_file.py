@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 
@@ -47,7 +47,7 @@ def save_spectra(folder: Path, spectra: Mapping[str, Spectra]) -> None:
     (folder / SPECTRA_FILE).write_bytes(save(ordered, about))
 
 
-def load_spectra(folder: Path, sites: list[Site]) -> dict[str, Spectra]:
+def load_spectra(folder: Path, sites: Sequence[Site]) -> dict[str, Spectra]:
     """Load the spectra of the given sites from the folder of the weights; blocks without spectra are left out.
 
     Raises PessaError when the file cannot be read, or when its shapes or values do not fit the sites.

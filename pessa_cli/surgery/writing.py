@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from pessa_cli.surgery.run import Run
 from pessa_cli.surgery.side_files import output_contents
 
 
-def check_layout(model: Model, sites: list[Site], layout: StorageLayout) -> None:
+def check_layout(model: Model, sites: Sequence[Site], layout: StorageLayout) -> None:
     """Raise UsageError if one of the blocks cannot be stored in this layout."""
     if layout == "compact" and not all(site.compact for site in sites):
         raise UsageError(
@@ -33,7 +33,7 @@ def check_layout(model: Model, sites: list[Site], layout: StorageLayout) -> None
 def new_rewrite(
     command: str,
     model: Model,
-    sites: list[Site],
+    sites: Sequence[Site],
     ranks: RankPlan,
     spectra: Mapping[str, Spectra],
     rule: str,

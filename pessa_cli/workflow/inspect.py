@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -87,7 +87,7 @@ class Inspection:
     rule: str
     blocks: list[InspectedBlock]
     totals: Mapping[str, Any]
-    sites: list[Site]
+    sites: Sequence[Site]
     spectra: Mapping[str, Spectra]
     norms: Mapping[str, Spectra] = field(default_factory=dict)
     curve: list[Point] = field(default_factory=list)

@@ -34,7 +34,7 @@ class Overview:
 
     model: str
     model_type: str
-    sites: list[Site]
+    sites: Sequence[Site]
     totals: Mapping[str, Any]
 
 
@@ -171,7 +171,7 @@ def need_room(place: Path | Staging, model: Model, sites: Sequence[Site] = ()) -
 @contextmanager
 def calibrated(
     model: Model,
-    sites: list[Site],
+    sites: Sequence[Site],
     recipe: Recipe,
     run: Run,
     data: CalibrationData | None,

@@ -12,17 +12,17 @@ from attention import GROUPED, arrays, attention, inputs_of, weights_of
 from pessa_cli.algebra.absorb import absorb, recompose
 from pessa_cli.algebra.decompose import decompose
 from pessa_cli.algebra.heads import HeadWeights
-from pessa_cli.blocks.site import Site
+from pessa_cli.blocks.site import AttentionSite
 
 BIASES = ("", "q", "k", "v", "o", "qk", "vo", "qkvo")
 OTHER = replace(GROUPED.spec, key_bias_stays=True, sums_to_one=False)  # with sinks, and keys that are used elsewhere
 
 
-def site_of(biases: str, unmerged: int = 0, site: Site = GROUPED) -> Site:
+def site_of(biases: str, unmerged: int = 0, site: AttentionSite = GROUPED) -> AttentionSite:
     return replace(site, biases=frozenset(biases), unmerged=unmerged)
 
 
-def rewritten(weights: HeadWeights, site: Site) -> HeadWeights:
+def rewritten(weights: HeadWeights, site: AttentionSite) -> HeadWeights:
     """Return the block from the factors of its products, all directions kept."""
     absorbed = absorb(weights, site)
     qk = None if absorbed.qk is None else decompose(absorbed.qk)

@@ -15,6 +15,7 @@ import torch
 from calibrating import files_of_inputs
 from harness import Pessa, Real, TinyFolder, copy_of, edit_json, edit_weights, is_refusal, raw_tensors
 from peft import get_peft_model
+from sites import ranks_by
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from tuned import disturb
@@ -73,31 +74,33 @@ def test_malformed_entries_are_refused() -> None:
 
 def test_the_smallest_pairs_of_all_blocks_are_dropped(tiny_folder: TinyFolder) -> None:
     model = open_model(tiny_folder("llama"))
-    spectra = measure(model, model.sites)
+    spectra = measure(model, model.attention)
 
     def kept(**rule: Any) -> RankPlan:
-        return plan_ranks(model.sites, spectra, Rule(**rule))
+        return plan_ranks(model.attention, spectra, Rule(**rule))
 
     plan = kept(rope_ratio=0.4)
-    worth = np.stack([s for site in model.sites if (s := spectra[site.name].pairs) is not None])  # (layers, G, pairs)
+    worth = np.stack(
+        [s for site in model.attention if (s := spectra[site.name].pairs) is not None]
+    )  # (layers, G, pairs)
     worth = worth / worth.sum(-1, keepdims=True)
     threshold = np.sort(worth.ravel())[6]
-    for layer, site in enumerate(model.sites):
+    for layer, site in enumerate(model.attention):
         for head, runs in enumerate(plan.kept(site).pairs or ()):
             assert [p for run in runs for p in run] == np.flatnonzero(worth[layer, head] >= threshold).tolist()
-    assert sum(sum(ranks) for ranks in plan.qk.values()) == 20
+    assert sum(sum(ranks) for ranks in ranks_by(plan, "qk").values()) == 20
     assert kept(rope_ratio=0.05).pairs == kept(rank=3).pairs == {}
-    assert min(rank for ranks in kept(rope_ratio=0.9, min_rank=3).qk.values() for rank in ranks) == 4
-    assert {rank % 4 for ranks in kept(rope_ratio=0.4, round_to=4).qk.values() for rank in ranks} == {0}
+    assert min(rank for ranks in ranks_by(kept(rope_ratio=0.9, min_rank=3), "qk").values() for rank in ranks) == 4
+    assert {rank % 4 for ranks in ranks_by(kept(rope_ratio=0.4, round_to=4), "qk").values() for rank in ranks} == {0}
     nothing = {name: replace(known, pairs=np.zeros((2, 4))) for name, known in spectra.items()}
-    assert plan_ranks(model.sites, nothing, Rule(rope_ratio=0.0)).qk["decoder.self.0"] == (0, 0)
+    assert plan_ranks(model.attention, nothing, Rule(rope_ratio=0.0)).ranks["decoder.self.0"]["qk"] == (0, 0)
 
 
 def test_without_rope_there_are_no_pairs(tiny_folder: TinyFolder) -> None:
     model = open_model(tiny_folder("bert"))
     with pytest.raises(UsageError, match="--rope-ratio"):
-        plan_ranks(model.sites, measure(model, model.sites), Rule(rope_ratio=0.5))
-    assert isinstance(measure(model, model.sites)[model.sites[0].name], Spectra)
+        plan_ranks(model.attention, measure(model, model.attention), Rule(rope_ratio=0.5))
+    assert isinstance(measure(model, model.attention)[model.attention[0].name], Spectra)
 
 
 def zeroed(tensors: dict[str, Tensor]) -> None:
@@ -113,8 +116,8 @@ def test_zero_pairs_are_dropped_exactly(name: str, tiny_folder: TinyFolder, tmp_
     folder = copy_of(tiny_folder(name), tmp_path / "zero")
     edit_weights(zeroed)(folder)
     written = prune_model(open_model(folder), tmp_path / "out", Rule(rope_ratio=0.0))
-    half = written.sites[0].head_dim // 2
-    assert set(written.ranks.qk.values()) == {(2 * half - 4, 2 * half - 4)}
+    half = written.sites[0].seam("qk").width // 2
+    assert set(ranks_by(written.ranks, "qk").values()) == {(2 * half - 4, 2 * half - 4)}
     assert tiny.close(tiny.load(folder), tiny.load(tmp_path / "out"), 1e-6)
     assert verify_models(open_model(folder), open_model(tmp_path / "out")).failures == []
 
@@ -130,7 +133,7 @@ def test_compact_equals_dense_and_other_pairs_do_not(name: str, tiny_folder: Tin
     report = verify_models(open_model(tmp_path / "dense"), open_model(tmp_path / "compact"))
     assert report.failures == []
     # The negative control: the same weights at other frequencies are a valid file but another model.
-    half = written.sites[0].head_dim // 2
+    half = written.sites[0].seam("qk").width // 2
 
     def mirrored(content: dict[str, Any]) -> None:
         modules = content["quantization_config"]["modules"]
@@ -159,7 +162,7 @@ def test_both_layouts_convert_into_each_other(name: str, tiny_folder: TinyFolder
             (tmp_path / original / "config.json").read_text()
         )
     compact = open_model(tmp_path / "compact")
-    for site in compact.sites:  # bit for bit the weights that were read
+    for site in compact.attention:  # bit for bit the weights that were read
         read = read_site(compact.reader, site)
         for tensor, stored in write_site(read, site, compact.reader.header, "compact").items():
             assert torch.equal(stored, compact.reader.get(tensor))
@@ -174,7 +177,7 @@ def test_pruned_again(layout: str, tiny_folder: TinyFolder, tmp_path: Path) -> N
     assert same.ranks.pairs == first.ranks.pairs
     assert tiny.close(tiny.load(tmp_path / "same"), tiny.load(tmp_path / "first"))
     less = prune_model(model, tmp_path / "less", Rule(rope_ratio=0.75))
-    assert sum(sum(ranks) for ranks in less.ranks.qk.values()) == 8
+    assert sum(sum(ranks) for ranks in ranks_by(less.ranks, "qk").values()) == 8
     for name, pairs in less.ranks.pairs.items():
         for now, before in zip(pairs, first.ranks.pairs[name], strict=True):
             assert {p for run in now for p in run} <= {p for run in before for p in run}
@@ -285,7 +288,7 @@ def test_calibrated_pairs_reduce_the_error(
 ) -> None:
     folder = tiny_folder(name)
     model = open_model(folder)
-    collect(model, model.sites, data, tmp_path / "s")
+    collect(model, model.attention, data, tmp_path / "s")
     found = SavedStatistics(tmp_path / "s")
     rule = Rule(rope_ratio=0.25)
     prune_model(model, tmp_path / "plain", rule)
@@ -297,8 +300,8 @@ def test_calibrated_pairs_reduce_the_error(
     assert tiny.close(tiny.load(tmp_path / "calibrated"), tiny.load(tmp_path / "dense"))
     export_model(open_model(tmp_path / "calibrated"), tmp_path / "back", "dense")
     assert raw_tensors(tmp_path / "back") == raw_tensors(tmp_path / "dense")
-    collect(model, model.sites, data, tmp_path / "s2", Rule(rope_ratio=0.5, rank=4))  # calibrated with --sequential
-    assert SavedStatistics(tmp_path / "s2").of(model.sites[1]).pairs.isfinite().all()
+    collect(model, model.attention, data, tmp_path / "s2", Rule(rope_ratio=0.5, rank=4))  # calibrated with --sequential
+    assert SavedStatistics(tmp_path / "s2").of(model.attention[1]).pairs.isfinite().all()
 
 
 def test_on_the_command_line(tiny_folder: TinyFolder, tmp_path: Path, pessa: Pessa) -> None:
@@ -362,7 +365,7 @@ def test_smollm2_loses_little_without_a_tenth_of_its_pairs(real: Real, tmp_path:
     text = (Path(os.environ["PESSA_DATA"]) / "text" / "wikitext2-valid.txt").read_text()
     (tmp_path / "last.txt").write_text(text[-6_000:])
     model = open_model(source)
-    collect(model, model.sites, [tmp_path / "last.txt"], tmp_path / "s")
+    collect(model, model.attention, [tmp_path / "last.txt"], tmp_path / "s")
     prune_model(model, tmp_path / "plain", Rule(rope_ratio=0.1))
     prune_model(model, tmp_path / "calibrated", Rule(rope_ratio=0.1), statistics=SavedStatistics(tmp_path / "s"))
     ids = AutoTokenizer.from_pretrained(source)(text[:6_000], return_tensors="pt").input_ids[:, :512]

@@ -61,8 +61,8 @@ def test_the_table_and_the_tiny_models_are_of_the_same_types() -> None:
 def test_every_name_exists_and_every_tensor_round_trips_bit_for_bit(source: Path) -> None:
     model = open_model(source)
     specs = specs_of(model.reader.config, model.reader.header)
-    assert {site.spec.kind for site in model.sites} == {spec.kind for spec in specs}
-    for site in model.sites:
+    assert {site.spec.kind for site in model.attention} == {spec.kind for spec in specs}
+    for site in model.attention:
         written = write_site(read_site(model.reader, site), site, model.reader.header, "dense")
         assert written.keys() == site.tensors.keys()
         for tensor, value in written.items():
@@ -88,7 +88,7 @@ def changes(model: Model, other: Model) -> bool:
     """Return whether the weights of every block have changed, without which equal outputs would prove nothing."""
     return all(
         any(not torch.equal(model.reader.get(tensor), other.reader.get(tensor)) for tensor in site.tensors)
-        for site in model.sites
+        for site in model.attention
     )
 
 
@@ -99,7 +99,7 @@ def test_half_pruned_compact_and_dense_compute_the_same(
     prune_model(model, tmp_path / "dense", Rule(ratio=0.5), layout="dense")
     dense = tiny_models.outputs(name, tiny.load(tmp_path / "dense"))
     assert float((dense - said).norm() / said.norm()) > EXACT  # directions were dropped
-    if not all(site.spec.compact for site in model.sites):
+    if not all(site.spec.compact for site in model.attention):
         with pytest.raises(UsageError, match="reads its weight tensors directly"):
             prune_model(model, tmp_path / "compact", Rule(ratio=0.5))
         return
@@ -157,7 +157,7 @@ def test_negative_control_a_wrong_flag(
     right = specs_of(model.reader.config, model.reader.header)
 
     def matters(field: str) -> bool:
-        return field != "rope" or any(site.unmerged for site in model.sites)
+        return field != "rope" or any(site.unmerged for site in model.attention)
 
     for field, wrong in (("rope", None), ("key_bias_stays", False), ("sums_to_one", True)):
         facts: dict[str, Any] = {"norms": (), "normed": False, "beside": ("*",), field: wrong}
@@ -223,7 +223,7 @@ def test_missing_keys_of_a_submodel_config_have_the_default_of_their_class(tmp_p
         del config["text_config"]["num_attention_heads"], config["text_config"]["num_key_value_heads"]
 
     edit_json(silent)(tmp_path / "model")
-    assert {site.heads for site in open_model(tmp_path / "model").sites} == {32, 4}
+    assert {site.heads for site in open_model(tmp_path / "model").attention} == {32, 4}
 
 
 def test_sites_choose_a_tower(tmp_path: Path, pessa: Pessa) -> None:
@@ -231,7 +231,7 @@ def test_sites_choose_a_tower(tmp_path: Path, pessa: Pessa) -> None:
     done = pessa("prune", tmp_path / "model", "-o", tmp_path / "out", "--sites", "vision.self", "--rank", "3", "--json")
     assert done.code == 0, done.err
     model, out = open_model(tmp_path / "model"), open_model(tmp_path / "out")
-    for site, cut in zip(model.sites, out.sites, strict=True):
+    for site, cut in zip(model.attention, out.attention, strict=True):
         assert (cut.qk_ranks == (3,) * 4) == (site.spec.kind == "vision.self")
     refused = pessa("prune", tmp_path / "model", "-o", tmp_path / "no", "--sites", "encoder.self", "--rank", "3")
     is_refusal(refused, "encoder.self", "text.self, vision.self", code=2)
@@ -263,7 +263,7 @@ def test_rotated_directions_are_kept_and_rules_apply_to_the_others(name: str, tm
         prune_model(model, tmp_path / f"{rule}", rule)
         prune_model(open_model(tmp_path / "whole"), tmp_path / f"sliced {rule}", rule)
         out, sliced = (open_model(tmp_path / folder) for folder in (f"{rule}", f"sliced {rule}"))
-        for site, cut in zip(out.sites, sliced.sites, strict=True):
+        for site, cut in zip(out.attention, sliced.attention, strict=True):
             assert min(site.qk_ranks) >= site.unmerged > 0
             assert (site.qk_ranks, site.vo_ranks) == (cut.qk_ranks, cut.vo_ranks)
             if rule.rank:

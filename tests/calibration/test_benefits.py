@@ -19,8 +19,9 @@ from calibrating import batches, collected
 from harness import TinyFolder
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from sites import ranks_by
 
-from pessa_cli.blocks.site import Site
+from pessa_cli.blocks.site import AttentionSite
 from pessa_cli.calibration import trial_cuts
 from pessa_cli.models.hooks import block_modules, block_squares, output_of
 from pessa_cli.ranks.rule import Rule
@@ -37,8 +38,8 @@ class Calibrated:
     statistics: Statistics
     file: Path
 
-    def block(self, name: str) -> Site:
-        return next(site for site in self.model.sites if site.name == name)
+    def block(self, name: str) -> AttentionSite:
+        return next(site for site in self.model.attention if site.name == name)
 
 
 @pytest.fixture
@@ -49,7 +50,7 @@ def calibrated(request: pytest.FixtureRequest, tiny_folder: TinyFolder, data: li
     return Calibrated(folder, model, collected(model, data, file), file)
 
 
-def block_error(site: Site, ours: Any, theirs: Any) -> float:
+def block_error(site: AttentionSite, ours: Any, theirs: Any) -> float:
     """Return the relative squared error of one block of `theirs` on the inputs that the block has in `ours`."""
     with ExitStack() as hooks, torch.no_grad():
         squares = block_squares([site], ours, theirs, hooks)
@@ -73,14 +74,14 @@ def test_the_refit_of_the_output_projection_reduces_the_error(
     """
     site, model = calibrated.block(block), calibrated.model
     decompose_model(model, tmp_path / "full", statistics=calibrated.statistics)
-    spectrum = measure(model, [site], statistics=calibrated.statistics)[block].vo
+    spectrum = measure(model, [site], statistics=calibrated.statistics)[block].seams["vo"]
     rule = Rule(qk_thr=0.0, vo_thr=float(np.quantile(spectrum, 0.5)))
     fitted = prune_model(model, tmp_path / "fitted", rule, [site], layout="dense", statistics=calibrated.statistics)
     full = open_model(tmp_path / "full")
     same = [other for other in full.sites if other.name == block]
     sliced = prune_model(full, tmp_path / "sliced", rule, same, layout="dense")
-    assert fitted.ranks.vo == sliced.ranks.vo
-    assert 0 < sum(fitted.ranks.vo[block]) < site.kv_heads * site.head_dim
+    assert ranks_by(fitted.ranks, "vo") == ranks_by(sliced.ranks, "vo")
+    assert 0 < sum(fitted.ranks.ranks[block]["vo"]) < site.kv_heads * site.head_dim
     original = tiny.load(calibrated.folder)
     errors = [block_error(site, original, tiny.load(tmp_path / name)) for name in ("fitted", "sliced")]
     assert 0 < errors[0] < most * errors[1]
@@ -102,11 +103,10 @@ def test_weighting_keys_by_their_influence_on_the_output_reduces_the_error(
     save_file({n: t * 0 if n.endswith(".influence") else t for n, t in sums.items()}, without, about)
     errors = []
     for name, statistics in (("all", calibrated.statistics), ("keys", SavedStatistics(without))):
-        spectrum = measure(model, [site], statistics=statistics)[block].qk
-        assert spectrum is not None
+        spectrum = measure(model, [site], statistics=statistics)[block].seams["qk"]
         rule = Rule(qk_thr=float(np.quantile(spectrum, 0.25)), vo_thr=0.0)
         written = prune_model(model, tmp_path / name, rule, [site], layout="dense", statistics=statistics)
-        assert sum(written.ranks.qk[block]) == 0.75 * spectrum.size
+        assert sum(written.ranks.ranks[block]["qk"]) == 0.75 * spectrum.size
         errors.append(block_error(site, tiny.load(calibrated.folder), tiny.load(tmp_path / name)))
     assert 0 < errors[0] < most * errors[1]
 
@@ -118,9 +118,9 @@ def test_the_harm_of_a_cut_predicts_the_divergence(
     """For each block cut by half on its own, the harm is the KL divergence of the logits per error of the block."""
     monkeypatch.setattr(trial_cuts, "SAMPLES", 200)  # with 4 the estimate is within a factor of 3
     model = calibrated.model
-    spectra = measure(model, model.sites, statistics=collected(model, data, tmp_path / "many"))
+    spectra = measure(model, model.attention, statistics=collected(model, data, tmp_path / "many"))
     original = tiny.load(calibrated.folder)
-    for site in model.sites:
+    for site in model.attention:
         folder = tmp_path / site.name
         prune_model(model, folder, Rule(ratio=0.5), [site], layout="dense", statistics=calibrated.statistics)
         cut = tiny.load(folder)

@@ -32,7 +32,7 @@ from pessa_cli.models.load import load
 from pessa_cli.ranks.budget import ranks_for
 from pessa_cli.ranks.rule import Rule
 from pessa_cli.statistics.file import CollectedStatistics, SavedStatistics, data_sha256, files_of, shortages
-from pessa_cli.statistics.sums import NAMES, BlockStatistics
+from pessa_cli.statistics.sums import AttentionStatistics
 from pessa_cli.statistics.weighing import independent, weigh
 from pessa_cli.surgery.block_io import read_site
 from pessa_cli.surgery.decomposition import measure
@@ -162,7 +162,7 @@ def test_statistics_are_those_of_the_inputs(
     """The statistics are compared with second moments that are computed from the inputs of the block."""
     model = open_model(tiny_folder(name))
     found = collected(model, data, tmp_path / "s")
-    site = model.sites[0]
+    site = model.attention[0]
     torch_model = tiny.load(tiny_folder(name))
     seen: list[Tensor] = []
     torch_model.get_submodule(
@@ -193,7 +193,7 @@ def test_influence_is_the_derivative_of_the_output_by_the_keys(
     """Compared with the derivative of the attention when the score of every key j changes by k_j x."""
     monkeypatch.setattr(listeners, "QUERIES", 10**6)
     model = open_model(tiny_folder("bert"))
-    site = model.sites[0]
+    site = model.attention[0]
     found = collected(model, data, tmp_path / "s").of(site).influence
     weights = read_site(model.reader, site)
     torch_model = tiny.load(tiny_folder("bert"))
@@ -224,13 +224,15 @@ def test_influence_is_the_derivative_of_the_output_by_the_keys(
 def test_statistics_of_parts_of_the_data_add_up(tiny_folder: TinyFolder, data: list[Path], tmp_path: Path) -> None:
     model = open_model(tiny_folder("whisper"))
     whole = collected(model, data, tmp_path / "all")
-    collect(model, model.sites, data[:2], tmp_path / "a")
-    collect(model, model.sites, data[2:], tmp_path / "b")
+    collect(model, model.attention, data[:2], tmp_path / "a")
+    collect(model, model.attention, data[2:], tmp_path / "b")
     both = SavedStatistics(tmp_path / "b", tmp_path / "a")
     assert data_sha256(both) == data_sha256(whole) != data_sha256(SavedStatistics(tmp_path / "a"))
-    for site in model.sites:
+    for site in model.attention:
         one, sum_ = whole.of(site), both.of(site)
-        added = [name for name in NAMES if name not in TRIED]  # trial cuts are made on other inputs
+        added = [
+            name for name in AttentionStatistics.names() if name not in TRIED
+        ]  # trial cuts are made on other inputs
         assert all(torch.allclose(getattr(one, name), getattr(sum_, name)) for name in added)
         assert sum_.trials is not None
     with pytest.raises(PessaError, match="in common"):
@@ -243,7 +245,7 @@ def test_a_model_that_does_not_fit_is_read_from_disk_block_by_block(
 ) -> None:
     model = open_model(tiny_folder(name))
     whole = collected(model, data, tmp_path / "whole")
-    monkeypatch.setattr(calibrate, "free_memory", lambda: needs(model, model.sites).on_disk)
+    monkeypatch.setattr(calibrate, "free_memory", lambda: needs(model, model.attention).on_disk)
     placed: list[set[str]] = []
 
     def loading(model: Model, **placing: Any) -> Any:
@@ -254,16 +256,23 @@ def test_a_model_that_does_not_fit_is_read_from_disk_block_by_block(
     monkeypatch.setattr(dense, "load", loading)
     parts = collected(model, data, tmp_path / "parts")
     assert "disk" in placed[0]
-    for site in model.sites:
+    for site in model.attention:
         one, other = whole.of(site), parts.of(site)
-        assert all(torch.allclose(getattr(one, n), getattr(other, n)) for n in NAMES if n not in TRIED)
+        assert all(
+            torch.allclose(getattr(one, n), getattr(other, n)) for n in AttentionStatistics.names() if n not in TRIED
+        )
         assert other.trials is None
         assert one.trials is not None
-    assert "no trial cuts" in shortages(parts, model.sites)[-1] or "independent" in shortages(parts, model.sites)[-1]
-    assert ranks_for(model.sites, measure(model, model.sites, statistics=parts), Rule(target_attention=0.8), model.size)
+    assert (
+        "no trial cuts" in shortages(parts, model.attention)[-1]
+        or "independent" in shortages(parts, model.attention)[-1]
+    )
+    assert ranks_for(
+        model.attention, measure(model, model.attention, statistics=parts), Rule(target_attention=0.8), model.size
+    )
     with pytest.raises(PessaError, match="--sequential: calibration needs"):
         collected(model, data, tmp_path / "no", Rule(rank=4))
-    monkeypatch.setattr(calibrate, "free_memory", lambda: needs(model, model.sites).on_disk - 1)
+    monkeypatch.setattr(calibrate, "free_memory", lambda: needs(model, model.attention).on_disk - 1)
     with pytest.raises(PessaError, match="for the statistics alone"):
         collected(model, data, tmp_path / "no")
 
@@ -300,10 +309,12 @@ def test_a_compact_model_is_calibrated(
         models[layout] = open_model(tmp_path / layout)
     compact, dense_one = models.values()
     found, other = (collected(model, data, tmp_path / f"s-{layout}") for layout, model in models.items())
-    for site, same in zip(compact.sites, dense_one.sites, strict=True):
+    for site, same in zip(compact.attention, dense_one.sites, strict=True):
         assert max(site.vo_ranks) < site.head_dim
         one, two = found.of(site), other.of(same)
-        assert all(torch.allclose(getattr(one, n), getattr(two, n), rtol=1e-4, atol=1e-6) for n in NAMES)
+        assert all(
+            torch.allclose(getattr(one, n), getattr(two, n), rtol=1e-4, atol=1e-6) for n in AttentionStatistics.names()
+        )
         assert one.trials is not None
     decompose_model(compact, tmp_path / "full", statistics=found)
     assert block_errors(tmp_path / "full", tmp_path / "compact") < 1e-5
@@ -322,7 +333,7 @@ def test_the_spectrum_predicts_the_error_on_the_inputs(
 ) -> None:
     """After cutting V-O of a head, the error of the output is the norm of the dropped singular values."""
     model = open_model(tiny_folder("bert"))
-    site = model.sites[0]
+    site = model.attention[0]
     weighed = weigh(collected(model, data, tmp_path / "s").of(site), site, None)
     weights = read_site(model.reader, site)
     pair = Pair(weights.v.double().mT, weights.o.double().permute(1, 2, 0, 3).flatten(1, 2))
@@ -340,12 +351,12 @@ def test_the_mean_of_cut_directions_is_kept(tiny_folder: TinyFolder, data: list[
     model = open_model(folder)
     found = collected(model, data, tmp_path / "s")
     decompose_model(model, tmp_path / "full", statistics=found)
-    prune_model(open_model(tmp_path / "full"), tmp_path / "cut", Rule(rank=1), model.sites[:1], layout="dense")
-    prune_model(model, tmp_path / "plain", Rule(rank=1), model.sites[:1], layout="dense")
+    prune_model(open_model(tmp_path / "full"), tmp_path / "cut", Rule(rank=1), model.attention[:1], layout="dense")
+    prune_model(model, tmp_path / "plain", Rule(rank=1), model.attention[:1], layout="dense")
 
     def mean(made: Path) -> Tensor:
         loaded, outputs = tiny.load(made), []
-        projection = loaded.get_submodule(model.sites[0].o)
+        projection = loaded.get_submodule(model.attention[0].o)
         projection.register_forward_hook(lambda _module, _args, output: outputs.append(output[0]))
         with torch.no_grad():
             for given in batches(loaded):
@@ -375,11 +386,11 @@ def test_a_calibrated_decomposition_is_sliced_and_changes_of_it_are_detected(
     changed = copy_of(tmp_path / "full", tmp_path / "changed")
     edit_weights(lambda tensors: tensors[f"model.{name_of(model)}.weight"].mul_(1.01))(changed)
     with pytest.raises(PessaError, match="has changed since"):
-        measure(open_model(changed), open_model(changed).sites)
+        measure(open_model(changed), open_model(changed).attention)
 
 
 def name_of(model: Model) -> str:
-    return model.sites[0].q.removeprefix("model.")
+    return model.attention[0].q.removeprefix("model.")
 
 
 def test_statistics_that_do_not_belong_to_the_model_are_refused(
@@ -392,7 +403,7 @@ def test_statistics_that_do_not_belong_to_the_model_are_refused(
     with pytest.raises(PessaError, match="of other weights"):
         prune_model(open_model(other), tmp_path / "out", Rule(rank=4), statistics=found)
     with pytest.raises(PessaError, match="no statistics of"):
-        found.of(open_model(tiny_folder("bert")).sites[0].__class__(**{**vars(model.sites[0]), "layer": 7}))
+        found.of(open_model(tiny_folder("bert")).attention[0].__class__(**{**vars(model.attention[0]), "layer": 7}))
     with pytest.raises(PessaError, match="not a statistics file"):
         SavedStatistics(tiny_folder("whisper") / "model.safetensors")
     with pytest.raises(PessaError, match="not a statistics file"):
@@ -412,9 +423,9 @@ def test_repeating_one_input_is_too_little_data_but_works(
     for name in ("bert", "llama", "llama-biased"):
         model = open_model(tiny_folder(name))
         found = collected(model, data, tmp_path / name)
-        assert len(shortages(found, model.sites)) == len(model.sites)
-        spectra = measure(model, model.sites, statistics=found)
-        assert all(np.isfinite(known.vo).all() and (known.vo > 0).any() for known in spectra.values())
+        assert len(shortages(found, model.attention)) == len(model.attention)
+        spectra = measure(model, model.attention, statistics=found)
+        assert all(np.isfinite(known.seams["vo"]).all() and (known.seams["vo"] > 0).any() for known in spectra.values())
         prune_model(model, tmp_path / f"{name}-out", Rule(ratio=0.3), statistics=found)
         with torch.no_grad():
             loaded = tiny.load(tmp_path / f"{name}-out")
@@ -430,7 +441,7 @@ def test_in_sequence_later_blocks_get_the_outputs_of_pruned_blocks(
     chain = collected(model, data, tmp_path / "chain", Rule(rank=3))
 
     def moved(name: str) -> float:
-        site = next(site for site in model.sites if site.name == name)
+        site = next(site for site in model.attention if site.name == name)
         one, other = apart.of(site), chain.of(site)
         return float((one.queries - other.queries).norm() / one.queries.norm())
 
@@ -441,8 +452,8 @@ def test_in_sequence_later_blocks_get_the_outputs_of_pruned_blocks(
     ]
     assert [summary.get("calibration_sequential") for summary in asked] == [None, "rank 3"]
     assert asked[0]["calibration_sha256"] == asked[1]["calibration_sha256"]
-    collect(model, model.sites, data[:1], tmp_path / "part")
-    collect(model, model.sites, data[1:], tmp_path / "rest", Rule(rank=3))
+    collect(model, model.attention, data[:1], tmp_path / "part")
+    collect(model, model.attention, data[1:], tmp_path / "rest", Rule(rank=3))
     with pytest.raises(PessaError, match="not pruned and pruned by rank 3"):
         SavedStatistics(tmp_path / "part", tmp_path / "rest")
 
@@ -517,7 +528,7 @@ def test_the_commands(tiny_folder: TinyFolder, data: list[Path], tmp_path: Path,
 
 
 def test_statistics_of_a_block_add_up() -> None:
-    one = BlockStatistics(*(torch.ones((), dtype=torch.float64) for _ in NAMES))
+    one = AttentionStatistics.of({name: torch.ones((), dtype=torch.float64) for name in AttentionStatistics.names()})
     assert float((one + one).queries) == 2
 
 

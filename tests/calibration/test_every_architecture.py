@@ -15,7 +15,7 @@ import torch
 from characters import tokenizer
 from harness import Pessa, is_refusal
 
-from pessa_cli.blocks.site import Site, select
+from pessa_cli.blocks.site import AttentionSite, select
 from pessa_cli.calibration import listeners
 from pessa_cli.calibration.collect import calibrate
 from pessa_cli.models.data import CalibrationData, read_data
@@ -57,16 +57,16 @@ def made(name: str, to: Path) -> tuple[Model, CalibrationData]:
     return open_model(to / "model"), read_data([to / f"{number}.txt" for number in range(6)])
 
 
-def of_text(model: Model) -> list[Site]:
+def of_text(model: Model) -> list[AttentionSite]:
     """Return the blocks that read text."""
-    kinds = {site.spec.kind for site in model.sites}
-    return select(model.sites, ("text.self",) if "text.self" in kinds else ())
+    kinds = {site.spec.kind for site in model.attention}
+    return select(model.attention, ("text.self",) if "text.self" in kinds else ())
 
 
 @pytest.mark.parametrize("name", READING)
 def test_calibration_is_exact_at_full_rank_and_better_below(name: str, tmp_path: Path) -> None:
     model, data = made(name, tmp_path)
-    sites, half = of_text(model), Rule(rank=model.sites[0].head_dim // 2)
+    sites, half = of_text(model), Rule(rank=model.attention[0].head_dim // 2)
     with calibrate(model, sites, data, None, Run()) as found:
         trials = [found.statistics.of(site).trials for site in sites]
         decompose_model(model, tmp_path / "full", sites, statistics=found.statistics, blocks=found.blocks)
@@ -117,7 +117,7 @@ def test_blocks_that_the_data_do_not_reach(tmp_path: Path, pessa: Pessa) -> None
 def test_of_partly_rotated_heads_the_merged_directions_are_weighted(tmp_path: Path) -> None:
     """RoPE rotates the first directions of each head; the statistics of the others weight what is decomposed."""
     model, data = made("phi", tmp_path)
-    site = model.sites[0]
+    site = model.attention[0]
     with calibrate(model, [site], data, None, Run()) as found:
         sums = replace(found.statistics.of(site), influence=torch.zeros_like(found.statistics.of(site).influence))
     loaded, seen = load(model), list[torch.Tensor]()

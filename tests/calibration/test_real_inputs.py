@@ -45,7 +45,7 @@ def read_by(model: Path, limit: int) -> list[torch.Tensor]:
 
 def check_queries(folder: Path, statistics: Path, windows: list[torch.Tensor]) -> None:
     """Compare the statistics of the first block's queries with those of a run of the model on these windows."""
-    site = open_model(folder).sites[0]
+    site = open_model(folder).attention[0]
     found = SavedStatistics(statistics).of(site)
     assert int(found.frames) == sum(window.shape[1] for window in windows)
     model = tiny.load(folder)
@@ -124,7 +124,7 @@ def english(real: Real, place: Path) -> Path:
 def query_counts(folder: Path, statistics: Path) -> dict[str, int]:
     """Return the number of queries of each kind of block."""
     found = SavedStatistics(statistics)
-    return {site.spec.kind: int(found.of(site).frames) for site in open_model(folder).sites if site.layer == 0}
+    return {site.spec.kind: int(found.of(site).frames) for site in open_model(folder).attention if site.layer == 0}
 
 
 def test_clips_through_the_real_processor(english: Path, clip: Path, place: Path, pessa: Pessa) -> None:

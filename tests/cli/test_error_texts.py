@@ -37,7 +37,7 @@ from peft import get_peft_model
 from tuned import sums, with_tokenizer, write_lines
 
 import pessa_cli
-from pessa_cli.blocks.site import Site
+from pessa_cli.blocks.site import AttentionSite
 from pessa_cli.checkpoint.reader import TensorInfo
 from pessa_cli.checkpoint.shards import CheckpointWriter
 from pessa_cli.cli.prune import run
@@ -133,9 +133,9 @@ def huge(tensors: dict[str, torch.Tensor]) -> None:
         tensors[name] = tensors[name].double() * (1e200 if "self_attn" in name else 1)
 
 
-def without_compact(folder: Path) -> list[Site]:
+def without_compact(folder: Path) -> list[AttentionSite]:
     """Return the blocks of a model as if its attention could not load the compact layout."""
-    return [replace(site, spec=replace(site.spec, compact=False)) for site in open_model(folder).sites]
+    return [replace(site, spec=replace(site.spec, compact=False)) for site in open_model(folder).attention]
 
 
 def run_recipe(place: Path) -> None:
@@ -408,7 +408,7 @@ EXAMPLES: Mapping[str, Example] = {
         "input_ids",
     ),
     "no such module": failure(
-        lambda p: block_modules(open_model(p / "bert").sites[:1], tiny.load(p / "llama")), "LlamaForCausalLM"
+        lambda p: block_modules(open_model(p / "bert").attention[:1], tiny.load(p / "llama")), "LlamaForCausalLM"
     ),
     "no such backend": usage(lambda _: pessa_cli.set_backend("sparse"), "'sparse'", "scatter"),  # type: ignore[arg-type]
     "a class of another name": failure(

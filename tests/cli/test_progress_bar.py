@@ -80,6 +80,6 @@ def test_calibration_counts_all_of_its_bytes(
         stages.append([what, (nbytes, steps), tuple(done)])
 
     model = open_model(tiny_folder(tiny.NAMES[1]))
-    collect(model, model.sites, data, tmp_path / "s", run=Run(progress=progress))
+    collect(model, model.attention, data, tmp_path / "s", run=Run(progress=progress))
     assert [stage[0] for stage in stages] == ["calibrating", "measuring", "trying out cuts"]
     assert all(total == done for _, total, done in stages)

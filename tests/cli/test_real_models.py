@@ -73,7 +73,7 @@ def test_negative_control_one_head_scaled_by_one_percent(
         if path.is_file() and path.suffix != ".safetensors":
             (tmp_path / "changed" / path.name).write_bytes(path.read_bytes())
     weights = load_file(source / "model.safetensors")
-    site = open_model(source).sites[2]
+    site = open_model(source).attention[2]
     weights[f"{site.v}.weight"][: site.head_dim] *= 1.01
     save_file(weights, tmp_path / "changed" / "model.safetensors", {"format": "pt"})
     report = verify_models(open_model(source), open_model(tmp_path / "changed"))
@@ -85,20 +85,20 @@ def test_negative_control_one_head_scaled_by_one_percent(
 
 
 def test_biases_and_heads_of_the_real_models(real: Real) -> None:
-    found = {name: {frozenset(site.biases) for site in open_model(real(name)).sites} for name in NAMES}
+    found = {name: {frozenset(site.biases) for site in open_model(real(name)).attention} for name in NAMES}
     assert found == {
         "whisper-tiny.en": {frozenset("qvo")},
         "minilm": {frozenset("qkvo")},
         "smollm2-135m": {frozenset()},
     }
-    llama = open_model(real("smollm2-135m")).sites[0]
+    llama = open_model(real("smollm2-135m")).attention[0]
     assert (llama.heads, llama.kv_heads, llama.head_dim) == (9, 3, 64)
 
 
 def test_lossless_shrinks_tiny_en_and_keeps_its_transcript(real: Real, clip: Path, tmp_path: Path) -> None:
     model = open_model(real("whisper-tiny.en"))
     written = prune_model(model, tmp_path / "out", Rule())
-    counts = totals(model.reader.header, model.sites, written.sites, written.ranks)
+    counts = totals(model.reader.header, model.attention, written.sites, written.ranks)
     assert counts["attention_pruned"] > 0.015
     out = open_model(tmp_path / "out")
     assert out.parameters == counts["parameters_after"] < counts["parameters"]
@@ -120,7 +120,7 @@ def test_vanilla_is_clearly_worse_at_the_same_ratio(real: Real, clip: Path, tmp_
     processor = AutoProcessor.from_pretrained(source)
     inputs = clip_features(processor, load_audio(clip))
     original = heard(source, inputs, processor)
-    encoder = select(model.sites, ("encoder.self",))
+    encoder = select(model.attention, ("encoder.self",))
     rates = {}
     for method in ("svd", "vanilla"):
         prune_model(model, tmp_path / method, Rule(ratio=0.1), encoder, method)

@@ -120,7 +120,7 @@ def test_a_block_that_does_not_run_beside_others_is_not_the_same(
     assert verify_models(model, model, "blocks").same
     monkeypatch.setattr("pessa_cli.evaluation.verify.run_both", some)
     report = verify_models(model, model, "blocks")
-    names = [site.name for site in model.sites if site.name not in left]
+    names = [site.name for site in model.attention if site.name not in left]
     assert (report.same, report.skipped, report.unreached) == (False, names, [])
     assert names[0] in report.failures[0]
     assert "does not run" in report.failures[0]
@@ -130,9 +130,9 @@ def test_a_block_that_did_not_run_has_no_error(tiny_folder: TinyFolder) -> None:
     model = open_model(tiny_folder("whisper"))
     ours, theirs = tiny.load(tiny_folder("whisper")), tiny.load(tiny_folder("whisper"))
     with ExitStack() as hooks, torch.inference_mode():
-        squares = block_squares(model.sites, ours, theirs, hooks)
+        squares = block_squares(model.attention, ours, theirs, hooks)
         ours.get_encoder()(tiny.inputs(ours)["input_features"])
-    assert set(squares) == {site.name for site in model.sites if site.name.startswith("encoder.")}
+    assert set(squares) == {site.name for site in model.attention if site.name.startswith("encoder.")}
     assert all(off == 0 < whole for off, whole in squares.values())
 
 

@@ -179,12 +179,14 @@ def test_attention_with_sinks_is_refused(tiny_folder: TinyFolder, tmp_path: Path
     """Its weights do not sum to one, so the value bias cannot move into the output bias."""
     build("gpt_oss").save_pretrained(tmp_path)
     model = open_model(tmp_path)
-    with pytest.raises(PessaError, match=f"{model.sites[0].name}: its attention weights do not sum to one") as raised:
-        onnx_export._attention(model.reader, model.sites[0], 1.0)
+    with pytest.raises(
+        PessaError, match=f"{model.attention[0].name}: its attention weights do not sum to one"
+    ) as raised:
+        onnx_export._attention(model.reader, model.attention[0], 1.0)
     assert "--layout dense" in str(raised.value.hint)
     bert = open_model(tiny_folder("bert"))  # the negative control
-    onnx_export._attention(bert.reader, bert.sites[0], 1.0)
-    sinks = replace(bert.sites[0], spec=replace(bert.sites[0].spec, sums_to_one=False))
+    onnx_export._attention(bert.reader, bert.attention[0], 1.0)
+    sinks = replace(bert.attention[0], spec=replace(bert.attention[0].spec, sums_to_one=False))
     with pytest.raises(PessaError, match="do not sum to one"):
         onnx_export._attention(bert.reader, sinks, 1.0)
 
@@ -260,8 +262,8 @@ def test_compact_and_dense_files_give_the_same_heads(pruned: Pruned, tmp_path: P
     compact = open_model(pruned("whisper"))
     export_model(compact, tmp_path / "dense", "dense")
     dense = open_model(tmp_path / "dense")
-    assert [site.vo_ranks for site in compact.sites] != [site.vo_ranks for site in dense.sites]
-    for ours, theirs in zip(compact.sites, dense.sites, strict=True):
+    assert [site.vo_ranks for site in compact.attention] != [site.vo_ranks for site in dense.attention]
+    for ours, theirs in zip(compact.attention, dense.attention, strict=True):
         pairs = zip(
             kept_heads(read_site(compact.reader, ours), 1)[0],
             kept_heads(read_site(dense.reader, theirs), 1)[0],

@@ -126,7 +126,7 @@ def test_a_compact_model_is_the_same_in_openai_whisper(compact: Path, mel: torch
     assert isinstance(loaded, Whisper)
     assert len(ragged(loaded)) == 6
     reader = open_model(compact)
-    assert {0, 32} < {rank for site in reader.sites for rank in (*site.qk_ranks, *site.vo_ranks)}
+    assert {0, 32} < {rank for site in reader.attention for rank in (*site.qk_ranks, *site.vo_ranks)}
     theirs = WhisperForConditionalGeneration.from_pretrained(compact).eval()
     with torch.no_grad():
         expected = theirs(input_features=mel, decoder_input_ids=tokens).logits
@@ -208,7 +208,7 @@ def test_a_dense_folder_and_a_stock_file_load_as_openai_whisper_itself(
 
 
 def test_buckets_cover_every_head_and_never_cost_more(compact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for site in open_model(compact).sites:
+    for site in open_model(compact).attention:
         buckets = buckets_of(site)
         assert sorted(head for bucket in buckets for head in bucket.heads) == list(range(HEADS))
         for bucket in buckets:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -12,7 +12,11 @@ from sites import SITE
 from torch import Tensor
 
 from pessa_cli.algebra.heads import HeadWeights
-from pessa_cli.blocks.site import Site
+from pessa_cli.blocks.site import AttentionSite
+from pessa_cli.ranks.spectra import Spectra
+from pessa_cli.statistics.sums import AttentionStatistics
+from pessa_cli.surgery.attention_block import BlockTransforms, decompose_attention
+from pessa_cli.surgery.rewrite import Ranking
 
 Array = NDArray[np.float64]
 
@@ -31,7 +35,7 @@ GROUPED = replace(
 )
 
 
-def weights_of(site: Site, seed: int = 0, dtype: torch.dtype = torch.float64) -> HeadWeights:
+def weights_of(site: AttentionSite, seed: int = 0, dtype: torch.dtype = torch.float64) -> HeadWeights:
     """Return random weights of a block, with the biases that the site names."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -86,7 +90,21 @@ def attention(weights: HeadWeights, queries: Array, keys: Array, sink: float = 0
     return total if (bias := w["o_bias"]) is None else total + bias
 
 
-def inputs_of(site: Site, count: int = 9) -> tuple[Array, Array]:
+def inputs_of(site: AttentionSite, count: int = 9) -> tuple[Array, Array]:
     """Return inputs of the queries and of the keys of a block."""
     generator = np.random.default_rng(3)
     return generator.normal(size=(5, site.query_width)), generator.normal(size=(count, site.key_width)) + 0.5
+
+
+class Decomposed(NamedTuple):
+    """The spectra of an attention block, and the transforms to its factors."""
+
+    spectra: Spectra
+    form: BlockTransforms
+
+
+def decomposed(
+    weights: HeadWeights, site: AttentionSite, ranking: Ranking, found: AttentionStatistics | None = None
+) -> Decomposed:
+    """Decompose an attention block."""
+    return Decomposed(*decompose_attention(weights, site, ranking, found))

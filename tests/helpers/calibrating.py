@@ -58,7 +58,7 @@ def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
 
 
 def collected(model: Model, data: list[Path], out: Path, rule: Rule | None = None) -> Statistics:
-    collect(model, model.sites, data, out, rule)
+    collect(model, model.attention, data, out, rule)
     return SavedStatistics(out)
 
 

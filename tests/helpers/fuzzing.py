@@ -34,7 +34,7 @@ from pessa_cli.models.data import read_data
 from pessa_cli.models.instructions import read_rows
 from pessa_cli.sources import ctranslate2, gguf, openai, pickled
 from pessa_cli.statistics.file import SavedStatistics, save_statistics
-from pessa_cli.statistics.sums import BlockStatistics, shapes_of
+from pessa_cli.statistics.sums import AttentionStatistics, shapes_of
 from pessa_cli.surgery.export import export_model
 from pessa_cli.surgery.model import open_model
 from pessa_cli.surgery.run import Run
@@ -450,7 +450,7 @@ def _adapter(path: Path) -> None:
 def make_fuzzers(folder: Path) -> dict[str, Fuzzer]:
     """Make a small file for each reader below the folder, and return the readers by name."""
     bases = hostile.make_bases(folder)
-    sites = open_model(bases["bert"]).sites
+    sites = open_model(bases["bert"]).attention
     torch.manual_seed(0)
     tensors = {"a.weight": torch.randn(4, 6), "b": torch.ones(3, dtype=torch.float16), "c": torch.randn(6, 4).t()}
     dims = dict.fromkeys(openai.DIMENSIONS, 2) | {"n_audio_layer": 1, "n_text_layer": 1}
@@ -467,7 +467,7 @@ def make_fuzzers(folder: Path) -> dict[str, Fuzzer]:
         return file.getvalue()
 
     shapes = {site.name: shapes_of(site) for site in sites}
-    sums = {name: BlockStatistics(*(torch.rand(s, dtype=torch.float64) for s in shapes[name])) for name in shapes}
+    sums = {name: AttentionStatistics.of({n: torch.rand(s, dtype=torch.float64) for n, s in shapes[name].items()}) for name in shapes}
     (folder / "statistics").mkdir()
     save_statistics(folder / "statistics" / "s.safetensors", sums, {site.name: "0" for site in sites}, ["0" * 64])
     adapter = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}

@@ -457,12 +457,12 @@ def _work(case: Case, folder: Path, out: Path) -> None:
     elif recipe is not None:
         _by_recipe(recipe, model, out, run)
     else:
-        sites = select(model.sites)
+        sites = select(model.attention)
         measure(model, sites, run=run)
         prune_model(model, out, Rule(), sites, run=run)
     open_model(out)  # pessa must be able to read its own output
 
 
 def _by_recipe(recipe: Recipe, model: Model, out: Path, run: Run) -> None:
-    sites = select(model.sites, recipe.sites, recipe.layers)
+    sites = select(model.attention, recipe.sites, recipe.layers)
     prune_model(model, out, recipe.rule, sites, recipe.method, recipe.layout, run)

@@ -14,9 +14,9 @@ import tiny
 import torch
 from calibrating import batches, block_errors, collected
 from harness import Pessa, TinyFolder, is_refusal
-from sites import SITE
+from sites import SITE, ranks_by, spectra_by, trials_by
 
-from pessa_cli.blocks.site import Site
+from pessa_cli.blocks.site import AttentionSite
 from pessa_cli.common.errors import PessaError, UsageError
 from pessa_cli.ranks.budget import UnmetBudgetError, ordered_steps, ranks_for, trade_off
 from pessa_cli.ranks.plan import RankPlan
@@ -38,12 +38,12 @@ def spectra_of(
     made = {}
     for site, ratio, known in zip(SITES, (first, second), trials, strict=True):
         values = np.stack([ratio ** np.arange(4.0), 0.9 * ratio ** np.arange(4.0)])
-        made[site.name] = Spectra(values, values.copy(), known is not None, known)
+        made[site.name] = spectra_by(values, values.copy(), known is not None, known)
     return made
 
 
-def left(plan: RankPlan, sites: list[Site]) -> int:
-    return EACH * sum(sum(plan.qk[s.name]) + sum(plan.vo[s.name]) for s in sites)
+def left(plan: RankPlan, sites: list[AttentionSite]) -> int:
+    return EACH * sum(sum(plan.ranks[s.name]["qk"]) + sum(plan.ranks[s.name]["vo"]) for s in sites)
 
 
 @pytest.mark.parametrize("share", [1.0, 0.9, 0.5, 0.26, 0.07])
@@ -81,11 +81,11 @@ def test_params_and_sizes_count_the_whole_model() -> None:
 )
 def test_a_budget_never_prunes_all_of_qk_or_of_vo(rule: Rule, fits: bool) -> None:
     """One direction of each remains, the most valuable one; a smaller budget is an error with both numbers."""
-    trials = None if rule.max_error is None else Trials((0.0, 0.0, 0.0, 1e-9), (0.0, 0.0, 0.0, 1e-9), 1.0)
+    trials = None if rule.max_error is None else trials_by((0.0, 0.0, 0.0, 1e-9), (0.0, 0.0, 0.0, 1e-9), 1.0)
     spectra = spectra_of(0.5, 0.7, (trials, trials))
     if fits:
         plan = ranks_for(SITES, spectra, rule, WHOLE)
-        assert [sum(map(sum, side.values())) for side in (plan.qk, plan.vo)] == [1, 1]
+        assert [sum(map(sum, side.values())) for side in (ranks_by(plan, "qk"), ranks_by(plan, "vo"))] == [1, 1]
     else:
         with pytest.raises(UnmetBudgetError, match=r"the budget is [\d,]+ of [\d,]+ .*, but [\d,]+ remain"):
             ranks_for(SITES, spectra, rule, WHOLE)
@@ -98,7 +98,7 @@ def test_a_rank_larger_than_every_head_is_refused(option: str) -> None:
     for rank in (4, 5):
         rule = Rule(rank=rank) if option == "rank" else Rule(min_rank=rank)
         if rank == 4:
-            assert ranks_for(SITES, spectra_of(0.5, 0.7), rule, WHOLE).vo[SITE.name] == (4, 4)
+            assert ranks_for(SITES, spectra_of(0.5, 0.7), rule, WHOLE).ranks[SITE.name]["vo"] == (4, 4)
         else:
             with pytest.raises(UsageError, match=f"--{option.replace('_', '-')} 5: the largest head has 4"):
                 ranks_for(SITES, spectra_of(0.5, 0.7), rule, WHOLE)
@@ -108,28 +108,30 @@ def test_the_cheapest_directions_of_all_blocks_are_dropped_first() -> None:
     """No dropped direction has a larger share than a kept one, so no plan of the same size drops a smaller sum."""
     spectra = spectra_of(0.3, 0.9)
     plan = ranks_for(SITES, spectra, Rule(target_attention=0.5), WHOLE)
-    shares = {name: found.vo**2 / (found.vo**2).sum() for name, found in spectra.items()}
-    kept = [shares[s.name][h, r] for s in SITES for h, rank in enumerate(plan.vo[s.name]) for r in range(rank)]
-    gone = [shares[s.name][h, r] for s in SITES for h, rank in enumerate(plan.vo[s.name]) for r in range(rank, 4)]
+    shares = {name: found.seams["vo"] ** 2 / (found.seams["vo"] ** 2).sum() for name, found in spectra.items()}
+    kept = [shares[s.name][h, r] for s in SITES for h, rank in enumerate(plan.ranks[s.name]["vo"]) for r in range(rank)]
+    gone = [
+        shares[s.name][h, r] for s in SITES for h, rank in enumerate(plan.ranks[s.name]["vo"]) for r in range(rank, 4)
+    ]
     assert max(gone) <= min(kept)
-    assert sum(plan.vo[SITES[0].name]) < sum(plan.vo[SITES[1].name])
+    assert sum(plan.ranks[SITES[0].name]["vo"]) < sum(plan.ranks[SITES[1].name]["vo"])
 
 
 def test_trials_take_precedence_over_the_spectrum() -> None:
     tried = tuple(0.01 * level for level in LEVELS)
-    cheap, dear = Trials(tried, tried, 1.0), Trials(tuple(100 * e for e in tried), tried, 1.0)
+    cheap, dear = trials_by(tried, tried, 1.0), trials_by(tuple(100 * e for e in tried), tried, 1.0)
     plan = ranks_for(SITES, spectra_of(0.7, 0.7, (cheap, dear)), Rule(target_attention=0.6), WHOLE)
-    assert sum(plan.qk[SITES[0].name]) < sum(plan.qk[SITES[1].name]) == 8
+    assert sum(plan.ranks[SITES[0].name]["qk"]) < sum(plan.ranks[SITES[1].name]["qk"]) == 8
     harmful = replace(cheap, harm=1e3)
     plan = ranks_for(SITES, spectra_of(0.7, 0.7, (harmful, cheap)), Rule(target_attention=0.6), WHOLE)
-    assert plan.vo[SITES[0].name] == (4, 4)
-    assert sum(plan.vo[SITES[1].name]) < 8
+    assert plan.ranks[SITES[0].name]["vo"] == (4, 4)
+    assert sum(plan.ranks[SITES[1].name]["vo"]) < 8
 
 
 def test_predicted_errors_interpolate_the_trials() -> None:
     tried = (0.001, 0.004, 0.02, 0.3)
-    spectra = spectra_of(0.6, 0.8, (Trials(tried, tried, 2.0), Trials(tried, tried, 2.0)))
-    steps = [s for s in ordered_steps(SITES, spectra, Rule()) if (s.site, s.side) == (SITES[1], "vo")]
+    spectra = spectra_of(0.6, 0.8, (trials_by(tried, tried, 2.0), trials_by(tried, tried, 2.0)))
+    steps = [s for s in ordered_steps(SITES, spectra, Rule()) if (s.site, s.seam.name) == (SITES[1], "vo")]
     assert [step.price for step in steps] == sorted(step.price for step in steps)
     sums = np.cumsum([step.error for step in steps])
     assert sums[3] == pytest.approx(0.02)  # half of eight directions
@@ -147,17 +149,19 @@ def test_ranks_respect_round_to_and_min_rank(step: int, least: int) -> None:
     except UnmetBudgetError:
         assert least == 3  # the minimum of three of four directions per head is more than 70 %
         return
-    assert {rank for side in (plan.qk, plan.vo) for ranks in side.values() for rank in ranks} <= allowed
+    assert {
+        rank for side in (ranks_by(plan, "qk"), ranks_by(plan, "vo")) for ranks in side.values() for rank in ranks
+    } <= allowed
 
 
 def test_max_error_bounds_every_block() -> None:
     tried = (0.0001, 0.001, 0.01, 0.1)
-    trials = Trials(tried, tried, 1.0)
-    spectra = spectra_of(0.5, 0.7, (trials, replace(trials, qk=tuple(100 * e for e in tried))))
+    trials = trials_by(tried, tried, 1.0)
+    spectra = spectra_of(0.5, 0.7, (trials, trials_by(tuple(100 * e for e in tried), tried, 1.0)))
     plan = ranks_for(SITES, spectra, Rule(max_error=0.1), WHOLE)
     for site in SITES:
         errors = [step for step in ordered_steps(SITES, spectra, Rule()) if step.site == site]
-        lost = sum(s.error for s in errors if s.rank >= getattr(plan, s.side)[site.name][s.head])
+        lost = sum(s.error for s in errors if s.rank >= plan.ranks[site.name][s.seam.name][s.group])
         assert lost <= 0.1**2 * (1 + 1e-9)
     assert left(plan, SITES[:1]) < left(plan, SITES[1:]) < EACH * 16
     with pytest.raises(UsageError, match="measured on calibration data"):
@@ -179,13 +183,13 @@ def test_trials_are_the_errors_of_pruned_blocks(
     folder = tiny_folder(name)
     model = open_model(folder)
     found = collected(model, data, tmp_path / "s")
-    spectra = measure(model, model.sites, statistics=found)
-    site = model.sites[0]
+    spectra = measure(model, model.attention, statistics=found)
+    site = model.attention[0]
     trials = spectra[site.name].trials
     assert trials is not None
-    assert list(trials.vo) == sorted(trials.vo)
+    assert list(trials.errors["vo"]) == sorted(trials.errors["vo"])
     prune_model(model, tmp_path / "half", Rule(ratio=0.5), [site], layout="dense", statistics=found)
-    assert 0 < trials.vo[2] < 1
+    assert 0 < trials.errors["vo"][2] < 1
     outputs = []
     for made in (folder, tmp_path / "half"):
         loaded = tiny.load(made)
@@ -197,7 +201,7 @@ def test_trials_are_the_errors_of_pruned_blocks(
                 loaded(**given)
         outputs.append(torch.cat(seen))
     both = float((outputs[0] - outputs[1]).norm() / outputs[0].norm())
-    pruned_too = trials.vo[2] + (0 if spectra[site.name].qk is None else trials.qk[2])
+    pruned_too = trials.errors["vo"][2] + trials.errors["qk"][2]
     # Trials use held-out inputs, and the statistics of the others.
     assert 0.2 * pruned_too < both**2 < 1.2 * pruned_too
 

@@ -8,23 +8,24 @@ from typing import Any
 
 import numpy as np
 import pytest
-from sites import SITE
+from sites import SITE, plan_by, spectra_by
 
-from pessa_cli.blocks.site import Site
+from pessa_cli.blocks.site import AttentionSite
 from pessa_cli.checkpoint.dtypes import UNIT_ROUNDOFF
 from pessa_cli.common.errors import PessaError, UsageError
-from pessa_cli.ranks.plan import RankPlan, plan_ranks
+from pessa_cli.ranks.plan import plan_ranks
 from pessa_cli.ranks.rule import Rule
-from pessa_cli.ranks.spectra import Spectra
 
 QK = [[4.0, 3.0, 2.0, 1.0], [0.4, 0.3, 0.2, 0.0]]
 VO = [[8.0, 6.0, 1e-9, 0.0], [5.0, 5.0, 5.0, 5.0]]
 
 
-def planned(rule: Rule, site: Site = SITE, qk: Any = QK, vo: Any = VO) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    spectra = {site.name: Spectra(None if qk is None else np.array(qk), np.array(vo))}
+def planned(
+    rule: Rule, site: AttentionSite = SITE, qk: Any = QK, vo: Any = VO
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    spectra = {site.name: spectra_by(None if qk is None else np.array(qk), np.array(vo))}
     plan = plan_ranks([site], spectra, rule)
-    return plan.qk[site.name], plan.vo[site.name]
+    return plan.ranks[site.name]["qk"], plan.ranks[site.name]["vo"]
 
 
 @pytest.mark.parametrize(
@@ -64,11 +65,11 @@ def test_lossless_drops_tails_just_below_the_rounding_of_the_dtype(dtype: str) -
 def test_ratio_compares_directions_over_all_blocks_but_never_qk_with_vo() -> None:
     sites = [SITE, replace(SITE, layer=1)]
     spectra = {
-        sites[0].name: Spectra(np.full((2, 4), 1.0), np.full((2, 4), 100.0)),
-        sites[1].name: Spectra(np.full((2, 4), 2.0), np.full((2, 4), 50.0)),
+        sites[0].name: spectra_by(np.full((2, 4), 1.0), np.full((2, 4), 100.0)),
+        sites[1].name: spectra_by(np.full((2, 4), 2.0), np.full((2, 4), 50.0)),
     }
     plan = plan_ranks(sites, spectra, Rule(ratio=0.5))
-    assert plan == RankPlan(
+    assert plan == plan_by(
         qk={sites[0].name: (0, 0), sites[1].name: (4, 4)}, vo={sites[0].name: (4, 4), sites[1].name: (0, 0)}
     )
 

@@ -8,8 +8,9 @@ from itertools import combinations
 import numpy as np
 import pytest
 from attention import GROUPED
+from sites import plan_by, spectra_by, trials_by
 
-from pessa_cli.blocks.site import ROPE, Site
+from pessa_cli.blocks.site import ROPE, AttentionSite
 from pessa_cli.blocks.table import ARCHITECTURES
 from pessa_cli.common.errors import UsageError
 from pessa_cli.ranks.budget import PruneStep, UnmetBudgetError, ordered_steps, ranks_for, trade_off
@@ -36,28 +37,28 @@ PAIRS = np.array([[8.0, 1.0, 6.0, 5.0], [0.2, 0.45, 0.26, 0.09]])  # shares: .4 
 EIGHT = np.array([np.linspace(8, 1, 8), np.linspace(4, 0.5, 8)])
 
 
-def spectra_of(site: Site, trials: Trials | None = None) -> dict[str, Spectra]:
-    return {site.name: Spectra(QK, VO, trials is not None, trials)}
+def spectra_of(site: AttentionSite, trials: Trials | None = None) -> dict[str, Spectra]:
+    return {site.name: spectra_by(QK, VO, trials is not None, trials)}
 
 
-def steps_of(site: Site, spectra: dict[str, Spectra], rule: Rule) -> list[PruneStep]:
+def steps_of(site: AttentionSite, spectra: dict[str, Spectra], rule: Rule) -> list[PruneStep]:
     """Return the steps of a block beside another that keeps its directions; without one, the last of a side remains."""
     other = replace(site, layer=9)
-    kept = {other.name: Spectra(np.zeros((0, 3)), np.zeros((0, 3)))}
+    kept = {other.name: spectra_by(np.zeros((0, 3)), np.zeros((0, 3)))}
     return ordered_steps([site, other], spectra | kept, rule)
 
 
 def test_one_direction_of_each_side_remains() -> None:
     """The one whose price is highest, unless another block keeps some."""
-    for spectra in (spectra_of(BIASED), {BIASED.name: Spectra(QK[::-1], VO[::-1])}):
+    for spectra in (spectra_of(BIASED), {BIASED.name: spectra_by(QK[::-1], VO[::-1])}):
         every = steps_of(BIASED, spectra, Rule())
         found = ordered_steps([BIASED], spectra, Rule())
-        last = {side: [step for step in every if step.side == side][-1] for side in ("qk", "vo")}
+        last = {side: [step for step in every if step.seam.name == side][-1] for side in ("qk", "vo")}
         assert found == [step for step in every if step not in last.values()]
         assert {step.rank for step in last.values()} == {0}
     assert len(ordered_steps([BIASED], spectra_of(BIASED), Rule(min_rank=1))) == 8
     part = replace(BIASED, vo_ranks=(1, 0))
-    assert {step.side for step in ordered_steps([part], spectra_of(part), Rule())} == {"qk"}
+    assert {step.seam.name for step in ordered_steps([part], spectra_of(part), Rule())} == {"qk"}
 
 
 def test_every_step_by_hand() -> None:
@@ -70,128 +71,130 @@ def test_every_step_by_hand() -> None:
                 error = spectrum[head, rank] ** 2 / (spectrum**2).sum()
                 expected.append((error / each, side, head, rank, each, error))
     expected.sort()
-    assert [(s.side, s.head, s.rank, s.parameters) for s in steps] == [row[1:5] for row in expected]
+    assert [(s.seam.name, s.group, s.rank, s.parameters) for s in steps] == [row[1:5] for row in expected]
     assert np.allclose([(s.price, s.error, s.harm) for s in steps], [(row[0], row[5], row[5]) for row in expected])
     assert {step.site for step in steps} == {BIASED}
 
 
 def test_steps_of_several_directions_have_the_mean_price() -> None:
     steps = steps_of(BIASED, spectra_of(BIASED), Rule(round_to=2, min_rank=1))
-    found = {(s.side, s.head, s.rank): s for s in steps}
+    found = {(s.seam.name, s.group, s.rank): s for s in steps}
     # From 3 to 2, and from 2 to 1, which is the least.
     assert set(found) == {(side, head, rank) for side in ("qk", "vo") for head in range(2) for rank in (2, 1)}
     assert found["vo", 1, 1].error == pytest.approx(1.0 / (VO**2).sum())
     wide = steps_of(BIASED, spectra_of(BIASED), Rule(round_to=3))
-    assert {(s.side, s.head): (s.rank, s.parameters) for s in wide} == {
+    assert {(s.seam.name, s.group): (s.rank, s.parameters) for s in wide} == {
         (side, head): (0, 3 * each) for side, each in (("qk", QK_EACH), ("vo", VO_EACH)) for head in range(2)
     }
-    by_head = {(s.side, s.head): s.error for s in wide}
+    by_head = {(s.seam.name, s.group): s.error for s in wide}
     assert by_head["qk", 0] == pytest.approx((QK[0] ** 2).sum() / (QK**2).sum())
     assert by_head["vo", 1] == pytest.approx((VO[1] ** 2).sum() / (VO**2).sum())
-    order = [(s.side, s.head) for s in wide if s.side == "vo"]
+    order = [(s.seam.name, s.group) for s in wide if s.seam.name == "vo"]
     assert order == [("vo", 0), ("vo", 1)]  # of VO the head with less goes first
 
 
 def test_of_equal_directions_the_last_of_the_first_head_goes_first() -> None:
-    equal = {BIASED.name: Spectra(None, np.ones((2, 3)))}
+    equal = {BIASED.name: spectra_by(None, np.ones((2, 3)))}
     steps = steps_of(replace(BIASED, unmerged=3), equal, Rule())
-    assert [(s.head, s.rank) for s in steps] == [(0, 2), (1, 2), (0, 1), (1, 1), (0, 0), (1, 0)]
+    assert [(s.group, s.rank) for s in steps] == [(0, 2), (1, 2), (0, 1), (1, 1), (0, 0), (1, 0)]
 
 
 def test_directions_that_are_not_stored_are_not_dropped_again() -> None:
     stored = replace(BIASED, qk_ranks=(1, 3), vo_ranks=(2, 0))
     steps = steps_of(stored, spectra_of(stored), Rule())
-    assert sorted((s.side, s.head, s.rank) for s in steps) == [
+    assert sorted((s.seam.name, s.group, s.rank) for s in steps) == [
         ("qk", 0, 0), ("qk", 1, 0), ("qk", 1, 1), ("qk", 1, 2), ("vo", 0, 0), ("vo", 0, 1),
     ]  # fmt: skip
     nothing = replace(BIASED, qk_ranks=(0, 0), vo_ranks=(0, 0))
     assert steps_of(nothing, spectra_of(nothing), Rule()) == []
-    assert ranks_for([nothing], spectra_of(nothing), Rule(target_params=1.0), WHOLE).vo[nothing.name] == (0, 0)
+    assert ranks_for([nothing], spectra_of(nothing), Rule(target_params=1.0), WHOLE).ranks[nothing.name]["vo"] == (0, 0)
 
 
 def test_directions_that_cannot_be_merged_are_always_kept() -> None:
     partial = replace(BIASED, head_dim=5, unmerged=2, qk_ranks=(5, 5), vo_ranks=(3, 3))
     steps = steps_of(partial, spectra_of(partial), Rule())
     for side, ranks in (("qk", (2, 3, 4)), ("vo", (0, 1, 2))):
-        assert sorted((s.head, s.rank) for s in steps if s.side == side) == [(h, r) for h in range(2) for r in ranks]
+        assert sorted((s.group, s.rank) for s in steps if s.seam.name == side) == [
+            (h, r) for h in range(2) for r in ranks
+        ]
     plan = ranks_for([partial], spectra_of(partial), Rule(qk_thr=1.2), WHOLE)
-    assert plan.qk[partial.name] == (4, 4)
-    assert plan.vo[partial.name] == (3, 3)
+    assert plan.ranks[partial.name]["qk"] == (4, 4)
+    assert plan.ranks[partial.name]["vo"] == (3, 3)
 
 
 def test_pairs_of_a_block_with_rope() -> None:
-    spectra = {ROTATED.name: Spectra(None, EIGHT, pairs=PAIRS)}
-    steps = [s for s in steps_of(ROTATED, spectra, Rule()) if s.side == "qk"]
+    spectra = {ROTATED.name: spectra_by(None, EIGHT, pairs=PAIRS)}
+    steps = [s for s in steps_of(ROTATED, spectra, Rule()) if s.seam.name == "qk"]
     shares = {0: [0.4, 0.3, 0.25, 0.05], 1: [0.45, 0.26, 0.2, 0.09]}
     order = sorted((shares[head][place], -place, head) for head in range(2) for place in range(4))
-    assert [(s.head, s.rank) for s in steps] == [(head, -2 * place) for _, place, head in order]
+    assert [(s.group, s.rank) for s in steps] == [(head, -2 * place) for _, place, head in order]
     assert np.allclose([s.error for s in steps], [share / 2 for share, _, _ in order])
     assert {s.parameters for s in steps} == {2 * (2 * 5 + 6)}
-    odd = [s for s in steps_of(ROTATED, spectra, Rule(round_to=3, min_rank=1)) if s.side == "qk"]
+    odd = [s for s in steps_of(ROTATED, spectra, Rule(round_to=3, min_rank=1)) if s.seam.name == "qk"]
     assert {s.rank for s in odd} == {4, 2}  # steps of two pairs, and at least one pair is kept
-    unknown = steps_of(ROTATED, {ROTATED.name: Spectra(None, EIGHT)}, Rule())
-    assert {s.side for s in unknown} == {"vo"}
+    unknown = steps_of(ROTATED, {ROTATED.name: spectra_by(None, EIGHT)}, Rule())
+    assert {s.seam.name for s in unknown} == {"vo"}
     size = sum(s.parameters for s in steps[:3])
     attention = 8 * (4 * (5 + 7) + 2 * 2 * 6)
     rule = Rule(target_attention=1 - size / attention)
-    free = {ROTATED.name: replace(spectra[ROTATED.name], vo=1e3 * EIGHT, trials=None)}
+    free = {ROTATED.name: replace(spectra[ROTATED.name], seams={"vo": 1e3 * EIGHT}, trials=None)}
     plan = ranks_for([ROTATED], free, rule, WHOLE)
-    assert sum(plan.qk[ROTATED.name]) + sum(plan.vo[ROTATED.name]) < 32
+    assert sum(plan.ranks[ROTATED.name]["qk"]) + sum(plan.ranks[ROTATED.name]["vo"]) < 32
     chosen = {s.name: s for s in [ROTATED]}
     for name, pairs in plan.pairs.items():
-        assert pairs == largest_pairs(PAIRS, np.array(plan.qk[name]) // 2)
-        assert chosen[name].full != plan.qk[name]
+        assert pairs == largest_pairs(PAIRS, np.array(plan.ranks[name]["qk"]) // 2)
+        assert chosen[name].full != plan.ranks[name]["qk"]
     whole = ranks_for([ROTATED], free, Rule(target_attention=1.0), WHOLE)
     assert whole.pairs == {}
 
 
-TRIED = Trials(tuple(0.01 * level for level in LEVELS), tuple(0.03 * level for level in LEVELS), 5.0)
+TRIED = trials_by(tuple(0.01 * level for level in LEVELS), tuple(0.03 * level for level in LEVELS), 5.0)
 
 
 def test_errors_and_harm_of_trials_by_hand() -> None:
     """At the directions that trials dropped the error is what they measured; beyond them it is proportional."""
     spectrum = np.array([[4.0, 3.0, 2.0, 1.0], [3.5, 2.5, 1.5, 0.5]])
     site = replace(BIASED, head_dim=4, qk_ranks=(4, 4), vo_ranks=(4, 4))
-    trials = Trials((0.001, 0.003, 0.02, 0.1), (0.002, 0.001, 0.05, 0.0), 5.0)
-    spectra = {site.name: Spectra(spectrum, spectrum, True, trials)}
+    trials = trials_by((0.001, 0.003, 0.02, 0.1), (0.002, 0.001, 0.05, 0.0), 5.0)
+    spectra = {site.name: spectra_by(spectrum, spectrum, True, trials)}
     steps = steps_of(site, spectra, Rule())
     dropped = np.cumsum(np.sort(spectrum.ravel()) ** 2)
     for side, measured in (("qk", (0.001, 0.003, 0.02, 0.1)), ("vo", (0.002, 0.002, 0.05, 0.05))):
-        sums = np.cumsum([s.error for s in steps if s.side == side])
+        sums = np.cumsum([s.error for s in steps if s.seam.name == side])
         assert np.allclose(sums[[0, 1, 3, 5]], measured)
         between = np.exp(np.interp(np.log(dropped[2]), np.log(dropped[[1, 3]]), np.log([measured[1], measured[2]])))
         assert sums[2] == pytest.approx(between)
         assert sums[7] == pytest.approx(measured[3] * dropped[7] / dropped[5])
     assert [s.harm for s in steps] == pytest.approx([5.0 * s.error for s in steps])
     for side, each in (("qk", QK_EACH), ("vo", VO_EACH)):
-        own = [s for s in steps if s.side == side]
+        own = [s for s in steps if s.seam.name == side]
         assert [s.price for s in own] == pytest.approx(np.maximum.accumulate([s.harm / each for s in own]))
-    small = {site.name: Spectra(1e-3 * spectrum, 1e-3 * spectrum, True, trials)}  # the unit does not matter
+    small = {site.name: spectra_by(1e-3 * spectrum, 1e-3 * spectrum, True, trials)}  # the unit does not matter
     again = steps_of(site, small, Rule())
     assert [s.error for s in again] == pytest.approx([s.error for s in steps])
     for measured in ((0.0,) * 4, (0.0, 0.0, 0.0, 0.3)):
-        harmless = {site.name: Spectra(spectrum, spectrum, True, Trials(measured, measured, 5.0))}
-        errors = [s.error for s in steps_of(site, harmless, Rule()) if s.side == "vo"]
+        harmless = {site.name: spectra_by(spectrum, spectrum, True, trials_by(measured, measured, 5.0))}
+        errors = [s.error for s in steps_of(site, harmless, Rule()) if s.seam.name == "vo"]
         assert sum(errors[:6]) == pytest.approx(measured[3])
     zeros = spectrum.copy()
     zeros[1] = 0
-    half = {site.name: Spectra(zeros, zeros, True, trials)}
-    errors = [s.error for s in steps_of(site, half, Rule()) if s.side == "qk"]
+    half = {site.name: spectra_by(zeros, zeros, True, trials)}
+    errors = [s.error for s in steps_of(site, half, Rule()) if s.seam.name == "qk"]
     assert errors[:4] == [0.0] * 4
     assert sum(errors[:6]) == pytest.approx(0.1)
 
 
 def test_a_spectrum_of_zeros_has_no_errors() -> None:
-    zeros = {BIASED.name: Spectra(0 * QK, 0 * VO)}
+    zeros = {BIASED.name: spectra_by(0 * QK, 0 * VO)}
     assert [s.error for s in steps_of(BIASED, zeros, Rule())] == [0.0] * 12
-    tiny = {BIASED.name: Spectra(1e-6 * QK, 1e-6 * VO)}
+    tiny = {BIASED.name: spectra_by(1e-6 * QK, 1e-6 * VO)}
     assert sum(s.error for s in steps_of(BIASED, tiny, Rule())) == pytest.approx(2.0)
 
 
 def test_the_trade_off_by_hand() -> None:
     """A point after each step that passes another twelfth; the error is the square root of a block's sum."""
     sites = [BIASED, replace(BIASED, layer=1)]
-    spectra = {site.name: Spectra(QK, VO, True, TRIED) for site in sites}
+    spectra = {site.name: spectra_by(QK, VO, True, TRIED) for site in sites}
     steps = ordered_steps(sites, spectra, Rule())
     whole = 2 * (6 * (QK_EACH + VO_EACH) + 7)
     points = trade_off(sites, spectra, Rule(), Size(5000, 1), points=12)
@@ -213,7 +216,7 @@ def test_the_trade_off_by_hand() -> None:
     )
     assert trade_off(sites, spectra, Rule(), Size(5000, 1), points=1)[-1].attention == whole
     # The first step frees a thirteenth of the block exactly.
-    exactly = trade_off([BIASED], {BIASED.name: Spectra(QK * [1, 1, 0], VO)}, Rule(), Size(5000, 1), points=13)
+    exactly = trade_off([BIASED], {BIASED.name: spectra_by(QK * [1, 1, 0], VO)}, Rule(), Size(5000, 1), points=13)
     assert [point.attention for point in exactly[:2]] == [13 * QK_EACH, 12 * QK_EACH]
     rounded = trade_off(sites, spectra, Rule(min_rank=2), Size(5000, 1), points=1000)
     assert rounded[-1].attention == 2 * (4 * (QK_EACH + VO_EACH) + 7)
@@ -226,17 +229,20 @@ def test_budgets_by_hand() -> None:
         gone = sum(step.parameters for step in steps[:count])
         expected = {"qk": [3, 3], "vo": [3, 3]}
         for step in steps[:count]:
-            expected[step.side][step.head] = step.rank
+            expected[step.seam.name][step.group] = step.rank
         for rule in (
             Rule(target_attention=(attention - gone + 0.5) / attention),
             Rule(target_params=(1000 - gone + 0.5) / 1000),
             Rule(target_size=8000 - 8 * gone),
         ):
             plan = ranks_for(sites, spectra_of(BIASED), rule, WHOLE)
-            assert (list(plan.qk[BIASED.name]), list(plan.vo[BIASED.name])) == (expected["qk"], expected["vo"])
+            assert (list(plan.ranks[BIASED.name]["qk"]), list(plan.ranks[BIASED.name]["vo"])) == (
+                expected["qk"],
+                expected["vo"],
+            )
     single = replace(BIASED, dtype="F16")
     plan = ranks_for([single], spectra_of(single), Rule(target_size=2000 - 2 * steps[0].parameters), Size(1000, 2000))
-    assert sum(plan.qk[single.name]) + sum(plan.vo[single.name]) == 11
+    assert sum(plan.ranks[single.name]["qk"]) + sum(plan.ranks[single.name]["vo"]) == 11
 
 
 def test_a_budget_that_cannot_be_met_names_what_remains() -> None:
@@ -255,8 +261,8 @@ def test_a_budget_that_cannot_be_met_names_what_remains() -> None:
 
 def test_max_error_stops_a_block_at_its_first_step_that_is_too_much() -> None:
     sites = [BIASED, replace(BIASED, layer=1)]
-    worse = replace(TRIED, vo=tuple(100 * error for error in TRIED.vo))
-    spectra = {site.name: Spectra(QK, VO, True, trials) for site, trials in zip(sites, (TRIED, worse), strict=True)}
+    worse = trials_by(TRIED.errors["qk"], tuple(100 * error for error in TRIED.errors["vo"]), TRIED.harm)
+    spectra = {site.name: spectra_by(QK, VO, True, trials) for site, trials in zip(sites, (TRIED, worse), strict=True)}
     steps = ordered_steps(sites, spectra, Rule())
     for most in (0.0, 0.02, 0.05, 0.1, 0.5):
         expected = {site.name: {"qk": [3, 3], "vo": [3, 3]} for site in sites}
@@ -266,15 +272,15 @@ def test_max_error_stops_a_block_at_its_first_step_that_is_too_much() -> None:
                 lost += step.error
                 if lost > most**2:
                     break
-                expected[site.name][step.side][step.head] = step.rank
+                expected[site.name][step.seam.name][step.group] = step.rank
         plan = ranks_for(sites, spectra, Rule(max_error=most), WHOLE)
         for site in sites:
-            assert list(plan.qk[site.name]) == expected[site.name]["qk"]
-            assert list(plan.vo[site.name]) == expected[site.name]["vo"]
+            assert list(plan.ranks[site.name]["qk"]) == expected[site.name]["qk"]
+            assert list(plan.ranks[site.name]["vo"]) == expected[site.name]["vo"]
     exactly = steps[0].error ** 0.5 * (1 + 1e-12)
     plan = ranks_for(sites, spectra, Rule(max_error=exactly), WHOLE)
-    assert sum(sum(plan.qk[s.name]) + sum(plan.vo[s.name]) for s in sites) < 24
-    spectra[sites[1].name] = Spectra(QK, VO)
+    assert sum(sum(plan.ranks[s.name]["qk"]) + sum(plan.ranks[s.name]["vo"]) for s in sites) < 24
+    spectra[sites[1].name] = spectra_by(QK, VO)
     with pytest.raises(UsageError, match="--max-error"):
         ranks_for(sites, spectra, Rule(max_error=0.1), WHOLE)
 
@@ -297,41 +303,41 @@ def test_a_rule_without_a_budget_is_a_plan() -> None:
     ],
 )
 def test_pairs_that_a_rule_keeps(rule: Rule, kept: tuple[list[int], list[int]] | None) -> None:
-    spectra = {ROTATED.name: Spectra(None, EIGHT, pairs=PAIRS)}
+    spectra = {ROTATED.name: spectra_by(None, EIGHT, pairs=PAIRS)}
     plan = plan_ranks([ROTATED], spectra, rule)
     if kept is None:
         assert plan.pairs == {}
-        assert plan.qk[ROTATED.name] == (8, 8)
+        assert plan.ranks[ROTATED.name]["qk"] == (8, 8)
         return
     assert tuple([p for run in runs for p in run] for runs in plan.pairs[ROTATED.name]) == kept
-    assert plan.qk[ROTATED.name] == tuple(2 * len(pairs) for pairs in kept)
+    assert plan.ranks[ROTATED.name]["qk"] == tuple(2 * len(pairs) for pairs in kept)
     assert plan.kept(ROTATED).pairs == plan.pairs[ROTATED.name]
-    assert plan.kept(ROTATED).qk_ranks == plan.qk[ROTATED.name]
-    assert plan.kept(ROTATED).vo_ranks == plan.vo[ROTATED.name]
+    assert plan.kept(ROTATED).qk_ranks == plan.ranks[ROTATED.name]["qk"]
+    assert plan.kept(ROTATED).vo_ranks == plan.ranks[ROTATED.name]["vo"]
 
 
 def test_pairs_that_are_not_stored_stay_away() -> None:
     pairs = ((range(0, 1), range(2, 3)), (range(1, 3),))
     stored = replace(ROTATED, pairs=pairs, qk_ranks=(4, 4))
     zeros = PAIRS * np.array([[1, 0, 1, 0], [0, 1, 1, 0]])
-    assert plan_ranks([stored], {stored.name: Spectra(None, EIGHT, pairs=zeros)}, Rule(rope_ratio=0.0)).pairs == {
+    assert plan_ranks([stored], {stored.name: spectra_by(None, EIGHT, pairs=zeros)}, Rule(rope_ratio=0.0)).pairs == {
         stored.name: pairs
     }
-    plan = plan_ranks([stored], {stored.name: Spectra(None, EIGHT, pairs=zeros)}, Rule(ratio=0.5))
+    plan = plan_ranks([stored], {stored.name: spectra_by(None, EIGHT, pairs=zeros)}, Rule(ratio=0.5))
     assert plan.pairs == {stored.name: pairs}
-    assert plan.qk[stored.name] == (4, 4)
-    assert RankPlan.stored([stored, BIASED]) == RankPlan(
+    assert plan.ranks[stored.name]["qk"] == (4, 4)
+    assert RankPlan.stored([stored, BIASED]) == plan_by(
         {stored.name: (4, 4), BIASED.name: (3, 3)},
         {stored.name: (8, 8), BIASED.name: (3, 3)},
         {stored.name: pairs},
     )
     mixed = plan_ranks(
         [replace(BIASED, layer=3), ROTATED],
-        {replace(BIASED, layer=3).name: Spectra(QK, VO), ROTATED.name: Spectra(None, EIGHT, pairs=PAIRS)},
+        {replace(BIASED, layer=3).name: spectra_by(QK, VO), ROTATED.name: spectra_by(None, EIGHT, pairs=PAIRS)},
         Rule(rank=2, rope_ratio=0.5),
     )
     assert set(mixed.pairs) == {ROTATED.name}
-    assert mixed.qk[replace(BIASED, layer=3).name] == (2, 2)
+    assert mixed.ranks[replace(BIASED, layer=3).name]["qk"] == (2, 2)
     with pytest.raises(UsageError, match="--rope-ratio"):
         plan_ranks([BIASED], spectra_of(BIASED), Rule(rope_ratio=0.5))
 

@@ -68,7 +68,9 @@ def test_save_pretrained_round_trips(pruned: Callable[[str, str], Path], name: s
     for folder in ("single", "shards"):
         assert close(model, load(tmp_path / folder), 1e-7)
         reopened = open_model(tmp_path / folder)
-        assert [s.vo_ranks for s in reopened.sites] == [s.vo_ranks for s in open_model(pruned(name, "compact")).sites]
+        assert [s.vo_ranks for s in reopened.attention] == [
+            s.vo_ranks for s in open_model(pruned(name, "compact")).attention
+        ]
     assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 1
 
 
@@ -98,7 +100,7 @@ def test_base_and_headed_classes_find_their_modules_under_other_prefixes(
             again = kind.from_pretrained(tmp_path / "base").eval()
             body = getattr(again, "bert", again)
             assert torch.equal(body(**inputs).last_hidden_state, expected)
-    assert len(open_model(tmp_path / "base").sites) == 2
+    assert len(open_model(tmp_path / "base").attention) == 2
 
 
 def test_gradients_flow_and_a_step_trains(pruned: Callable[[str, str], Path]) -> None:
@@ -138,14 +140,14 @@ def test_ragged_layers_report_the_full_width(pruned: Callable[[str, str], Path])
 @pytest.mark.parametrize("name", ["whisper", "bert"])
 def test_heads_of_rank_zero_and_whole_blocks_of_rank_zero(name: str, tiny_folder: TinyFolder, tmp_path: Path) -> None:
     model = load(tiny_folder(name))
-    site = open_model(tiny_folder(name)).sites[0]
+    site = open_model(tiny_folder(name)).attention[0]
     with torch.no_grad():  # the first block has no output, and its scores no input
         for side in "vq":
             for parameter in model.get_submodule(site.module(side)).parameters():
                 parameter.zero_()
     model.save_pretrained(tmp_path / "source")
     written = prune_model(open_model(tmp_path / "source"), tmp_path / "out", Rule())
-    assert written.ranks.vo[site.name] == written.ranks.qk[site.name] == (0, 0, 0, 0)
+    assert written.ranks.ranks[site.name]["vo"] == written.ranks.ranks[site.name]["qk"] == (0, 0, 0, 0)
     assert close(model, load(tmp_path / "out"))
 
 

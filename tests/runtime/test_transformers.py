@@ -424,6 +424,6 @@ def test_the_trainer(name: str, pruned: Pruned, three: Callable[..., Three], tmp
     again = load(tmp_path / "compact" / "checkpoint-6")
     assert close(compact.eval(), again, 1e-6)
     assert not close(load(pruned(name)), again)
-    assert [s.vo_ranks for s in open_model(tmp_path / "compact" / "checkpoint-6").sites] == [
-        s.vo_ranks for s in open_model(pruned(name)).sites
+    assert [s.vo_ranks for s in open_model(tmp_path / "compact" / "checkpoint-6").attention] == [
+        s.vo_ranks for s in open_model(pruned(name)).attention
     ]

@@ -341,7 +341,7 @@ def test_ranks_beyond_64_bits(bases: Bases, tmp_path: Path) -> None:
     """A multiple that large means the head size; such a rank is refused."""
     model = open_model(bases["bert"])
     prune_model(model, tmp_path / "out", Rule(rank=1, round_to=10**30), run=Run(jobs=1))
-    assert [site.vo_ranks for site in open_model(tmp_path / "out").sites] == [(4, 4)]
+    assert [site.vo_ranks for site in open_model(tmp_path / "out").attention] == [(4, 4)]
     for rule in (Rule(rank=10**30), Rule(min_rank=10**30)):
         with bounded(), pytest.raises(PessaError, match=f"{10**30}: the largest head has 4"):
             prune_model(model, tmp_path / "no", rule, run=Run(jobs=1))
@@ -427,7 +427,7 @@ def test_pipes_are_read_by_no_reader(kind: str, bases: Bases, tmp_path: Path) ->
             path.symlink_to(kind)
         return path
 
-    sites = open_model(bases["bert"]).sites
+    sites = open_model(bases["bert"]).attention
     model = copy_of(bases["bert"], tmp_path / "m")
     (model / WEIGHTS).unlink()
     special(model / "pytorch_model.bin")

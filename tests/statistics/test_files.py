@@ -24,16 +24,17 @@ from pessa_cli.statistics.file import (
     save_statistics,
     shortages,
 )
-from pessa_cli.statistics.sums import NAMES, BlockStatistics, shapes_of
+from pessa_cli.statistics.sums import AttentionStatistics, shapes_of
 
 NAME = GROUPED.name
 
 
-def block(seed: int = 0, **more: Any) -> BlockStatistics:
+def block(seed: int = 0, **more: Any) -> AttentionStatistics:
     generator = torch.Generator().manual_seed(seed)
-    shapes = zip(NAMES, shapes_of(GROUPED), strict=True)
-    found = {name: torch.rand(shape, generator=generator, dtype=torch.float64) for name, shape in shapes}
-    return BlockStatistics(**(found | more))
+    found = {
+        name: torch.rand(shape, generator=generator, dtype=torch.float64) for name, shape in shapes_of(GROUPED).items()
+    }
+    return AttentionStatistics(**(found | more))
 
 
 def saved(path: Path, seed: int = 0, data: tuple[str, ...] = ("b", "a"), weights: str = "w") -> Path:
@@ -41,8 +42,8 @@ def saved(path: Path, seed: int = 0, data: tuple[str, ...] = ("b", "a"), weights
     return path
 
 
-def equal(a: BlockStatistics, b: BlockStatistics) -> bool:
-    return all(torch.equal(getattr(a, name), getattr(b, name)) for name in NAMES)
+def equal(a: AttentionStatistics, b: AttentionStatistics) -> bool:
+    return all(torch.equal(getattr(a, name), getattr(b, name)) for name in AttentionStatistics.names())
 
 
 def edited(path: Path, tensors: dict[str, Any] | None = None, **about: str | None) -> Path:
@@ -64,7 +65,7 @@ def test_what_is_saved_is_read(tmp_path: Path) -> None:
     assert found.data == ["a", "b"]
     assert equal(found.of(GROUPED), block())
     assert equal(found.of(GROUPED, lambda: "w"), block())
-    assert load_file(path).keys() == {f"{NAME}.{name}" for name in NAMES}
+    assert load_file(path).keys() == {f"{NAME}.{name}" for name in AttentionStatistics.names()}
     transposed = replace(block(), queries=block().queries.mT)  # not contiguous
     save_statistics(tmp_path / "t", {NAME: transposed}, {NAME: "w"}, [])
     assert equal(SavedStatistics(tmp_path / "t").of(GROUPED), transposed)
@@ -108,7 +109,7 @@ def test_statistics_of_other_weights_or_blocks_are_refused(tmp_path: Path) -> No
         SavedStatistics(tmp_path / "t").of(GROUPED)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", AttentionStatistics.names())
 @pytest.mark.parametrize("fault", ["dtype", "shape", "nan"])
 def test_tensors_that_do_not_fit_the_block_are_refused(name: str, fault: str, tmp_path: Path) -> None:
     tensor = getattr(block(), name).clone()

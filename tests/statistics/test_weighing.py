@@ -14,9 +14,9 @@ from torch import Tensor
 
 from pessa_cli.algebra.rope import PairWeighting
 from pessa_cli.algebra.weighted import traces
-from pessa_cli.blocks.site import ROPE, Site
+from pessa_cli.blocks.site import ROPE, AttentionSite
 from pessa_cli.blocks.table import ARCHITECTURES
-from pessa_cli.statistics.sums import NAMES, BlockStatistics, shapes_of
+from pessa_cli.statistics.sums import AttentionStatistics, shapes_of
 from pessa_cli.statistics.weighing import (
     RIDGE,
     SHRINKAGE,
@@ -34,7 +34,7 @@ ROTATED = replace(GROUPED, spec=ARCHITECTURES["llama"][0], between=ROPE, unmerge
 G, M, D, H = 2, 2, 3, 4
 
 
-def values_of(site: Site, seed: int = 2) -> NDArray[np.float64]:
+def values_of(site: AttentionSite, seed: int = 2) -> NDArray[np.float64]:
     """Return inputs of W_O, (FRAMES, H d), correlated over the heads and with a mean."""
     generator = np.random.default_rng(seed)
     width = site.heads * site.head_dim
@@ -46,7 +46,7 @@ def positive(generator: np.random.Generator, *shape: int) -> Tensor:
     return torch.from_numpy(root @ np.swapaxes(root, -1, -2))
 
 
-def statistics_of(site: Site, values: NDArray[np.float64] | None = None, **more: Any) -> BlockStatistics:
+def statistics_of(site: AttentionSite, values: NDArray[np.float64] | None = None, **more: Any) -> AttentionStatistics:
     generator = np.random.default_rng(4)
     values = values_of(site) if values is None else values
     empty = torch.zeros(0, D, D, dtype=torch.float64)
@@ -62,7 +62,7 @@ def statistics_of(site: Site, values: NDArray[np.float64] | None = None, **more:
         "tried": torch.tensor([[1.0, 2, 3, 4], [5.0, 6, 7, 8]], dtype=torch.float64),
         "harm": torch.tensor([6.0, 30.0, 2.0], dtype=torch.float64),
     }
-    return BlockStatistics(**(found | more))
+    return AttentionStatistics(**(found | more))
 
 
 def test_each_weighting_is_a_mean_over_the_frames() -> None:
@@ -177,7 +177,7 @@ def test_constant_inputs_leave_no_noise() -> None:
 
 
 def test_without_frames_nothing_is_divided_by_zero() -> None:
-    empty = BlockStatistics(*(torch.zeros(shape, dtype=torch.float64) for shape in shapes_of(GROUPED)))
+    empty = AttentionStatistics.of({n: torch.zeros(s, dtype=torch.float64) for n, s in shapes_of(GROUPED).items()})
     weighed = weigh(empty, GROUPED, None)
     assert weighed.qk.shrinkage == SHRINKAGE + D
     assert weighed.vo.left.isfinite().all()
@@ -208,14 +208,14 @@ def test_the_moment_of_the_new_directions() -> None:
 def test_statistics_add_up_and_trials_are_shares_of_the_output() -> None:
     first, second = statistics_of(GROUPED), statistics_of(GROUPED, values_of(GROUPED, 9))
     both = first + second
-    for name in NAMES:
+    for name in AttentionStatistics.names():
         assert torch.equal(getattr(both, name), getattr(first, name) + getattr(second, name))
     moved = first.to("meta")
-    assert {getattr(moved, name).device.type for name in NAMES} == {"meta"}
+    assert {getattr(moved, name).device.type for name in AttentionStatistics.names()} == {"meta"}
     trials = first.trials
     assert trials is not None
-    assert trials.qk == pytest.approx((0.02, 0.04, 0.06, 0.08))
-    assert trials.vo == pytest.approx((0.1, 0.12, 0.14, 0.16))
+    assert trials.errors["qk"] == pytest.approx((0.02, 0.04, 0.06, 0.08))
+    assert trials.errors["vo"] == pytest.approx((0.1, 0.12, 0.14, 0.16))
     # 6 nats over 30 tokens for a difference whose square is 2 of 50: 0.2 for a relative squared error of 0.04.
     assert trials.harm == pytest.approx(0.2 / 0.04)
     for harm in ([6.0, 0.0, 2.0], [6.0, 30.0, 0.0]):
@@ -227,6 +227,6 @@ def test_statistics_add_up_and_trials_are_shares_of_the_output() -> None:
 
 
 @pytest.mark.parametrize("site", [GROUPED, ROTATED])
-def test_shapes_are_those_of_the_statistics(site: Site) -> None:
+def test_shapes_are_those_of_the_statistics(site: AttentionSite) -> None:
     found = statistics_of(site)
-    assert [tuple(getattr(found, name).shape) for name in NAMES] == list(shapes_of(site))
+    assert {name: tuple(getattr(found, name).shape) for name in found.names()} == shapes_of(site)

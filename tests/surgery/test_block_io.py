@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pessa_cli.algebra.heads import HeadWeights
-from pessa_cli.blocks.site import ROPE, Site
+from pessa_cli.blocks.site import ROPE, AttentionSite
 from pessa_cli.blocks.table import ARCHITECTURES
 from pessa_cli.checkpoint.reader import CheckpointReader
 from pessa_cli.common.errors import PessaError
@@ -33,7 +33,7 @@ SITES = {
 }
 
 
-def stored(site: Site, weights: HeadWeights) -> dict[str, Tensor]:
+def stored(site: AttentionSite, weights: HeadWeights) -> dict[str, Tensor]:
     """Return the tensors of a block at full rank, put together row by row."""
     found: dict[str, Tensor] = {}
     sides = {"q": "q", "k": "k", "v": "v"}

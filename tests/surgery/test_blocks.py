@@ -8,24 +8,23 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from attention import GROUPED, Array, arrays, attention, inputs_of, weights_of
+from attention import GROUPED, Array, arrays, attention, decomposed, inputs_of, weights_of
 
 from pessa_cli.algebra import heads
 from pessa_cli.algebra.decompose import Transforms
 from pessa_cli.algebra.heads import HeadWeights
 from pessa_cli.algebra.rope import PairWeighting, compensated, contributions
-from pessa_cli.blocks.site import ROPE, Site
+from pessa_cli.blocks.site import ROPE, AttentionSite
 from pessa_cli.blocks.table import ARCHITECTURES
-from pessa_cli.statistics.sums import BlockStatistics
+from pessa_cli.statistics.sums import AttentionStatistics
 from pessa_cli.statistics.weighing import Refit, weigh
-from pessa_cli.surgery.decomposed_block import (
+from pessa_cli.surgery.attention_block import (
     BlockTransforms,
     _precision,
-    cut,
-    decompose_block,
-    factored,
+    attention_factors,
+    attention_spectra,
+    cut_attention,
     pair_contributions,
-    spectra_of,
 )
 
 BIASED = replace(GROUPED, biases=frozenset("qkvo"))
@@ -58,7 +57,7 @@ def _parts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(heads, "PART_BYTES", request.param)
 
 
-def statistics_of(weights: HeadWeights, site: Site, frames: int = 400) -> tuple[BlockStatistics, Array]:
+def statistics_of(weights: HeadWeights, site: AttentionSite, frames: int = 400) -> tuple[AttentionStatistics, Array]:
     """Return statistics of correlated queries, keys and values, and the inputs of W_O of each frame."""
     generator = np.random.default_rng(5)
     g, m, d = site.kv_heads, site.group, site.head_dim
@@ -77,7 +76,7 @@ def statistics_of(weights: HeadWeights, site: Site, frames: int = 400) -> tuple[
     mixtures = values.reshape(frames, -1)
     none = torch.zeros(0, d, d, dtype=torch.float64)
     numbers = {"output": torch.tensor(8.0), "tried": torch.arange(8.0).reshape(2, 4), "harm": torch.tensor([1.0, 2, 3])}
-    return BlockStatistics(
+    return AttentionStatistics(
         frames=torch.tensor(float(frames), dtype=torch.float64),
         queries=moment(g, frames, d),
         keys=moment(g, frames, d),
@@ -95,16 +94,15 @@ def statistics_of(weights: HeadWeights, site: Site, frames: int = 400) -> tuple[
 def test_the_factors_are_the_same_function_with_the_spectra_of_the_products(kind: str, ranking: Any) -> None:
     site = SITES[kind]
     weights, inputs = weights_of(site), inputs_of(site)
-    found = decompose_block(weights, site, ranking)
-    assert found.transforms is not None
-    made = factored(weights, site, found.transforms)
+    found = decomposed(weights, site, ranking)
+    made = attention_factors(weights, site, found.form)
     assert np.allclose(attention(made, *inputs), attention(weights, *inputs), atol=1e-9)
     w = arrays(weights)
     v, o = w["v"], w["o"]
     assert v is not None
     assert o is not None
-    alone = spectra_of(weights, site, ranking)
-    assert np.allclose(alone.vo, found.spectra.vo)
+    alone = attention_spectra(weights, site, ranking)
+    assert np.allclose(alone.seams["vo"], found.spectra.seams["vo"])
     for g in range(site.kv_heads):
         left = v[g].T
         if "o" not in site.biases and (bias := w["v_bias"]) is not None:
@@ -114,12 +112,11 @@ def test_the_factors_are_the_same_function_with_the_spectra_of_the_products(kind
             expected = np.sort(np.linalg.norm(left, axis=0) * np.linalg.norm(right, axis=0))[::-1]
         else:
             expected = np.linalg.svd(left @ right.T, compute_uv=False)[: site.head_dim]
-        assert np.allclose(found.spectra.vo[g], expected)
-    assert (found.spectra.qk is None) == (kind in ("unmerged", "rotated"))
-    if found.spectra.qk is not None:
-        assert found.spectra.qk.shape == (2, site.head_dim - site.unmerged)
-        assert alone.qk is not None
-        assert np.allclose(alone.qk, found.spectra.qk)
+        assert np.allclose(found.spectra.seams["vo"][g], expected)
+    assert ("qk" not in found.spectra.seams) == (kind in ("unmerged", "rotated"))
+    if "qk" in found.spectra.seams:
+        assert found.spectra.seams["qk"].shape == (2, site.head_dim - site.unmerged)
+        assert np.allclose(alone.seams["qk"], found.spectra.seams["qk"])
     assert (found.spectra.pairs is None) == (kind != "rotated")
     if found.spectra.pairs is not None:
         assert alone.pairs is not None
@@ -127,8 +124,8 @@ def test_the_factors_are_the_same_function_with_the_spectra_of_the_products(kind
         assert np.array_equal(alone.pairs, found.spectra.pairs)
     assert not found.spectra.calibrated
     assert found.spectra.trials is None
-    assert found.transforms.refit is None
-    assert cut(made, replace(site, vo_ranks=(1, 2)), found.transforms) is made
+    assert found.form.refit is None
+    assert cut_attention(made, replace(site, vo_ranks=(1, 2)), found.form) is made
 
 
 @pytest.mark.usefixtures("_parts")
@@ -137,17 +134,16 @@ def test_calibrated_factors_are_the_same_function(kind: str) -> None:
     site = SITES[kind]
     weights, inputs = weights_of(site), inputs_of(site)
     statistics, _ = statistics_of(weights, site)
-    found = decompose_block(weights, site, "svd", statistics)
-    assert found.transforms is not None
-    made = factored(weights, site, found.transforms)
+    found = decomposed(weights, site, "svd", statistics)
+    made = attention_factors(weights, site, found.form)
     assert np.allclose(attention(made, *inputs), attention(weights, *inputs), atol=1e-8)
     assert found.spectra.calibrated
     assert found.spectra.trials == statistics.trials
-    plain = decompose_block(weights, site, "svd")
-    assert not np.allclose(found.spectra.vo, plain.spectra.vo, rtol=0.01)
+    plain = decomposed(weights, site, "svd")
+    assert not np.allclose(found.spectra.seams["vo"], plain.spectra.seams["vo"], rtol=0.01)
     weighed = weigh(statistics, site, weights.v_bias)
-    assert found.transforms.refit is not None
-    assert torch.equal(found.transforms.refit.moment, weighed.refit.moment)
+    assert found.form.refit is not None
+    assert torch.equal(found.form.refit.moment, weighed.refit.moment)
     if found.spectra.pairs is not None:
         assert np.array_equal(found.spectra.pairs, contributions(weights, weighed.refit.pairs).numpy())
         assert not np.allclose(found.spectra.pairs, contributions(weights).numpy())
@@ -159,15 +155,14 @@ def test_w_o_is_refitted_to_the_kept_directions(kind: str) -> None:
     site = SITES[kind]
     weights = weights_of(site)
     statistics, mixtures = statistics_of(weights, site)
-    found = decompose_block(weights, site, "svd", statistics)
-    assert found.transforms is not None
-    refit = found.transforms.refit
+    found = decomposed(weights, site, "svd", statistics)
+    refit = found.form.refit
     assert refit is not None
-    made = factored(weights, site, found.transforms)
+    made = attention_factors(weights, site, found.form)
     kept = replace(site, vo_ranks=(1, 2))
-    fitted = cut(made, kept, found.transforms)
+    fitted = cut_attention(made, kept, found.form)
     w = arrays(weights)
-    left = found.transforms.vo.left.numpy()
+    left = found.form.vo.left.numpy()
     values = mixtures.reshape(len(mixtures), 2, 2, 3)
     if refit.center is not None:
         v_bias = w["v_bias"]
@@ -189,9 +184,9 @@ def test_w_o_is_refitted_to_the_kept_directions(kind: str) -> None:
     )
     assert after < 0.95 * before
     assert fitted.q is made.q
-    assert cut(made, site, found.transforms) is made  # nothing is cut
+    assert cut_attention(made, site, found.form) is made  # nothing is cut
     half = replace(made, o=made.o.half())
-    again = cut(half, kept, found.transforms)
+    again = cut_attention(half, kept, found.form)
     assert again.o.dtype == torch.float16
     assert torch.allclose(again.o.double(), fitted.o, atol=0.02)
 
@@ -199,19 +194,18 @@ def test_w_o_is_refitted_to_the_kept_directions(kind: str) -> None:
 def test_kept_pairs_compensate_for_those_that_are_cut() -> None:
     weights = weights_of(ROTATED)
     statistics, _ = statistics_of(weights, ROTATED)
-    transforms = decompose_block(weights, ROTATED, "svd", statistics).transforms
-    assert transforms is not None
+    transforms = decomposed(weights, ROTATED, "svd", statistics).form
     assert transforms.refit is not None
     assert transforms.refit.pairs is not None
     pairs = ((range(0, 1),), (range(1, 2),))
     kept = replace(ROTATED, pairs=pairs, qk_ranks=(2, 2))
-    found = cut(weights, kept, transforms)
+    found = cut_attention(weights, kept, transforms)
     assert torch.equal(found.q, compensated(weights, pairs, transforms.refit.pairs).q)
     assert found.o is weights.o
     without = replace(transforms, refit=replace(transforms.refit, pairs=None))
-    assert cut(weights, kept, without) is weights
-    assert cut(weights, ROTATED, transforms) is weights
-    both = cut(weights, replace(kept, vo_ranks=(2, 1)), transforms)
+    assert cut_attention(weights, kept, without) is weights
+    assert cut_attention(weights, ROTATED, transforms) is weights
+    both = cut_attention(weights, replace(kept, vo_ranks=(2, 1)), transforms)
     assert torch.equal(both.q, found.q)
     assert not torch.equal(both.o, weights.o)
 
@@ -270,9 +264,8 @@ def test_float32_is_used_where_its_errors_are_an_eighth_of_those_of_storing(dtyp
 
 def test_16_bit_weights_stay_16_bit() -> None:
     weights = weights_of(BIASED, dtype=torch.float16)
-    transforms = decompose_block(weights, BIASED, "svd").transforms
-    assert transforms is not None
-    made = factored(weights, BIASED, transforms)
+    transforms = decomposed(weights, BIASED, "svd").form
+    made = attention_factors(weights, BIASED, transforms)
     assert {t.dtype for t in (made.q, made.k, made.v, made.o)} == {torch.float16}
     inputs = inputs_of(BIASED)
     assert np.allclose(attention(made, *inputs), attention(weights, *inputs), atol=0.1)

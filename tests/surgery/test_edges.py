@@ -179,7 +179,7 @@ def test_the_dtype_of_a_block_is_its_coarsest(coarse: str, dtype: str, tmp_path:
         tensors[name] = tensors[name].to(DTYPES[dtype] if name.endswith(part) else kinds[0] if kinds else torch.float32)
     folder = saved(tmp_path / "model", tensors, config)
     expected = "F32" if coarse == "embedding" else dtype
-    assert [site.dtype for site in open_model(folder).sites] == [expected]
+    assert [site.dtype for site in open_model(folder).attention] == [expected]
     assert error_after(folder, tmp_path) <= 2 * UNIT_ROUNDOFF[expected] + FLOOR
 
 

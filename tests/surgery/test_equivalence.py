@@ -57,7 +57,7 @@ def test_full_rank_changes_nothing(source: Path, tmp_path: Path) -> None:
 def test_verify_finds_a_change_of_one_weight(source: Path, tmp_path: Path) -> None:
     """The negative control of the test above."""
     changed = load(source)
-    site = open_model(source).sites[1]
+    site = open_model(source).attention[1]
     with torch.no_grad():
         changed.get_submodule(site.v).weight[site.head_dim + 3, 2] += 0.05
     changed.save_pretrained(tmp_path / "changed")
@@ -128,9 +128,9 @@ def test_each_head_loses_the_norm_of_its_dropped_singular_values(source: Path, t
     model = open_model(source)
     written = prune_model(model, tmp_path / "out", Rule(rank=3))
     errors = {found.where: found.error for found in compare(model, tmp_path / "out").weights}
-    for site in model.sites:
+    for site in model.attention:
         spectra = written.spectra[site.name]
-        for side, spectrum in (("Q-K", spectra.qk), ("V-O", spectra.vo)):
+        for side, spectrum in (("Q-K", spectra.seams.get("qk")), ("V-O", spectra.seams["vo"])):
             if spectrum is None:
                 continue
             for group in range(site.kv_heads):
@@ -171,7 +171,7 @@ def test_negative_control_a_dropped_value_bias_is_caught(
         return replace(absorbed, o_bias=weights.o_bias.double())
 
     model = open_model(tiny_folder(name))
-    monkeypatch.setattr("pessa_cli.surgery.decomposed_block.absorb", forgetful)
+    monkeypatch.setattr("pessa_cli.surgery.attention_block.absorb", forgetful)
     decompose_model(model, tmp_path / "out")
     report = verify_models(model, open_model(tmp_path / "out"))
     assert not report.same
@@ -225,7 +225,7 @@ def test_shards_are_read_and_written(source: Path, tmp_path: Path) -> None:
 
 def test_other_blocks_are_copied_byte_for_byte(tiny_folder: TinyFolder, tmp_path: Path) -> None:
     model = open_model(tiny_folder("whisper"))
-    chosen = [site for site in model.sites if site.spec.kind == "decoder.cross" and site.layer == 1]
+    chosen = [site for site in model.attention if site.spec.kind == "decoder.cross" and site.layer == 1]
     prune_model(model, tmp_path / "out", Rule(rank=3), chosen)
     after = open_model(tmp_path / "out")
     for name in model.reader.header.keys() - chosen[0].tensors.keys():

@@ -205,9 +205,9 @@ def test_the_manifest(model: Path, place: Path) -> None:
     assert manifest["source_sha256"] == source
     assert manifest["source"] == "llama as typed"
     assert manifest["versions"]["torch"].startswith(torch.__version__.split("+")[0])
-    for site in open_model(model).sites:
+    for site in open_model(model).attention:
         assert manifest["ranks"][site.name] == {"qk": "8 8", "vo": "3 3"}
-        spectrum = written.spectra[site.name].vo
+        spectrum = written.spectra[site.name].seams["vo"]
         assert manifest["dropped"][site.name]["qk"] is None
         assert manifest["dropped"][site.name]["vo"] == pytest.approx([(row[3:] ** 2).sum() ** 0.5 for row in spectrum])
 

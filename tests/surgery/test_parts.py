@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from attention import GROUPED, weights_of
+from attention import GROUPED, decomposed, weights_of
 from harness import TinyFolder, copy_of
 from safetensors.torch import load_file, save_file
+from sites import plan_by, spectra_by, trials_by
 
 from pessa_cli.algebra.heads import HeadWeights
-from pessa_cli.blocks.site import ROPE, Site
+from pessa_cli.blocks.site import ROPE, AttentionSite
 from pessa_cli.blocks.table import ARCHITECTURES
 from pessa_cli.checkpoint.dtypes import UNIT_ROUNDOFF
 from pessa_cli.checkpoint.reader import TensorInfo
@@ -25,9 +26,9 @@ from pessa_cli.common.errors import PessaError, UsageError
 from pessa_cli.common.version import VERSION
 from pessa_cli.ranks.plan import RankPlan
 from pessa_cli.ranks.rule import Rule
-from pessa_cli.ranks.spectra import Spectra, Trials
+from pessa_cli.ranks.spectra import Spectra
 from pessa_cli.surgery import run as run_module
-from pessa_cli.surgery.decomposed_block import decompose_block, factored
+from pessa_cli.surgery.attention_block import attention_factors
 from pessa_cli.surgery.decomposition import decomposition_of, measure
 from pessa_cli.surgery.export import _fit, export_model
 from pessa_cli.surgery.model import open_model
@@ -39,7 +40,7 @@ from pessa_cli.surgery.spectra_file import SPECTRA_FILE, check_spectra, load_spe
 from pessa_cli.surgery.totals import totals
 
 BIASED = replace(GROUPED, biases=frozenset("qkvo"))
-TRIALS = Trials((0.1, 0.2, 0.3, 0.4), (0.5, 0.6, 0.7, 0.8), 3.0)
+TRIALS = trials_by((0.1, 0.2, 0.3, 0.4), (0.5, 0.6, 0.7, 0.8), 3.0)
 QK = np.array([[4.0, 2.0, 1.0], [3.0, 1.5, 0.0]])
 VO = np.array([[5.0, 2.5, 2.0], [6.0, 1.0, 0.1]])
 
@@ -52,7 +53,7 @@ def test_totals_by_hand() -> None:
     header = {name: TensorInfo("F32", shape) for site in (BIASED, other) for name, shape in site.tensors.items()}
     header["o.bias"] = TensorInfo("F64", (7,))
     header["embed"] = TensorInfo("F16", (10, 10))
-    plan = RankPlan({BIASED.name: (1, 2)}, {BIASED.name: (3, 0)})
+    plan = plan_by({BIASED.name: (1, 2)}, {BIASED.name: (3, 0)})
     found = totals(header, [BIASED, other], [BIASED], plan)
     qk_each, vo_each = 2 * 5 + 6 + 3, 6 + 2 * 7 + 1
     attention = 6 * qk_each + 6 * vo_each + 7
@@ -72,9 +73,9 @@ def test_totals_by_hand() -> None:
         "bytes_after": 4 * (attention + left) + 4 * 7 + 200,
     }
     pruned = replace(BIASED, qk_ranks=(1, 1), vo_ranks=(2, 2))
-    again = totals(header, [pruned], [pruned], RankPlan({pruned.name: (1, 0)}, {pruned.name: (2, 1)}))
+    again = totals(header, [pruned], [pruned], plan_by({pruned.name: (1, 0)}, {pruned.name: (2, 1)}))
     assert (again["qk_pruned"], again["vo_pruned"]) == (0.5, 0.25)
-    nothing = totals(header, iter([BIASED]), [], RankPlan({}, {}))
+    nothing = totals(header, iter([BIASED]), [], plan_by({}, {}))
     assert nothing["blocks"] == 1
     assert (nothing["qk_pruned"], nothing["attention_pruned"], nothing["model_pruned"]) == (0.0, 0.0, 0.0)
 
@@ -109,11 +110,11 @@ def test_the_tensors_of_a_block_stay_in_one_file() -> None:
 def rewrite(tiny_folder: TinyFolder) -> Rewrite:
     """A rewrite of the first block of a tiny LLaMA, with pairs."""
     model = open_model(tiny_folder("llama"))
-    site = model.sites[0]
+    site = model.attention[0]
     pairs = ((range(0, 1), range(2, 3)), (range(1, 2),))
-    plan = RankPlan({site.name: (4, 2)}, {site.name: (3, 0)}, {site.name: pairs})
+    plan = plan_by({site.name: (4, 2)}, {site.name: (3, 0)}, {site.name: pairs})
     vo = np.array([[8.0, 4, 2, 4, 3, 0, 0, 0], [3.0, 4, 0, 0, 0, 0, 0, 0]])
-    spectra = {site.name: Spectra(None, vo, pairs=np.ones((2, 4)))}
+    spectra = {site.name: spectra_by(None, vo, pairs=np.ones((2, 4)))}
     return Rewrite("prune", "me/model", model, [site], plan, spectra, "rank 3", data="abc")
 
 
@@ -137,10 +138,10 @@ def test_the_summary_by_hand(rewrite: Rewrite) -> None:
 
 
 def test_the_stored_blocks_and_the_header(rewrite: Rewrite) -> None:
-    first, second = rewrite.model.sites
+    first, second = rewrite.model.attention
     assert [site.name for site in rewrite.stored] == [first.name, second.name]
     assert rewrite.stored[1] is second
-    assert (rewrite.stored[0].qk_ranks, rewrite.stored[0].vo_ranks) == ((4, 2), (3, 0))
+    assert rewrite.stored[0].ranks == {"qk": (4, 2), "vo": (3, 0)}
     assert replace(rewrite, layout="dense").stored[0] == first
     assert rewrite.owner == dict.fromkeys(first.tensors, first)
     assert rewrite.sites_of(rewrite.header) == [first]
@@ -166,7 +167,7 @@ def test_the_identity_of_a_run(rewrite: Rewrite) -> None:
     for other in (
         replace(rewrite, shard_bytes=1000),
         replace(rewrite, rule="rank 4"),
-        replace(rewrite, ranks=replace(rewrite.ranks, vo={name: (3, 1)})),
+        replace(rewrite, ranks=replace(rewrite.ranks, ranks={name: {"qk": (4, 2), "vo": (3, 1)}})),
         replace(rewrite, layout="dense"),
     ):
         assert other.run != rewrite.run
@@ -174,8 +175,8 @@ def test_the_identity_of_a_run(rewrite: Rewrite) -> None:
 
 def test_directions_that_cannot_be_merged_do_not_count_as_values() -> None:
     partial = replace(BIASED, unmerged=1)
-    described = Rewrite("prune", "", None, [partial], RankPlan({partial.name: (3, 1)}, {partial.name: (3, 3)}), {}, "")  # type: ignore[arg-type]
-    assert described.merged_ranks == {partial.name: (2, 0)}
+    described = Rewrite("prune", "", None, [partial], plan_by({partial.name: (3, 1)}, {partial.name: (3, 3)}), {}, "")  # type: ignore[arg-type]
+    assert described.kept_values == {partial.name: {"qk": (2, 0), "vo": (3, 3)}}
 
 
 # The spectra file
@@ -183,7 +184,7 @@ def test_directions_that_cannot_be_merged_do_not_count_as_values() -> None:
 
 def spectra() -> dict[str, Spectra]:
     second = replace(BIASED, layer=1)
-    return {BIASED.name: Spectra(QK, VO, True, TRIALS), second.name: Spectra(QK[:, ::1] / 2, VO / 2)}
+    return {BIASED.name: spectra_by(QK, VO, True, TRIALS), second.name: spectra_by(QK[:, ::1] / 2, VO / 2)}
 
 
 SITES = [BIASED, replace(BIASED, layer=1)]
@@ -195,18 +196,16 @@ def test_spectra_are_the_same_after_a_file(tmp_path: Path) -> None:
     found = load_spectra(tmp_path, SITES)
     for name, known in spectra().items():
         again = found[name]
-        assert again.qk is not None
-        assert known.qk is not None
-        assert np.array_equal(again.qk, known.qk)
-        assert np.array_equal(again.vo, known.vo)
+        assert again.seams.keys() == known.seams.keys()
+        assert all(np.array_equal(again.seams[seam], each) for seam, each in known.seams.items())
         assert (again.calibrated, again.trials, again.pairs) == (known.calibrated, known.trials, None)
     assert load_spectra(tmp_path, [replace(BIASED, layer=7)]) == {}
     unmerged = replace(BIASED, unmerged=3)
-    save_spectra(tmp_path, {BIASED.name: Spectra(None, VO)})
-    assert load_spectra(tmp_path, [unmerged])[BIASED.name].qk is None
+    save_spectra(tmp_path, {BIASED.name: spectra_by(None, VO)})
+    assert load_spectra(tmp_path, [unmerged])[BIASED.name].seams.keys() == {"vo"}
     partial = replace(BIASED, unmerged=1)
-    save_spectra(tmp_path, {BIASED.name: Spectra(QK[:, :2], VO)})
-    assert load_spectra(tmp_path, [partial])[BIASED.name].qk is not None
+    save_spectra(tmp_path, {BIASED.name: spectra_by(QK[:, :2], VO)})
+    assert load_spectra(tmp_path, [partial])[BIASED.name].seams.keys() == {"qk", "vo"}
     keys = load_file(tmp_path / SPECTRA_FILE)
     assert set(keys) == {f"{BIASED.name}.qk", f"{BIASED.name}.vo"}
 
@@ -231,7 +230,7 @@ def test_spectra_are_the_same_after_a_file(tmp_path: Path) -> None:
     ],
 )
 def test_spectra_that_do_not_fit_are_refused(tensor: dict[str, Any], message: str, tmp_path: Path) -> None:
-    save_spectra(tmp_path, {BIASED.name: Spectra(QK, VO)})
+    save_spectra(tmp_path, {BIASED.name: spectra_by(QK, VO)})
     content = load_file(tmp_path / SPECTRA_FILE) | {f"{BIASED.name}.{part}": new for part, new in tensor.items()}
     save_file({name: new for name, new in content.items() if new is not None}, tmp_path / SPECTRA_FILE)
     with pytest.raises(PessaError, match=message) as caught:
@@ -242,9 +241,10 @@ def test_spectra_that_do_not_fit_are_refused(tensor: dict[str, Any], message: st
 
 def test_values_of_zero_and_equal_values_are_fine(tmp_path: Path) -> None:
     save_spectra(
-        tmp_path, {BIASED.name: Spectra(np.zeros((2, 3)), np.ones((2, 3)), False, Trials((0.0,) * 4, (0.0,) * 4, 0.0))}
+        tmp_path,
+        {BIASED.name: spectra_by(np.zeros((2, 3)), np.ones((2, 3)), False, trials_by((0.0,) * 4, (0.0,) * 4, 0.0))},
     )
-    assert load_spectra(tmp_path, [BIASED])[BIASED.name].trials == Trials((0.0,) * 4, (0.0,) * 4, 0.0)
+    assert load_spectra(tmp_path, [BIASED])[BIASED.name].trials == trials_by((0.0,) * 4, (0.0,) * 4, 0.0)
     (tmp_path / SPECTRA_FILE).write_bytes(b"x")
     with pytest.raises(PessaError, match="is not a spectra file"):
         load_spectra(tmp_path, [BIASED])
@@ -254,11 +254,11 @@ PROJECTIONS = ("q", "k", "v", "o", "q_bias", "v_bias")
 SINKS = replace(GROUPED.spec, key_bias_stays=True, sums_to_one=False)
 
 
-def factors(site: Site, dtype: torch.dtype = torch.float64) -> tuple[HeadWeights, Spectra]:
+def factors(site: AttentionSite, dtype: torch.dtype = torch.float64) -> tuple[HeadWeights, Spectra]:
     weights = weights_of(site, dtype=dtype)
-    block = decompose_block(weights, site, "svd")
-    assert block.transforms is not None
-    return factored(weights, site, block.transforms), block.spectra
+    block = decomposed(weights, site, "svd")
+    assert block.form is not None
+    return attention_factors(weights, site, block.form), block.spectra
 
 
 @pytest.mark.parametrize("calibrated", [False, True])
@@ -273,7 +273,11 @@ def test_changed_weights_do_not_belong_to_their_spectra(kind: str, calibrated: b
     }[kind]
     made, known = factors(site, torch.float16 if kind == "half" else torch.float64)
     if calibrated:  # values in other units
-        known = replace(known, qk=None if known.qk is None else 3 * known.qk, vo=5 * known.vo, calibrated=True)
+        known = replace(
+            known,
+            seams={seam: (3 if seam == "qk" else 5) * each for seam, each in known.seams.items()},
+            calibrated=True,
+        )
     check_spectra(tmp_path, known, site, made)
     noticed = {"v", "o"} | ({"v_bias", "k_bias"} if kind == "sinks" else set())
     if kind != "unmerged":
@@ -386,22 +390,22 @@ def test_settings_that_cannot_be_used() -> None:
     ],
 )
 def test_ranks_that_a_file_could_have(qk: Any, vo: Any, pairs: Any, fits: bool) -> None:
-    assert _fit(BIASED, qk, vo, pairs) == fits
+    assert _fit(BIASED, {"qk": qk, "vo": vo}, pairs) == fits
 
 
 def test_ranks_and_pairs_under_rope() -> None:
     site = replace(BIASED, spec=ARCHITECTURES["llama"][0], between=ROPE, head_dim=4, unmerged=4)
     pairs = ((range(0, 2),), (range(1, 2),))
-    assert _fit(site, (4, 2), (4, 4), pairs)
-    assert not _fit(site, (4, 4), (4, 4), pairs)
-    assert not _fit(site, (4, 2), (4, 4), ())
-    assert _fit(site, (4, 4), (4, 4), ())
-    assert not _fit(site, (4, 2), (4, 4), ((range(0, 2),), (range(2, 3),)))
+    assert _fit(site, {"qk": (4, 2), "vo": (4, 4)}, pairs)
+    assert not _fit(site, {"qk": (4, 4), "vo": (4, 4)}, pairs)
+    assert not _fit(site, {"qk": (4, 2), "vo": (4, 4)}, ())
+    assert _fit(site, {"qk": (4, 4), "vo": (4, 4)}, ())
+    assert not _fit(site, {"qk": (4, 2), "vo": (4, 4)}, ((range(0, 2),), (range(2, 3),)))
     wide = replace(site, head_dim=8, unmerged=8)
-    assert _fit(wide, (2, 2), (8, 8), ((range(3, 4),), (range(3, 4),)))
+    assert _fit(wide, {"qk": (2, 2), "vo": (8, 8)}, ((range(3, 4),), (range(3, 4),)))
     partial = replace(BIASED, unmerged=1)
-    assert _fit(partial, (1, 3), (0, 0), ())
-    assert not _fit(partial, (1, 0), (0, 0), ())
+    assert _fit(partial, {"qk": (1, 3), "vo": (0, 0)}, ())
+    assert not _fit(partial, {"qk": (1, 0), "vo": (0, 0)}, ())
 
 
 @pytest.fixture
@@ -482,30 +486,32 @@ def test_blocks_are_measured_in_order_and_each_fault_is_listed(tiny_folder: Tiny
         begun.append((what, nbytes, blocks))
         return Bar()
 
-    found = measure(model, model.sites, run=Run(progress=progress))
-    assert list(found) == [site.name for site in model.sites]
-    each = sum(model.reader.header[name].nbytes for name in model.sites[0].tensors)
+    found = measure(model, model.attention, run=Run(progress=progress))
+    assert list(found) == [site.name for site in model.attention]
+    each = sum(model.reader.header[name].nbytes for name in model.attention[0].tensors)
     assert begun == [("measuring", 2 * each, 2)]
     assert seen == [(each, 1), (each, 1)]
     with decomposition_of(model, Run()) as decomposition:
-        decomposition.decompose(model.sites[:1])
-        assert list(decomposition.spectra) == [model.sites[0].name]
-        assert np.allclose(decomposition.spectra[model.sites[0].name].vo, found[model.sites[0].name].vo)
-        first = decomposition.cut(model.sites[0], "compact")
-        assert decomposition.cut(model.sites[0], "compact").keys() == first.keys()
+        decomposition.decompose(model.attention[:1])
+        assert list(decomposition.spectra) == [model.attention[0].name]
+        assert np.allclose(
+            decomposition.spectra[model.attention[0].name].seams["vo"], found[model.attention[0].name].seams["vo"]
+        )
+        first = decomposition.cut(model.attention[0], "compact")
+        assert decomposition.cut(model.attention[0], "compact").keys() == first.keys()
     tensors = load_file(folder / "model.safetensors")
-    for site in model.sites:
+    for site in model.attention:
         tensors[f"{site.k}.weight"][0, 0] = torch.nan
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     broken = open_model(folder)
     with pytest.raises(PessaError, match="2 tensors of") as caught:
         measure(broken, broken.sites)
-    assert all(f"{site.k}.weight: 1 NaN" in caught.value.message for site in model.sites)
+    assert all(f"{site.k}.weight: 1 NaN" in caught.value.message for site in model.attention)
 
 
 def test_factors_are_kept_in_memory_only_when_asked(tiny_folder: TinyFolder) -> None:
     model = open_model(tiny_folder("bert"))
-    site = model.sites[0]
+    site = model.attention[0]
     kept = replace(site, vo_ranks=(2, 3, 4, 5))
     results = []
     for reuse in (True, False):
@@ -526,12 +532,12 @@ def test_vanilla_and_calibration_exclude_each_other_and_decomposed_models(
         prune_model(model, tmp_path / "x", Rule(), method="vanilla", statistics=object())  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="is already decomposed"):
         prune_model(open_model(dense), tmp_path / "x", Rule(), method="vanilla")
-    written = prune_model(model, tmp_path / "x", Rule(rank=3), [model.sites[1]], method="vanilla")
+    written = prune_model(model, tmp_path / "x", Rule(rank=3), [model.attention[1]], method="vanilla")
     assert (written.method, written.rule, written.command) == ("vanilla", "rank 3", "prune")
-    assert [site.name for site in written.sites] == [model.sites[1].name]
+    assert [site.name for site in written.sites] == [model.attention[1].name]
     assert written.source == model.reader.folder.name
-    assert load_spectra(tmp_path / "x", model.sites) == {}
+    assert load_spectra(tmp_path / "x", model.attention) == {}
     planned = prune_model(model, tmp_path / "y", Rule(rank=3), run=Run(dry=True, shard_bytes=999))
     assert not (tmp_path / "y").exists()
     assert planned.shard_bytes == 999
-    assert list(planned.spectra) == [site.name for site in model.sites]
+    assert list(planned.spectra) == [site.name for site in model.attention]

@@ -207,9 +207,8 @@ def test_results_have_types(tiny_folder: TinyFolder, tmp_path: Path) -> None:
     assert not checked.same
     assert checked.failures
     found = pessa_cli.inspect(tmp_path / "out")
-    assert sum(sum(block.vo_ranks) for block in found.blocks) < sum(
-        block.kv_heads * block.head_dim for block in found.blocks
-    )
+    values = [block.seams["vo"] for block in found.blocks]
+    assert sum(sum(vo.ranks) for vo in values) < sum(len(vo.ranks) * vo.width for vo in values)
 
 
 def test_too_little_calibration_data_is_a_warning_in_the_result(

@@ -18,7 +18,7 @@ from pessa_cli.checkpoint.reader import CheckpointReader
 from pessa_cli.common.jobs import in_order
 from pessa_cli.models import hooks
 from pessa_cli.statistics.sums import BlockStatistics
-from pessa_cli.surgery import decomposed_block, decomposition
+from pessa_cli.surgery import attention_block, decomposition
 
 TEXTS = ("one two three four five six seven eight nine ten " * 6, "a b c d e f g h i j k l m n o p q r s t u v " * 6)
 BUDGET = ("--target-attention", "0.7")
@@ -60,7 +60,7 @@ def count(monkeypatch: pytest.MonkeyPatch, pessa: Pessa) -> Callable[..., Counts
     counted(CheckpointReader, "get", lambda _, name: name, "reads")
     for module in (decomposition, collect):
         counted(module, "fingerprint", lambda weights: str(weights.v.double().sum().item()), "hashes")
-    counted(decomposed_block, "weigh", lambda _found, site, _bias: site.name, "weighings")
+    counted(attention_block, "weigh", lambda _found, site, _bias: site.name, "weighings")
     # However the code is divided: the SVDs of cores of one size, of which every block has as many.
     for name in ("svd", "svdvals"):
         counted(torch.linalg, name, lambda *_args, **_kwargs: "all", "svd")
