@@ -467,7 +467,10 @@ def make_fuzzers(folder: Path) -> dict[str, Fuzzer]:
         return file.getvalue()
 
     shapes = {site.name: shapes_of(site) for site in sites}
-    sums = {name: AttentionStatistics.of({n: torch.rand(s, dtype=torch.float64) for n, s in shapes[name].items()}) for name in shapes}
+    sums = {
+        name: AttentionStatistics.of({n: torch.rand(s, dtype=torch.float64) for n, s in shapes[name].items()})
+        for name in shapes
+    }
     (folder / "statistics").mkdir()
     save_statistics(folder / "statistics" / "s.safetensors", sums, {site.name: "0" for site in sites}, ["0" * 64])
     adapter = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
