@@ -31,13 +31,23 @@ class BlockModules(NamedTuple):
         """The module that gives the output of the block."""
         return self.projections[self.last]
 
+    @property
+    def writers(self) -> list[nn.Module]:
+        """The modules of an MLP that write its channels; none for attention."""
+        return [module for letter, module in self.projections.items() if letter.startswith("in")]
+
 
 class Call(NamedTuple):
-    """One call of a block: its arguments, and the output of the last of its modules."""
+    """One call of a block: the arguments of its module, and the output of the last of its modules.
+
+    given: of an MLP, the input of the modules that write its channels; None for attention. The innermost module with
+    all modules of an MLP may be the whole layer, in which attention computes this input.
+    """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     output: Tensor
+    given: Tensor | None = None
 
 
 def output_of(model: Any, inputs: Inputs) -> tuple[str, Tensor]:
@@ -79,6 +89,9 @@ def on_calls(site: Site, modules: BlockModules, take: Callable[[Call], None], ho
     def entered(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         seen.update(args=args, kwargs=kwargs)
 
+    def taken(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        seen["given"] = args[0]
+
     def projected(_module: nn.Module, _args: Any, output: Tensor) -> None:
         seen["output"] = output
 
@@ -88,23 +101,26 @@ def on_calls(site: Site, modules: BlockModules, take: Callable[[Call], None], ho
                 f"{site.name} reads the weights of its output projection without calling it, so hooks see no output",
                 WEIGHTS_ALONE,
             )
-        call = Call(seen["args"], seen["kwargs"], seen["output"])
+        call = Call(seen["args"], seen["kwargs"], seen["output"], seen.get("given"))
         seen.clear()
         take(call)
 
     hooks.callback(modules.block.register_forward_pre_hook(entered, with_kwargs=True).remove)
+    for writer in modules.writers[:1]:
+        hooks.callback(writer.register_forward_pre_hook(taken).remove)
     hooks.callback(modules.output.register_forward_hook(projected).remove)
     hooks.callback(modules.block.register_forward_hook(finished).remove)
 
 
 def replay(modules: BlockModules, call: Call) -> Tensor:
-    """The output of a block's output projection when the block gets the arguments of a call of another one."""
+    """The output of a block's output projection when the block gets the inputs of a call of another one."""
     found: list[Tensor] = []
-    handle = modules.output.register_forward_hook(lambda _m, _a, output: found.append(output))
-    try:
+    with ExitStack() as hooks:
+        if call.given is not None:
+            for writer in modules.writers:
+                hooks.callback(writer.register_forward_pre_hook(lambda _m, _a: (call.given,)).remove)
+        hooks.callback(modules.output.register_forward_hook(lambda _m, _a, output: found.append(output)).remove)
         modules.block(*call.args, **call.kwargs)
-    finally:
-        handle.remove()
     return found[-1]
 
 

@@ -67,7 +67,8 @@ def ranks_for(sites: Sequence[Site], spectra: Mapping[str, Spectra], rule: Rule,
         return plan_ranks(sites, spectra, rule)
     if rule.max_error is not None:
         return _plan(sites, spectra, _within_error(ordered_steps(sites, spectra, rule), spectra, rule.max_error))
-    chosen = sum(count(site.tensors) for site in sites)
+    priced = sites if rule.target_attention is None else [site for site in sites if "mlp" not in site.ranks]
+    chosen = sum(count(site.tensors) for site in priced)
     hint = "give {share:g} or more, or choose more --sites"
     if rule.target_attention is not None:
         what, most, now = "attention parameters", rule.target_attention * chosen, chosen
@@ -80,7 +81,7 @@ def ranks_for(sites: Sequence[Site], spectra: Mapping[str, Spectra], rule: Rule,
         what, most, now, hint = "bytes", float(rule.target_size), whole.nbytes, "give a larger size"
     taken: list[PruneStep] = []
     left = float(now)
-    for move in ordered_moves(sites, spectra, rule):
+    for move in ordered_moves(priced, spectra, rule):
         if left <= most:
             break
         taken += move

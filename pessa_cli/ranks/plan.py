@@ -19,6 +19,7 @@ from pessa_cli.ranks.rule import Rule
 from pessa_cli.ranks.spectra import Spectra, Spectrum, largest_pairs, pair_shares, smallest_dropped
 
 NO_MLP = "add MLPs with --sites mlp, if `pessa architectures` has them for this model"
+NO_ATTENTION = "MLPs are cut by --mlp-ratio, --mlp-rank, --mlp-thr, or a budget such as --target-layers"
 
 
 Block = TypeVar("Block", bound=Site)
@@ -55,12 +56,15 @@ class RankPlan:
 def check_ranks(sites: Sequence[Site], rule: Rule) -> None:
     """Raise UsageError if the rule has a rank that is larger than every head, or a width larger than every MLP.
 
-    Also if it has options for MLPs, but no MLP was chosen.
+    Also if it has options for MLPs, but no MLP was chosen, or a criterion for attention, but no attention.
     """
     heads = max((seam.width for site in sites for seam in site.seams if seam.name != "mlp"), default=0)
     channels = max((seam.width for site in sites for seam in site.seams if seam.name == "mlp"), default=0)
     if rule.of_mlp and not channels:
         raise UsageError(f"--{rule.of_mlp[0].replace('_', '-')}: no MLP is among the chosen blocks", NO_MLP)
+    if rule.of_attention and not heads:
+        flag = rule.of_attention[0].replace("_", "-")
+        raise UsageError(f"--{flag}: no attention is among the chosen blocks", NO_ATTENTION)
     for flag, rank, width, what in (
         ("--rank", rule.rank, heads, "the largest head has {} directions"),
         ("--min-rank", rule.min_rank, heads, "the largest head has {} directions"),

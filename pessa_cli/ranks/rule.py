@@ -168,6 +168,12 @@ class Rule:
         return kinds + (("attention",) if self.given or not kinds else ())
 
     @property
+    def of_attention(self) -> list[str]:
+        """The names of the given criteria that choose the ranks of attention alone."""
+        shared = [s.name for s in CRITERIA if s.option.group == "budget" and s.name != "target_attention"]
+        return [name for name in self.given if name not in (*shared, "lossless")]
+
+    @property
     def budgeted(self) -> bool:
         """Whether the criterion is a budget over all heads and blocks at once."""
         return any(setting.option.group == "budget" and self._has(setting) for setting in CRITERIA)

@@ -15,7 +15,7 @@ from pessa_cli.blocks.site import Site, select
 from pessa_cli.checkpoint.staging import Staging
 from pessa_cli.common.errors import UsageError
 from pessa_cli.ranks.budget import ranks_for
-from pessa_cli.ranks.plan import RankPlan
+from pessa_cli.ranks.plan import RankPlan, check_ranks
 from pessa_cli.ranks.rule import Rule
 from pessa_cli.ranks.spectra import Spectra
 from pessa_cli.statistics.file import Statistics, data_sha256
@@ -79,6 +79,7 @@ def prune_model(
     written, when weights are not finite, or when the rule would prune everything.
     """
     run, sites = run or Run(), select(model.sites, rule.kinds) if sites is None else sites
+    check_ranks(sites, rule)
     if method == "vanilla" and statistics is not None:
         raise UsageError("--method vanilla uses the weights alone", "leave out the data, or the method")
     if method == "vanilla" and any(site.name in model.spectra for site in sites):

@@ -8,12 +8,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pessa_cli.blocks.mlp_site import MlpSite
 from pessa_cli.blocks.site import Site, select
 from pessa_cli.checkpoint.files import source_name
 from pessa_cli.checkpoint.places import check_apart, check_free, check_outside, partial_folder
 from pessa_cli.checkpoint.staging import Staging, new_folder
 from pessa_cli.common.errors import UsageError
 from pessa_cli.common.files import check_writable, is_there
+from pessa_cli.ranks.plan import check_ranks
 from pessa_cli.ranks.rule import Rule
 from pessa_cli.sources.open import open_source
 from pessa_cli.statistics.file import Statistics, shortages
@@ -93,10 +95,18 @@ def named(run: Run, model: str | Path) -> Run:
 def chosen(model: Model, recipe: Recipe) -> list[Site]:
     """Return the blocks that a recipe applies to; without `sites` those that its rule is about.
 
-    Raises UsageError if there are none.
+    Raises UsageError if there are none, or if the rule does not fit them.
     """
+    of_mlp = recipe.rule.of_mlp
+    if of_mlp and not any(isinstance(site, MlpSite) for site in model.sites):
+        raise UsageError(
+            f"--{of_mlp[0].replace('_', '-')}: this model has no MLPs whose channels can be cut",
+            f"leave it out; the model has {', '.join(dict.fromkeys(site.kind for site in model.sites))}",
+        )
     kinds = recipe.sites or (() if recipe.searches else recipe.rule.kinds)
-    return select(model.sites, kinds, recipe.layers)
+    sites = select(model.sites, kinds, recipe.layers)
+    check_ranks(sites, recipe.rule)
+    return sites
 
 
 def calibration_data(recipe: Recipe) -> CalibrationData | None:

@@ -225,7 +225,9 @@ def test_budgets_are_better_than_equal_shares(
 def test_the_commands(tiny_folder: TinyFolder, data: list[Path], tmp_path: Path, pessa: Pessa) -> None:
     folder, file, out = tiny_folder("bert"), tmp_path / "s.safetensors", tmp_path / "out"
     given = [argument for path in data for argument in ("--calibrate", path)]
-    curve = pessa("inspect", folder, *given, "--sites", "all", "--statistics", file, "--curve", "--plot", tmp_path / "curve.png")
+    curve = pessa(
+        "inspect", folder, *given, "--sites", "all", "--statistics", file, "--curve", "--plot", tmp_path / "curve.png"
+    )
     assert curve.code == 0, curve
     assert "harm" in curve.out
     assert (tmp_path / "curve.png").stat().st_size > 1000
