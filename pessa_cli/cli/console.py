@@ -359,7 +359,7 @@ def show_scores(scores: list[Scores]) -> None:
     """Print the table of `eval`, below captions with metrics, data and their amounts."""
     for caption in captions(scores):
         OUT.print(caption)
-    OUT.print(score_table(scores))
+    OUT.print_whole(score_table(scores))
 
 
 def show_bench(bench: Bench, names: tuple[str, str]) -> None:

@@ -39,7 +39,7 @@ def score_table(scores: Sequence[Scores]) -> Table:
         values, changes = _cells(model, scores[0])
         rows.append((model.model, values))
         if changes and model is not scores[0]:
-            rows.append(("  less the first", changes))
+            rows.append(("  difference", changes))
     columns = list(dict.fromkeys(column for _, cells in rows for column in cells))
     table = Table("model", box=None, pad_edge=False)
     for *_, heading in columns:

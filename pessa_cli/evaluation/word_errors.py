@@ -111,8 +111,9 @@ class WordErrors:
     def passages(self, model: Any) -> list[Passage]:
         """The clips of at most one window, with their texts as the decoder's input after the tokens that begin one.
 
-        A text is encoded as it is, and cut to the model's positions; the token that ends it is not predicted. A longer
-        clip is transcribed in windows, and which part of its text belongs to which is not known.
+        A text is encoded as it is, or in lower case if all of it is in upper case, as some data sets write every text.
+        It is cut to the model's positions; the token that ends it is not predicted. A longer clip is transcribed in
+        windows, and which part of its text belongs to which is not known.
         """
         tokenizer, found = self.processor.tokenizer, []
         for clip, given in zip(self.clips, self.inputs, strict=True):
@@ -120,8 +121,11 @@ class WordErrors:
             if features.shape[-1] > 2 * model.config.max_source_positions:
                 continue
             prompt = self._prompt(model, features)
-            text = tokenizer(f" {(clip.text or '').strip()}", add_special_tokens=False)["input_ids"]
-            ids = torch.tensor([prompt + text])[:, : model.config.max_target_positions + 1]
+            text = (clip.text or "").strip()
+            spoken = f" {text.lower() if text.isupper() else text}"
+            ids = torch.tensor([prompt + tokenizer(spoken, add_special_tokens=False)["input_ids"]])[
+                :, : model.config.max_target_positions + 1
+            ]
             inputs = {"input_features": features, "decoder_input_ids": ids[:, :-1]}
             found.append(Passage(inputs, ids[0, len(prompt) :]))
         return found
