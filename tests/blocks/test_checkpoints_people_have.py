@@ -318,7 +318,10 @@ def test_read_as_what_transformers_loads(name: str, tmp_path: Path) -> None:
         cut = verify_models(model, open_model(compact))
         assert cut.outputs is not None
         assert not cut.same
-        assert min(found.error for found in cut.blocks) > 1e-3  # every block has run
+        errors = {found.where: found.error for found in cut.blocks}
+        assert errors.keys() == {site.name for site in model.sites}  # every block has run
+        assert min(errors.pop(site.name) for site in model.attention) > 1e-3
+        assert max(errors.values()) < EXACT  # those of the MLPs, which were not pruned
         words = [json.loads((folder / "config.json").read_text()).get("architectures") for folder in (source, compact)]
         assert words[0] == words[1]
 

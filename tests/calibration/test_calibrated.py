@@ -309,7 +309,7 @@ def test_a_compact_model_is_calibrated(
         models[layout] = open_model(tmp_path / layout)
     compact, dense_one = models.values()
     found, other = (collected(model, data, tmp_path / f"s-{layout}") for layout, model in models.items())
-    for site, same in zip(compact.attention, dense_one.sites, strict=True):
+    for site, same in zip(compact.attention, dense_one.attention, strict=True):
         assert max(site.vo_ranks) < site.head_dim
         one, two = found.of(site), other.of(same)
         assert all(
