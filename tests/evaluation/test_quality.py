@@ -266,7 +266,10 @@ def test_minilm_correlates_with_human_ratings(real: Real, tmp_path: Path) -> Non
     pairs = Similarity.load(csv_of(tmp_path / "pairs.csv"), AutoTokenizer.from_pretrained(source), embedding=embedding)
     (tmp_path / "pairs.csv").unlink()
     model = AutoModel.from_pretrained(source).eval()
-    assert pairs.score(model).value > 0.9
+    score = pairs.score(model)
+    assert score.value > 0.9
+    assert score.figure.interval is not None
+    assert 0.3 < score.figure.interval[0] < score.value <= score.figure.interval[1]
     with torch.no_grad():
         for layer in model.encoder.layer:
             layer.attention.self.value.weight.normal_(generator=torch.Generator().manual_seed(0))
