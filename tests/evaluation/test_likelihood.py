@@ -251,7 +251,7 @@ def test_the_prompt_of_a_multilingual_model(real: Real, clip: Path) -> None:
     def prompt(settings: ScoreSettings) -> list[int]:
         speech = WordErrors.of("x", [Clip(clip, "", "Hm")], processor, settings)
         ((inputs, targets),) = speech.passages(model)
-        ids = inputs["decoder_input_ids"][0].tolist()
+        ids: list[int] = inputs["decoder_input_ids"][0].tolist()
         assert len(targets) == len(processor.tokenizer(" Hm", add_special_tokens=False).input_ids)
         return ids[: len(ids) - len(targets) + 1]
 
