@@ -89,7 +89,7 @@ class Score:
 
     def changes(self, first: Score) -> dict[str, Figure]:
         """The differences to the first model's figures, by name, where both were measured on the same items."""
-        mine, theirs = ({n: f for n, f in score.figures.items() if n != DIVERGENCE} for score in (self, first))
+        mine, theirs = self.figures, first.figures  # which have no divergence from themselves
         return {
             name: f.less(theirs[name]) for name, f in mine.items() if name in theirs and f.items == theirs[name].items
         }

@@ -178,7 +178,7 @@ def test_eval_with_and_without_an_adapter(llama: Path, tmp_path: Path, pessa: Pe
     assert models == {llama: 1}
     again = json.loads(pessa("eval", adapted, llama, *options).out)["models"]
     assert models == {llama: 3}
-    assert together == again[::-1]
+    assert [model["text"]["value"] for model in together] == [model["text"]["value"] for model in again[::-1]]
     assert together[0]["text"]["value"] != together[1]["text"]["value"]
 
 

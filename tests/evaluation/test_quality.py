@@ -87,6 +87,9 @@ def test_speech(pessa: Pessa, real: Real, clip: Path, clips: Path) -> None:
     score = found["models"][0]["speech"]
     assert (score["clips"], score["words"]) == (2, 60)
     assert score["value"] == score["errors"] / 60 <= 0.02
+    assert score["interval"][0] <= score["value"] <= score["interval"][1]
+    assert 0 < score["nats_per_token"]["value"] < 1
+    assert score["nats_per_token"]["interval"] is None  # the other clip is longer than a window
     assert "English" in score["how"]
     assert "1 without a text left out" in score["how"]
     paths = [clip, clips.with_name("long.wav")]
@@ -263,7 +266,10 @@ def test_minilm_correlates_with_human_ratings(real: Real, tmp_path: Path) -> Non
     pairs = Similarity.load(csv_of(tmp_path / "pairs.csv"), AutoTokenizer.from_pretrained(source), embedding=embedding)
     (tmp_path / "pairs.csv").unlink()
     model = AutoModel.from_pretrained(source).eval()
-    assert pairs.score(model).value > 0.9
+    score = pairs.score(model)
+    assert score.value > 0.9
+    assert score.figure.interval is not None
+    assert 0.3 < score.figure.interval[0] < score.value <= score.figure.interval[1]
     with torch.no_grad():
         for layer in model.encoder.layer:
             layer.attention.self.value.weight.normal_(generator=torch.Generator().manual_seed(0))
@@ -276,10 +282,15 @@ def test_one_row_a_model(pessa: Pessa, llama: Path, bert: Path, tmp_path: Path) 
     (tmp_path / "story.txt").write_text(STORY)
     result = pessa("eval", llama, llama, "--tasks", tmp_path / "task.json", "--text", tmp_path / "story.txt")
     assert result.code == 0, result
-    captions, heading, *rows = result.out.splitlines()[1:]
+    captions, intervals, heading, *rows = result.out.splitlines()[1:]
     assert "perplexity, windows of 64 tokens" in captions
-    assert heading.split() == ["model", "task", "mean", "perplexity"]
-    assert len(rows) == 2
+    assert "bootstrap over windows" in intervals
+    assert heading.split("  ")[0] == "model"
+    assert [part.strip() for part in heading.split("  ") if part] == [
+        *("model", "task", "mean"),
+        *("perplexity", "nats per token", "KL to the first"),
+    ]
+    assert len(rows) == 3
     is_refusal(
         pessa("eval", llama, bert, "--text", tmp_path / "story.txt"), "--text", "BertForMaskedLM", "--pairs", code=2
     )
