@@ -37,12 +37,12 @@ from typing import Any
 
 import torch
 from fetch_models import fetch
-from torch.nn.functional import cross_entropy
 from transformers import AutoTokenizer, WhisperProcessor
 
 from pessa_cli.blocks.site import select
 from pessa_cli.calibration.collect import collect
 from pessa_cli.evaluation.bench import peak_memory
+from pessa_cli.evaluation.likelihood import likelihoods
 from pessa_cli.evaluation.measures import Measure, ScoreSettings
 from pessa_cli.evaluation.perplexity import Perplexity
 from pessa_cli.evaluation.similarity import Similarity, embedding_of
@@ -150,23 +150,6 @@ FOLDS: dict[str, Callable[[Path, Path, Path], list[Fold]]] = {
 }
 
 
-@torch.inference_mode()
-def surprise(model: Any, speech: WordErrors) -> tuple[float, int]:
-    """Return the negative log-likelihood of the reference texts in nats, teacher-forced, and their number of tokens.
-
-    The texts are lower-cased, since most of them are in lower case.
-    """
-    nats, tokens = 0.0, 0
-    tokenizer = speech.processor.tokenizer
-    prefix = len(tokenizer("").input_ids) - 1  # what stands before a text, as what ends it does after
-    for clip, given in zip(speech.clips, speech.inputs, strict=True):
-        ids = tokenizer(f" {(clip.text or '').lower()}", return_tensors="pt").input_ids[:, :-1]
-        logits = model(input_features=given["input_features"], decoder_input_ids=ids[:, :-1]).logits[0]
-        nats += float(cross_entropy(logits[prefix - 1 :], ids[0, prefix:], reduction="sum"))
-        tokens += ids.shape[1] - prefix
-    return nats, tokens
-
-
 def quality(folders: Sequence[Path], measures: Sequence[Measure]) -> Figures:
     """Return the quality of several models together, each on its own data."""
     scores, counts, nats, tokens = [], [], 0.0, 0
@@ -175,8 +158,8 @@ def quality(folders: Sequence[Path], measures: Sequence[Measure]) -> Figures:
         scores.append(measure.score(model))
         counts.append(scores[-1].counts)
         if isinstance(measure, WordErrors):
-            more = surprise(model, measure)
-            nats, tokens = nats + more[0], tokens + more[1]
+            likely = likelihoods(model, measure.passages(model), None, measure.name)
+            nats, tokens = nats + float(likely.nats.sum()), tokens + int(likely.tokens.sum())
     found: Figures = {"metric": scores[0].metric, "counts": counts}
     if not tokens:
         (score,) = scores

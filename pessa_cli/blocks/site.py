@@ -155,7 +155,7 @@ class AttentionSite(Site):
     @property
     def function(self) -> str:
         widths = f"{self.query_width}, {self.key_width} -> {self.output_width}"
-        return f"{self.heads} heads of {self.head_dim} ({self.kv_heads} for keys and values), {widths}"
+        return f"{self.heads} heads of {self.head_dim} dimensions ({self.kv_heads} for keys and values), {widths}"
 
     @property
     def group(self) -> int:

@@ -149,7 +149,13 @@ def calibrate(
                 loaded = loaded.to(run.device)
             samples: list[Inputs] = []
             with torch.inference_mode():
-                transcribed = any(not site.kind.startswith("encoder") for site in sites)
+                decodes = any(not site.kind.startswith("encoder") for site in sites)
+                writes = fits and loaded.can_generate()
+
+                def transcribed(number: int) -> bool:
+                    """Whether the decoder reads the text of a window: for its own blocks, and to measure their harm."""
+                    return decodes or (writes and number % FOLDS == 0)
+
                 inputs: Iterable[tuple[Inputs, int]] = _sampled(
                     windows(model.reader.folder, loaded, items, transcribed), samples
                 )

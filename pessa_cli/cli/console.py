@@ -20,7 +20,8 @@ from pessa_cli.blocks.seam import TITLES
 from pessa_cli.blocks.site import AttentionSite
 from pessa_cli.checkpoint.contents import left_out_text
 from pessa_cli.cli.plain_console import PlainConsole, styled
-from pessa_cli.cli.quantities import PERCENT, measured, quantity, size, step_row
+from pessa_cli.cli.quantities import PERCENT, quantity, size, step_row
+from pessa_cli.cli.score_table import captions, score_table
 from pessa_cli.cli.sparkline import sparkline
 from pessa_cli.common.errors import PessaError
 from pessa_cli.common.text import json_text, listed, visible
@@ -387,28 +388,10 @@ def show_tuned(record: dict[str, Any]) -> None:
 
 
 def show_scores(scores: list[Scores]) -> None:
-    """Print the table of `eval`, with one row for each model, below captions with metrics, data and their amounts."""
-    captions: dict[str, dict[str, None]] = {}
-    for score in (score for model in scores for found in model.found.values() for score in found):
-        unit, amount = next(iter(score.counts.items()))
-        percent = " in %" if score.metric in PERCENT else ""
-        captions.setdefault(f"{score.metric}{percent}, {score.how}; {unit}", {})[f"{score.data} {amount:,}"] = None
-    for what, data in captions.items():
-        OUT.print(f"{what}: {', '.join(data)}")
-    table = Table("model", box=None, pad_edge=False)
-    for kind, found in scores[0].found.items():
-        for score in found:
-            table.add_column(score.data if kind == "tasks" else score.metric, justify="right")
-        if kind == "tasks":
-            table.add_column("mean", justify="right")
-    for model in scores:
-        values = []
-        for kind, found in model.found.items():
-            values += [measured(score.metric, score.value) for score in found]
-            if kind == "tasks":
-                values.append(measured("accuracy", model.mean))
-        table.add_row(model.model, *values)
-    OUT.print(table)
+    """Print the table of `eval`, below captions with metrics, data and their amounts."""
+    for caption in captions(scores):
+        OUT.print(caption)
+    OUT.print_whole(score_table(scores))
 
 
 def show_bench(bench: Bench, names: tuple[str, str]) -> None:

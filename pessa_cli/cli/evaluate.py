@@ -52,22 +52,33 @@ def evaluate(
         Literal["float32", "bfloat16", "float16"], typer.Option(help="Dtype to run the models in.")
     ] = "float32",
     device: Annotated[str, typer.Option(help="Device to run the models on, e.g. cuda.")] = "cpu",
+    kl: Annotated[
+        bool,
+        typer.Option(
+            "--kl/--no-kl",
+            help="With several models, measure how far the predictions on --speech and --text are from the first "
+            "model's. Both are then in memory at once.",
+        ),
+    ] = True,
     json: JSON = False,
 ) -> None:
     """Score models: accuracy on tasks, word error rate on speech, perplexity on text, correlation on pairs.
+
+    On speech and text also the nats per token and the KL divergence from the first model. Intervals are of 95 %, by
+    the bootstrap over clips, windows or pairs.
 
     Example: `pessa eval whisper-tiny.en out/ --speech clips.jsonl`
     """
     from pessa_cli.evaluation.evaluate import EvaluationData, evaluate_models, split_adapter
     from pessa_cli.evaluation.measures import ScoreSettings
 
-    settings = ScoreSettings(metric, limit, batch, template, dtype, device, language, window, stride)
+    settings = ScoreSettings(metric, limit, batch, template, dtype, device, language, window, stride, kl=kl)
     data = EvaluationData([Path(task.strip()) for task in tasks.split(",") if task.strip()], speech, text, pairs)
     subjects = [split_adapter(name, adapter) for name in models]
     opening = (source.revision, source.allow_pickle, source.follow_links)
     scores = evaluate_models(subjects, data, settings, *opening, progress=console.progress)
     if json:
         files = {file: sha for score in scores for file, sha in score.sources.items()}
-        console.show_json({"models": [score.to_dict() for score in scores], "sha256": files})
+        console.show_json({"models": [score.to_dict(scores[0]) for score in scores], "sha256": files})
     else:
         console.show_scores(scores)

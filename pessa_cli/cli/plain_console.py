@@ -5,9 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from rich.console import Console
+from rich.table import Table
 from rich.text import Text
 
 from pessa_cli.common.text import visible
+
+WIDEST = 10_000  # characters of a row
 
 
 class PlainConsole(Console):
@@ -20,6 +23,11 @@ class PlainConsole(Console):
     def __init__(self, stderr: bool = False) -> None:
         # Lines are wrapped by the terminal and not by rich, so that long lines stay whole in pipes and files.
         super().__init__(stderr=stderr, highlight=False, soft_wrap=True, markup=False, emoji=False)
+
+    def print_whole(self, table: Table) -> None:
+        """Print a table as wide as its contents, so that no name or number in it is cut or wrapped."""
+        table.width = self.measure(table, options=self.options.update(max_width=WIDEST)).maximum
+        self.print(table)
 
     def render_str(self, text: str, **options: Any) -> Text:
         """Turn a string that is printed into a `Text`: rich's place for that."""

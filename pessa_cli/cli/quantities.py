@@ -6,6 +6,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from pessa_cli.evaluation.figures import Figure
     from pessa_cli.tuning.train import TrainingStep
 
 PERCENT = ("accuracy", "word error rate")  # metrics that are shown in percent
@@ -26,9 +27,16 @@ def step_row(step: TrainingStep) -> dict[str, str]:
     }
 
 
-def measured(metric: str, value: float) -> str:
-    """Format a metric, in percent if it is shown so."""
-    return f"{100 * value:.1f}" if metric in PERCENT else f"{value:.4g}"
+def measured(metric: str, value: float, sign: str = "", digits: int = 4) -> str:
+    """Format a metric, in percent if it is shown so. sign: "+" shows the sign of every value."""
+    return f"{100 * value:{sign}.1f}" if metric in PERCENT else f"{value:{sign}.{digits}g}"
+
+
+def within(metric: str, figure: Figure, change: bool = False) -> str:
+    """Format a figure, or a change of one, with its interval in brackets, if it has one."""
+    sign, ends = "+" if change else "", figure.interval
+    shown = (measured(metric, end, sign, 4 if abs(end) >= 1000 else 3) for end in ends or ())
+    return measured(metric, figure.value, sign) + (f" [{', '.join(shown)}]" if ends else "")
 
 
 def quantity(value: float, unit: str) -> str:

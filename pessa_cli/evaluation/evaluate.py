@@ -1,11 +1,14 @@
 """`pessa eval`: decides which measures fit a model, and scores the models one after the other.
 
 Nothing is done twice in one command: each data file is read and hashed once, models with equal tokenizers share the
-encoded data, and a model that is scored with and without an adapter is loaded once.
+encoded data, and a model that is scored with and without an adapter is loaded once. Predictions are compared with those
+of the first model, which stays in memory beside each of the others: two models and the logits of one clip or window,
+whatever the amount of data. Without that comparison only one model is in memory at a time.
 """
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -24,7 +27,8 @@ from pessa_cli.common.memory import raise_if_out_of_memory
 from pessa_cli.common.packages import need
 from pessa_cli.common.progress import Progress, quietly
 from pessa_cli.common.text import listed
-from pessa_cli.evaluation.measures import Measure, Score, ScoreSettings
+from pessa_cli.evaluation.likelihood import First
+from pessa_cli.evaluation.measures import Measure, Score, ScoreSettings, TokenMeasure
 from pessa_cli.evaluation.multiple_choice import QuestionFile, Task, read_tasks
 from pessa_cli.evaluation.perplexity import Documents, Perplexity, read_documents
 from pessa_cli.evaluation.similarity import Embedding, SentencePairs, Similarity, embedding_of, read_pairs
@@ -70,22 +74,36 @@ class Scores:
     """The scores of one model.
 
     found: the scores on each kind of data, by its name in EvaluationData. sources: the SHA-256 of the files, by name.
+    notes: what was not measured, and why.
     """
 
     model: str
     found: Mapping[str, Sequence[Score]]
     sources: Mapping[str, str]
+    notes: Sequence[str] = ()
 
     @property
     def mean(self) -> float:
         """The mean accuracy over the tasks. Needs at least one task."""
         return fmean(score.value for score in self.found["tasks"])
 
-    def to_dict(self) -> dict[str, Any]:
-        """The scores as JSON: tasks by their names, every other kind of data, which has one score, by its kind."""
-        tasks = {score.data: score.to_dict() for score in self.found.get("tasks", ())}
-        others = {kind: score.to_dict() for kind, (score, *_) in self.found.items() if kind != "tasks"}
-        return {"model": self.model} | ({"tasks": tasks, "mean": self.mean} if tasks else {}) | others
+    def beside(self, first: Scores) -> dict[str, list[tuple[Score, Score]]]:
+        """By the kind of data, pairs of a score of this model and that of the first one on the same data."""
+        return {kind: list(zip(scores, first.found[kind], strict=True)) for kind, scores in self.found.items()}
+
+    def to_dict(self, first: Scores) -> dict[str, Any]:
+        """The scores as JSON, with the differences to those of the first model, unless this is it.
+
+        Tasks by their names, every other kind of data, which has one score, by its kind.
+        """
+        dicts = {
+            kind: [score.to_dict(None if first is self else other) for score, other in pairs]
+            for kind, pairs in self.beside(first).items()
+        }
+        tasks = {score["data"]: score for score in dicts.pop("tasks", ())}
+        others = {kind: score for kind, (score, *_) in dicts.items()}
+        notes = {"notes": list(self.notes)} if self.notes else {}
+        return {"model": self.model} | ({"tasks": tasks, "mean": self.mean} if tasks else {}) | others | notes
 
 
 @dataclass(frozen=True)
@@ -134,34 +152,70 @@ def evaluate_models(
                 )
         for model in opened.values():
             _check(model, data)
-        items, prepared, scores = read_items(data, settings), None, []
-        bases: dict[str, Any] = {}  # the last model by its name, as long as no adapter has been put on it
+        items, prepared, scores = read_items(data, settings), None, list[Scores]()
+        compared = settings.kl and len(subjects) > 1 and bool({"speech", "text"} & {*data.given})
+        loading, first = Loading(settings, compared), dict[str, First]() if compared else None
         for name, adapter in subjects:
             prepared = prepare(opened[name], items, settings, prepared)
-            scores.append(_scores(name, opened[name], adapter, bases, prepared.measures, settings, progress))
+            whole = name if adapter is None else f"{name}+{adapter}"
+            # No variable here holds the model, which would then be in memory beside the next one.
+            scores.append(_scores(whole, loading.load(name, opened[name], adapter), prepared.measures, first, progress))
         return scores
 
 
 def _scores(
     name: str,
-    model: Model,
-    adapter: Path | None,
-    bases: dict[str, Any],
+    model: Any,
     measures: Mapping[str, Sequence[Measure]],
-    settings: ScoreSettings,
+    first: dict[str, First] | None,
     progress: Progress,
 ) -> Scores:
-    base = bases.pop(name, None)
-    bases.clear()  # so that only one model is in memory
-    if base is None:
-        base = load(model, getattr(torch, settings.dtype))
-    loaded = base if adapter is None else with_adapter(base, model.reader.folder, adapter)
-    loaded = loaded.to(settings.device).eval()
-    if adapter is None:
-        bases[name] = loaded
-    found = {kind: [measure.score(loaded, progress) for measure in some] for kind, some in measures.items()}
+    """Score one model. first: the first model by the kind of data, which is added where it is missing, if compared."""
+    found, notes = dict[str, list[Score]](), []
+    for kind, some in measures.items():
+        found[kind] = []
+        for measure in some:
+            if not isinstance(measure, TokenMeasure):
+                found[kind].append(measure.score(model, progress))
+                continue
+            passages, reference = measure.passages(model), None if first is None else first.get(kind)
+            score = measure.score_tokens(model, passages, reference, progress)
+            if score.nats is None:
+                notes.append(f"no nats per token of {measure.name} by {name}: all clips are longer than one window")
+            elif reference is not None and score.divergence is None:
+                notes.append(f"no KL to the first on {measure.name} for {name}: its tokens are not those of the first")
+            if first is not None:
+                first.setdefault(kind, First(model, passages))
+            found[kind].append(score)
     files = {file: sha for some in measures.values() for measure in some for file, sha in measure.sources.items()}
-    return Scores(name if adapter is None else f"{name}+{adapter}", found, files)
+    return Scores(name, found, files, notes)
+
+
+class Loading:
+    """Loads models one after the other, each as often as adapters, which change it, require.
+
+    keep: whether the first model stays in memory beside each of the others. Otherwise only one model is in memory.
+    """
+
+    def __init__(self, settings: ScoreSettings, keep: bool) -> None:
+        self._settings, self._keep = settings, keep
+        self._first: dict[str, Any] = {}  # the first model by its name, if it is kept and has no adapter
+        self._last: dict[str, Any] = {}  # the last model by its name, as long as no adapter has been put on it
+
+    def load(self, name: str, model: Model, adapter: Path | None) -> Any:
+        """Return a model, with its adapter if it has one, in eval mode on its device."""
+        base = self._last.pop(name, None)
+        self._last.clear()
+        if name in self._first:
+            base = self._first[name] if adapter is None else copy.deepcopy(self._first[name])
+        if base is None:
+            base = load(model, getattr(torch, self._settings.dtype))
+        loaded = base if adapter is None else with_adapter(base, model.reader.folder, adapter)
+        loaded = loaded.to(self._settings.device).eval()
+        if adapter is None:
+            (self._first if self._keep else self._last)[name] = loaded
+        self._keep = False
+        return loaded
 
 
 def fitting(model: Model) -> tuple[str, ...]:

@@ -21,6 +21,7 @@ from pessa_cli.checkpoint.files import sha256_of
 from pessa_cli.common.errors import PessaError
 from pessa_cli.common.progress import Progress, quietly
 from pessa_cli.common.text import listed
+from pessa_cli.evaluation.figures import ratio
 from pessa_cli.evaluation.measures import Score, ScoreSettings
 from pessa_cli.models.instructions import Row, read_rows, render
 
@@ -78,13 +79,14 @@ class Task:
 
     def score(self, model: Any, progress: Progress = quietly) -> Score:
         """Compute the share of questions that the model answers correctly."""
-        right, count, way = 0, len(self.questions), self.settings.metric
-        both = list(zip(self.questions, self.encoded, strict=True))
-        with progress(self.name, 0, count) as tick, torch.inference_mode():
+        right: list[bool] = []
+        way, both = self.settings.metric, list(zip(self.questions, self.encoded, strict=True))
+        with progress(self.name, 0, len(both)) as tick, torch.inference_mode():
             for correct in METRICS[way].judge(model, self.tokenizer, both, self.settings):
-                right += correct
+                right.append(correct)
                 tick(0, 1)
-        return Score("accuracy", f"by {way}", self.name, right / count, {"questions": count, "right": right})
+        counts = {"questions": len(right), "right": sum(right)}
+        return Score("accuracy", f"by {way}", self.name, counts, ratio(right, [1] * len(right)))
 
 
 def load_tasks(paths: Sequence[Path], tokenizer: Any, settings: ScoreSettings) -> list[Task]:

@@ -20,6 +20,7 @@ from pessa_cli.checkpoint.files import sha256_of
 from pessa_cli.common.errors import PessaError
 from pessa_cli.common.progress import Progress, quietly
 from pessa_cli.common.text import listed, read_text
+from pessa_cli.evaluation.figures import Figure
 from pessa_cli.evaluation.measures import Score, ScoreSettings
 from pessa_cli.models.inputs import Inputs
 
@@ -107,9 +108,10 @@ class Similarity:
         vectors = torch.empty(len(self.places), found[0].shape[1])
         vectors[self.places] = torch.cat(found)
         first, second = vectors.chunk(2)
-        value = spearman(self.similarities, cosine_similarity(first, second).numpy())
+        given, cosines = self.similarities, cosine_similarity(first, second).numpy()
+        figure = Figure(len(given), lambda indices: spearman(given[indices], cosines[indices]))
         how = f"cosine of {self.embedding.pooling}-pooled embeddings"
-        return Score("Spearman correlation", how, self.name, value, {"pairs": len(self.similarities)})
+        return Score("Spearman correlation", how, self.name, {"pairs": len(given)}, figure)
 
 
 def spearman(a: NDArray[Any], b: NDArray[Any]) -> float:

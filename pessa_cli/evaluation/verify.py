@@ -157,18 +157,27 @@ def _compare_site(model: Model, site: Site, other_model: Model, other: Site) -> 
 def _compare_mlp(model: Model, site: MlpSite, other_model: Model, other: MlpSite) -> list[Difference]:
     """The relative differences of an MLP: the matrices that write its channels, the one that reads them, and its bias.
 
-    The order of the channels does not matter: each is compared with the one of the same original number.
+    The order of the channels does not matter: each is compared with the one of the same original number. A copy of a
+    model may have lost these numbers, so that the order of the files is tried as well.
     """
-    ours, theirs = (
-        read_site(own.reader, mlp).restored(torch.tensor(all_channels(own.channels.get(mlp.name), mlp.width)))
-        for own, mlp in ((model, site), (other_model, other))
-    )
+    stored = [read_site(own.reader, mlp) for own, mlp in ((model, site), (other_model, other))]
+    numbers = [
+        all_channels(own.channels.get(mlp.name), mlp.width) for own, mlp in ((model, site), (other_model, other))
+    ]
+    ours, theirs = (weights.restored(torch.tensor(order)) for weights, order in zip(stored, numbers, strict=True))
+    found = _channel_differences(site, ours, theirs)
+    if numbers[0] == numbers[1]:
+        return found
+    in_file_order = _channel_differences(site, *stored)
+    return min(found, in_file_order, key=lambda each: max(difference.error for difference in each))
+
+
+def _channel_differences(site: MlpSite, ours: ChannelWeights, theirs: ChannelWeights) -> list[Difference]:
+    """The relative differences of two MLPs with their channels in the same order."""
+    parts = {"input": (_rows(ours), _rows(theirs)), "output": (ours.out.double(), theirs.out.double())}
     found = [
         Difference(f"{site.name} {what}", float(_relative(one.flatten(), two.flatten())))
-        for what, one, two in (
-            ("input", _rows(ours), _rows(theirs)),
-            ("output", ours.out.double(), theirs.out.double()),
-        )
+        for what, (one, two) in parts.items()
     ]
     if ours.out_bias is not None and theirs.out_bias is not None:
         bias = _relative(ours.out_bias.double(), theirs.out_bias.double())

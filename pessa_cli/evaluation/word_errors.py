@@ -1,19 +1,22 @@
-"""Word error rate: the transcripts of a speech model compared with reference texts."""
+"""Word error rate: the transcripts of a speech model compared with reference texts, and how likely it finds those."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 from transformers.models.whisper.tokenization_whisper import LANGUAGES, TO_LANGUAGE_CODE
 
 from pessa_cli.common.errors import PessaError, UsageError
 from pessa_cli.common.packages import need
 from pessa_cli.common.progress import Progress, quietly
+from pessa_cli.evaluation.figures import ratio
+from pessa_cli.evaluation.likelihood import First, Passage, likelihoods
 from pessa_cli.evaluation.measures import Score, ScoreSettings
 from pessa_cli.models.audio import load_audio
 from pessa_cli.models.data import read_data
@@ -42,7 +45,7 @@ class Clip:
 
 @dataclass(frozen=True)
 class WordErrors:
-    """A `Measure`: clips encoded with one processor, with their texts. Takes 1 MB of memory per 30 seconds."""
+    """A `TokenMeasure`: clips encoded with one processor, with their texts. Takes 1 MB of memory per 30 seconds."""
 
     name: str
     clips: Sequence[Clip]
@@ -85,12 +88,62 @@ class WordErrors:
         """Compute the word error rate over all clips, with Whisper's text normaliser (arXiv:2212.04356, appendix C)."""
         english = _multilingual(model) is False or _code(self.settings.language) == "en"
         transcripts = transcribe(model, self.processor, self.inputs, self.settings, progress)
-        counted = compare_words([clip.text or "" for clip in self.clips], transcripts, english)
+        counted = count_words([clip.text or "" for clip in self.clips], transcripts, english)
         how = f"greedy decoding, Whisper's {'English' if english else 'basic'} normaliser"
         if self.left_out:
             how += f", {self.left_out} without a text left out"
-        counts = {"clips": len(self.clips), "words": counted.words, "errors": counted.errors}
-        return Score("word error rate", how, self.name, counted.rate, counts)
+        errors, words = zip(*counted, strict=True)
+        counts = {"clips": len(self.clips), "words": sum(words), "errors": sum(errors)}
+        return Score("word error rate", how, self.name, counts, ratio(errors, words))
+
+    def score_tokens(
+        self, model: Any, passages: Sequence[Passage], first: First | None = None, progress: Progress = quietly
+    ) -> Score:
+        """Compute the word error rate, the nats per token of the reference texts, and their divergence."""
+        score = self.score(model, progress)
+        if not passages:
+            return score
+        found = likelihoods(model, passages, first, "reference texts", progress)
+        about = f"{found.tokens.sum():,} tokens of the reference texts of {len(passages)} clips of at most one window"
+        return replace(score, nats=found.nats_per_token, divergence=found.divergence_per_token, about_nats=about)
+
+    @torch.inference_mode()
+    def passages(self, model: Any) -> list[Passage]:
+        """The clips of at most one window, with their texts as the decoder's input after the tokens that begin one.
+
+        A text is encoded as it is, or in lower case if all of it is in upper case, as some data sets write every text.
+        It is cut to the model's positions; the token that ends it is not predicted. A longer clip is transcribed in
+        windows, and which part of its text belongs to which is not known.
+        """
+        tokenizer, found = self.processor.tokenizer, []
+        for clip, given in zip(self.clips, self.inputs, strict=True):
+            features = given["input_features"]
+            if features.shape[-1] > 2 * model.config.max_source_positions:
+                continue
+            prompt = self._prompt(model, features)
+            text = (clip.text or "").strip()
+            spoken = f" {text.lower() if text.isupper() else text}"
+            ids = torch.tensor([prompt + tokenizer(spoken, add_special_tokens=False)["input_ids"]])[
+                :, : model.config.max_target_positions + 1
+            ]
+            inputs = {"input_features": features, "decoder_input_ids": ids[:, :-1]}
+            found.append(Passage(inputs, ids[0, len(prompt) :]))
+        return found
+
+    def _prompt(self, model: Any, features: Tensor) -> list[int]:
+        """The tokens that begin a transcript without timestamps, as generate gives them to the model.
+
+        Without a language in the settings, a multilingual model detects it.
+        """
+        of, code = self.processor.tokenizer.convert_tokens_to_ids, _code(self.settings.language)
+        start, end = of("<|startoftranscript|>"), of("<|notimestamps|>")
+        if not _multilingual(model):
+            return [start, end]
+        if code is None:
+            language = int(model.detect_language(input_features=features.to(model.device, model.dtype)))
+        else:
+            language = of(f"<|{code}|>")
+        return [start, language, of("<|transcribe|>"), end]
 
 
 def read_clips(path: Path) -> list[Clip]:
@@ -132,18 +185,25 @@ def transcribe(
 
 
 def compare_words(references: Sequence[str], transcripts: Sequence[str], english: bool = True) -> WordCounts:
-    """Count word errors by the edit distance of normalised words, clip by clip.
+    """Count the word errors of all clips together; see `count_words`."""
+    return WordCounts(*map(sum, zip(*count_words(references, transcripts, english), strict=True)))
+
+
+def count_words(references: Sequence[str], transcripts: Sequence[str], english: bool = True) -> list[WordCounts]:
+    """Count the word errors of each clip by the edit distance of normalised words.
 
     Raises PessaError when the references contain no words.
     """
     from jiwer import process_words
 
-    normal = _normaliser(english)
-    found = process_words([normal(text) for text in references], [normal(text) for text in transcripts])
-    words = found.hits + found.substitutions + found.deletions
-    if not words:
+    normal, counted = _normaliser(english), []
+    for reference, transcript in zip(references, transcripts, strict=True):
+        found = process_words(normal(reference), normal(transcript))
+        errors = found.substitutions + found.deletions + found.insertions
+        counted.append(WordCounts(errors, found.hits + found.substitutions + found.deletions))
+    if not any(words for _, words in counted):
         raise PessaError("the reference texts of the clips contain no words", "give the transcript of each clip")
-    return WordCounts(found.substitutions + found.deletions + found.insertions, words)
+    return counted
 
 
 def _normaliser(english: bool) -> Callable[[str], str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +22,25 @@ TEXT_TOKENS = 512  # per window, unless the model has fewer positions
 TASK = "transcribe"  # of Whisper's tasks, the one that calibration data are for
 
 
-def windows(folder: Path, model: Any, items: Sequence[DataItem], transcribed: bool) -> Iterator[tuple[Inputs, int]]:
+def windows(
+    folder: Path, model: Any, items: Sequence[DataItem], transcribed: Callable[[int], bool] = lambda _number: True
+) -> Iterator[tuple[Inputs, int]]:
     """The windows of all items in turn, each with its share of the item's bytes.
 
-    folder: that of the model, for its tokenizer or processor. transcribed: see `inputs_of`, also for what raises.
+    folder: that of the model, for its tokenizer or processor. transcribed: whether the window with this number, counted
+    over all items, is transcribed; see `inputs_of`, also for what raises.
     """
     for item in items:
         check_kind(folder, model, item)
     encoder = encoder_for(folder, model)
+    before = 0
     for item in items:
-        found = list(inputs_of(model, encoder, item, transcribed))
+
+        def of_item(number: int, before: int = before) -> bool:
+            return transcribed(before + number)
+
+        found = list(inputs_of(model, encoder, item, of_item))
+        before += len(found)
         for number, window in enumerate(found):
             start, end = (item.nbytes * place // len(found) for place in (number, number + 1))
             yield window, end - start
@@ -70,23 +79,25 @@ def encoder_for(folder: Path, model: Any) -> Any:
     return tokenizer
 
 
-def inputs_of(model: Any, encoder: Any, item: DataItem, transcribed: bool = True) -> Iterator[Inputs]:
+def inputs_of(
+    model: Any, encoder: Any, item: DataItem, transcribed: Callable[[int], bool] = lambda _number: True
+) -> Iterator[Inputs]:
     """Encode an item as inputs of batch size 1, cut into windows of at most the model's input length.
 
-    encoder: from `encoder_for`. transcribed: whether the decoder of an encoder-decoder model gets a text: the
-    transcript of each window of speech, or what the model itself makes of a window where the data give no transcript.
-    False gives the start token alone, for when no decoder block is calibrated. Raises UsageError when the item does not
-    fit the model.
+    encoder: from `encoder_for`. transcribed: whether the decoder of an encoder-decoder model gets a text with the
+    window of this number: the transcript of each window of speech, or what the model itself makes of a window where
+    the data give no transcript. False gives the start token alone, for when no decoder block is calibrated. Raises
+    UsageError when the item does not fit the model.
     """
     if item.audio is not None:
         yield from _speech(model, encoder, load_audio(item.audio), item, transcribed)
         return
     cut = encoder(item.text, truncation=True, max_length=text_positions(model), return_overflowing_tokens=True)
-    for ids in cut["input_ids"]:
+    for number, ids in enumerate(cut["input_ids"]):
         window = torch.tensor([ids], device=device_of(model))
         given = {"input_ids": window, "attention_mask": torch.ones_like(window)}
         if model.config.is_encoder_decoder:
-            given["decoder_input_ids"] = _written(model, given) if transcribed else _start(model)
+            given["decoder_input_ids"] = _written(model, given) if transcribed(number) else _start(model)
         yield given
 
 
@@ -131,17 +142,17 @@ def _written(model: Any, given: Inputs) -> Tensor:
 
 
 def _speech(
-    model: Any, processor: Any, samples: NDArray[np.float32], item: DataItem, transcribed: bool
+    model: Any, processor: Any, samples: NDArray[np.float32], item: DataItem, transcribed: Callable[[int], bool]
 ) -> Iterator[Inputs]:
     window = processor.feature_extractor.n_samples
     language = _language(model, item)
-    for start in range(0, len(samples), window):
+    for number, start in enumerate(range(0, len(samples), window)):
         part = samples[start : start + window]
         features = processor(part, sampling_rate=SAMPLE_RATE, return_tensors="pt")["input_features"].to(
             device_of(model)
         )
         ids = _start(model)
-        if transcribed:
+        if transcribed(number):
             if language is None and _languages(model):
                 detected = int(model.detect_language(input_features=features)[0])
                 language = next(name for name, number in _languages(model).items() if number == detected)

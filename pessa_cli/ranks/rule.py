@@ -154,6 +154,20 @@ class Rule:
         return [setting.name for setting in OF_MLPS if self._has(setting)]
 
     @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kinds of blocks that the rule is about if none are chosen, as `blocks.site.select` takes them.
+
+        A budget is shared by all blocks, the options for MLPs take the MLPs, and all other rules take the attention
+        blocks, as in the paper.
+        """
+        if self.target_attention is not None:
+            return ("attention",)
+        if self.budgeted:
+            return ()
+        kinds = ("mlp",) if self.of_mlp else ()
+        return kinds + (("attention",) if self.given or not kinds else ())
+
+    @property
     def of_attention(self) -> list[str]:
         """The names of the given criteria that choose the ranks of attention alone."""
         shared = [s.name for s in CRITERIA if s.option.group == "budget" and s.name != "target_attention"]

@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
-from pessa_cli.blocks.site import Site
+from pessa_cli.blocks.site import Site, select
 from pessa_cli.checkpoint.staging import Staging
 from pessa_cli.common.errors import UsageError
 from pessa_cli.ranks.budget import ranks_for
@@ -38,12 +38,13 @@ def decompose_model(
     blocks: BlockReader | None = None,
     decomposition: Decomposition | None = None,
 ) -> Rewrite:
-    """Write the model with every block as balanced factors at full rank, and with the spectra of the blocks.
+    """Write the model with blocks as balanced factors at full rank or with ordered channels, and with their spectra.
 
-    All tensors keep their names and shapes. out, blocks, decomposition: as in `prune_model`, which also lists the
+    All tensors keep their names and shapes. sites: by default all attention blocks. out, blocks, decomposition: as in
+    `prune_model`, which also lists the
     errors.
     """
-    run, sites = run or Run(), model.sites if sites is None else sites
+    run, sites = run or Run(), model.attention if sites is None else sites
     plan = RankPlan.full(sites)
 
     def planned(spectra: Mapping[str, Spectra]) -> Rewrite:
@@ -68,7 +69,8 @@ def prune_model(
 ) -> Rewrite:
     """Write the model with only the directions that the rule keeps, and return the description of the output.
 
-    out: the folder to write, or a staging folder that the caller puts in place.
+    out: the folder to write, or a staging folder that the caller puts in place. sites: by default those that the rule
+    is about.
     statistics: if given, directions are ranked by their effect on the calibration data, and W_O is refitted to the kept
     directions; otherwise directions are ranked by the weights alone. Blocks that are already stored as balanced factors
     (by `decompose` or an earlier `prune`) are only sliced, with the same bytes as a result. blocks: a reader that may
@@ -76,7 +78,7 @@ def prune_model(
     Raises UsageError for options that do not fit the model or one another, and PessaError when the output cannot be
     written, when weights are not finite, or when the rule would prune everything.
     """
-    run, sites = run or Run(), model.sites if sites is None else sites
+    run, sites = run or Run(), select(model.sites, rule.kinds) if sites is None else sites
     check_ranks(sites, rule)
     if method == "vanilla" and statistics is not None:
         raise UsageError("--method vanilla uses the weights alone", "leave out the data, or the method")

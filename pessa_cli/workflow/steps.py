@@ -93,22 +93,17 @@ def named(run: Run, model: str | Path) -> Run:
 
 
 def chosen(model: Model, recipe: Recipe) -> list[Site]:
-    """Return the blocks that a recipe applies to. Raises UsageError if there are none, or if the rule does not fit.
+    """Return the blocks that a recipe applies to; without `sites` those that its rule is about.
 
-    Without `sites` a budget is shared by all blocks, the options for MLPs take the MLPs, and all other rules take the
-    attention blocks, as in the paper.
+    Raises UsageError if there are none, or if the rule does not fit them.
     """
-    kinds, of_mlp = recipe.sites, recipe.rule.of_mlp
+    of_mlp = recipe.rule.of_mlp
     if of_mlp and not any(isinstance(site, MlpSite) for site in model.sites):
         raise UsageError(
             f"--{of_mlp[0].replace('_', '-')}: this model has no MLPs whose channels can be cut",
             f"leave it out; the model has {', '.join(dict.fromkeys(site.kind for site in model.sites))}",
         )
-    if not kinds and recipe.rule.target_attention is not None:
-        kinds = ("attention",)
-    if not kinds and not (recipe.rule.budgeted or recipe.searches):
-        kinds = ("mlp",) if of_mlp else ()
-        kinds += ("attention",) if recipe.rule.given or not kinds else ()
+    kinds = recipe.sites or (() if recipe.searches else recipe.rule.kinds)
     sites = select(model.sites, kinds, recipe.layers)
     check_ranks(sites, recipe.rule)
     return sites

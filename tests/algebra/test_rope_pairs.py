@@ -291,9 +291,9 @@ def test_calibrated_pairs_reduce_the_error(
     collect(model, model.attention, data, tmp_path / "s")
     found = SavedStatistics(tmp_path / "s")
     rule = Rule(rope_ratio=0.25)
-    prune_model(model, tmp_path / "plain", rule)
-    written = prune_model(model, tmp_path / "calibrated", rule, statistics=found)
-    prune_model(model, tmp_path / "dense", rule, statistics=found, layout="dense")
+    prune_model(model, tmp_path / "plain", rule, model.attention)
+    written = prune_model(model, tmp_path / "calibrated", rule, model.attention, statistics=found)
+    prune_model(model, tmp_path / "dense", rule, model.attention, statistics=found, layout="dense")
     assert written.method == "calibrated"
     calibrated, plain, original = (first_block(f) for f in (tmp_path / "calibrated", tmp_path / "plain", folder))
     assert (calibrated - original).norm() < (plain - original).norm()
@@ -311,7 +311,7 @@ def test_on_the_command_line(tiny_folder: TinyFolder, tmp_path: Path, pessa: Pes
     assert "rope_ratio 0.5" in shown.out
     document = json.loads(pessa("inspect", folder, "--rope-ratio", "0.5", "--json").out)
     assert document["totals"]["qk_pruned"] == 0.5
-    assert np.array(document["blocks"][0]["qk_pairs"]).shape == (2, 4)
+    assert np.array(document["blocks"][0]["seams"]["qk"]["pairs"]).shape == (2, 4)
     assert pessa("prune", folder, "-o", out, "--rope-ratio", "0.5", "--rank", "4").code == 0
     manifest = json.loads((out / "pessa.json").read_text())
     assert sum(int(rank) for ranks in manifest["ranks"].values() for rank in ranks["qk"].split()) == 16
@@ -366,8 +366,9 @@ def test_smollm2_loses_little_without_a_tenth_of_its_pairs(real: Real, tmp_path:
     (tmp_path / "last.txt").write_text(text[-6_000:])
     model = open_model(source)
     collect(model, model.attention, [tmp_path / "last.txt"], tmp_path / "s")
-    prune_model(model, tmp_path / "plain", Rule(rope_ratio=0.1))
-    prune_model(model, tmp_path / "calibrated", Rule(rope_ratio=0.1), statistics=SavedStatistics(tmp_path / "s"))
+    rule, found = Rule(rope_ratio=0.1), SavedStatistics(tmp_path / "s")
+    prune_model(model, tmp_path / "plain", rule, model.attention)
+    prune_model(model, tmp_path / "calibrated", rule, model.attention, statistics=found)
     ids = AutoTokenizer.from_pretrained(source)(text[:6_000], return_tensors="pt").input_ids[:, :512]
 
     def loss(folder: Path) -> float:

@@ -74,7 +74,7 @@ def test_calibration_is_exact_at_full_rank_and_better_below(name: str, tmp_path:
     prune_model(model, tmp_path / "plain", half, sites, "svd", "dense")
     assert all(trial is not None and trial.harm > 0 for trial in trials)
     original = text_part(load(model))
-    inputs = [window for window, _ in windows(model.reader.folder, original, data.items, True)]
+    inputs = [window for window, _ in windows(model.reader.folder, original, data.items)]
 
     def outputs(loaded: torch.nn.Module) -> torch.Tensor:
         with torch.no_grad():
@@ -124,7 +124,7 @@ def test_of_partly_rotated_heads_the_merged_directions_are_weighted(tmp_path: Pa
     query = next(module for name, module in loaded.named_modules() if name.endswith(site.q))
     query.register_forward_hook(lambda _module, _args, output: seen.append(output[0].double()))
     with torch.no_grad():
-        for window, _ in windows(model.reader.folder, loaded, data.items, True):
+        for window, _ in windows(model.reader.folder, loaded, data.items):
             output_of(loaded, window)
     queries = torch.cat(seen).reshape(-1, site.kv_heads, site.head_dim)[..., site.unmerged :].transpose(0, 1)
     weighed = weigh(sums, site, None).qk

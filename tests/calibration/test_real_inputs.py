@@ -179,7 +179,7 @@ def test_a_multilingual_whisper_is_given_language_and_task(
     features = processor(load_audio(clip), sampling_rate=SAMPLE_RATE, return_tensors="pt").input_features
     detected = processor.tokenizer.decode(model.detect_language(input_features=features))
     assert detected != "<|de|>"
-    for (window, _), row in zip(windows(multilingual, model, data.items, True), rows, strict=True):
+    for (window, _), row in zip(windows(multilingual, model, data.items), rows, strict=True):
         language = row.get("language", detected.strip("<|>"))
         processor.tokenizer.set_prefix_tokens(language=language, task="transcribe", predict_timestamps=False)
         if "text" in row:

@@ -201,7 +201,7 @@ def test_trials_are_the_errors_of_pruned_blocks(
                 loaded(**given)
         outputs.append(torch.cat(seen))
     both = float((outputs[0] - outputs[1]).norm() / outputs[0].norm())
-    pruned_too = trials.errors["vo"][2] + trials.errors["qk"][2]
+    pruned_too = sum(trials.errors[seam][2] for seam in spectra[site.name].seams)  # not Q-K by frequency pairs
     # Trials use held-out inputs, and the statistics of the others.
     assert 0.2 * pruned_too < both**2 < 1.2 * pruned_too
 
@@ -214,11 +214,10 @@ def test_budgets_are_better_than_equal_shares(
     model = open_model(folder)
     found = collected(model, data, tmp_path / "s")
     budget = Rule(target_attention=0.7)
-    written = prune_model(model, tmp_path / "budget", budget, statistics=found)
+    written = prune_model(model, tmp_path / "budget", budget, model.attention, statistics=found)
     assert str(budget) in json.dumps(written.summary)
-    prune_model(
-        model, tmp_path / "same", Rule(ratio=0.3, rope_ratio=0.3 if name == "llama" else None), statistics=found
-    )
+    same = Rule(ratio=0.3, rope_ratio=0.3 if name == "llama" else None)
+    prune_model(model, tmp_path / "same", same, model.attention, statistics=found)
     assert open_model(tmp_path / "budget").parameters <= open_model(tmp_path / "same").parameters + 100
     assert block_errors(tmp_path / "budget", folder) < 1.05 * block_errors(tmp_path / "same", folder)
 
@@ -226,7 +225,9 @@ def test_budgets_are_better_than_equal_shares(
 def test_the_commands(tiny_folder: TinyFolder, data: list[Path], tmp_path: Path, pessa: Pessa) -> None:
     folder, file, out = tiny_folder("bert"), tmp_path / "s.safetensors", tmp_path / "out"
     given = [argument for path in data for argument in ("--calibrate", path)]
-    curve = pessa("inspect", folder, *given, "--statistics", file, "--curve", "--plot", tmp_path / "curve.png")
+    curve = pessa(
+        "inspect", folder, *given, "--sites", "all", "--statistics", file, "--curve", "--plot", tmp_path / "curve.png"
+    )
     assert curve.code == 0, curve
     assert "harm" in curve.out
     assert (tmp_path / "curve.png").stat().st_size > 1000
@@ -240,7 +241,7 @@ def test_the_commands(tiny_folder: TinyFolder, data: list[Path], tmp_path: Path,
     assert pessa("prune", folder, "-o", out, "--force", "--statistics", file, "--target-size", f"{most}kB").code == 0
     assert 1000 * most - 4 * largest < open_model(out).nbytes <= 1000 * most
     assert pessa("prune", folder, "-o", out, "--force", "--statistics", file, "--max-error", "0.2").code == 0
-    assert pessa("decompose", folder, "-o", tmp_path / "full", "--statistics", file).code == 0
+    assert pessa("decompose", folder, "-o", tmp_path / "full", "--sites", "all", "--statistics", file).code == 0
     again = pessa("prune", tmp_path / "full", "-o", tmp_path / "cut", "--max-error", "0.2")
     assert again.code == 0, again
     assert math.isclose(open_model(tmp_path / "cut").parameters, open_model(out).parameters, rel_tol=0.01)

@@ -29,11 +29,12 @@ from pessa_cli.surgery.run import Run
 Tensors = dict[str, Tensor]
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 RUN = Run(jobs=1)
+CHANNELS = 5  # of the MLP
 FLOOR = 1e-12  # the error of the float64 algebra, which does not depend on the dtype of storage
 
 
 def bert(width: int = 24, heads: int = 3, head_dim: int = 8) -> tuple[Tensors, dict[str, object]]:
-    """Return the tensors and config of one BERT block with all four biases."""
+    """Return the tensors and config of one layer of BERT, with all biases."""
     generator = torch.Generator().manual_seed(0)
     names, rows = {"q": "self.query", "k": "self.key", "v": "self.value", "o": "output.dense"}, heads * head_dim
     tensors: Tensors = {}
@@ -41,7 +42,11 @@ def bert(width: int = 24, heads: int = 3, head_dim: int = 8) -> tuple[Tensors, d
         shape = (width, rows) if side == "o" else (rows, width)
         tensors[f"encoder.layer.0.attention.{name}.weight"] = torch.randn(shape, generator=generator) * 0.4
         tensors[f"encoder.layer.0.attention.{name}.bias"] = torch.randn(shape[0], generator=generator) * 0.4
-    return tensors, {"model_type": "bert", "num_attention_heads": heads, "num_hidden_layers": 1, "hidden_size": width}
+    for name, shape in {"intermediate": (CHANNELS, width), "output": (width, CHANNELS)}.items():
+        tensors[f"encoder.layer.0.{name}.dense.weight"] = torch.randn(shape, generator=generator) * 0.4
+        tensors[f"encoder.layer.0.{name}.dense.bias"] = torch.randn(shape[0], generator=generator) * 0.4
+    config = {"num_attention_heads": heads, "num_hidden_layers": 1, "intermediate_size": CHANNELS}
+    return tensors, {"model_type": "bert", "hidden_size": width} | config
 
 
 def llama(heads: int, kv_heads: int, width: int = 24, head_dim: int = 8) -> tuple[Tensors, dict[str, object]]:
@@ -53,8 +58,11 @@ def llama(heads: int, kv_heads: int, width: int = 24, head_dim: int = 8) -> tupl
         )
         for side, count in rows.items()
     }
+    for name, shape in {"gate": (CHANNELS, width), "up": (CHANNELS, width), "down": (width, CHANNELS)}.items():
+        tensors[f"model.layers.0.mlp.{name}_proj.weight"] = torch.randn(shape, generator=generator)
     config = {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "num_hidden_layers": 1}
-    return tensors, {"model_type": "llama", "hidden_size": width, "head_dim": head_dim} | config
+    sizes = {"hidden_size": width, "head_dim": head_dim, "intermediate_size": CHANNELS}
+    return tensors, {"model_type": "llama"} | sizes | config
 
 
 def saved(folder: Path, tensors: Tensors, config: dict[str, object]) -> Path:

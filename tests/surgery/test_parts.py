@@ -66,6 +66,10 @@ def test_totals_by_hand() -> None:
         "attention_parameters": attention,
         "attention_parameters_after": left,
         "attention_pruned": (attention - left) / attention,
+        "mlp_pruned": 0.0,
+        "mlp_parameters": 0,
+        "mlp_parameters_after": 0,
+        "mlp_parameters_pruned": 0.0,
         "parameters": 2 * attention + 100,
         "parameters_after": attention + left + 100,
         "model_pruned": (attention - left) / (2 * attention + 100),
@@ -138,8 +142,9 @@ def test_the_summary_by_hand(rewrite: Rewrite) -> None:
 
 
 def test_the_stored_blocks_and_the_header(rewrite: Rewrite) -> None:
-    first, second = rewrite.model.attention
-    assert [site.name for site in rewrite.stored] == [first.name, second.name]
+    first, second, *mlps = rewrite.model.sites
+    assert [site.name for site in rewrite.stored] == [first.name, second.name, *(mlp.name for mlp in mlps)]
+    assert len(mlps) == 2
     assert rewrite.stored[1] is second
     assert rewrite.stored[0].ranks == {"qk": (4, 2), "vo": (3, 0)}
     assert replace(rewrite, layout="dense").stored[0] == first
@@ -213,7 +218,7 @@ def test_spectra_are_the_same_after_a_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("tensor", "message"),
     [
-        ({"vo": torch.from_numpy(VO).float()}, "do not fit its 2 key/value heads of 3 directions"),
+        ({"vo": torch.from_numpy(VO).float()}, "do not fit its V-O of 2 x 3 directions"),
         ({"vo": torch.from_numpy(VO)[:, :2].contiguous()}, "do not fit"),
         ({"vo": torch.from_numpy(VO[:1])}, "do not fit"),
         ({"vo": torch.from_numpy(VO * [1, 1, np.nan])}, "do not fit"),
@@ -349,7 +354,7 @@ def test_tensors_are_the_same_after_the_temporary_file(tmp_path: Path) -> None:
 
 
 def test_how_many_blocks_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    entries = 3 * (4 * (5 + 7) + 2 * 2 * 6)
+    entries = 3 * (4 * (5 + 7) + 2 * 2 * 6) + 3 * (4 + 2 + 2) + 7  # weights and biases
     monkeypatch.setattr(run_module, "IN_FLIGHT", 8 * entries * 5)
     monkeypatch.setattr(os, "cpu_count", lambda: 3)
     assert Run().jobs_for([BIASED]) == 3
@@ -421,7 +426,7 @@ def dense(tiny_folder: TinyFolder, tmp_path: Path) -> Path:
     [
         ({"ranks": {}}, "is damaged: it has no valid ranks, method and rule"),
         ({"ranks": {"encoder.self.0": {"qk": "x", "vo": "1"}}}, "is damaged"),
-        ({"ranks": {"encoder.self.0": {"qk": "1 1 1 1"}}}, "is damaged"),
+        ({"ranks": {"encoder.self.0": {"qk": "1 1 1 1"}}}, "encoder.self.0 ranks that do not fit"),
         ({"ranks": 3}, "is damaged"),
         ({"method": "other"}, "is damaged"),
         ({"method": 3}, "is damaged"),
