@@ -93,15 +93,12 @@ def test_narrower_mlps_are_the_same_in_openai_whisper(
     assert relative(loaded(mel, tokens), expected) < 1e-5
     assert relative(logits(shaped, mel, tokens), expected) > 1e-2  # negative control: the unpruned model
     # The same transcript, token by token.
-    audio, theirs, texts = loaded.embed_audio(mel[:1]), tiny.load(compact), []
-    for model in (
-        lambda ids: loaded.logits(ids, audio),
-        lambda ids: theirs(input_features=mel[:1], decoder_input_ids=ids).logits,
-    ):
-        ids = tokens[:1, :3]
-        for _ in range(8):
-            ids = torch.cat([ids, model(ids)[:, -1:].argmax(-1)], 1)
-        texts.append(ids)
+    audio, theirs = loaded.embed_audio(mel[:1]), tiny.load(compact)
+    texts = [tokens[:1, :3]] * 2
+    for _ in range(8):
+        ours, other = texts
+        found = [loaded.logits(ours, audio), theirs(input_features=mel[:1], decoder_input_ids=other).logits]
+        texts = [torch.cat([text, each[:, -1:].argmax(-1)], 1) for text, each in zip(texts, found, strict=True)]
     assert torch.equal(*texts)
 
 

@@ -77,7 +77,7 @@ def matrices(model: Model, site: MlpSite) -> tuple[list[Tensor], Tensor]:
 def worth(model: Model, site: MlpSite) -> Tensor:
     """Return the product of the norms of the vectors of each channel."""
     rows, out = matrices(model, site)
-    value = out.norm(dim=0)
+    value: Tensor = out.norm(dim=0)
     for each in rows:
         value = value * each.norm(dim=1)
     return value
@@ -418,9 +418,11 @@ def test_changed_weights_are_noticed_by_the_spectra(
             assert torch.equal(rows[:24], cut_rows)
         for module in ("fc1.weight", "fc1.bias", "fc2.weight"):
             changed = copy_of(folder, tmp_path / f"{kind} {module}")
-            edit_weights(lambda tensors, m=module: tensors[f"model.decoder.layers.1.{m}"].view(-1)[3].add_(0.1))(
-                changed
-            )
+
+            def change(tensors: Tensors, name: str = f"model.decoder.layers.1.{module}") -> None:
+                tensors[name].view(-1)[3] += 0.1
+
+            edit_weights(change)(changed)
             other = open_model(changed)
             with pytest.raises(PessaError, match=r"does not belong to these weights: decoder.mlp.1"):
                 prune_model(other, tmp_path / "no", HALF, [*mlps_of(other)])
