@@ -73,7 +73,8 @@ def _check_all_ran(listeners: Sequence[BlockListener]) -> None:
     """Raise UsageError if a block had no queries in the inputs so far."""
     idle = [each.site for each in listeners if not each.called]
     if idle:
-        others = list(dict.fromkeys(each.site.kind for each in listeners if each.site not in idle))
+        lacking = {site.kind for site in idle}
+        others = [kind for kind in dict.fromkeys(each.site.kind for each in listeners) if kind not in lacking]
         raise UsageError(
             f"the calibration data do not reach {len(idle)} of the chosen blocks\n{listed([s.name for s in idle])}",
             f"choose others: --sites {','.join(others)}" if others else BY_WEIGHTS,

@@ -104,9 +104,19 @@ def verify_models(
     differences = [Difference(site.name, blocks[site.name]) for site in reference.sites if site.name in blocks]
     reached = {site.kind for site in reference.sites if site.name in blocks}
     silent = [site for site in reference.sites if site.name not in blocks]
-    skipped = [site.name for site in silent if site.kind in reached or not reached]
+    layers = {_layer(site) for site in reference.sites if site.name in blocks}
+    skipped = [
+        site.name
+        for site in silent
+        if not reached or (site.kind in reached and (_layer(site) in layers or not isinstance(site, MlpSite)))
+    ]
     unreached = [site.name for site in silent if site.name not in skipped]
     return replace(report, blocks=differences, skipped=skipped, unreached=unreached, outputs=outputs, texts=texts)
+
+
+def _layer(site: Site) -> tuple[str, int]:
+    """The stack and number of the layer that a block is in; Mllama skips whole layers without an image."""
+    return site.kind.rpartition(".")[0], site.layer
 
 
 def _paired(reference: Model, candidate: Model) -> dict[str, Site]:

@@ -14,6 +14,7 @@ from harness import copy_of, edit_json, edit_weights
 from mlps import ROUTED, mlps_of, saved, without_channels
 
 from pessa_cli.blocks.mlp_discover import mlp_specs_of
+from pessa_cli.blocks.mlp_site import MlpSite
 from pessa_cli.blocks.mlp_table import MLPS
 from pessa_cli.blocks.site import AttentionSite
 from pessa_cli.checkpoint.manifest import MANIFEST_FILE
@@ -140,7 +141,8 @@ def test_half_of_the_channels_compute_the_same_in_both_layouts(
     for site, channels in lost.items():
         edit_weights(without_channels(site, channels))(same)
         edit_weights(without_channels(site, torch.tensor(kept[site.name])))(other)
-    expected = tiny_models.outputs(name, tiny.load(same))
+    zeroed = tiny.load(same)
+    expected = tiny_models.outputs(name, zeroed)
     assert float((expected - said).norm() / said.norm()) > 1e-2
     narrow = tiny.load(compact)
     assert off(name, expected, narrow) < EXACT
@@ -158,7 +160,9 @@ def test_half_of_the_channels_compute_the_same_in_both_layouts(
     again = tiny.load(tmp_path / "again")
     assert off(name, expected, again) < EXACT
     stored = open_model(tmp_path / "again")
-    assert stored.parameters == cut.parameters == sum(p.numel() for p in {*narrow.parameters()}) < model.parameters
+    sizes = [sum(parameter.numel() for parameter in each.parameters()) for each in (zeroed, narrow, again)]
+    assert sizes[1] == sizes[2] == sizes[0] - (model.parameters - cut.parameters) < sizes[0]
+    assert stored.parameters == cut.parameters
     assert {site.name: site.kept for site in mlps_of(stored)} == {site: len(each) for site, each in kept.items()}
     if again.can_generate():
         given = {key: value for key, value in tiny_models.inputs(name).items() if not key.startswith("decoder")}
@@ -206,8 +210,8 @@ def test_attention_and_mlps_share_a_budget(name: str, source: Path, said: torch.
     )
     assert 0.6 < after / before <= 0.7
     cut = {type(site) for site in out.sites if site.ranks != site.in_full().ranks}
-    assert AttentionSite in cut
-    assert len(cut) == 2, cut
+    assert MlpSite in cut
+    assert AttentionSite in cut or name not in FEW
     export_model(out, tmp_path / "dense", "dense")
     dense = tiny_models.outputs(name, tiny.load(tmp_path / "dense"))
     assert off(name, dense, tiny.load(tmp_path / "compact")) < EXACT
