@@ -18,7 +18,7 @@ from harness import Tensors, edit_weights
 from pessa_cli.blocks.compact_format import Ragged
 from pessa_cli.blocks.discover import KNOWN, find_sites, specs_of
 from pessa_cli.blocks.mlp_discover import find_mlps, mlp_specs_of
-from pessa_cli.blocks.mlp_site import MlpSite, ragged_mlp
+from pessa_cli.blocks.mlp_site import MlpSite
 from pessa_cli.blocks.mlp_table import MLPS, TOWER_MLPS
 from pessa_cli.blocks.table import ARCHITECTURES, TOWERS
 from pessa_cli.checkpoint.reader import CheckpointReader, Header, TensorInfo
@@ -111,7 +111,7 @@ class Found:
         cut = [replace(site, kept=kept) for site in self.mlps]
         shapes = {name: shape for site in cut for name, shape in site.tensors.items()}
         header = {name: replace(info, shape=shapes.get(name, info.shape)) for name, info in self.header.items()}
-        return header, {name: entry for site in cut for name, entry in ragged_mlp(site).items()}
+        return header, {name: entry for site in cut for name, entry in site.ragged().items()}
 
 
 def read(name: str, folder: Path) -> Found:
@@ -174,13 +174,13 @@ def test_widths_and_shapes(found: Found) -> None:
         assert site.width == site.kept == WIDTHS.get(found.name, {}).get(site.spec.kind, WIDTH)
         assert site.tensors == {name: found.header[name].shape for name in site.tensors}
         assert site.input_width == site.output_width in (32, 64)
-        assert ragged_mlp(site) == {}
+        assert site.ragged() == {}
         assert len(site.biases) in (0, len(site.modules))
 
 
 def test_a_missing_tensor_is_an_error(found: Found) -> None:
     for site in found.mlps[-1:]:
-        for module in site.modules:
+        for module in site.modules.values():
             lacking = {name: info for name, info in found.header.items() if name != f"{module}.weight"}
             assert f"{module}.weight: missing" in found.refused(lacking)
         lacking = {name: info for name, info in found.header.items() if name not in site.tensors}
@@ -202,7 +202,7 @@ def test_a_foreign_tensor_is_an_error(found: Found) -> None:
 
 def test_a_wrong_shape_names_both_numbers(found: Found) -> None:
     for site in found.mlps[:1]:
-        for module in site.modules:
+        for module in site.modules.values():
             name = f"{module}.weight"
             info = found.header[name]
             for axis in (0, 1):
@@ -223,16 +223,16 @@ def test_a_compact_file_is_read(found: Found) -> None:
     assert again == ragged
     cut = found.find(header, ragged)
     assert cut == [replace(site, kept=24) for site in found.mlps]
-    for module in [module for site in found.mlps[:1] for module in site.modules]:
+    for module in [module for site in found.mlps[:1] for module in site.modules.values()]:
         rest = {name: entry for name, entry in ragged.items() if name != module}
         assert "contradict each other" in found.refused(header, rest)
     for site in cut[:1]:
         for name in site.tensors:
             if name.removesuffix(".bias") != site.out:
                 assert name in found.refused(header | {name: found.header[name]}, ragged)
-        narrow = {**ragged, **ragged_mlp(replace(site, width=site.width - 8))}
+        narrow = {**ragged, **replace(site, width=site.width - 8).ragged()}
         assert f"cut from {site.width - 8} channels, but config.json has {site.width}" in found.refused(header, narrow)
-        none = {**ragged, **ragged_mlp(replace(site, kept=0))}
+        none = {**ragged, **replace(site, kept=0).ragged()}
         assert "at least one" in found.refused(header, none)
 
 
@@ -318,7 +318,7 @@ def test_a_file_that_claims_a_huge_layer_is_an_error(llama: Found) -> None:
     header, _ = llama.cut(1)
     wide = [replace(site, width=99_999, input_width=10_000, output_width=10_000, kept=1) for site in llama.mlps]
     shapes = {name: shape for site in wide for name, shape in site.tensors.items()}
-    ragged = {name: entry for site in wide for name, entry in ragged_mlp(site).items()}
+    ragged = {name: entry for site in wide for name, entry in site.ragged().items()}
     header = {name: replace(info, shape=shapes.get(name, info.shape)) for name, info in header.items()}
     assert "at full size the MLP would have" in llama.refused(header, ragged, intermediate_size=99_999)
 

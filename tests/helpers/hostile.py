@@ -37,6 +37,7 @@ SPECTRA, MANIFEST, RECIPE = "spectra.safetensors", "pessa.json", "recipe.toml"
 SECONDS = 5  # the most seconds that a case may take; most take a hundredth of a second
 MEMORY = 2**29  # the most bytes of address space that a case may add
 WIDTH = 8  # of the small models
+CHANNELS = 6  # of the MLPs
 
 Damage = bytes | str | None  # the content of a file, the target of a link, or no file
 
@@ -73,19 +74,25 @@ def emit(value: Any) -> str:
 
 
 def make_bases(folder: Path) -> dict[str, Path]:
-    """Make the small models: two of one block, a sharded one, and one decomposed and one pruned by pessa."""
+    """Make the small models: two of one layer, a sharded one, and one decomposed and one pruned by pessa."""
     torch.manual_seed(0)
     block = "encoder.layer.0.attention."
     bert = {f"{block}{name}.weight": torch.randn(WIDTH, WIDTH) for name in ("self.query", "self.key", "self.value")}
     bert |= {f"{block}{name}.bias": torch.randn(WIDTH) for name in ("self.query", "self.key", "self.value")}
     bert |= {f"{block}output.dense.weight": torch.randn(WIDTH, WIDTH), f"{block}output.dense.bias": torch.randn(WIDTH)}
+    for name, shape in (("intermediate", (CHANNELS, WIDTH)), ("output", (WIDTH, CHANNELS))):
+        bert |= {f"encoder.layer.0.{name}.dense.weight": torch.randn(shape)}
+        bert |= {f"encoder.layer.0.{name}.dense.bias": torch.randn(shape[0])}
     bert |= {"embeddings.weight": torch.randn(3, WIDTH)}
     block = "model.layers.0.self_attn."
     llama = {f"{block}{side}_proj.weight": torch.randn(WIDTH, WIDTH) for side in "qo"}
     llama |= {f"{block}{side}_proj.weight": torch.randn(WIDTH // 2, WIDTH) for side in "kv"}
+    llama |= {f"model.layers.0.mlp.{name}_proj.weight": torch.randn(CHANNELS, WIDTH) for name in ("gate", "up")}
+    llama |= {"model.layers.0.mlp.down_proj.weight": torch.randn(WIDTH, CHANNELS)}
     configs: dict[str, dict[str, Any]] = {
-        "bert": {"model_type": "bert", "num_attention_heads": 2, "num_hidden_layers": 1},
-        "llama": {"model_type": "llama", "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 1},
+        "bert": {"model_type": "bert", "num_attention_heads": 2, "num_hidden_layers": 1, "intermediate_size": CHANNELS},
+        "llama": {"model_type": "llama", "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 1}
+        | {"intermediate_size": CHANNELS},
     }
     for name, tensors in (("bert", bert), ("llama", llama)):
         (folder / name).mkdir()

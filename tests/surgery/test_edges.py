@@ -50,6 +50,7 @@ def bert(width: int = 24, heads: int = 3, head_dim: int = 8) -> tuple[Tensors, d
 
 
 def llama(heads: int, kv_heads: int, width: int = 24, head_dim: int = 8) -> tuple[Tensors, dict[str, object]]:
+    """Return the tensors and config of one layer of LLaMA, without biases."""
     generator = torch.Generator().manual_seed(0)
     rows = {"q": heads * head_dim, "k": kv_heads * head_dim, "v": kv_heads * head_dim, "o": width}
     tensors = {
@@ -61,8 +62,8 @@ def llama(heads: int, kv_heads: int, width: int = 24, head_dim: int = 8) -> tupl
     for name, shape in {"gate": (CHANNELS, width), "up": (CHANNELS, width), "down": (width, CHANNELS)}.items():
         tensors[f"model.layers.0.mlp.{name}_proj.weight"] = torch.randn(shape, generator=generator)
     config = {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "num_hidden_layers": 1}
-    sizes = {"hidden_size": width, "head_dim": head_dim, "intermediate_size": CHANNELS}
-    return tensors, {"model_type": "llama"} | sizes | config
+    config |= {"hidden_size": width, "head_dim": head_dim, "intermediate_size": CHANNELS}
+    return tensors, {"model_type": "llama"} | config
 
 
 def saved(folder: Path, tensors: Tensors, config: dict[str, object]) -> Path:
