@@ -61,9 +61,9 @@ def llama(heads: int, kv_heads: int, width: int = 24, head_dim: int = 8) -> tupl
     }
     for name, shape in {"gate": (CHANNELS, width), "up": (CHANNELS, width), "down": (width, CHANNELS)}.items():
         tensors[f"model.layers.0.mlp.{name}_proj.weight"] = torch.randn(shape, generator=generator)
-    config = {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "num_hidden_layers": 1}
-    config |= {"hidden_size": width, "head_dim": head_dim, "intermediate_size": CHANNELS}
-    return tensors, {"model_type": "llama"} | config
+    config = {"model_type": "llama", "num_attention_heads": heads, "num_key_value_heads": kv_heads}
+    sizes = {"hidden_size": width, "head_dim": head_dim, "intermediate_size": CHANNELS, "num_hidden_layers": 1}
+    return tensors, config | sizes
 
 
 def saved(folder: Path, tensors: Tensors, config: dict[str, object]) -> Path:
