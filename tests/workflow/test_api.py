@@ -308,7 +308,7 @@ written = prune("model", "out", Rule(ratio=0.3), Run(force=True))
 reveal_type(written)
 reveal_type(written.shards)
 reveal_type(prune)
-reveal_type(pessa_cli.inspect("model").blocks[0].vo_ranks)
+reveal_type(pessa_cli.inspect("model").blocks[0].seams["vo"].ranks)
 reveal_type(pessa_cli.export("out", "dense"))
 reveal_type(pessa_cli.export("out", "file.pt", to="openai-whisper"))
 reveal_type(pessa_cli.verify("model", "out").same)
@@ -389,5 +389,5 @@ def test_what_is_known_early_is_told_even_if_the_command_fails(tiny_folder: Tiny
     folder, told = tiny_folder("bert"), list[Any]()
     with pytest.raises(pessa_cli.PessaError, match="all of Q-K"):
         pessa_cli.inspect(folder, pessa_cli.Rule(qk_thr=1e9, vo_thr=0.0), notify=told.append)
-    assert [notice.totals["blocks"] for notice in told] == [2]
+    assert [(notice.totals["blocks"], notice.totals["blocks_chosen"]) for notice in told] == [(4, 2)]
     del tmp_path
