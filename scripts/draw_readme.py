@@ -47,7 +47,7 @@ def main() -> None:
     figure, axes = plt.subplots(1, len(TITLES), figsize=(8.4, 2.5), sharey=True, layout="constrained")
     for axis, (kind, title) in zip(axes, TITLES.items(), strict=True):
         for side, threshold in THRESHOLDS.items():
-            heads = np.concatenate([block[f"{side}_spectrum"] for block in blocks if block["kind"] == kind])
+            heads = np.concatenate([block["seams"][side]["spectrum"] for block in blocks if block["kind"] == kind])
             directions = np.arange(1, heads.shape[1] + 1)
             low, middle, high = np.percentile(heads, [0, 50, 100], axis=0)
             axis.fill_between(directions, low, high, color=COLOURS[side], alpha=0.18, linewidth=0)

@@ -171,7 +171,9 @@ def test_a_config_that_no_longer_fits_is_refused(pruned: Callable[[str, str], Pa
     name = next(iter(modules))
     modules[name] = modules[name].replace("rows 8:", "rows 16:")
     (tmp_path / "out" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(pessa_error(), match=r"ranks in config\.json are for"):
+    with pytest.raises(
+        pessa_error(), match=r"query is 32 x 32 in the model, but its entry in config\.json is for 64 rows"
+    ):
         load(tmp_path / "out")
 
 
