@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from pessa_cli.blocks.site import Site
+from pessa_cli.calibration.joint_plan import OutputHarm, best_plan
 from pessa_cli.calibration.listeners import BY_WEIGHTS, collect_statistics
 from pessa_cli.calibration.memory import CALLS, free_memory, free_on, needs
 from pessa_cli.calibration.sequential import collect_in_sequence
@@ -28,6 +29,7 @@ from pessa_cli.models.dense import dense_model, text_part
 from pessa_cli.models.inputs import Inputs
 from pessa_cli.models.load import quiet_transformers
 from pessa_cli.models.windows import on_device, windows
+from pessa_cli.ranks.plan import Comparison
 from pessa_cli.ranks.rule import Rule
 from pessa_cli.statistics.file import CollectedStatistics, SavedStatistics, Statistics, fingerprint, save_statistics
 from pessa_cli.surgery.block_reader import BlockReader
@@ -45,12 +47,14 @@ class Calibration:
     """Calibration statistics, with what was read and computed to collect them.
 
     blocks: the reader, which may hold the weights in memory. decomposition: that of all chosen blocks by these
-    statistics, if collecting them has already computed it; otherwise None.
+    statistics, if collecting them has already computed it; otherwise None. comparison: the plan for the budget, if
+    there is one and plans could be tried.
     """
 
     statistics: Statistics
     blocks: BlockReader
     decomposition: Decomposition | None = None
+    comparison: Comparison | None = None
 
 
 @contextmanager
@@ -61,11 +65,13 @@ def calibration_for(
     files: Sequence[Path],
     rule: Rule | None = None,
     run: Run | None = None,
+    budget: Rule | None = None,
 ) -> Iterator[Calibration | None]:
     """Collect or read the statistics for the options --calibrate and --statistics; None without either.
 
     With both options, the collected statistics are also saved to the file. rule: if given, the statistics are collected
-    in sequence. Raises UsageError for options that exclude each other, and the errors of `calibrate`.
+    in sequence. budget: see `calibrate`. Raises UsageError for options that exclude each other, and the errors of
+    `calibrate`.
     """
     if rule is not None and data is None:
         raise UsageError(
@@ -83,7 +89,7 @@ def calibration_for(
         )
     if files and files[0].exists():
         raise UsageError(f"{files[0]} exists already", "leave out --calibrate to use it, or give another file")
-    with calibrate(model, sites, data, rule, run) as found:
+    with calibrate(model, sites, data, rule, run, budget) as found:
         if files:
             save(files[0], found, sites)
         yield found
@@ -115,14 +121,20 @@ def save(path: Path, found: Calibration, sites: Sequence[Site]) -> None:
 
 @contextmanager
 def calibrate(
-    model: Model, sites: Sequence[Site], data: CalibrationData, rule: Rule | None, run: Run
+    model: Model,
+    sites: Sequence[Site],
+    data: CalibrationData,
+    rule: Rule | None,
+    run: Run,
+    budget: Rule | None = None,
 ) -> Iterator[Calibration]:
     """Run the data through the model, and collect the statistics of the given blocks in memory.
 
     Memory is needed for the model, for two float64 matrices (H d, H d) for each block, and for the attention weights of
     one input; see `calibration.memory`. If that is not free, the weights are read from disk block by block for every
     input, and there are no trial cuts. rule: if given, each block is calibrated on the outputs of the blocks before it
-    after those were pruned by the rule, which takes one more pass over the data for each block.
+    after those were pruned by the rule, which takes one more pass over the data for each block. budget: a rule with a
+    budget, for which plans are assembled and compared at the model's output, on the inputs of the trial cuts.
 
     Raises UsageError for data that do not fit the model and for blocks that cannot be calibrated, and PessaError when
     there is too little memory, or when the model does not compute attention as the statistics assume.
@@ -133,7 +145,8 @@ def calibrate(
     blocks = BlockReader(model.reader, keep=fits)
     sequence_rule = None if rule is None else str(rule)
     with ExitStack() as resources:
-        sequence = None
+        sequence: Decomposition | None = None
+        comparison: Comparison | None = None
         if rule is not None:
             sequence = resources.enter_context(decomposition_of(model, run, blocks))
         with ExitStack() as running:
@@ -178,13 +191,20 @@ def calibrate(
                     found = {site.name: held_out.pop(site.name) + others.pop(site.name) for site in sites}
                     free = free_memory()
                     most_bytes = sys.maxsize if free is None else int(CALLS * free)
-                    found = try_out(loaded, sites, on_device(samples, run.device), found, trial, most_bytes, tick)
+                    held = on_device(samples, run.device)
+                    found = try_out(loaded, sites, held, found, trial, most_bytes, tick)
+                    if budget is not None and budget.budgeted and rule is None:
+                        sequence = resources.enter_context(decomposition_of(model, run, blocks))
+                        sequence.decompose(sites, CollectedStatistics(found, identities))
+                        with OutputHarm(loaded, sites, held, trial) as harm:
+                            comparison = best_plan(harm, sites, sequence.spectra, budget, model.size, run.progress)
             else:
                 (found,) = folds
             if rule is not None and sequence is not None:
                 found = collect_in_sequence(model, loaded, sites, inputs, rule, found, blocks, sequence, run)
             del loaded
-        yield Calibration(CollectedStatistics(found, sorted(identities), sequence_rule), blocks, sequence)
+        statistics = CollectedStatistics(found, sorted(identities), sequence_rule)
+        yield Calibration(statistics, blocks, sequence, comparison)
 
 
 def _check_memory(model: Model, sites: Sequence[Site], rule: Rule | None, run: Run) -> bool:

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from pessa_cli.evaluation.evaluate import Scores
     from pessa_cli.evaluation.search import SearchResult
     from pessa_cli.ranks.budget import Point
+    from pessa_cli.ranks.plan import Comparison
     from pessa_cli.tuning.train import TrainingStep
     from pessa_cli.workflow.inspect import InspectedBlock, Inspection
     from pessa_cli.workflow.steps import Overview, TooLittleData
@@ -121,10 +122,11 @@ def show_architectures(rows: list[dict[str, Any]]) -> None:
     OUT.print(table)
 
 
-def notices(json: bool) -> Callable[[Overview | TooLittleData | SearchResult], None]:
+def notices(json: bool) -> Callable[[Overview | TooLittleData | Comparison | SearchResult], None]:
     """Return a function that prints what is known before a command is done; with --json only warnings, to stderr."""
 
-    def show(notice: Overview | TooLittleData | SearchResult) -> None:
+    def show(notice: Overview | TooLittleData | Comparison | SearchResult) -> None:
+        from pessa_cli.ranks.plan import Comparison
         from pessa_cli.workflow import steps
 
         if isinstance(notice, steps.TooLittleData):
@@ -134,6 +136,9 @@ def notices(json: bool) -> Callable[[Overview | TooLittleData | SearchResult], N
             )
         elif json:
             return
+        elif isinstance(notice, Comparison):
+            harms = ", ".join(f"{name} {harm:.3g}" for name, harm in notice.harms.items())
+            note(f"plans tried on held-out inputs, harm in {notice.unit}: {harms}; taken: {notice.taken}")
         elif isinstance(notice, steps.Overview):
             _show_model(notice)
         else:

@@ -9,8 +9,10 @@ from pessa_cli.common.lazy import lazy_exports
 if TYPE_CHECKING:
     from pessa_cli.ranks.budget import Point as Point
     from pessa_cli.ranks.budget import UnmetBudgetError as UnmetBudgetError
+    from pessa_cli.ranks.budget import candidates as candidates
     from pessa_cli.ranks.budget import ranks_for as ranks_for
     from pessa_cli.ranks.budget import trade_off as trade_off
+    from pessa_cli.ranks.plan import Comparison as Comparison
     from pessa_cli.ranks.plan import RankPlan as RankPlan
     from pessa_cli.ranks.rule import Rule as Rule
     from pessa_cli.ranks.spectra import LEVELS as LEVELS
@@ -25,8 +27,8 @@ else:
     __getattr__, __all__ = lazy_exports(
         __name__,
         {
-            "budget": ["Point", "UnmetBudgetError", "ranks_for", "trade_off"],
-            "plan": ["RankPlan"],
+            "budget": ["Point", "UnmetBudgetError", "candidates", "ranks_for", "trade_off"],
+            "plan": ["Comparison", "RankPlan"],
             "rule": ["Rule"],
             "spectra": [
                 "LEVELS",

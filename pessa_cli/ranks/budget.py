@@ -11,8 +11,8 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +25,8 @@ from pessa_cli.common.errors import PessaError, UsageError
 from pessa_cli.ranks.plan import RankPlan, check_ranks, plan_ranks
 from pessa_cli.ranks.rule import Rule
 from pessa_cli.ranks.spectra import LEVELS, Size, Spectra, Spectrum, Trials, largest_pairs, pair_shares
+
+NO_BUDGET: dict[str, Any] = dict.fromkeys(("target_params", "target_attention", "target_size", "max_error"))
 
 
 class UnmetBudgetError(PessaError):
@@ -59,15 +61,15 @@ def ranks_for(sites: Sequence[Site], spectra: Mapping[str, Spectra], rule: Rule,
 
     For a rule with a budget, directions are dropped in the order of their price until the budget is met; at least one
     direction of Q-K and one of V-O remain. Raises UnmetBudgetError if the budget cannot be met, and PessaError if a
-    rule without a budget would prune all of Q-K or all of V-O; UsageError if --max-error is used without calibration,
+    rule without a budget would prune all of Q-K or all of V-O; UsageError for --max-error, which only trials can meet,
     and for ranks that are larger than every head.
     """
     check_ranks(sites, rule)
     if not rule.budgeted:
         return plan_ranks(sites, spectra, rule)
     if rule.max_error is not None:
-        return _plan(sites, spectra, _within_error(ordered_steps(sites, spectra, rule), spectra, rule.max_error))
-    priced = sites if rule.target_attention is None else [site for site in sites if "mlp" not in site.ranks]
+        raise UsageError("--max-error needs trials on calibration data", "give it: --calibrate DATA")
+    priced = [site for site in sites if rule.target_attention is None or "mlp" not in site.ranks]
     chosen = sum(count(site.tensors) for site in priced)
     hint = "give {share:g} or more, or choose more --sites"
     if rule.target_attention is not None:
@@ -93,6 +95,33 @@ def ranks_for(sites: Sequence[Site], spectra: Mapping[str, Spectra], rule: Rule,
             hint.format(share=math.ceil(1000 * left / now) / 1000),
         )
     return _plan(sites, spectra, taken)
+
+
+def candidates(sites: Sequence[Site], spectra: Mapping[str, Spectra], rule: Rule, whole: Size) -> dict[str, RankPlan]:
+    """Return plans that meet a budget, by what they are; which of them does the least harm only trials can tell.
+
+    "by price" is that of `ranks_for`. "the same share" gives attention and MLPs the same share of their parameters, all
+    MLPs the same share of their channels, and chooses the ranks of attention by price; it is left out if there are no
+    MLPs, or with `uniform`. Raises the errors of `ranks_for`.
+    """
+    by_price = ranks_for(sites, spectra, rule, whole)
+    found = {"by price": by_price}
+    mlps = [site for site in sites if "mlp" in site.ranks]
+    others = [site for site in sites if "mlp" not in site.ranks]
+    if rule.uniform or not mlps:
+        return found
+    share = sum(count(by_price.kept(site).tensors) for site in sites) / sum(count(site.tensors) for site in sites)
+    ranks: dict[str, Mapping[str, Ranks]] = {}
+    for site in mlps:
+        (stored,), step = site.ranks["mlp"], rule.round_to
+        ranks[site.name] = {"mlp": (max(1, min(stored, int(share * stored) // step * step)),)}
+    if not others:
+        return found | {"the same share": RankPlan(ranks)}
+    try:
+        rest = ranks_for(others, spectra, replace(rule, **NO_BUDGET, target_layers=share), whole)
+    except UnmetBudgetError:  # so much can only be cut of attention and MLPs together
+        return found
+    return found | {"the same share": RankPlan({**ranks, **rest.ranks}, rest.pairs)}
 
 
 def trade_off(
@@ -242,26 +271,6 @@ def _errors(worth: Spectrum, masses: NDArray[np.float64], trials: Trials | None,
     x, y, where = np.log(at[known]), np.log(tried[known]), np.log(np.maximum(masses, np.finfo(float).tiny))
     inside = np.exp(np.interp(where, x, y) + (where - where.clip(x[0], x[-1])))
     return np.maximum.accumulate(np.where(masses > 0, inside, 0.0))
-
-
-def _within_error(steps: Sequence[PruneStep], spectra: Mapping[str, Spectra], most: float) -> list[PruneStep]:
-    """Return the cheapest steps that keep the relative error of every block's output at or below `most`.
-
-    Raises UsageError if a block has no trials.
-    """
-    if any(spectra[step.site.name].trials is None for step in steps):
-        raise UsageError("--max-error needs errors measured on calibration data", "give it: --calibrate DATA")
-    errors: dict[str, float] = defaultdict(float)
-    full: set[str] = set()
-    taken = []
-    for step in steps:
-        name = step.site.name
-        if name not in full and errors[name] + step.error <= most**2:
-            errors[name] += step.error
-            taken.append(step)
-        else:
-            full.add(name)
-    return taken
 
 
 def _plan(sites: Sequence[Site], spectra: Mapping[str, Spectra], taken: Sequence[PruneStep]) -> RankPlan:

@@ -53,6 +53,24 @@ class RankPlan:
         return site.keeping(self.ranks[site.name], self.pairs.get(site.name))
 
 
+@dataclass(frozen=True)
+class Comparison:
+    """The plan that was taken, and the harm of each plan that was assembled.
+
+    harms: the KL divergence of the model's output in nats per token, or the relative error of its hidden states, by
+    what the plan is. unit: which of the two.
+    """
+
+    plan: RankPlan
+    taken: str
+    harms: Mapping[str, float]
+    unit: str
+
+    def to_dict(self) -> dict[str, object]:
+        """What the manifest says of it."""
+        return {"taken": self.taken, "harms": dict(self.harms), "unit": self.unit}
+
+
 def check_ranks(sites: Sequence[Site], rule: Rule) -> None:
     """Raise UsageError if the rule has a rank that is larger than every head, or a width larger than every MLP.
 

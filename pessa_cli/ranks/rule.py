@@ -84,7 +84,10 @@ class Rule:
         allowed=at_least(1),
     )
     max_error: float | None = _criterion(
-        "Largest allowed relative error of any block's output on the calibration data.", "budget", allowed=ERROR
+        "Largest allowed harm on held-out calibration inputs: the KL divergence of the output in nats per token, or "
+        "the relative error of the hidden states of a model without a head.",
+        "budget",
+        allowed=ERROR,
     )
     mlp_ratio: float | None = _mlp("Drop this share of the channels of every MLP.", SHARE_TO_DROP)
     mlp_thr: float | None = _mlp(

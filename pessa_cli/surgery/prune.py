@@ -15,7 +15,7 @@ from pessa_cli.blocks.site import Site, select
 from pessa_cli.checkpoint.staging import Staging
 from pessa_cli.common.errors import UsageError
 from pessa_cli.ranks.budget import ranks_for
-from pessa_cli.ranks.plan import RankPlan, check_ranks
+from pessa_cli.ranks.plan import Comparison, RankPlan, check_ranks
 from pessa_cli.ranks.rule import Rule
 from pessa_cli.ranks.spectra import Spectra
 from pessa_cli.statistics.file import Statistics, data_sha256
@@ -66,6 +66,7 @@ def prune_model(
     *,
     blocks: BlockReader | None = None,
     decomposition: Decomposition | None = None,
+    comparison: Comparison | None = None,
 ) -> Rewrite:
     """Write the model with only the directions that the rule keeps, and return the description of the output.
 
@@ -75,8 +76,8 @@ def prune_model(
     directions; otherwise directions are ranked by the weights alone. Blocks that are already stored as balanced factors
     (by `decompose` or an earlier `prune`) are only sliced, with the same bytes as a result. blocks: a reader that may
     hold the weights already. decomposition: that of these blocks with these statistics, if it was computed already.
-    Raises UsageError for options that do not fit the model or one another, and PessaError when the output cannot be
-    written, when weights are not finite, or when the rule would prune everything.
+    comparison: the plan, if trials have chosen it; by default it is that of the rule. Raises UsageError
+    for options that do not fit the model or one another, and PessaError when the output cannot be written, when weights are not finite, or when the rule would prune everything.
     """
     run, sites = run or Run(), select(model.sites, rule.kinds) if sites is None else sites
     check_ranks(sites, rule)
@@ -89,10 +90,11 @@ def prune_model(
         )
 
     def planned(spectra: Mapping[str, Spectra]) -> Rewrite:
-        ranks = ranks_for(sites, spectra, rule, model.size)
+        plan = ranks_for(sites, spectra, rule, model.size) if comparison is None else comparison.plan
         known = any(found.calibrated for found in spectra.values())
         ranking: Ranking = "calibrated" if known else method
-        rewrite = new_rewrite("prune", model, sites, ranks, spectra, str(rule), ranking, layout, run)
+        rewrite = new_rewrite("prune", model, sites, plan, spectra, str(rule), ranking, layout, run)
+        rewrite = replace(rewrite, compared=None if comparison is None else comparison.to_dict())
         return rewrite if statistics is None else _calibrated(rewrite, statistics)
 
     return _two_passes(planned, model, out, sites, method, layout, run, statistics, blocks, decomposition)

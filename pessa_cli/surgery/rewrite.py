@@ -39,7 +39,8 @@ class Rewrite:
     rewritten, as the source stores them. spectra: of the blocks before the cut, by site name. rule: how the ranks were
     chosen, in words. shard_bytes: the largest size of one file of weights. data: the SHA-256 of the calibration data,
     None without. sequential: the rule by which the blocks before each block were pruned during calibration, if any.
-    contents: the other files of the source, and what becomes of them.
+    contents: the other files of the source, and what becomes of them. compared: the plans that trials have compared, if
+    there were any.
     """
 
     command: str
@@ -55,6 +56,7 @@ class Rewrite:
     data: str | None = None
     sequential: str | None = None
     contents: Contents = field(default_factory=Contents)
+    compared: Mapping[str, Any] | None = None
 
     @cached_property
     def stored(self) -> list[Site]:
@@ -110,6 +112,7 @@ class Rewrite:
             **({} if self.data is None else {"calibration_sha256": self.data}),
             **({} if self.sequential is None else {"calibration_sequential": self.sequential}),
             "rule": self.rule,
+            **({} if self.compared is None else {"compared": dict(self.compared)}),
             **({"notes": self.notes} if self.notes else {}),
             "layout": self.layout,
             "ranks": {

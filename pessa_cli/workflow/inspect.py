@@ -135,7 +135,8 @@ def inspect(
         notify(Overview(str(model), model_type, sites, as_it_is))
         with calibrated(found, sites, recipe, run, calibration_data(recipe), notify=notify) as known:
             spectra = measure(found, sites, run=run, statistics=known.statistics, blocks=known.blocks)
-        plan = ranks_for(sites, spectra, rule, found.size)
+        compared = known.comparison
+        plan = ranks_for(sites, spectra, rule, found.size) if compared is None else compared.plan
         return Inspection(
             model=str(model),
             model_type=model_type,

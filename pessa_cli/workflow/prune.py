@@ -83,6 +83,7 @@ def prune(
                 *(found, place, rule, sites, recipe.method, recipe.layout, run, statistics),
                 blocks=known.blocks,
                 decomposition=decomposition,
+                comparison=known.comparison,
             )
         return WrittenModel.of(rewrite, model, out, result, known.warnings)
 

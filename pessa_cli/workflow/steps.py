@@ -15,7 +15,7 @@ from pessa_cli.checkpoint.places import check_apart, check_free, check_outside, 
 from pessa_cli.checkpoint.staging import Staging, new_folder
 from pessa_cli.common.errors import UsageError
 from pessa_cli.common.files import check_writable, is_there
-from pessa_cli.ranks.plan import check_ranks
+from pessa_cli.ranks.plan import Comparison, check_ranks
 from pessa_cli.ranks.rule import Rule
 from pessa_cli.sources.open import open_source
 from pessa_cli.statistics.file import Statistics, shortages
@@ -48,10 +48,10 @@ class TooLittleData:
 
 
 # Takes what is known before a command is done, so that it can be shown even if the command fails later.
-Notify = Callable[["Overview | TooLittleData | SearchResult"], None]
+Notify = Callable[["Overview | TooLittleData | Comparison | SearchResult"], None]
 
 
-def ignore(_notice: Overview | TooLittleData | SearchResult) -> None:
+def ignore(_notice: Overview | TooLittleData | Comparison | SearchResult) -> None:
     """Do nothing: the notices of a library call are in its result, too."""
 
 
@@ -61,13 +61,14 @@ class Known:
 
     statistics: None if the recipe uses the weights alone. blocks: a reader that may hold the weights in memory.
     decomposition: of the blocks by these statistics, if it was computed already. warnings: a line for each block that
-    has too little calibration data.
+    has too little calibration data. comparison: the plan for the rule's budget, if plans could be tried.
     """
 
     statistics: Statistics | None = None
     blocks: BlockReader | None = None
     decomposition: Decomposition | None = None
     warnings: list[str] = field(default_factory=list)
+    comparison: Comparison | None = None
 
 
 @contextmanager
@@ -199,11 +200,13 @@ def calibrated(
         check_outside(files[0], model.reader.folder, "--statistics")
     if run.dry and data is not None:
         files = ()  # nothing is written
-    with calibration_for(model, sites, data, files, rule, run) as found:
+    with calibration_for(model, sites, data, files, rule, run, recipe.rule) as found:
         if found is None:
             yield Known()
         else:
             warnings = shortages(found.statistics, sites)
             if warnings:
                 notify(TooLittleData(warnings))
-            yield Known(found.statistics, found.blocks, found.decomposition, warnings)
+            if found.comparison is not None:
+                notify(found.comparison)
+            yield Known(found.statistics, found.blocks, found.decomposition, warnings, found.comparison)
