@@ -1,0 +1,163 @@
+"""Plans for a budget, compared at the model's output on inputs that the statistics have not seen.
+
+The harms of single cuts do not add up, and they are too small if they are measured on the inputs that the cuts were
+fitted to. So the plan of lowest predicted harm is assembled as a whole and compared with plain ones of the same size,
+and the one with the lowest harm is taken.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pessa_cli.blocks.site import Site
+from pessa_cli.calibration.trial_cuts import set_block
+from pessa_cli.common.errors import PessaError
+from pessa_cli.common.progress import Progress, quietly
+from pessa_cli.models.hooks import block_modules, output_of
+from pessa_cli.models.inputs import Inputs
+from pessa_cli.ranks.budget import UnmetBudgetError, candidates, ranks_for
+from pessa_cli.ranks.plan import Comparison, RankPlan
+from pessa_cli.ranks.rule import Rule
+from pessa_cli.ranks.spectra import Size, Spectra
+from pessa_cli.surgery.decomposition import Decomposition
+
+STEPS = 8  # of the bisection for --max-error: shares are found to 1/256
+
+
+class OutputHarm:
+    """Measures the change of a model's output when its blocks are cut by a plan, on a few inputs.
+
+    The outputs of the whole model are kept in an unnamed temporary file, since those of a language model are large.
+    decomposition: of the blocks, by statistics that do not include these inputs.
+    """
+
+    def __init__(
+        self, loaded: Any, sites: Sequence[Site], inputs: Sequence[Inputs], decomposition: Decomposition
+    ) -> None:
+        self._loaded, self._sites, self._inputs, self._decomposition = loaded, sites, inputs, decomposition
+        self._modules = block_modules(sites, loaded)
+        self._file = tempfile.TemporaryFile()  # noqa: SIM115 -- closed by __exit__
+        self._known: list[NDArray[np.float32]] = []
+        self.unit = ""
+        with torch.inference_mode():
+            for given in inputs:
+                kind, output = output_of(loaded, given)
+                self.unit = kind
+                values = _log_shares(output) if kind == "logits" else output.reshape(-1, output.shape[-1])
+                array = np.ascontiguousarray(values.float().cpu().numpy())
+                start = self._file.tell()
+                self._file.write(array.data)
+                self._file.flush()
+                known = np.memmap(self._file, np.float32, "r", start, array.shape)
+                self._known.append(known)
+                self._file.seek(start + array.nbytes)
+
+    def of(self, plan: RankPlan) -> float:
+        """Return the harm of a plan; the blocks of the loaded model stay cut."""
+        for site in self._sites:
+            cut = self._decomposition.cut(plan.kept(site), "dense")
+            set_block(site, self._modules[site.name], cut)
+        total = whole = 0.0
+        with torch.inference_mode():
+            for given, known in zip(self._inputs, self._known, strict=True):
+                _, output = output_of(self._loaded, given)
+                expected = torch.from_numpy(np.array(known)).to(output.device)
+                if self.unit == "logits":
+                    found = _log_shares(output)
+                    total += float((expected.exp() * (expected - found)).double().sum())
+                    whole += len(expected)
+                else:
+                    found = output.reshape(-1, output.shape[-1]).float()
+                    total += float((found - expected).double().square().sum())
+                    whole += float(expected.double().square().sum())
+        harm = total / whole if whole else 0.0
+        return max(0.0, harm) if self.unit == "logits" else harm**0.5
+
+    def __enter__(self) -> OutputHarm:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._known.clear()
+        self._file.close()
+
+
+def _log_shares(logits: Tensor) -> Tensor:
+    """Return log-probabilities, (tokens, vocabulary), in float32."""
+    return logits.reshape(-1, logits.shape[-1]).float().log_softmax(-1)
+
+
+def best_plan(
+    harm: OutputHarm,
+    sites: Sequence[Site],
+    spectra: Mapping[str, Spectra],
+    rule: Rule,
+    whole: Size,
+    progress: Progress,
+) -> Comparison:
+    """Return the plan that meets a budget with the least harm, of those that `ranks.budget.candidates` names.
+
+    For `max_error` it is the smallest plan whose harm is at most that. Raises UnmetBudgetError if the budget cannot be
+    met, and PessaError if no plan has so little harm.
+    """
+    unit = {"logits": "nats per token", "hidden states": "relative error of the hidden states"}[harm.unit]
+    if rule.max_error is not None:
+        return _within(harm, sites, spectra, rule, whole, progress, unit)
+    named = candidates(sites, spectra, rule, whole)
+    with ExitStack() as resources:
+        tick = resources.enter_context(progress("comparing plans", 0, len(named)))
+        harms: dict[str, float] = {}
+        for name, plan in named.items():
+            harms[name] = harm.of(plan)
+            tick(0, 1)
+    taken = min(harms, key=lambda name: harms[name])
+    return Comparison(named[taken], taken, harms, unit)
+
+
+def _within(
+    harm: OutputHarm,
+    sites: Sequence[Site],
+    spectra: Mapping[str, Spectra],
+    rule: Rule,
+    whole: Size,
+    progress: Progress,
+    unit: str,
+) -> Comparison:
+    """Return the smallest plan with a harm of at most `max_error`, by bisection over the share of parameters kept."""
+    assert rule.max_error is not None
+    low, high, least = 0.0, 1.0, float("inf")
+    full = replace(rule, max_error=None, target_layers=1.0)
+    best = Comparison(ranks_for(sites, spectra, full, whole), "the whole model", {}, unit)
+    with progress("searching for the smallest plan", 0, STEPS) as tick:
+        for _ in range(STEPS):
+            share = (low + high) / 2
+            try:
+                tried = best_plan(harm, sites, spectra, replace(full, target_layers=share), whole, quietly)
+            except UnmetBudgetError:
+                low = share
+                tick(0, 1)
+                continue
+            found = tried.harms[tried.taken]
+            least = min(least, found)
+            if found <= rule.max_error:
+                best, high = tried, share
+            else:
+                low = share
+            tick(0, 1)
+    if not best.harms:
+        raise PessaError(
+            f"--max-error {rule.max_error:g}: the harm of every plan is larger, at least {least:.3g} {unit}",
+            "allow more, or calibrate on more data",
+        )
+    return best
