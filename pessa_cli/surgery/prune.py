@@ -76,8 +76,9 @@ def prune_model(
     directions; otherwise directions are ranked by the weights alone. Blocks that are already stored as balanced factors
     (by `decompose` or an earlier `prune`) are only sliced, with the same bytes as a result. blocks: a reader that may
     hold the weights already. decomposition: that of these blocks with these statistics, if it was computed already.
-    comparison: the plan, if trials have chosen it; by default it is that of the rule. Raises UsageError
-    for options that do not fit the model or one another, and PessaError when the output cannot be written, when weights are not finite, or when the rule would prune everything.
+    comparison: the plan, if trials have chosen it; by default it is that of the rule. Raises UsageError for options
+    that do not fit the model or one another, and PessaError when the output cannot be written, when weights are not
+    finite, or when the rule would prune everything.
     """
     run, sites = run or Run(), select(model.sites, rule.kinds) if sites is None else sites
     check_ranks(sites, rule)

@@ -272,7 +272,7 @@ FAULTS = {
     "quantised as text": Fault(config(quantization_config="awq"), ("awq",)),
     "pessa without modules": Fault(config(quantization_config={"quant_method": "pessa"}), ("lists no modules",)),
     "pessa with garbage": Fault(claims(q="64 rows"), ("'64 rows'", "layers.0.self_attn.q_proj")),
-    "rank beyond head": Fault(claims(q="rows 8: 9 8 8 8"), ("rank 9", "layers.0.self_attn.q_proj")),
+    "rank beyond head": Fault(claims(q="rows 8: 9 8 8 8"), ("9 of 8", "layers.0.self_attn.q_proj")),
     "ranks of other weights": Fault(claims(q="rows 8: 4 4 4 4", k="rows 8: 4 4 4 4"), (Q0, "(32, 32)", "(16, 32)")),
     "ranks of q alone": Fault(claims(q="rows 8: 4 4 4 4"), ("model.encoder.layers.0.self_attn.q_proj",)),
     "ranks of three heads": Fault(

@@ -35,8 +35,8 @@ Array = NDArray[np.float64]
 COMMANDS = ("inspect", "decompose", "prune", "export", "verify", "run")
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("[!t]*.toml"))  # those of `pessa tune` are tune-*
 TOTALS = (
-    "blocks blocks_chosen qk_pruned vo_pruned attention_parameters attention_parameters_after attention_pruned "
-    "parameters parameters_after model_pruned bytes bytes_after"
+    "blocks blocks_chosen qk_pruned vo_pruned mlp_pruned attention_parameters attention_parameters_after "
+    "attention_pruned mlp_parameters mlp_parameters_after mlp_parameters_pruned parameters parameters_after model_pruned bytes bytes_after"
 )
 
 # Module names by kind of block in the published checkpoints, independent of the architecture table.
@@ -151,16 +151,20 @@ def test_inspect_json_has_the_spectra_of_the_dense_products(
         pattern = KINDS[family][block["kind"]]
         names = {side: pattern.format(block["layer"], SIDES[family][side]) for side in "qkvo"}
         qk, vo = dense_spectra(weights, names, 4, group)
-        assert (block["heads"], block["kv_heads"], block["head_dim"]) == (4, 4 // group, qk.shape[1])
-        np.testing.assert_allclose(block["vo_spectrum"], vo, rtol=1e-9, atol=1e-12)
-        assert block["vo_ranks"] == (vo > vo_thr).sum(1).tolist()
+        assert (block["heads"], block["kv_heads"]) == (4, 4 // group)
+        seams = block["seams"]
+        assert {name: seam["width"] for name, seam in seams.items()} == {"qk": qk.shape[1], "vo": vo.shape[1]}
+        np.testing.assert_allclose(seams["vo"]["spectrum"], vo, rtol=1e-9, atol=1e-12)
+        assert seams["vo"]["ranks"] == (vo > vo_thr).sum(1).tolist()
         if family == "llama":
-            assert block["qk_spectrum"] is None
-            assert block["qk_ranks"] == [qk.shape[1]] * len(qk)
+            assert seams["qk"]["spectrum"] is None
+            assert seams["qk"]["ranks"] == [qk.shape[1]] * len(qk)
         else:
-            np.testing.assert_allclose(block["qk_spectrum"], qk, rtol=1e-9, atol=1e-12)
-            assert block["qk_ranks"] == (qk > qk_thr).sum(1).tolist()
-        assert 0 < sum(block["vo_ranks"]) < vo.size  # the thresholds prune some directions, but not all
+            np.testing.assert_allclose(seams["qk"]["spectrum"], qk, rtol=1e-9, atol=1e-12)
+            assert seams["qk"]["ranks"] == (qk > qk_thr).sum(1).tolist()
+        assert np.shape(seams["qk"]["pairs"]) == ((len(qk), qk.shape[1] // 2) if family == "llama" else ())
+        assert seams["vo"]["pairs"] is None
+        assert 0 < sum(seams["vo"]["ranks"]) < vo.size  # the thresholds prune some directions, but not all
     assert seen == [(kind, layer) for kind in KINDS[family] for layer in range(2)]
 
 
@@ -176,7 +180,9 @@ def test_totals_agree_with_what_prune_writes(
     assert pruned["totals"] == totals
     assert (pruned["source"], pruned["out"], pruned["command"]) == (str(folder), str(out), "prune")
     ranks = {
-        f"{block['kind']}.{block['layer']}": {side: " ".join(map(str, block[f"{side}_ranks"])) for side in ("qk", "vo")}
+        f"{block['kind']}.{block['layer']}": {
+            name: " ".join(map(str, seam["ranks"])) for name, seam in block["seams"].items()
+        }
         for block in inspected["blocks"]
     }
     assert pruned["ranks"] == ranks == json.loads((out / "pessa.json").read_text())["ranks"]
@@ -187,10 +193,11 @@ def test_totals_agree_with_what_prune_writes(
         assert totals[f"parameters{when}"] == sum(len(data) // 4 for _, _, data in tensors.values())
         assert totals[f"bytes{when}"] == sum(len(data) for _, _, data in tensors.values())
         assert totals[f"attention_parameters{when}"] == sum(len(tensors[key][2]) // 4 for key in chosen)
-    kept = [(sum(block["vo_ranks"]), len(block["vo_ranks"]) * block["head_dim"]) for block in inspected["blocks"]]
+    seams = [block["seams"]["vo"] for block in inspected["blocks"]]
+    kept = [(sum(seam["ranks"]), len(seam["ranks"]) * seam["width"]) for seam in seams]
     assert totals["vo_pruned"] == pytest.approx(1 - sum(k for k, _ in kept) / sum(n for _, n in kept))
     assert totals["model_pruned"] == pytest.approx(1 - totals["parameters_after"] / totals["parameters"])
-    assert (totals["blocks_chosen"], totals["blocks"]) == (len(ranks), 6 if name == "whisper" else 2)
+    assert (totals["blocks_chosen"], totals["blocks"]) == (len(ranks), 10 if name == "whisper" else 4)
 
 
 def test_inspect_prints_a_row_for_each_block_and_side(pessa: Pessa, tiny_folder: TinyFolder) -> None:
@@ -200,7 +207,7 @@ def test_inspect_prints_a_row_for_each_block_and_side(pessa: Pessa, tiny_folder:
     assert len(rows) == 12
     assert all("12/32" in row for row in rows)
     block = a_json(pessa("inspect", tiny_folder("whisper"), "--json").out)["blocks"][0]
-    values = sorted(value for head in block["qk_spectrum"] for value in head)
+    values = sorted(value for head in block["seams"]["qk"]["spectrum"] for value in head)
     assert rows[0].split()[:5] == [
         "encoder.self.0",
         "Q-K",
@@ -334,7 +341,7 @@ def test_verify_json_has_the_norms_of_the_cut_directions(pessa: Pessa, tiny_fold
     expected = {}
     for block in a_json(pessa("inspect", folder, "--json").out)["blocks"]:
         for side, label in (("qk", "Q-K"), ("vo", "V-O")):
-            for head, spectrum in enumerate(np.array(block[f"{side}_spectrum"])):
+            for head, spectrum in enumerate(np.array(block["seams"][side]["spectrum"])):
                 lost = spectrum[5:] if block["layer"] == 0 else spectrum[8:]
                 where = f"{block['kind']}.{block['layer']} head {head} {label}"
                 expected[where] = float(np.linalg.norm(lost) / np.linalg.norm(spectrum))
@@ -378,10 +385,10 @@ def test_exit_code_json_and_junit_of_verify_agree(
         assert (case.find("failure") is None) == (entry["error"] <= report["limits"]["weights"])
 
 
-def test_verify_finds_changes_outside_attention(pessa: Pessa, tiny_folder: TinyFolder, tmp_path: Path) -> None:
+def test_verify_finds_changes_outside_the_blocks(pessa: Pessa, tiny_folder: TinyFolder, tmp_path: Path) -> None:
     folder = tiny_folder("bert")
     other = copy_of(folder, tmp_path / "other")
-    name = "bert.encoder.layer.1.output.dense.bias"
+    name = "bert.encoder.layer.1.output.LayerNorm.bias"
     edit_weights(lambda tensors: tensors[name].view(-1)[3].mul_(-1).add_(1e-30))(other)
     result = pessa("verify", folder, other, "--level", "weights", "--json")
     assert (result.code, list(a_json(result.out)["unequal"])) == (1, [name])

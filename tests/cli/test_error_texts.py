@@ -284,7 +284,7 @@ EXAMPLES: Mapping[str, Example] = {
         "verify llama llama", "embed_tokens", "(90, 32)", change=config("llama", vocab_size=90)
     ),
     # Selection of blocks, and rules.
-    "no such blocks": usage("prune whisper -o out --sites encoder", "encoder", "encoder.self, decoder.self"),
+    "no such blocks": usage("prune whisper -o out --sites encoders", "encoders", "encoder.self, decoder.self"),
     "no such layer": usage("prune whisper -o out --layers 7", "--layers 7", "1"),
     "a ratio of 1": usage("prune whisper -o out --ratio 1", "--ratio 1"),
     "two rules": usage("prune whisper -o out --rank 3 --energy 0.9", "--rank", "--energy"),
@@ -467,6 +467,8 @@ HINTLESS = {
     "blocks.config_values.rotated_directions": BY_CALLER,
     "blocks.discover._head_dim": BY_CALLER,
     "blocks.discover._site": BY_CALLER,
+    "blocks.mlp_discover._channels": BY_CALLER,
+    "blocks.mlp_discover._site": BY_CALLER,
     "checkpoint.shards.ShardWriter": INTERNAL,
     "checkpoint.shards.CheckpointWriter": INTERNAL,
 }

@@ -27,7 +27,7 @@ from pessa_cli.common.errors import UsageError
 from pessa_cli.common.options import Setting, option, settings_of
 from pessa_cli.common.toml import from_table
 from pessa_cli.evaluation.limits import VerifyOptions
-from pessa_cli.ranks.rule import CRITERIA, Rule
+from pessa_cli.ranks.rule import CRITERIA, OF_MLPS, Rule
 from pessa_cli.tuning.options import AdapterOptions, DataOptions, TrainOptions, Tuning, load_tuning
 from pessa_cli.workflow.recipe import Recipe, load_recipe
 
@@ -158,6 +158,7 @@ BESIDE = {
     "max_wer_increase": 'evaluate = "data"',
     "max_ppl_increase": 'evaluate = "data"',
     "evaluate": "max_wer_increase = 1",
+    "uniform": "target_params = 0.5",
 }
 
 
@@ -361,8 +362,10 @@ def test_a_rule_in_words_names_every_field(setting: Setting) -> None:
     """These texts are stored in pessa.json and must not change."""
     value = example_of(setting)[1]
     alone = {setting.name: value}
-    if setting in CRITERIA and setting.name != "lossless":
+    if setting in (*CRITERIA, *OF_MLPS) and setting.name != "lossless":
         assert str(Rule(**alone)) == f"{setting.name} {value:.12g}"
+    elif setting.name == "uniform":
+        assert str(Rule(target_params=0.5, uniform=True)) == "target_params 0.5, uniform"
     elif setting.name == "lossless":
         assert str(Rule(lossless=True)) == str(Rule()) == "lossless"
     else:
