@@ -74,7 +74,7 @@ class QualityLimit:
 
 @dataclass(frozen=True)
 class SearchResult:
-    """The rule to prune by, and the trials: the share of the attention kept, and the metric of the model then.
+    """The rule to prune by, and the trials: the share of the chosen blocks kept, and the metric of the model then.
 
     original: the metric of the unpruned model. limit: its largest allowed value.
     """
@@ -86,7 +86,7 @@ class SearchResult:
     tried: Sequence[tuple[float, float]]
 
     def to_dict(self) -> dict[str, Any]:
-        tried = [{"target_attention": share, "value": value} for share, value in self.tried]
+        tried = [{"target_layers": share, "value": value} for share, value in self.tried]
         return {"metric": self.metric, "original": self.original, "limit": self.limit, "tried": tried}
 
 
@@ -100,7 +100,7 @@ def search(
     statistics: Statistics | None,
     run: Run,
 ) -> SearchResult:
-    """Find the smallest share of the attention that keeps a model within a limit, by bisection.
+    """Find the smallest share of the chosen blocks that keeps a model within a limit, by bisection.
 
     items: the evaluation data, from `read_quality_data`. rule: gives round_to and min_rank. decomposition: takes up the
     blocks, as `statistics` weigh them, and can be used to write the result. Raises UsageError for data that the model
@@ -120,7 +120,7 @@ def search(
             for _ in range(STEPS):
                 share = (low + high) / 2
                 try:
-                    plan = ranks_for(sites, decomposition.spectra, replace(rule, target_attention=share), model.size)
+                    plan = ranks_for(sites, decomposition.spectra, replace(rule, target_layers=share), model.size)
                 except UnmetBudgetError:  # the budget is below the smallest possible size
                     low = share
                     continue
@@ -134,7 +134,7 @@ def search(
             f"the {first.metric} of {model.reader.folder} is {first.value:.4g}, and at least {best:.4g} in every trial",
             f"allow more than {most:.4g}, or calibrate on more data: --calibrate",
         )
-    return SearchResult(replace(rule, target_attention=high), first.metric, first.value, most, tried)
+    return SearchResult(replace(rule, target_layers=high), first.metric, first.value, most, tried)
 
 
 def read_quality_data(model: Model, limit: QualityLimit, path: Path) -> EvaluationItems:

@@ -180,10 +180,8 @@ def test_a_recipe_prunes_within_a_limit_on_the_word_error_rate(
     done = pessa("run", recipe, real("whisper-tiny.en"), "-o", tmp_path / "out", "--json")
     assert done.code == 0, done
     searched = json.loads(done.out)["search"]
-    within = [trial["target_attention"] for trial in searched["tried"] if trial["value"] <= searched["limit"]]
-    assert json.loads((tmp_path / "out" / "pessa.json").read_text())["rule"].startswith(
-        f"target_attention {min(within)}"
-    )
+    within = [trial["target_layers"] for trial in searched["tried"] if trial["value"] <= searched["limit"]]
+    assert json.loads((tmp_path / "out" / "pessa.json").read_text())["rule"].startswith(f"target_layers {min(within)}")
     scored = pessa("eval", tmp_path / "out", "--speech", tmp_path / "held-out.jsonl", "--json")
     assert json.loads(scored.out)["models"][0]["speech"]["value"] <= searched["limit"]
     again = [*("--calibrate", tmp_path / "second.wav"), *("--evaluate", tmp_path / "held-out.jsonl")]

@@ -159,7 +159,7 @@ def test_sites(
 
 def test_a_budget_of_attention_leaves_mlps_alone(made: Callable[[str], Path], tmp_path: Path) -> None:
     model = open_model(made("bert"))
-    prune_model(model, tmp_path / "out", Rule(target_attention=0.5))
+    prune_model(model, tmp_path / "out", Rule(target_attention=0.5), model.sites)
     out = open_model(tmp_path / "out")
     assert [site.kept for site in mlps_of(out)] == [48, 48]
     sizes = [
