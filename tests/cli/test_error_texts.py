@@ -230,6 +230,17 @@ EXAMPLES: Mapping[str, Example] = {
         "decoder.layers.0",
         change=within("pruned", edit_json(lambda c: c["quantization_config"].update(modules=NO_RANKS))),
     ),
+    "an MLP that is missing": failure(
+        "inspect llama",
+        "model.layers.1.mlp.down_proj.weight",
+        change=weights("llama", lambda t: t.pop("model.layers.1.mlp.down_proj.weight")),
+    ),
+    "numbers of channels that do not fit": failure(
+        "inspect llama",
+        "pessa.json",
+        "decoder.mlp.1",
+        change=write("llama/pessa.json", '{"channels": {"decoder.mlp.1": "0 0"}}'),
+    ),
     "a pickle of a list": failure("inspect list.pt", "holds a list", change=pickled_list),
     "GGUF of another architecture": failure(
         "inspect x.gguf", "'bert'", "supported: llama", change=write("x.gguf", GGUF_BERT)
