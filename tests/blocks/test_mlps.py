@@ -330,6 +330,20 @@ def test_a_file_that_claims_a_huge_layer_is_an_error(llama: Found) -> None:
     assert "at full size the MLP would have" in llama.refused(header, ragged, intermediate_size=99_999)
 
 
+def test_the_entries_of_a_fused_matrix_have_a_number_for_each_block(tmp_path: Path) -> None:
+    build("phi3").save_pretrained(tmp_path)
+    _, ragged = read("phi3", tmp_path).cut(24)
+    layer = {name: str(entry) for name, entry in ragged.items() if ".0." in name}
+    assert layer == {
+        "model.layers.0.mlp.gate_up_proj": "rows 48: 24 24",
+        "model.layers.0.mlp.down_proj": "columns 48: 24",
+    }
+
+
+def test_a_file_without_layers_is_an_error(llama: Found) -> None:
+    assert "found no MLP" in llama.refused({"lm_head.weight": llama.header["lm_head.weight"]})
+
+
 @pytest.mark.parametrize("stack", ["encoder", "decoder"])
 def test_half_of_a_whisper_alone(stack: str, tmp_path: Path) -> None:
     """The names of the MLPs are the same in both halves; the rows of attention tell which half it is."""
