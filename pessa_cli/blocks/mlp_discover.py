@@ -183,8 +183,8 @@ def _channels(spec: MlpSpec, config: Mapping[str, Any], input_width: int) -> tup
         key = in_config(config, spec, spec.ratio) if spec.ratio else ""
     if ratio is None:
         return None, ""
-    if not isinstance(ratio, (int, float)) or isinstance(ratio, bool) or not 0 < ratio <= MOST_RATIO:
-        raise PessaError(f"config.json: {key} is {shortened(ratio)}, not a ratio of at most {MOST_RATIO}")
+    if not isinstance(ratio, (int, float)) or isinstance(ratio, bool) or not 1 / input_width <= ratio <= MOST_RATIO:
+        raise PessaError(f"config.json: {key} is {shortened(ratio)}, not a ratio from 1/{input_width} to {MOST_RATIO}")
     channels = int(input_width * ratio)
     return (int(channels * 2 / 3) + 7) // 8 * 8 if spec.two_thirds else channels, key
 

@@ -145,6 +145,7 @@ MLPS: dict[str, tuple[MlpSpec, ...]] = {
             out="mlp.weights_out",
             parts=2,
             two_thirds=True,
+            compact=False,  # transformers splits the tensor in two when it loads it
             where=(("use_swiglu_ffn", False, True),),
         ),
     ),

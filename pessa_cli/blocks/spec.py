@@ -46,6 +46,7 @@ class BlockSpec:
     where: conditions (config key, its default, required truth value or a regular expression for the whole value) under
     which the row applies.
     sparse: whether some layers have no block of this kind.
+    compact: whether the stock model code runs ragged matrices.
     under: name parts, one of which must be part of the prefix of the blocks' names.
     config: the key of config.json whose object holds the config keys above; empty for config.json itself.
     """
@@ -56,6 +57,7 @@ class BlockSpec:
     beside: tuple[str, ...] = ()
     where: tuple[tuple[str, object, object], ...] = ()
     sparse: bool = False
+    compact: bool = True
     under: tuple[str, ...] = ()
     config: str = ""
 
@@ -106,7 +108,6 @@ class AttentionSpec(BlockSpec):
     beside: name patterns of other tensors within the module that holds q, which are copied; elsewhere: endings of the
     names of such tensors in other modules.
     refused: config keys that, when set, put an operation between W_V and W_O, so that the model cannot be pruned.
-    compact: whether the stock model code runs ragged projections.
     """
 
     q: str
@@ -124,7 +125,6 @@ class AttentionSpec(BlockSpec):
     sums_to_one: bool = True
     elsewhere: tuple[str, ...] = ()
     refused: Keys = ()
-    compact: bool = True
 
     @property
     def title(self) -> str:

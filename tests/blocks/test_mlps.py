@@ -45,37 +45,44 @@ WIDTHS = {  # of models and kinds that have another width
     "qwen2_vl": {"vision.mlp": 64},
 }
 # The tensors named like those of MLPs that no site owns, and why: they are copied.
-POOLING = {f"head.mlp.fc{{i}}.{part}" for part in ("weight", "bias")}
-MERGER = {f"visual.merger.mlp.{{i}}.{part}" for part in ("weight", "bias")}
+BOTH = ("weight", "bias")
+POOLING = {f"head.mlp.{name}.{part}" for name in ("fc1", "fc2") for part in BOTH}
+MERGER = {f"visual.merger.mlp.{{i}}.{part}" for part in BOTH}
 UNOWNED = {
     "mixtral": {  # routed experts
-        "model.layers.{i}.block_sparse_moe.experts.{i}.w{i}.weight",
         "model.layers.{i}.block_sparse_moe.gate.weight",
+        *(f"model.layers.{{i}}.block_sparse_moe.experts.{{i}}.{name}.weight" for name in ("w1", "w2", "w3")),
     },
     "gpt_oss": {  # routed experts
-        f"model.layers.{{i}}.mlp.{name}"
-        for name in (
-            *("experts.down_proj", "experts.down_proj_bias", "experts.gate_up_proj", "experts.gate_up_proj_bias"),
-            *("router.weight", "router.bias"),
-        )
+        *(f"model.layers.{{i}}.mlp.router.{part}" for part in BOTH),
+        *(
+            f"model.layers.{{i}}.mlp.experts.{name}{part}"
+            for name in ("down_proj", "gate_up_proj")
+            for part in ("", "_bias")
+        ),
     },
     "wav2vec2 mms": {  # adapters of languages
         f"wav2vec2.encoder.layers.{{i}}.adapter_layer.{name}.{part}"
-        for name in ("linear_{i}", "norm")
-        for part in ("weight", "bias")
+        for name in ("linear_1", "linear_2", "norm")
+        for part in BOTH
+    },
+    "mllama": {  # factors of what whole MLPs add
+        "vision_model.global_transformer.layers.{i}.gate_ffn",
+        "language_model.model.layers.{i}.cross_attn_mlp_gate",
     },
     # Pooling heads and projectors, which are outside the layers.
     "siglip_vision_model": POOLING,
     "siglip": {f"vision_model.{name}" for name in POOLING},
     "gemma3": {f"vision_tower.{name}" for name in POOLING},
     "paligemma": {f"vision_tower.{name}" for name in POOLING},
-    "llava": {f"multi_modal_projector.linear_{{i}}.{part}" for part in ("weight", "bias")},
+    "llava": {f"multi_modal_projector.{name}.{part}" for name in ("linear_1", "linear_2") for part in BOTH},
     "qwen2_vl": MERGER,
     "qwen2_5_vl": MERGER,
     "qwen3_vl": {
-        f"model.visual.{module}.linear_fc{{i}}.{part}"
+        f"model.visual.{module}.{name}.{part}"
         for module in ("merger", "deepstack_merger_list.{i}")
-        for part in ("weight", "bias")
+        for name in ("linear_fc1", "linear_fc2")
+        for part in BOTH
     },
 }
 LIKE_AN_MLP = re.compile(
@@ -158,9 +165,9 @@ def test_every_tensor_of_an_mlp_is_owned_once(found: Found) -> None:
     assert not {*owned} & {tensor for site in attention for tensor in site.tensors}
     others = {tensor for site in attention for tensor in site.tensors} | {*owned}
     copied = {
-        re.sub(r"(?<=[._a-z])\d+(?=\.)", "{i}", name)
+        re.sub(r"(?<=\.)\d+(?=\.)", "{i}", name)
         for name in found.header
-        if name not in others and LIKE_AN_MLP.search(name) and not re.search("(?i)layer_?norm|ln_", name)
+        if name not in others and LIKE_AN_MLP.search(name) and not re.search("(?i)layer_?norm|ln_|mlp_norm", name)
     }
     assert copied == UNOWNED.get(found.name, set())
     layers = {(site.spec.kind.partition(".")[0], site.layer) for site in attention}
@@ -321,6 +328,20 @@ def test_a_file_that_claims_a_huge_layer_is_an_error(llama: Found) -> None:
     ragged = {name: entry for site in wide for name, entry in site.ragged().items()}
     header = {name: replace(info, shape=shapes.get(name, info.shape)) for name, info in header.items()}
     assert "at full size the MLP would have" in llama.refused(header, ragged, intermediate_size=99_999)
+
+
+def test_the_entries_of_a_fused_matrix_have_a_number_for_each_block(tmp_path: Path) -> None:
+    build("phi3").save_pretrained(tmp_path)
+    _, ragged = read("phi3", tmp_path).cut(24)
+    layer = {name: str(entry) for name, entry in ragged.items() if ".0." in name}
+    assert layer == {
+        "model.layers.0.mlp.gate_up_proj": "rows 48: 24 24",
+        "model.layers.0.mlp.down_proj": "columns 48: 24",
+    }
+
+
+def test_a_file_without_layers_is_an_error(llama: Found) -> None:
+    assert "found no MLP" in llama.refused({"lm_head.weight": llama.header["lm_head.weight"]})
 
 
 @pytest.mark.parametrize("stack", ["encoder", "decoder"])

@@ -36,7 +36,8 @@ COMMANDS = ("inspect", "decompose", "prune", "export", "verify", "run")
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("[!t]*.toml"))  # those of `pessa tune` are tune-*
 TOTALS = (
     "blocks blocks_chosen qk_pruned vo_pruned mlp_pruned attention_parameters attention_parameters_after "
-    "attention_pruned mlp_parameters mlp_parameters_after mlp_parameters_pruned parameters parameters_after model_pruned bytes bytes_after"
+    "attention_pruned mlp_parameters mlp_parameters_after mlp_parameters_pruned "
+    "parameters parameters_after model_pruned bytes bytes_after"
 )
 
 # Module names by kind of block in the published checkpoints, independent of the architecture table.

@@ -37,8 +37,11 @@ from peft import get_peft_model
 from tuned import sums, with_tokenizer, write_lines
 
 import pessa_cli
+from pessa_cli.blocks.discover import specs_of
+from pessa_cli.blocks.mlp_discover import find_mlps, mlp_specs_of
+from pessa_cli.blocks.mlp_site import MlpSite
 from pessa_cli.blocks.site import AttentionSite
-from pessa_cli.checkpoint.reader import TensorInfo
+from pessa_cli.checkpoint.reader import CheckpointReader, TensorInfo
 from pessa_cli.checkpoint.shards import CheckpointWriter
 from pessa_cli.cli.prune import run
 from pessa_cli.common.errors import PessaError, UsageError
@@ -136,6 +139,13 @@ def huge(tensors: dict[str, torch.Tensor]) -> None:
 def without_compact(folder: Path) -> list[AttentionSite]:
     """Return the blocks of a model as if its attention could not load the compact layout."""
     return [replace(site, spec=replace(site.spec, compact=False)) for site in open_model(folder).attention]
+
+
+def mlps(folder: Path) -> list[MlpSite]:
+    """Return the MLPs of a dense model."""
+    reader = CheckpointReader(folder)
+    rows = specs_of(reader.config, reader.header)
+    return find_mlps(mlp_specs_of(reader.config), reader.config, reader.header, {}, rows)
 
 
 def run_recipe(place: Path) -> None:
@@ -272,6 +282,9 @@ EXAMPLES: Mapping[str, Example] = {
     ),
     "a folder of models": failure(
         "inspect models", "models", "whisper", change=lambda p: copy_of(p / "whisper", p / "models" / "whisper")
+    ),
+    "MLPs of another width": failure(
+        lambda p: mlps(p / "bert"), "48 channels", "40 (intermediate_size)", change=config("bert", intermediate_size=40)
     ),
     "a model_type that transformers does not have": failure(
         lambda place: class_of(open_model(place / "llama", "llama")),
@@ -471,7 +484,7 @@ SMALL: dict[str, int] = {
 
 # The functions and classes that raise errors without a hint, and the reasons.
 INTERNAL = "only an error in pessa itself can cause it"
-BY_CALLER = "find_sites collects these errors, and adds the hint"
+BY_CALLER = "find_sites or find_mlps collects these errors, and adds the hint"
 HINTLESS = {
     "blocks.config_values.number": BY_CALLER,
     "blocks.config_values.head_counts": BY_CALLER,

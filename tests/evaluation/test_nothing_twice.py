@@ -110,7 +110,9 @@ def test_verify_with_texts(both: tuple[Path, Path], tmp_path: Path, pessa: Pessa
     assert models == dict.fromkeys(both, 1)
     assert tokenizers.total() == 1
     assert texts == dict.fromkeys(TEXTS, 1)
-    assert blocks == {(folder, f"decoder.self.{i}"): 1 for folder in both for i in range(2)}
+    assert blocks == {
+        (folder, f"decoder.{kind}.{i}"): 1 for folder in both for kind in ("self", "mlp") for i in range(2)
+    }
 
 
 def test_verify_with_clips(real: Real, clip: Path, tmp_path: Path, pessa: Pessa, calls: Calls) -> None:

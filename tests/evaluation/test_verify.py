@@ -98,15 +98,15 @@ def test_blocks_that_no_input_reaches_are_named(pessa: Pessa, tmp_path: Path) ->
     done = pessa("verify", tmp_path / "llava", folder, "--level", "blocks", "--json")
     report = json.loads(done.out)
     assert (done.code, report["same"], report["skipped"]) == (0, True, [])
-    assert report["unreached"] == ["vision.self.0", "vision.self.1"]
-    assert {found["where"].rpartition(".")[0] for found in report["blocks"]} == {"text.self"}
+    assert report["unreached"] == ["vision.self.0", "vision.self.1", "vision.mlp.0", "vision.mlp.1"]
+    assert {found["where"].rpartition(".")[0] for found in report["blocks"]} == {"text.self", "text.mlp"}
     assert "vision.self.0" in pessa("verify", tmp_path / "llava", folder, "--level", "blocks").out
     name = next(name for name in load_file(folder / WEIGHTS) if "vision" in name and "v_proj.weight" in name)
     edit_weights(lambda tensors: tensors[name].mul_(1.5))(folder)
     assert pessa("verify", tmp_path / "llava", folder, "--level", "blocks").code == 1
 
 
-@pytest.mark.parametrize("left", [("encoder.self.0",), ()])
+@pytest.mark.parametrize("left", [("encoder.self.0", "encoder.mlp.0"), ()])
 def test_a_block_that_does_not_run_beside_others_is_not_the_same(
     left: tuple[str, ...], tiny_folder: TinyFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -120,7 +120,7 @@ def test_a_block_that_does_not_run_beside_others_is_not_the_same(
     assert verify_models(model, model, "blocks").same
     monkeypatch.setattr("pessa_cli.evaluation.verify.run_both", some)
     report = verify_models(model, model, "blocks")
-    names = [site.name for site in model.attention if site.name not in left]
+    names = [site.name for site in model.sites if site.name not in left]
     assert (report.same, report.skipped, report.unreached) == (False, names, [])
     assert names[0] in report.failures[0]
     assert "does not run" in report.failures[0]
@@ -130,9 +130,9 @@ def test_a_block_that_did_not_run_has_no_error(tiny_folder: TinyFolder) -> None:
     model = open_model(tiny_folder("whisper"))
     ours, theirs = tiny.load(tiny_folder("whisper")), tiny.load(tiny_folder("whisper"))
     with ExitStack() as hooks, torch.inference_mode():
-        squares = block_squares(model.attention, ours, theirs, hooks)
+        squares = block_squares(model.sites, ours, theirs, hooks)
         ours.get_encoder()(tiny.inputs(ours)["input_features"])
-    assert set(squares) == {site.name for site in model.attention if site.name.startswith("encoder.")}
+    assert set(squares) == {site.name for site in model.sites if site.name.startswith("encoder.")}
     assert all(off == 0 < whole for off, whole in squares.values())
 
 
