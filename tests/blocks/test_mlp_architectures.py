@@ -244,4 +244,4 @@ def test_routed_experts_are_copied_and_said_to_be(name: str, tmp_path: Path) -> 
     assert all(torch.equal(model.reader.get(tensor), out.reader.get(tensor)) for tensor in experts)
     assert all("copied" in spec.form for spec in mlp_specs_of(model.reader.config))
     with pytest.raises(UsageError, match="--mlp-ratio: no MLP is among the chosen blocks"):
-        prune_model(model, tmp_path / "no", HALF)
+        prune_model(model, tmp_path / "no", HALF, model.sites)
