@@ -108,7 +108,7 @@ def verify_models(
     skipped = [
         site.name
         for site in silent
-        if not reached or (site.kind in reached and (_layer(site) in layers or not isinstance(site, MlpSite)))
+        if not reached or (_layer(site) in layers if isinstance(site, MlpSite) else site.kind in reached)
     ]
     unreached = [site.name for site in silent if site.name not in skipped]
     return replace(report, blocks=differences, skipped=skipped, unreached=unreached, outputs=outputs, texts=texts)
