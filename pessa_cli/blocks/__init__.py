@@ -25,7 +25,7 @@ from pessa_cli.blocks.mlp_spec import MlpSpec
 from pessa_cli.blocks.mlp_table import MLPS, TOWER_MLPS
 from pessa_cli.blocks.names import module_names
 from pessa_cli.blocks.site import Site, count, in_full, ragged_site, select, with_ranks
-from pessa_cli.blocks.spec import AttentionSpec, BlockSpec
+from pessa_cli.blocks.spec import AttentionSpec, BlockSpec, Row
 from pessa_cli.blocks.table import ARCHITECTURES, FIRST_RELEASE, PUBLISHED, SINCE, TOWERS
 
 __all__ = [
@@ -47,6 +47,7 @@ __all__ = [
     "PairRuns",
     "Ragged",
     "Ranks",
+    "Row",
     "Site",
     "alignment_heads",
     "count",
