@@ -26,7 +26,7 @@ from pessa_cli.blocks.mlp_table import MLPS, TOWER_MLPS
 from pessa_cli.blocks.names import module_names
 from pessa_cli.blocks.seam import TITLES, Seam, Symmetry
 from pessa_cli.blocks.site import AttentionSite, Site, count, select
-from pessa_cli.blocks.spec import AttentionSpec, BlockSpec
+from pessa_cli.blocks.spec import AttentionSpec, BlockSpec, Row
 from pessa_cli.blocks.table import ARCHITECTURES, FIRST_RELEASE, PUBLISHED, SINCE, TOWERS
 
 __all__ = [
@@ -50,6 +50,7 @@ __all__ = [
     "PairRuns",
     "Ragged",
     "Ranks",
+    "Row",
     "Seam",
     "Site",
     "Symmetry",

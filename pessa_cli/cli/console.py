@@ -111,10 +111,11 @@ def progress(what: str, nbytes: int, steps: int) -> Iterator[Callable[[int, int]
 def show_architectures(rows: list[dict[str, Any]]) -> None:
     """Print the table of `architectures`."""
     table = Table(box=None, pad_edge=False)
-    for heading in ("model_type", "blocks", "merges", "layouts", "since", "checked on"):
+    for heading in ("model_type", "blocks", "merges", "MLPs", "layouts", "since", "checked on"):
         table.add_column(heading, no_wrap=heading in ("model_type", "blocks"))
     for row in rows:
-        cells = [", ".join(row["layouts"]), row["since"], ", ".join(row["checked"])]
+        mlps = "; ".join(f"{kind.removesuffix('.mlp')}: {form}" for kind, form in row["mlps"].items())
+        cells = [mlps, ", ".join(row["layouts"]), row["since"], ", ".join(row["checked"])]
         name = row["model_type"]
         for kind, merges in row["merges"].items():
             table.add_row(name, kind, merges, *cells)

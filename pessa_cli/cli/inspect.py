@@ -64,7 +64,7 @@ def architectures(
     markdown: Annotated[bool, typer.Option("--markdown", help="Print a Markdown table.")] = False,
     json: JSON = False,
 ) -> None:
-    """List the supported architectures: their attention blocks, what merges, the first release, and the tested models.
+    """List the supported architectures: their attention blocks, what merges, their MLPs, and the tested models.
 
     Example: `pessa architectures`
     """

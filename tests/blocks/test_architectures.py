@@ -174,7 +174,9 @@ def test_the_command_lists_every_row(pessa: Pessa) -> None:
     assert all(f"`{name}`" in table for name in KNOWN)
     rows = json.loads(pessa("architectures", "--json").out)
     assert [row["model_type"] for row in rows] == list(KNOWN)
-    assert all(row["merges"] and row["checked"] and row["since"] for row in rows)
+    assert all(row["merges"] and row["mlps"] and row["checked"] and row["since"] for row in rows)
+    assert {row["model_type"]: row["mlps"] for row in rows}["t5"]["encoder.mlp"] == "plain or gated"
+    assert {line.count(" | ") for line in table.splitlines()} == {2, 0}  # 0 between heading and rows
     shown = pessa("architectures").out
     assert all(f"\n{name} " in shown for name in KNOWN)
     assert next(row for row in rows if row["model_type"] == "wavlm")["layouts"] == ["dense"]
