@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pessa_cli.algebra.absorb import Absorbed, Pair, recompose, value_bias_effect
+from pessa_cli.algebra.channels import ChannelWeights, channel_norms, removal_order
 from pessa_cli.algebra.compare import relative_difference
 from pessa_cli.algebra.decompose import (
     Transforms,
@@ -19,12 +20,14 @@ from pessa_cli.algebra.weighted import Weighting, refitted, scales, traces, weig
 
 __all__ = [
     "Absorbed",
+    "ChannelWeights",
     "HeadWeights",
     "Pair",
     "PairWeighting",
     "Transforms",
     "Weighting",
     "all_finite",
+    "channel_norms",
     "compensated",
     "contributions",
     "joined",
@@ -35,6 +38,7 @@ __all__ = [
     "recompose",
     "refitted",
     "relative_difference",
+    "removal_order",
     "rotated",
     "scales",
     "singular_values",

@@ -45,6 +45,10 @@ class MlpSite(Site):
         return "out"
 
     @property
+    def compact(self) -> bool:
+        return self.spec.compact
+
+    @property
     def seams(self) -> tuple[Seam, ...]:
         return (Seam("mlp", self.width, (self.kept,), "permutation"),)
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 import shlex
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from statistics import median
 from threading import Timer
 from typing import TYPE_CHECKING, Any
 
@@ -15,14 +14,11 @@ from rich.live import Live
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from pessa_cli.blocks.mlp_site import MlpSite
-from pessa_cli.blocks.seam import TITLES
-from pessa_cli.blocks.site import AttentionSite
 from pessa_cli.checkpoint.contents import left_out_text
+from pessa_cli.cli.inspect_tables import block_tables, spectra_table
 from pessa_cli.cli.plain_console import PlainConsole, styled
 from pessa_cli.cli.quantities import PERCENT, quantity, size, step_row
 from pessa_cli.cli.score_table import captions, score_table
-from pessa_cli.cli.sparkline import sparkline
 from pessa_cli.common.errors import PessaError
 from pessa_cli.common.text import json_text, listed, visible
 
@@ -166,65 +162,13 @@ def _show_model(found: Overview) -> None:
     shown = [f"{share:.1%} of them in {these} {names[what]}" for what, share in shares.items() if share]
     OUT.print(styled((found.model, "bold"), f"  {found.model_type}, {totals['blocks']} blocks"))
     OUT.print(f"{totals['parameters']:,} parameters in {size(totals['bytes'])}, {' and '.join(shown)}")
-    table = Table(
-        "blocks", "layers", "heads", "head_dim", "width", "biases", "dtype", "merges", box=None, pad_edge=False
-    )
-    attention = [site for site in sites if isinstance(site, AttentionSite)]
-    for kind in dict.fromkeys(site.kind for site in attention):
-        of_kind = [site for site in attention if site.kind == kind]
-        first = of_kind[0]
-        heads = str(first.heads) if first.group == 1 else f"{first.heads} ({first.kv_heads} kv)"
-        biases = " ".join(side for side in "qkvo" if side in first.biases) or "none"
-        table.add_row(
-            kind,
-            str(len(of_kind)),
-            heads,
-            str(first.head_dim),
-            str(first.query_width),
-            biases,
-            first.dtype,
-            " | ".join(dict.fromkeys(site.merges for site in of_kind)),
-        )
-    if attention:
-        OUT.print(table)
-    _show_mlps([site for site in sites if isinstance(site, MlpSite)])
-
-
-def _show_mlps(sites: Sequence[MlpSite]) -> None:
-    """Print the kinds of MLPs in the header of `inspect`."""
-    table = Table("MLPs", "layers", "channels", "gated", "width", "biases", "dtype", box=None, pad_edge=False)
-    for kind in dict.fromkeys(site.kind for site in sites):
-        of_kind = [site for site in sites if site.kind == kind]
-        first = of_kind[0]
-        channels = " | ".join(dict.fromkeys(f"{site.width:,}" for site in of_kind))
-        gated = "yes" if first.gated else "no"
-        biases = "yes" if first.biases else "none"
-        table.add_row(kind, str(len(of_kind)), channels, gated, str(first.input_width), biases, first.dtype)
-    if sites:
+    for table in block_tables(sites):
         OUT.print(table)
 
 
 def show_blocks(blocks: list[InspectedBlock]) -> None:
     """Print the table of `inspect`: for each block and seam, the spectra of all groups together."""
-    table = Table(box=None, pad_edge=False)
-    for heading in ("block", "", "largest", "median", "smallest", "kept", "spectrum, log"):
-        table.add_column(
-            heading, justify="left" if heading in ("block", "") or heading.startswith("spectrum") else "right"
-        )
-    for block in blocks:
-        name = f"{block.kind}.{block.layer}"
-        for seam, found in block.seams.items():
-            label, spectrum, kept = TITLES[seam], found.spectrum, sum(found.ranks)
-            if spectrum is None and found.pairs is None:  # for example with norms between W_Q and W_K
-                continue
-            if spectrum is None:  # RoPE: pairs of directions, in the units of singular values and sorted like them
-                label, kept = f"{label} pairs", kept // 2
-                spectrum = [sorted((pair**0.5 for pair in head), reverse=True) for head in found.pairs or []]
-            values = sorted(value for head in spectrum for value in head)
-            numbers = (f"{value:.3g}" for value in (values[-1], median(values), values[0]))
-            table.add_row(name, label, *numbers, f"{kept}/{len(values)}", sparkline(spectrum, OUT.encoding))
-            name = ""
-    OUT.print(table)
+    OUT.print(spectra_table(blocks, OUT.encoding))
 
 
 def show_curve(points: list[Point], method: str) -> None:

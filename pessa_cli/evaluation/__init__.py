@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from pessa_cli.evaluation.evaluate import Scores as Scores
     from pessa_cli.evaluation.evaluate import evaluate_models as evaluate_models
     from pessa_cli.evaluation.evaluate import split_adapter as split_adapter
+    from pessa_cli.evaluation.figures import Figure as Figure
     from pessa_cli.evaluation.limits import VerifyOptions as VerifyOptions
     from pessa_cli.evaluation.measures import ScoreSettings as ScoreSettings
     from pessa_cli.evaluation.report import Report as Report
@@ -30,6 +31,7 @@ else:
         {
             "bench": ["Bench", "BenchSettings", "bench_models"],
             "evaluate": ["EvaluationData", "EvaluationItems", "Scores", "evaluate_models", "split_adapter"],
+            "figures": ["Figure"],
             "limits": ["VerifyOptions"],
             "measures": ["ScoreSettings"],
             "report": ["Report"],

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from pessa_cli.ranks.budget import trade_off as trade_off
     from pessa_cli.ranks.plan import Comparison as Comparison
     from pessa_cli.ranks.plan import RankPlan as RankPlan
+    from pessa_cli.ranks.plan import check_ranks as check_ranks
     from pessa_cli.ranks.rule import Rule as Rule
     from pessa_cli.ranks.spectra import LEVELS as LEVELS
     from pessa_cli.ranks.spectra import Size as Size
@@ -28,7 +29,7 @@ else:
         __name__,
         {
             "budget": ["Point", "UnmetBudgetError", "candidates", "ranks_for", "trade_off"],
-            "plan": ["Comparison", "RankPlan"],
+            "plan": ["Comparison", "RankPlan", "check_ranks"],
             "rule": ["Rule"],
             "spectra": [
                 "LEVELS",

@@ -100,9 +100,10 @@ def ranks_for(sites: Sequence[Site], spectra: Mapping[str, Spectra], rule: Rule,
 def candidates(sites: Sequence[Site], spectra: Mapping[str, Spectra], rule: Rule, whole: Size) -> dict[str, RankPlan]:
     """Return plans that meet a budget, by what they are; which of them does the least harm only trials can tell.
 
-    "by price" is that of `ranks_for`. "the same share" gives attention and MLPs the same share of their parameters, all
-    MLPs the same share of their channels, and chooses the ranks of attention by price; it is left out if there are no
-    MLPs, or with `uniform`. Raises the errors of `ranks_for`.
+    "by price" is that of `ranks_for`. The others give attention and MLPs the same share of their parameters, and choose
+    the ranks of attention by price: "the same share" gives all MLPs the same share of their channels, and "the same
+    share, widths by price" chooses these widths by price, too. They are left out if there are no MLPs, or with
+    `uniform`. Raises the errors of `ranks_for`.
     """
     by_price = ranks_for(sites, spectra, rule, whole)
     found = {"by price": by_price}
@@ -117,11 +118,15 @@ def candidates(sites: Sequence[Site], spectra: Mapping[str, Spectra], rule: Rule
         ranks[site.name] = {"mlp": (max(1, min(stored, int(share * stored) // step * step)),)}
     if not others:
         return found | {"the same share": RankPlan(ranks)}
+    apart = replace(rule, **NO_BUDGET, target_layers=share)
     try:
-        rest = ranks_for(others, spectra, replace(rule, **NO_BUDGET, target_layers=share), whole)
+        rest, widths = (ranks_for(own, spectra, apart, whole) for own in (others, mlps))
     except UnmetBudgetError:  # so much can only be cut of attention and MLPs together
         return found
-    return found | {"the same share": RankPlan({**ranks, **rest.ranks}, rest.pairs)}
+    return found | {
+        "the same share": RankPlan({**ranks, **rest.ranks}, rest.pairs),
+        "the same share, widths by price": RankPlan({**widths.ranks, **rest.ranks}, rest.pairs),
+    }
 
 
 def trade_off(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pessa_cli.surgery.block_io import NotFiniteError, read_site, split_fused, write_site
 from pessa_cli.surgery.block_reader import BlockReader
 from pessa_cli.surgery.card import check_card, write_figures
+from pessa_cli.surgery.channel_numbers import all_channels
 from pessa_cli.surgery.decomposition import Decomposition, decomposition_of, measure
 from pessa_cli.surgery.export import export_model
 from pessa_cli.surgery.generation import (
@@ -32,6 +33,7 @@ __all__ = [
     "Rewrite",
     "Run",
     "UnknownWeights",
+    "all_channels",
     "check_card",
     "copy_side_files",
     "cut_into_files",

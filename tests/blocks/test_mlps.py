@@ -335,8 +335,8 @@ def test_the_entries_of_a_fused_matrix_have_a_number_for_each_block(tmp_path: Pa
     _, ragged = read("phi3", tmp_path).cut(24)
     layer = {name: str(entry) for name, entry in ragged.items() if ".0." in name}
     assert layer == {
-        "model.layers.0.mlp.gate_up_proj": "rows 48: 24 24",
-        "model.layers.0.mlp.down_proj": "columns 48: 24",
+        "model.layers.0.mlp.gate_up_proj": "channel rows 48: 24 24",
+        "model.layers.0.mlp.down_proj": "channel columns 48: 24",
     }
 
 

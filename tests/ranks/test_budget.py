@@ -75,14 +75,12 @@ def test_params_and_sizes_count_the_whole_model() -> None:
         (Rule(target_params=0.5), False),
         (Rule(target_size=2080), True),
         (Rule(target_size=2079), False),
-        (Rule(max_error=0.99), True),
     ],
     ids=str,
 )
 def test_a_budget_never_prunes_all_of_qk_or_of_vo(rule: Rule, fits: bool) -> None:
     """One direction of each remains, the most valuable one; a smaller budget is an error with both numbers."""
-    trials = None if rule.max_error is None else trials_by((0.0, 0.0, 0.0, 1e-9), (0.0, 0.0, 0.0, 1e-9), 1.0)
-    spectra = spectra_of(0.5, 0.7, (trials, trials))
+    spectra = spectra_of(0.5, 0.7)
     if fits:
         plan = ranks_for(SITES, spectra, rule, WHOLE)
         assert [sum(map(sum, side.values())) for side in (ranks_by(plan, "qk"), ranks_by(plan, "vo"))] == [1, 1]
@@ -154,17 +152,8 @@ def test_ranks_respect_round_to_and_min_rank(step: int, least: int) -> None:
     } <= allowed
 
 
-def test_max_error_bounds_every_block() -> None:
-    tried = (0.0001, 0.001, 0.01, 0.1)
-    trials = trials_by(tried, tried, 1.0)
-    spectra = spectra_of(0.5, 0.7, (trials, trials_by(tuple(100 * e for e in tried), tried, 1.0)))
-    plan = ranks_for(SITES, spectra, Rule(max_error=0.1), WHOLE)
-    for site in SITES:
-        errors = [step for step in ordered_steps(SITES, spectra, Rule()) if step.site == site]
-        lost = sum(s.error for s in errors if s.rank >= plan.ranks[site.name][s.seam.name][s.group])
-        assert lost <= 0.1**2 * (1 + 1e-9)
-    assert left(plan, SITES[:1]) < left(plan, SITES[1:]) < EACH * 16
-    with pytest.raises(UsageError, match="measured on calibration data"):
+def test_max_error_cannot_be_planned_without_trials() -> None:
+    with pytest.raises(UsageError, match="--max-error needs trials on calibration data"):
         ranks_for(SITES, spectra_of(0.5, 0.7), Rule(max_error=0.1), WHOLE)
 
 
@@ -240,12 +229,13 @@ def test_the_commands(tiny_folder: TinyFolder, data: list[Path], tmp_path: Path,
     assert 0.9 * whole.parameters - largest < open_model(out).parameters <= 0.9 * whole.parameters
     assert pessa("prune", folder, "-o", out, "--force", "--statistics", file, "--target-size", f"{most}kB").code == 0
     assert 1000 * most - 4 * largest < open_model(out).nbytes <= 1000 * most
-    assert pessa("prune", folder, "-o", out, "--force", "--statistics", file, "--max-error", "0.2").code == 0
+    assert pessa("prune", folder, "-o", out, "--force", "--statistics", file, "--target-layers", "0.8").code == 0
     assert pessa("decompose", folder, "-o", tmp_path / "full", "--sites", "all", "--statistics", file).code == 0
-    again = pessa("prune", tmp_path / "full", "-o", tmp_path / "cut", "--max-error", "0.2")
+    again = pessa("prune", tmp_path / "full", "-o", tmp_path / "cut", "--target-layers", "0.8")
     assert again.code == 0, again
     assert math.isclose(open_model(tmp_path / "cut").parameters, open_model(out).parameters, rel_tol=0.01)
     no = tmp_path / "no"
+    is_refusal(pessa("prune", folder, "-o", no, "--statistics", file, "--max-error", "0.2"), "--calibrate", code=2)
     is_refusal(pessa("prune", folder, "-o", no, "--target-params", "0.1"), "0.1", code=1)
     is_refusal(pessa("prune", folder, "-o", no, "--target-params", "1.1"), "--target-params", code=2)
     is_refusal(pessa("prune", folder, "-o", no, "--target-size", "big"), "--target-size", code=2)

@@ -259,32 +259,6 @@ def test_a_budget_that_cannot_be_met_names_what_remains() -> None:
     assert caught.value.hint == "give a larger size"
 
 
-def test_max_error_stops_a_block_at_its_first_step_that_is_too_much() -> None:
-    sites = [BIASED, replace(BIASED, layer=1)]
-    worse = trials_by(TRIED.errors["qk"], tuple(100 * error for error in TRIED.errors["vo"]), TRIED.harm)
-    spectra = {site.name: spectra_by(QK, VO, True, trials) for site, trials in zip(sites, (TRIED, worse), strict=True)}
-    steps = ordered_steps(sites, spectra, Rule())
-    for most in (0.0, 0.02, 0.05, 0.1, 0.5):
-        expected = {site.name: {"qk": [3, 3], "vo": [3, 3]} for site in sites}
-        for site in sites:
-            lost = 0.0
-            for step in (step for step in steps if step.site == site):
-                lost += step.error
-                if lost > most**2:
-                    break
-                expected[site.name][step.seam.name][step.group] = step.rank
-        plan = ranks_for(sites, spectra, Rule(max_error=most), WHOLE)
-        for site in sites:
-            assert list(plan.ranks[site.name]["qk"]) == expected[site.name]["qk"]
-            assert list(plan.ranks[site.name]["vo"]) == expected[site.name]["vo"]
-    exactly = steps[0].error ** 0.5 * (1 + 1e-12)
-    plan = ranks_for(sites, spectra, Rule(max_error=exactly), WHOLE)
-    assert sum(sum(plan.ranks[s.name]["qk"]) + sum(plan.ranks[s.name]["vo"]) for s in sites) < 24
-    spectra[sites[1].name] = spectra_by(QK, VO)
-    with pytest.raises(UsageError, match="--max-error"):
-        ranks_for(sites, spectra, Rule(max_error=0.1), WHOLE)
-
-
 def test_a_rule_without_a_budget_is_a_plan() -> None:
     rule = Rule(ratio=0.3)
     assert ranks_for([BIASED], spectra_of(BIASED), rule, WHOLE) == plan_ranks([BIASED], spectra_of(BIASED), rule)

@@ -1,0 +1,125 @@
+"""Plans for a budget that are assembled and tried at the model's output, on held-out inputs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from calibrating import data as data
+from harness import Pessa, TinyFolder, is_refusal
+
+from pessa_cli.calibration.joint_plan import OutputHarm, best_plan
+from pessa_cli.common.errors import PessaError
+from pessa_cli.common.progress import quietly
+from pessa_cli.models.hooks import output_of
+from pessa_cli.ranks.budget import candidates, ranks_for
+from pessa_cli.ranks.plan import RankPlan
+from pessa_cli.ranks.rule import Rule
+from pessa_cli.surgery.decomposition import Decomposition, decomposition_of
+from pessa_cli.surgery.model import Model, open_model
+from pessa_cli.surgery.prune import prune_model
+from pessa_cli.surgery.run import Run
+
+RULE = Rule(target_layers=0.7)
+
+
+@contextmanager
+def decomposed(model: Model) -> Iterator[Decomposition]:
+    with decomposition_of(model, Run(), reuse=True) as found:
+        found.decompose(model.sites)
+        yield found
+
+
+@pytest.mark.parametrize("name", ["llama", "bert"])
+def test_the_harm_is_that_of_the_written_model(name: str, tiny_folder: TinyFolder, tmp_path: Path) -> None:
+    """For logits the KL divergence per token; nothing is lost with the whole model, and more with a smaller one."""
+    model = open_model(tiny_folder(name))
+    loaded = tiny.load(tiny_folder(name))
+    inputs = [tiny.inputs(loaded)]
+    with torch.no_grad():
+        kind, before = output_of(loaded, inputs[0])
+    with decomposed(model) as found, OutputHarm(loaded, model.sites, inputs, found) as harm:
+        plans = [ranks_for(model.sites, found.spectra, Rule(target_layers=share), model.size) for share in (0.8, 0.5)]
+        harms = [harm.of(plan) for plan in (RankPlan.full(model.sites), *plans)]
+        assert harms[0] < 1e-6 < harms[1] < harms[2]
+        assert harm.of(RankPlan.full(model.sites)) < 1e-6  # what was cut before is back
+    prune_model(model, tmp_path / "out", Rule(target_layers=0.8), model.sites)
+    with torch.no_grad():
+        _, after = output_of(tiny.load(tmp_path / "out"), inputs[0])
+    if kind == "logits":
+        first, second = before.double().log_softmax(-1), after.double().log_softmax(-1)
+        expected = float((first.exp() * (first - second)).sum(-1).mean())
+    else:
+        expected = float((before - after).norm() / before.norm())
+    assert harms[1] == pytest.approx(expected, rel=1e-3)
+
+
+@dataclass
+class Told:
+    """In place of measurements: the harm of each plan is what the test says, in the order of the calls."""
+
+    harms: list[float]
+    unit: str = "logits"
+    asked: list[RankPlan] = field(default_factory=list)
+
+    def of(self, plan: RankPlan) -> float:
+        self.asked.append(plan)
+        return self.harms[len(self.asked) - 1]
+
+
+@pytest.mark.parametrize("least", [0, 1, 2])
+def test_the_plan_of_least_harm_is_taken(least: int, tiny_folder: TinyFolder) -> None:
+    model = open_model(tiny_folder("bert"))
+    with decomposed(model) as found:
+        named = candidates(model.sites, found.spectra, RULE, model.size)
+        told: Any = Told([0.1 if place == least else 0.2 for place in range(len(named))])
+        taken = best_plan(told, model.sites, found.spectra, RULE, model.size, quietly)
+    assert told.asked == list(named.values())
+    assert taken.taken == list(named)[least]
+    assert taken.plan == list(named.values())[least]
+    assert dict(zip(named, told.harms, strict=True)) == taken.harms
+
+
+def test_max_error_is_the_harm_to_the_output(
+    tiny_folder: TinyFolder, data: list[Path], tmp_path: Path, pessa: Pessa
+) -> None:
+    folder, given = tiny_folder("llama"), [argument for path in data for argument in ("--calibrate", path)]
+    sizes = []
+    for most in (1e-4, 1e-2):
+        out = tmp_path / str(most)
+        done = pessa("prune", folder, *given, "--max-error", most, "-o", out)
+        assert done.code == 0, done
+        manifest = json.loads((out / "pessa.json").read_text())
+        compared = manifest["compared"]
+        assert compared["unit"] == "nats per token"
+        assert 0 <= compared["harms"][compared["taken"]] <= most
+        sizes.append(open_model(out).parameters)
+    assert sizes[1] < sizes[0] < open_model(folder).parameters
+    is_refusal(pessa("prune", folder, "--max-error", 0.1, "-o", tmp_path / "no"), "--calibrate DATA", code=2)
+
+
+def test_no_plan_has_so_little_harm(tiny_folder: TinyFolder) -> None:
+    model = open_model(tiny_folder("bert"))
+    told: Any = Told([0.5] * 100)
+    with decomposed(model) as found, pytest.raises(PessaError, match=r"--max-error 0.1: .* at least 0.5"):
+        best_plan(told, model.sites, found.spectra, Rule(max_error=0.1), model.size, quietly)
+
+
+def test_a_budget_with_data_compares_plans(
+    tiny_folder: TinyFolder, data: list[Path], tmp_path: Path, pessa: Pessa
+) -> None:
+    folder, given = tiny_folder("bert"), [argument for path in data for argument in ("--calibrate", path)]
+    done = pessa("prune", folder, *given, "--target-layers", 0.7, "-o", tmp_path / "out")
+    assert done.code == 0, done
+    compared = json.loads((tmp_path / "out" / "pessa.json").read_text())["compared"]
+    harms = compared["harms"]
+    assert len(harms) == 3
+    assert harms[compared["taken"]] == min(harms.values())
+    assert f"taken: {compared['taken']}" in done.err
