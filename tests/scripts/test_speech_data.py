@@ -72,7 +72,7 @@ def test_a_seed_gives_the_same_bytes(tmp_path: Path) -> None:
 
 
 def test_augmentation_changes_speed_gain_and_noise() -> None:
-    tone = np.sin(np.arange(3 * SAMPLE_RATE) * 2 * np.pi * 440 / SAMPLE_RATE).astype(np.float32)
+    tone = np.sin(np.arange(SAMPLE_RATE) * 2 * np.pi * 440 / SAMPLE_RATE).astype(np.float32)
     changed = [augmented(tone, np.random.default_rng(seed)) for seed in range(30)]
     lengths = np.array([len(each) for each in changed]) / len(tone)
     assert 0.9 <= lengths.min() < 0.95
@@ -81,7 +81,7 @@ def test_augmentation_changes_speed_gain_and_noise() -> None:
     powers = np.array([np.mean(each**2) for each in changed])
     assert powers.max() > 5 * powers.min()
     full = np.zeros(round(LONGEST * SAMPLE_RATE), np.float32) + tone[:1] + 0.1
-    assert max(len(augmented(full, np.random.default_rng(seed))) for seed in range(10)) <= LONGEST * SAMPLE_RATE + 1
+    assert max(len(augmented(full, np.random.default_rng(seed))) for seed in range(3)) <= LONGEST * SAMPLE_RATE + 1
 
 
 @pytest.mark.parametrize("text", ["beep: [a tone]", "silence/1: (1 second)", "; comment: no", "join: <beep>", "none:"])
