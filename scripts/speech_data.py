@@ -17,6 +17,9 @@ clips.jsonl that lists them:
 - calibrate_plain: the same windows, not changed.
 - score: windows of the other recordings, each of which is in one window, not changed.
 
+The speaker of the prompts is in both parts, and similar prompts may be, so scores on them are better than on the speech
+of others; differences between methods on the same data are what they are for.
+
 One seed always gives the same files.
 """
 
