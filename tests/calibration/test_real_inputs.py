@@ -19,7 +19,7 @@ import torch
 import whisper
 from characters import tokenizer
 from harness import Pessa, Real, TinyFolder, edit_json, is_refusal
-from transformers import AutoProcessor, AutoTokenizer, WhisperConfig, WhisperForConditionalGeneration
+from transformers import AutoProcessor, AutoTokenizer
 from tuned import with_tokenizer
 from whisper.model import ModelDimensions
 
@@ -106,17 +106,7 @@ def test_a_roberta_reads_a_long_text_in_windows(roberta: Path, place: Path, pess
 @pytest.fixture
 def english(real: Real, place: Path) -> Path:
     """A tiny Whisper with the processor and tokenizer of the real tiny.en, which writes at most 40 tokens."""
-    source, folder = real("whisper-tiny.en"), place / "english"
-    theirs = tiny.read_config(source)
-    kept = [key for key in theirs if key.endswith(("_id", "_tokens")) or key in ("vocab_size", "num_mel_bins")]
-    torch.manual_seed(0)
-    sizes = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48}
-    heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "max_target_positions": 40}
-    WhisperForConditionalGeneration(
-        WhisperConfig(**sizes, **heads, **{key: theirs[key] for key in kept})
-    ).save_pretrained(folder)
-    for name in ("preprocessor_config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"):
-        shutil.copy(source / name, folder / name)
+    folder = tiny.whisper_with_tokenizer(real("whisper-tiny.en"), place / "english")
     edit_json(lambda config: config.update(max_length=40), "generation_config.json")(folder)
     return folder
 

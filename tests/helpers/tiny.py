@@ -7,6 +7,7 @@ every projection and bias matters.
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,21 @@ def _whisper() -> PreTrainedModel:
             begin_suppress_tokens=None,
         )
     )
+
+
+def whisper_with_tokenizer(source: Path, folder: Path) -> Path:
+    """Save a tiny Whisper with the processor, the tokenizer and the special tokens of a real one."""
+    theirs = read_config(source)
+    kept = [key for key in theirs if key.endswith(("_id", "_tokens")) or key in ("vocab_size", "num_mel_bins")]
+    torch.manual_seed(0)
+    sizes = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48}
+    heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "max_target_positions": 40}
+    WhisperForConditionalGeneration(
+        WhisperConfig(**sizes, **heads, **{key: theirs[key] for key in kept})
+    ).save_pretrained(folder)
+    for name in ("preprocessor_config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        shutil.copy(source / name, folder / name)
+    return folder
 
 
 def _bert() -> PreTrainedModel:
