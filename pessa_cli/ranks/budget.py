@@ -115,7 +115,7 @@ def candidates(sites: Sequence[Site], spectra: Mapping[str, Spectra], rule: Rule
     ranks: dict[str, Mapping[str, Ranks]] = {}
     for site in mlps:
         (stored,), step = site.ranks["mlp"], rule.round_to
-        ranks[site.name] = {"mlp": (max(1, min(stored, int(share * stored) // step * step)),)}
+        ranks[site.name] = {"mlp": (min(stored, max(step, int(share * stored) // step * step)),)}
     if not others:
         return found | {"the same share": RankPlan(ranks)}
     apart = replace(rule, **NO_BUDGET, target_layers=share)
@@ -180,7 +180,7 @@ def _level_steps(site: Site, seam: Seam, spectra: Spectra, rule: Rule) -> Iterat
         return
     stored = np.array([rank - seam.always_kept for rank in seam.ranks]) // unit
     grid = -(-rule.round_to // unit)
-    least = 1 if seam.name == "mlp" else -(-rule.min_rank // unit)
+    least = grid if seam.name == "mlp" else -(-rule.min_rank // unit)
     each, error = unit * _parameters(site, seam), 0.0
     harmful = 1.0 if spectra.trials is None else spectra.trials.harm
     tails = np.concatenate([np.cumsum(worth[:, ::-1], -1)[:, ::-1], np.zeros((len(worth), 1))], -1)
@@ -219,7 +219,7 @@ def _steps(site: Site, seam: Seam, spectra: Spectra, rule: Rule) -> Iterator[Pru
     worth, unit = _importance(spectra, seam)
     stored = [rank - seam.always_kept for rank in seam.ranks]  # the spectrum does not cover what is always kept
     grid = -(-rule.round_to // unit)
-    least = 1 if seam.name == "mlp" else -(-rule.min_rank // unit)  # no MLP is left without channels
+    least = grid if seam.name == "mlp" else -(-rule.min_rank // unit)  # no MLP is left without channels
     chunks = [
         (float(worth[head, low:high].mean()), -high, head, low, high)
         for head, rank in zip(range(len(worth)), stored, strict=False)
