@@ -214,5 +214,5 @@ def test_no_test_fetches_models_but_by_the_fixture() -> None:
 def test_the_folders_of_the_tests_are_those_of_the_packages() -> None:
     tests = Path(__file__).parent
     folders = {path.name for path in tests.iterdir() if path.is_dir() and any(path.glob("test_*.py"))}
-    assert folders <= {*PACKAGES, "docs"}
+    assert folders <= {*PACKAGES, "docs", "scripts"}
     assert {path.name for path in tests.glob("test_*.py")} == {Path(__file__).name}

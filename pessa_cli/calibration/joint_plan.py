@@ -53,7 +53,7 @@ class OutputHarm:
             for given in inputs:
                 kind, output = output_of(loaded, given)
                 self.unit = kind
-                values = _log_shares(output) if kind == "logits" else output.reshape(-1, output.shape[-1])
+                values = output.reshape(-1, output.shape[-1])
                 array = np.ascontiguousarray(values.float().cpu().numpy())
                 start = self._file.tell()
                 self._file.write(array.data)
@@ -73,8 +73,8 @@ class OutputHarm:
                 _, output = output_of(self._loaded, given)
                 expected = torch.from_numpy(np.array(known)).to(output.device)
                 if self.unit == "logits":
-                    found = _log_shares(output)
-                    total += float((expected.exp() * (expected - found)).double().sum())
+                    first, found = _log_shares(expected), _log_shares(output)
+                    total += float((first.exp() * (first - found)).sum())
                     whole += len(expected)
                 else:
                     found = output.reshape(-1, output.shape[-1]).float()
@@ -94,8 +94,8 @@ class OutputHarm:
 
 
 def _log_shares(logits: Tensor) -> Tensor:
-    """Return log-probabilities, (tokens, vocabulary), in float32."""
-    return logits.reshape(-1, logits.shape[-1]).float().log_softmax(-1)
+    """Return log-probabilities, (tokens, vocabulary), in float64, since small divergences are differences of them."""
+    return logits.reshape(-1, logits.shape[-1]).double().log_softmax(-1)
 
 
 def best_plan(

@@ -132,7 +132,10 @@ class SavedStatistics:
                 there = set(file.keys())
                 names = {name: f"{site.name}.{name}" for name in shapes_of(site)}
                 if not set(names.values()) <= there:
-                    raise PessaError(f"{path} has no statistics of {site.name}", "collect them again with --calibrate")
+                    raise PessaError(
+                        f"{path} has no statistics of {site.name}",
+                        "collect them again with --calibrate, or choose the blocks that it has with --sites",
+                    )
                 found = statistics_of(site).of({name: file.get_tensor(stored) for name, stored in names.items()})
             if not _plausible(found, site):
                 raise PessaError(

@@ -134,7 +134,10 @@ def inspect(
         as_it_is = totals(found.reader.header, found.sites, sites, RankPlan.stored(sites))
         notify(Overview(str(model), model_type, sites, as_it_is))
         with calibrated(found, sites, recipe, run, calibration_data(recipe), notify=notify) as known:
-            spectra = measure(found, sites, run=run, statistics=known.statistics, blocks=known.blocks)
+            if known.decomposition is not None:
+                spectra: Mapping[str, Spectra] = known.decomposition.spectra
+            else:
+                spectra = measure(found, sites, run=run, statistics=known.statistics, blocks=known.blocks)
         compared = known.comparison
         plan = ranks_for(sites, spectra, rule, found.size) if compared is None else compared.plan
         return Inspection(

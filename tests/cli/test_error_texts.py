@@ -316,6 +316,9 @@ EXAMPLES: Mapping[str, Example] = {
     "a threshold above all singular values": failure("prune whisper -o out --qk-thr 1e9", "Q-K", "pessa inspect"),
     "an invalid size": usage("prune whisper -o out --target-size big", "--target-size", "'big'"),
     "a budget that is too small": failure("prune bert -o out --target-params 0.1", "0.1", "0."),
+    "a limit that no plan keeps": failure(
+        "prune bert -o out --max-error 1e-12 --calibrate story.txt", "--max-error 1e-12", "at least"
+    ),
     "a limit on the error without data": usage("prune bert -o out --max-error 0.1", "--max-error", "--calibrate"),
     "no RoPE": usage("prune bert -o out --rope-ratio 0.1", "--rope-ratio"),
     "vanilla of a decomposed model": usage(

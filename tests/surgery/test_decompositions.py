@@ -122,7 +122,7 @@ def test_factors_that_changed_are_refused(stored: Model) -> None:
         with pytest.raises(PessaError, match=f"does not belong to these weights: {changed.sites[1].name}"):
             decomposition.cut(changed.sites[1], "dense")
     statistics = collected(changed)
-    assert all(found.calibrated for found in measure(changed, changed.sites, statistics=statistics).values())
+    assert all(found.calibrated for found in measure(changed, changed.attention, statistics=statistics).values())
 
 
 def test_statistics_weigh_each_block(model: Model, stored: Model) -> None:
