@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import WhisperProcessor
 
+from pessa_cli.algebra.compare import kl_divergence
 from pessa_cli.evaluation.measures import ScoreSettings
 from pessa_cli.evaluation.word_errors import Clip, compare_words, read_clips, transcribe
 from pessa_cli.models.data import DataItem
@@ -125,9 +126,8 @@ def score(model: Any, of: Original, words: bool = True) -> SpeechScores:
     kl, nats = list[float](), list[float]()
     for features, said, text, states in zip(of.features, of.said, of.texts, of.states, strict=True):
         encoded = model.model.encoder(features.to(model.device, model.dtype)).last_hidden_state
-        ours = model.proj_out(said.predicted(decoded(model, encoded, said))).double().log_softmax(-1)
-        theirs = of.head(states).double().log_softmax(-1)
-        kl.append(float((theirs.exp() * (theirs - ours.to(theirs.device))).sum()))
+        ours, theirs = model.proj_out(said.predicted(decoded(model, encoded, said))), of.head(states)
+        kl.append(float(kl_divergence(theirs, ours.to(theirs.device)).sum()))
         logits = model.proj_out(text.predicted(decoded(model, encoded, text))).double()
         nats.append(float(cross_entropy(logits, text.tokens[0, text.prompt :].to(logits.device), reduction="sum")))
     sizes = [[forced.tokens.shape[1] - forced.prompt for forced in some] for some in (of.said, of.texts)]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from pessa_cli.algebra.absorb import Absorbed, Pair, recompose, value_bias_effect
-from pessa_cli.algebra.channels import ChannelWeights, channel_norms, removal_order
-from pessa_cli.algebra.compare import relative_difference
+from pessa_cli.algebra.channels import ChannelWeights, Weights, channel_norms, removal_order
+from pessa_cli.algebra.compare import kl_divergence, relative_difference
 from pessa_cli.algebra.decompose import (
     Transforms,
     norm_products,
@@ -26,11 +26,13 @@ __all__ = [
     "PairWeighting",
     "Transforms",
     "Weighting",
+    "Weights",
     "all_finite",
     "channel_norms",
     "compensated",
     "contributions",
     "joined",
+    "kl_divergence",
     "live",
     "norm_products",
     "norm_transforms",

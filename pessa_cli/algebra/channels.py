@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pessa_cli.algebra.heads import HeadWeights
 from pessa_cli.algebra.weighted import NEGLIGIBLE, scales
 
 LEAST_BATCH, BATCHES = 16, 64  # channels removed at a time: at least so many, or one of so many parts of all
@@ -35,6 +36,9 @@ class ChannelWeights:
     def restored(self, order: Tensor) -> ChannelWeights:
         """Undo `ordered`: return the channels in the order in which those of `order` had their numbers."""
         return self.ordered(order.argsort())
+
+
+Weights = HeadWeights | ChannelWeights  # the canonical forms of the two kinds of blocks
 
 
 def channel_norms(weights: ChannelWeights) -> Tensor:

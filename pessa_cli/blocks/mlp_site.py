@@ -33,20 +33,12 @@ class MlpSite(Site):
     dtype: str  # of the weights and biases; if they differ, the coarsest
 
     @property
-    def kind(self) -> str:
-        return self.spec.kind
-
-    @property
     def modules(self) -> Mapping[str, str]:
         return {f"in{number}": module for number, module in enumerate(self.into)} | {"out": self.out}
 
     @property
     def last(self) -> str:
         return "out"
-
-    @property
-    def compact(self) -> bool:
-        return self.spec.compact
 
     @property
     def seams(self) -> tuple[Seam, ...]:

@@ -10,7 +10,7 @@ from typing import Self, TypeVar
 
 from pessa_cli.blocks.compact_format import PairRuns, Ragged, Ranks, pair_ranks
 from pessa_cli.blocks.seam import Seam, Symmetry
-from pessa_cli.blocks.spec import AttentionSpec
+from pessa_cli.blocks.spec import AttentionSpec, BlockSpec
 from pessa_cli.common.errors import UsageError
 
 ROPE = "RoPE"
@@ -19,16 +19,18 @@ ROPE = "RoPE"
 class Site(ABC):
     """One block of one checkpoint: an attention block or an MLP.
 
-    layer: the number of its layer. dtype: of the weights and biases; if they differ, the coarsest.
+    spec: its row of the architecture table. layer: the number of its layer. dtype: of the weights and biases; if they
+    differ, the coarsest.
     """
 
+    spec: BlockSpec
     layer: int
     dtype: str
 
     @property
-    @abstractmethod
     def kind(self) -> str:
         """The kind of block, such as "encoder.self"."""
+        return self.spec.kind
 
     @property
     def name(self) -> str:
@@ -65,7 +67,7 @@ class Site(ABC):
     @property
     def compact(self) -> bool:
         """Whether the stock model code runs narrower modules."""
-        return True
+        return self.spec.compact
 
     @property
     @abstractmethod
@@ -129,20 +131,12 @@ class AttentionSite(Site):
     unmerged: int = 0
 
     @property
-    def kind(self) -> str:
-        return self.spec.kind
-
-    @property
     def modules(self) -> Mapping[str, str]:
         return {"q": self.q, "k": self.k, "v": self.v, "o": self.o}
 
     @property
     def last(self) -> str:
         return "o"
-
-    @property
-    def compact(self) -> bool:
-        return self.spec.compact
 
     @property
     def seams(self) -> tuple[Seam, ...]:

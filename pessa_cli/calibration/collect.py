@@ -145,10 +145,10 @@ def calibrate(
     blocks = BlockReader(model.reader, keep=fits)
     sequence_rule = None if rule is None else str(rule)
     with ExitStack() as resources:
-        sequence: Decomposition | None = None
+        decomposition: Decomposition | None = None
         comparison: Comparison | None = None
         if rule is not None:
-            sequence = resources.enter_context(decomposition_of(model, run, blocks))
+            decomposition = resources.enter_context(decomposition_of(model, run, blocks))
         with ExitStack() as running:
             running.enter_context(quiet_transformers())
             placing: dict[str, Any] = {}
@@ -172,7 +172,7 @@ def calibrate(
                 inputs: Iterable[tuple[Inputs, int]] = _sampled(
                     windows(model.reader.folder, loaded, items, transcribed), samples
                 )
-                if sequence is not None:  # the inputs are needed again for each block
+                if rule is not None:  # the inputs are needed again for each block
                     inputs = list(inputs)
                 ticks = run.progress("calibrating", sum(item.nbytes for item in items), 0)
                 folds = collect_statistics(loaded, sites, inputs, blocks, ticks, FOLDS if fits else 1)
@@ -194,17 +194,17 @@ def calibrate(
                     held = on_device(samples, run.device)
                     found = try_out(loaded, sites, held, found, trial, most_bytes, tick)
                     if budget is not None and budget.budgeted and rule is None:
-                        sequence = resources.enter_context(decomposition_of(model, run, blocks))
-                        sequence.decompose(sites, CollectedStatistics(found, identities))
+                        decomposition = resources.enter_context(decomposition_of(model, run, blocks))
+                        decomposition.decompose(sites, CollectedStatistics(found, identities))
                         with OutputHarm(loaded, sites, held, trial) as harm:
-                            comparison = best_plan(harm, sites, sequence.spectra, budget, model.size, run.progress)
+                            comparison = best_plan(harm, sites, decomposition.spectra, budget, model.size, run.progress)
             else:
                 (found,) = folds
-            if rule is not None and sequence is not None:
-                found = collect_in_sequence(model, loaded, sites, inputs, rule, found, blocks, sequence, run)
+            if rule is not None and decomposition is not None:
+                found = collect_in_sequence(model, loaded, sites, inputs, rule, found, blocks, decomposition, run)
             del loaded
         statistics = CollectedStatistics(found, sorted(identities), sequence_rule)
-        yield Calibration(statistics, blocks, sequence, comparison)
+        yield Calibration(statistics, blocks, decomposition, comparison)
 
 
 def _check_memory(model: Model, sites: Sequence[Site], rule: Rule | None, run: Run) -> bool:

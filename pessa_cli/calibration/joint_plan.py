@@ -8,24 +8,23 @@ and the one with the lowest harm is taken.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from types import TracebackType
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
+from pessa_cli.algebra.compare import kl_divergence
 from pessa_cli.blocks.site import Site
 from pessa_cli.calibration.trial_cuts import set_block
 from pessa_cli.common.errors import PessaError
 from pessa_cli.common.progress import Progress, quietly
 from pessa_cli.models.hooks import block_modules, output_of
 from pessa_cli.models.inputs import Inputs
-from pessa_cli.ranks.budget import UnmetBudgetError, candidates, ranks_for
+from pessa_cli.ranks.budget import UnmetBudgetError, candidates
 from pessa_cli.ranks.plan import Comparison, RankPlan
 from pessa_cli.ranks.rule import Rule
 from pessa_cli.ranks.spectra import Size, Spectra
@@ -71,13 +70,12 @@ class OutputHarm:
         with torch.inference_mode():
             for given, known in zip(self._inputs, self._known, strict=True):
                 _, output = output_of(self._loaded, given)
+                found = output.reshape(-1, output.shape[-1]).float()
                 expected = torch.from_numpy(np.array(known)).to(output.device)
                 if self.unit == "logits":
-                    first, found = _log_shares(expected), _log_shares(output)
-                    total += float((first.exp() * (first - found)).sum())
+                    total += float(kl_divergence(expected, found).sum())
                     whole += len(expected)
                 else:
-                    found = output.reshape(-1, output.shape[-1]).float()
                     total += float((found - expected).double().square().sum())
                     whole += float(expected.double().square().sum())
         harm = total / whole if whole else 0.0
@@ -91,11 +89,6 @@ class OutputHarm:
     ) -> None:
         self._known.clear()
         self._file.close()
-
-
-def _log_shares(logits: Tensor) -> Tensor:
-    """Return log-probabilities, (tokens, vocabulary), in float64, since small divergences are differences of them."""
-    return logits.reshape(-1, logits.shape[-1]).double().log_softmax(-1)
 
 
 def best_plan(
@@ -112,52 +105,44 @@ def best_plan(
     met, and PessaError if no plan has so little harm.
     """
     unit = {"logits": "nats per token", "hidden states": "relative error of the hidden states"}[harm.unit]
-    if rule.max_error is not None:
-        return _within(harm, sites, spectra, rule, whole, progress, unit)
-    named = candidates(sites, spectra, rule, whole)
-    with ExitStack() as resources:
-        tick = resources.enter_context(progress("comparing plans", 0, len(named)))
+
+    def best_within(budget: Rule, progress: Progress) -> Comparison:
+        named = candidates(sites, spectra, budget, whole)
         harms: dict[str, float] = {}
-        for name, plan in named.items():
-            harms[name] = harm.of(plan)
-            tick(0, 1)
-    taken = min(harms, key=lambda name: harms[name])
-    return Comparison(named[taken], taken, harms, unit)
+        with progress("comparing plans", 0, len(named)) as tick:
+            for name, plan in named.items():
+                harms[name] = harm.of(plan)
+                tick(0, 1)
+        taken = min(harms, key=lambda name: harms[name])
+        return Comparison(named[taken], taken, harms, unit)
+
+    if rule.max_error is None:
+        return best_within(rule, progress)
+    return _smallest(lambda share: best_within(rule.with_share(share), quietly), rule.max_error, unit, progress)
 
 
-def _within(
-    harm: OutputHarm,
-    sites: Sequence[Site],
-    spectra: Mapping[str, Spectra],
-    rule: Rule,
-    whole: Size,
-    progress: Progress,
-    unit: str,
-) -> Comparison:
-    """Return the smallest plan with a harm of at most `max_error`, by bisection over the share of parameters kept."""
-    assert rule.max_error is not None
+def _smallest(best_within: Callable[[float], Comparison], most: float, unit: str, progress: Progress) -> Comparison:
+    """Return the plan with the smallest share of the parameters whose harm is at most `most`, by bisection.
+
+    best_within: returns the best plan for a share. Raises PessaError if no plan that was tried has so little harm.
+    """
     low, high, least = 0.0, 1.0, float("inf")
-    full = replace(rule, max_error=None, target_layers=1.0)
-    best = Comparison(ranks_for(sites, spectra, full, whole), "the whole model", {}, unit)
+    best: Comparison | None = None
     with progress("searching for the smallest plan", 0, STEPS) as tick:
         for _ in range(STEPS):
-            share = (low + high) / 2
-            try:
-                tried = best_plan(harm, sites, spectra, replace(full, target_layers=share), whole, quietly)
-            except UnmetBudgetError:
-                low = share
-                tick(0, 1)
-                continue
-            found = tried.harms[tried.taken]
-            least = min(least, found)
-            if found <= rule.max_error:
+            share, harm = (low + high) / 2, float("inf")
+            with suppress(UnmetBudgetError):  # the share is smaller than what must remain
+                tried = best_within(share)
+                harm = tried.harms[tried.taken]
+            least = min(least, harm)
+            if harm <= most:
                 best, high = tried, share
             else:
                 low = share
             tick(0, 1)
-    if not best.harms:
+    if best is None:
         raise PessaError(
-            f"--max-error {rule.max_error:g}: the harm of every plan is larger, at least {least:.3g} {unit}",
+            f"--max-error {most:g}: the harm of every plan is larger, at least {least:.3g} {unit}",
             "allow more, or calibrate on more data",
         )
     return best

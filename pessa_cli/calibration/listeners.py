@@ -170,6 +170,8 @@ class AttentionListener(BlockListener):
     attention times values, or if RoPE is applied in an unknown way.
     """
 
+    site: AttentionSite
+
     def __init__(
         self,
         site: AttentionSite,
@@ -181,7 +183,6 @@ class AttentionListener(BlockListener):
         folds: int = 1,
     ) -> None:
         super().__init__(site, device, folds)
-        self._attention = site
         self._checked = False
         self._seen: dict[str, Tensor] = {}
         self._masks = masks or VisibleKeys()
@@ -198,17 +199,13 @@ class AttentionListener(BlockListener):
         def hook(_module: nn.Module, _args: Any, output: Tensor) -> None:
             # The first call of a block is for its inputs; DeBERTa's calls after that are for relative positions.
             if self.fold is not None and side not in self._seen:
-                self._seen[side] = (
-                    split_fused(output[0].mT, self._attention)[side] if self._attention.spec.fused else output[0].mT
-                )
+                self._seen[side] = split_fused(output[0].mT, self.site)[side] if self.site.spec.fused else output[0].mT
 
         return hook
 
     def _heads(self, side: str) -> Tensor:
         """Return the outputs of a projection by head, (positions, G, M, d); M is 1 for keys and values."""
-        heads = self._seen[side].reshape(
-            self._attention.kv_heads, -1, self._attention.head_dim, self._seen[side].shape[-1]
-        )
+        heads = self._seen[side].reshape(self.site.kv_heads, -1, self.site.head_dim, self._seen[side].shape[-1])
         return heads.permute(3, 0, 1, 2)
 
     def _keep_input(self, _module: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -219,7 +216,7 @@ class AttentionListener(BlockListener):
         """Add one call of the block to the sums."""
         if self.fold is None:
             return
-        site, sums = self._attention, self._sums[self.fold]
+        site, sums = self.site, self._sums[self.fold]
         g, m, d = site.kv_heads, site.group, site.head_dim
         # T5 also returns the position bias, which has the same shape, before the weights.
         found = [t[0] for t in output if isinstance(t, Tensor) and t.dim() == 4 and t.shape[1] == site.heads]
@@ -254,7 +251,7 @@ class AttentionListener(BlockListener):
 
     def _check(self, attention: Tensor, mixtures: Tensor) -> None:
         """Raise PessaError unless the input of W_O is attention times values, as the statistics assume."""
-        site = self._attention
+        site = self.site
         values = self._heads("v").float().permute(1, 2, 0, 3)
         weights = attention.reshape(site.kv_heads, site.group, *attention.shape[1:]).float()
         fit = weights.shape[-1] == values.shape[-2] and weights[..., 0].numel() * site.head_dim == mixtures.numel()
@@ -268,14 +265,14 @@ class AttentionListener(BlockListener):
     def _rotated(self, queries: Tensor, keys: Tensor, rotation: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
         """Return queries and keys after RoPE. Raises PessaError if the block is not given cos and sin of full heads."""
         if rotation is None:
-            raise PessaError(f"{self._attention.name} is not called with position_embeddings (cos and sin)", BY_WEIGHTS)
+            raise PessaError(f"{self.site.name} is not called with position_embeddings (cos and sin)", BY_WEIGHTS)
         cos, sin = (angle[0] for angle in rotation)
-        head_dim = self._attention.head_dim
+        head_dim = self.site.head_dim
         if 2 * cos.shape[-1] == head_dim:  # GPT-OSS gives the angles of each pair once
             cos, sin = torch.cat([cos, cos], -1), torch.cat([sin, sin], -1)
         if cos.shape[-1] != head_dim:
             raise PessaError(
-                f"{self._attention.name}: rotations of width {cos.shape[-1]} for heads of width {head_dim}",
+                f"{self.site.name}: rotations of width {cos.shape[-1]} for heads of width {head_dim}",
                 BY_WEIGHTS,
             )
         return rotated(queries, cos, sin), rotated(keys, cos, sin)

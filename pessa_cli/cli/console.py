@@ -15,7 +15,6 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeE
 from rich.table import Table
 
 from pessa_cli.checkpoint.contents import left_out_text
-from pessa_cli.cli.inspect_tables import block_tables, spectra_table
 from pessa_cli.cli.plain_console import PlainConsole, styled
 from pessa_cli.cli.quantities import PERCENT, quantity, size, step_row
 from pessa_cli.cli.score_table import captions, score_table
@@ -162,12 +161,16 @@ def _show_model(found: Overview) -> None:
     shown = [f"{share:.1%} of them in {these} {names[what]}" for what, share in shares.items() if share]
     OUT.print(styled((found.model, "bold"), f"  {found.model_type}, {totals['blocks']} blocks"))
     OUT.print(f"{totals['parameters']:,} parameters in {size(totals['bytes'])}, {' and '.join(shown)}")
+    from pessa_cli.cli.inspect_tables import block_tables  # here, so that it costs no start-up time
+
     for table in block_tables(sites):
         OUT.print(table)
 
 
 def show_blocks(blocks: list[InspectedBlock]) -> None:
     """Print the table of `inspect`: for each block and seam, the spectra of all groups together."""
+    from pessa_cli.cli.inspect_tables import spectra_table
+
     OUT.print(spectra_table(blocks, OUT.encoding))
 
 
@@ -204,29 +207,14 @@ def _with_data(rule: str, method: str) -> str:
 
 def show_totals(totals: Mapping[str, Any], rule: str) -> None:
     """Print the shares that the ranks remove, counted as in the paper (PESSA/CLOVER, arXiv 2411.17426)."""
-    OUT.print(
-        styled(
-            (rule, "bold"),
-            f" prunes {pruned_parts(totals)} = {totals['model_pruned']:.2%} of the model",
-        )
-    )
+    from pessa_cli.surgery.totals import pruned_parts
+
+    parts = ", and ".join(pruned_parts(totals, "= {} of this attention"))
+    OUT.print(styled((rule, "bold"), f" prunes {parts} = {totals['model_pruned']:.2%} of the model"))
     OUT.print(
         f"{totals['parameters']:,} -> {totals['parameters_after']:,} parameters, "
         f"{size(totals['bytes'])} -> {size(totals['bytes_after'])} as compact weights"
     )
-
-
-def pruned_parts(totals: Mapping[str, Any]) -> str:
-    """Say which shares of the attention and of the MLPs among the chosen blocks a rule removes."""
-    parts = []
-    if totals["attention_parameters"]:
-        parts.append(
-            f"{totals['qk_pruned']:.2%} of Q-K and {totals['vo_pruned']:.2%} of V-O "
-            f"= {totals['attention_pruned']:.2%} of this attention"
-        )
-    if totals["mlp_parameters"]:
-        parts.append(f"{totals['mlp_pruned']:.2%} of the channels of these MLPs")
-    return ", and ".join(parts)
 
 
 def show_written(written: WrittenModel, check: bool = True) -> None:

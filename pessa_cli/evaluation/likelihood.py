@@ -16,11 +16,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from pessa_cli.algebra.compare import kl_divergence
 from pessa_cli.common.progress import Progress, quietly
 from pessa_cli.evaluation.figures import Figure, ratio
 from pessa_cli.models.inputs import Inputs
-
-ROWS = 64  # positions whose predictions are compared at a time; in float64 they take 80 MB for 150,000 tokens
 
 
 class Passage(NamedTuple):
@@ -79,20 +78,6 @@ def likelihoods(
             tick(0, 1)
     tokens = np.array([len(passage.targets) for passage in passages], dtype=np.int64)
     return Likelihoods(tokens, nats, divergence if compared else None)
-
-
-def kl_divergence(reference: Tensor, logits: Tensor) -> Tensor:
-    """The KL divergence of one prediction from another over the whole vocabulary, at each position, in nats.
-
-    reference, logits: (positions, vocabulary). Returns sum p (log p - log q) with p by `reference` and q by `logits`,
-    (positions,), computed in float64 (in float32 on MPS, which has no float64). Tokens that p excludes count as 0.
-    """
-    wide = torch.float32 if logits.device.type == "mps" else torch.float64
-    found = []
-    for ours, theirs in zip(torch.split(reference, ROWS), torch.split(logits, ROWS), strict=True):
-        p, q = (rows.log_softmax(-1, dtype=wide) for rows in (ours, theirs))
-        found.append(torch.where(p == -torch.inf, 0.0, p.exp() * (p - q)).sum(-1))
-    return torch.cat(found)
 
 
 def _logits(model: Any, passage: Passage) -> Tensor:

@@ -11,8 +11,8 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,8 +25,6 @@ from pessa_cli.common.errors import PessaError, UsageError
 from pessa_cli.ranks.plan import RankPlan, check_ranks, plan_ranks
 from pessa_cli.ranks.rule import Rule
 from pessa_cli.ranks.spectra import LEVELS, Size, Spectra, Spectrum, Trials, largest_pairs, pair_shares
-
-NO_BUDGET: dict[str, Any] = dict.fromkeys(("target_params", "target_attention", "target_size", "max_error"))
 
 
 class UnmetBudgetError(PessaError):
@@ -118,7 +116,7 @@ def candidates(sites: Sequence[Site], spectra: Mapping[str, Spectra], rule: Rule
         ranks[site.name] = {"mlp": (min(stored, max(step, int(share * stored) // step * step)),)}
     if not others:
         return found | {"the same share": RankPlan(ranks)}
-    apart = replace(rule, **NO_BUDGET, target_layers=share)
+    apart = rule.with_share(share)
     try:
         rest, widths = (ranks_for(own, spectra, apart, whole) for own in (others, mlps))
     except UnmetBudgetError:  # so much can only be cut of attention and MLPs together

@@ -79,10 +79,9 @@ def check_ranks(sites: Sequence[Site], rule: Rule) -> None:
     heads = max((seam.width for site in sites for seam in site.seams if seam.name != "mlp"), default=0)
     channels = max((seam.width for site in sites for seam in site.seams if seam.name == "mlp"), default=0)
     if rule.of_mlp and not channels:
-        raise UsageError(f"--{rule.of_mlp[0].replace('_', '-')}: no MLP is among the chosen blocks", NO_MLP)
+        raise UsageError(f"{rule.of_mlp[0].flag}: no MLP is among the chosen blocks", NO_MLP)
     if rule.of_attention and not heads:
-        flag = rule.of_attention[0].replace("_", "-")
-        raise UsageError(f"--{flag}: no attention is among the chosen blocks", NO_ATTENTION)
+        raise UsageError(f"{rule.of_attention[0].flag}: no attention is among the chosen blocks", NO_ATTENTION)
     for flag, rank, width, what in (
         ("--rank", rule.rank, heads, "the largest head has {} directions"),
         ("--min-rank", rule.min_rank, heads, "the largest head has {} directions"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pessa_cli.common.errors import UsageError
@@ -110,13 +110,13 @@ class Rule:
 
     def __post_init__(self) -> None:
         rules = list(dict.fromkeys(_title(setting) for setting in CRITERIA if self._has(setting)))
-        for own in (rules, [f"--{name.replace('_', '-')}" for name in self.of_mlp]):
+        for own in (rules, [setting.flag for setting in self.of_mlp]):
             if len(own) > 1:
                 raise UsageError(f"{' and '.join(own)} cannot be combined", "give one of them")
         check_options(self)
         if self.budgeted and self.of_mlp:
             raise UsageError(
-                f"{rules[0]} also chooses the widths of MLPs, so it excludes --{self.of_mlp[0].replace('_', '-')}",
+                f"{rules[0]} also chooses the widths of MLPs, so it excludes {self.of_mlp[0].flag}",
                 "leave one of them out",
             )
         if self.uniform and not self.budgeted:
@@ -131,7 +131,7 @@ class Rule:
             )
 
     def __str__(self) -> str:
-        given = [*self.given, *self.of_mlp]
+        given = [*self.given, *(setting.name for setting in self.of_mlp)]
         criteria = [f"{name} {getattr(self, name):.12g}" for name in given if name != "lossless"]
         text = "lossless" if self.lossless or not criteria else ", ".join(criteria)
         return (
@@ -152,9 +152,9 @@ class Rule:
         return [setting.name for setting in CRITERIA if self._has(setting)]
 
     @property
-    def of_mlp(self) -> list[str]:
-        """The names of the options for the widths of MLPs that are given; at most one."""
-        return [setting.name for setting in OF_MLPS if self._has(setting)]
+    def of_mlp(self) -> list[Setting]:
+        """The options for the widths of MLPs that are given; at most one."""
+        return [setting for setting in OF_MLPS if self._has(setting)]
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -171,15 +171,20 @@ class Rule:
         return kinds + (("attention",) if self.given or not kinds else ())
 
     @property
-    def of_attention(self) -> list[str]:
-        """The names of the given criteria that choose the ranks of attention alone."""
-        shared = [s.name for s in CRITERIA if s.option.group == "budget" and s.name != "target_attention"]
-        return [name for name in self.given if name not in (*shared, "lossless")]
+    def of_attention(self) -> list[Setting]:
+        """The given criteria that choose the ranks of attention alone."""
+        others = ("lossless", *(budget.name for budget in BUDGETS if budget.name != "target_attention"))
+        return [setting for setting in CRITERIA if self._has(setting) and setting.name not in others]
 
     @property
     def budgeted(self) -> bool:
         """Whether the criterion is a budget over all heads and blocks at once."""
-        return any(setting.option.group == "budget" and self._has(setting) for setting in CRITERIA)
+        return any(self._has(setting) for setting in BUDGETS)
+
+    def with_share(self, share: float) -> Rule:
+        """Return the rule with `target_layers` of this share in place of its own budget."""
+        others: dict[str, Any] = {budget.name: None for budget in BUDGETS if budget.name != "target_layers"}
+        return replace(self, target_layers=share, **others)
 
 
 def _title(setting: Setting) -> str:
@@ -190,4 +195,5 @@ def _title(setting: Setting) -> str:
 
 
 CRITERIA = tuple(s for s in settings_of(Rule) if s.option.group in ("criterion", "thresholds", "budget"))
+BUDGETS = tuple(setting for setting in CRITERIA if setting.option.group == "budget")
 OF_MLPS = tuple(setting for setting in settings_of(Rule) if setting.option.group == "MLPs")

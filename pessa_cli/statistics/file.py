@@ -17,8 +17,7 @@ from typing import Any, Protocol, overload
 
 import torch
 
-from pessa_cli.algebra.channels import ChannelWeights
-from pessa_cli.algebra.heads import HeadWeights
+from pessa_cli.algebra.channels import Weights
 from pessa_cli.blocks.site import AttentionSite, Site
 from pessa_cli.common.errors import PessaError
 from pessa_cli.common.files import file_size, write_file
@@ -192,7 +191,7 @@ def save_statistics(
     write_file(path, save(tensors, about), "--statistics", new=True)
 
 
-def fingerprint(weights: HeadWeights | ChannelWeights) -> str:
+def fingerprint(weights: Weights) -> str:
     """Return the SHA-256 of the names, dtypes, shapes and bytes of a block's weights in the canonical form."""
     digest = hashlib.sha256()
     for name, tensor in vars(weights).items():

@@ -21,6 +21,7 @@ from pessa_cli.surgery.rewrite import SHARD_BYTES, Rewrite, cut_into_files
 from pessa_cli.surgery.run import Run
 from pessa_cli.surgery.side_files import UnknownWeights, copy_side_files, output_contents
 from pessa_cli.surgery.spectra_file import SPECTRA_FILE
+from pessa_cli.surgery.totals import pruned_parts
 
 __all__ = [
     "GENERATION_FILE",
@@ -47,6 +48,7 @@ __all__ = [
     "open_model",
     "output_contents",
     "prune_model",
+    "pruned_parts",
     "read_site",
     "split_fused",
     "write_figures",

@@ -14,7 +14,7 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from pessa_cli.algebra.channels import ChannelWeights
+from pessa_cli.algebra.channels import ChannelWeights, Weights
 from pessa_cli.algebra.heads import HeadWeights, all_finite, live
 from pessa_cli.blocks.mlp_site import MlpSite
 from pessa_cli.blocks.site import AttentionSite, Site
@@ -24,7 +24,6 @@ from pessa_cli.common.errors import PessaError
 from pessa_cli.common.text import listed
 
 StorageLayout = Literal["compact", "dense"]
-Weights = HeadWeights | ChannelWeights  # the canonical forms of the two kinds of blocks
 
 
 @overload
@@ -129,7 +128,6 @@ def write_site(weights: Weights, site: Site, header: Header, layout: StorageLayo
     """
     tensors: dict[str, Tensor] = {}
     letters = {module: letter for letter, module in reversed(list(site.modules.items()))}  # the first of a fused tensor
-    transposed = isinstance(site, AttentionSite | MlpSite) and site.spec.transposed
     for name, tensor in _in_slots(weights, site).items():
         rounded = tensor.to(getattr(torch, TORCH_DTYPES[header[name].dtype]))
         module, _, part = name.rpartition(".")
@@ -142,7 +140,7 @@ def write_site(weights: Weights, site: Site, header: Header, layout: StorageLayo
                 f"{name} would overflow: its values become too large for {header[name].dtype}",
                 "convert the model to float32 or bfloat16 first",
             )
-        tensors[name] = (rounded.mT if transposed and part == "weight" else rounded).contiguous()
+        tensors[name] = (rounded.mT if site.spec.transposed and part == "weight" else rounded).contiguous()
     return tensors
 
 

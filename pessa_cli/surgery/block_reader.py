@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import overload
 
+from pessa_cli.algebra.channels import Weights
 from pessa_cli.algebra.heads import HeadWeights
 from pessa_cli.blocks.site import AttentionSite, Site
 from pessa_cli.checkpoint.reader import CheckpointReader
-from pessa_cli.surgery.block_io import Weights, read_site
+from pessa_cli.surgery.block_io import read_site
 
 
 class BlockReader:

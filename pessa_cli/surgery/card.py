@@ -16,6 +16,7 @@ from pessa_cli.checkpoint.manifest import CARD_FILE
 from pessa_cli.common.errors import PessaError
 from pessa_cli.common.files import file_size, write_file
 from pessa_cli.common.text import visible
+from pessa_cli.surgery.totals import pruned_parts
 
 ORIGINAL_FILE = "README.original.md"  # the card of the source, unchanged
 BEGIN, END = "<!-- pessa verify: begin -->", "<!-- pessa verify: end -->"
@@ -122,23 +123,10 @@ def _size(summary: Mapping[str, Any], totals: Mapping[str, Any]) -> str:
         ]  # fmt: skip
         lines += [
             _table(("", "before", "after"), rows),
-            f"The rule was `{summary['rule']}`. It cut {_parts(totals)}, which is {totals['model_pruned']:.2%} of the "
-            "model.",
+            f"The rule was `{summary['rule']}`. It cut {' and '.join(pruned_parts(totals, '({} of this attention)'))}, "
+            f"which is {totals['model_pruned']:.2%} of the model.",
         ]
     return "\n\n".join(lines)
-
-
-def _parts(totals: Mapping[str, Any]) -> str:
-    """Say which shares of the attention and of the MLPs were cut."""
-    parts = []
-    if totals["attention_parameters"]:
-        parts.append(
-            f"{totals['qk_pruned']:.2%} of Q-K and {totals['vo_pruned']:.2%} of V-O "
-            f"({totals['attention_pruned']:.2%} of this attention)"
-        )
-    if totals["mlp_parameters"]:
-        parts.append(f"{totals['mlp_pruned']:.2%} of the channels of these MLPs")
-    return " and ".join(parts)
 
 
 def _loading(config: Mapping[str, Any], layout: str) -> str:

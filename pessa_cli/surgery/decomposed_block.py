@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from pessa_cli.algebra.channels import ChannelWeights
+from pessa_cli.algebra.channels import ChannelWeights, Weights
 from pessa_cli.blocks.mlp_site import MlpSite
 from pessa_cli.blocks.site import AttentionSite, Site
 from pessa_cli.ranks.spectra import Spectra
@@ -24,8 +24,7 @@ from pessa_cli.surgery.attention_block import (
     cut_attention,
     decompose_attention,
 )
-from pessa_cli.surgery.block_io import Weights
-from pessa_cli.surgery.mlp_block import ChannelOrder, cut_mlp, decompose_mlp, mlp_spectra, ordered_channels
+from pessa_cli.surgery.mlp_block import ChannelOrder, cut_mlp, decompose_mlp, ordered_channels
 from pessa_cli.surgery.rewrite import Ranking
 
 Form = BlockTransforms | ChannelOrder  # what turns the weights of a block into factors, or into ordered channels
@@ -50,7 +49,7 @@ def form_of(site: Site, tensors: Mapping[str, Tensor]) -> Form:
 def spectra_of(weights: Weights, site: Site, ranking: Ranking) -> Spectra:
     """Compute the spectra of a block from its weights alone; of attention this is a third of the whole work."""
     if isinstance(weights, ChannelWeights):
-        return mlp_spectra(weights)
+        return decompose_mlp(weights)[0]
     assert isinstance(site, AttentionSite)
     return attention_spectra(weights, site, ranking)
 

@@ -11,13 +11,14 @@ from typing import TypeVar
 
 from torch import Tensor
 
+from pessa_cli.algebra.channels import Weights
 from pessa_cli.algebra.heads import HeadWeights
 from pessa_cli.blocks.site import AttentionSite, Site
 from pessa_cli.common.jobs import in_order, one_thread
 from pessa_cli.ranks.spectra import Spectra
 from pessa_cli.statistics.file import Statistics, fingerprint
 from pessa_cli.surgery.attention_block import pair_contributions
-from pessa_cli.surgery.block_io import NotFiniteError, StorageLayout, Weights, write_site
+from pessa_cli.surgery.block_io import NotFiniteError, StorageLayout, write_site
 from pessa_cli.surgery.block_reader import BlockReader
 from pessa_cli.surgery.decomposed_block import (
     DecomposedBlock,

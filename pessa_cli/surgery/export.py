@@ -9,6 +9,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from pessa_cli.algebra.channels import Weights
 from pessa_cli.blocks.compact_format import PairRuns, Ranks, last_pair, pair_ranks, parse_pairs
 from pessa_cli.blocks.site import Site
 from pessa_cli.checkpoint.files import read_json
@@ -18,7 +19,7 @@ from pessa_cli.common.errors import PessaError
 from pessa_cli.common.text import listed
 from pessa_cli.ranks.plan import RankPlan
 from pessa_cli.surgery.attention_block import ORDERS
-from pessa_cli.surgery.block_io import StorageLayout, Weights, read_site, write_site
+from pessa_cli.surgery.block_io import StorageLayout, read_site, write_site
 from pessa_cli.surgery.model import Model
 from pessa_cli.surgery.rewrite import Ranking, Rewrite
 from pessa_cli.surgery.run import Run

@@ -52,11 +52,6 @@ class ChannelOrder:
         return ChannelOrder(tensors["order"].long(), refit)
 
 
-def mlp_spectra(weights: ChannelWeights) -> Spectra:
-    """Return the products of the norms of each channel's weights, descending."""
-    return Spectra({"mlp": channel_norms(weights).sort(descending=True).values.reshape(1, -1).cpu().numpy()})
-
-
 def decompose_mlp(weights: ChannelWeights, found: MlpStatistics | None = None) -> tuple[Spectra, ChannelOrder]:
     """Order the channels of an MLP by the norms of their weights or, with statistics, by what cutting them changes.
 

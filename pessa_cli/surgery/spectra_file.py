@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from pessa_cli.algebra.channels import ChannelWeights, channel_norms
+from pessa_cli.algebra.channels import ChannelWeights, Weights, channel_norms
 from pessa_cli.algebra.heads import HeadWeights
 from pessa_cli.blocks.mlp_site import MlpSite
 from pessa_cli.blocks.seam import Seam
@@ -119,7 +119,7 @@ def _plausible(spectrum: torch.Tensor, seam: Seam) -> bool:
     )
 
 
-def check_spectra(folder: Path, known: Spectra, site: Site, weights: HeadWeights | ChannelWeights) -> None:
+def check_spectra(folder: Path, known: Spectra, site: Site, weights: Weights) -> None:
     """Raise PessaError when the stored spectra do not belong to the weights of the block.
 
     In balanced factors, both vectors of a direction have the norm sqrt(s) for its singular value s, so that changed

@@ -52,6 +52,20 @@ def totals(header: Header, sites: Iterable[Site], chosen: Iterable[Site], plan: 
     }
 
 
+def pruned_parts(totals: Mapping[str, Any], of_attention: str) -> list[str]:
+    """Say which shares of the attention and of the MLPs among the chosen blocks are removed.
+
+    of_attention: puts the share of the attention's parameters into words, such as "= {} of this attention".
+    """
+    parts = []
+    if totals["attention_parameters"]:
+        share = of_attention.format(f"{totals['attention_pruned']:.2%}")
+        parts.append(f"{totals['qk_pruned']:.2%} of Q-K and {totals['vo_pruned']:.2%} of V-O {share}")
+    if totals["mlp_parameters"]:
+        parts.append(f"{totals['mlp_pruned']:.2%} of the channels of these MLPs")
+    return parts
+
+
 def _count(header: Header, blocks: Iterable[Mapping[str, tuple[int, ...]]]) -> tuple[int, int]:
     """Return the numbers of parameters and of bytes of tensors of the given shapes, in the dtypes of the file."""
     shapes = {name: prod(shape) for tensors in blocks for name, shape in tensors.items()}

@@ -101,7 +101,7 @@ def chosen(model: Model, recipe: Recipe) -> list[Site]:
     of_mlp = recipe.rule.of_mlp
     if of_mlp and not any(isinstance(site, MlpSite) for site in model.sites):
         raise UsageError(
-            f"--{of_mlp[0].replace('_', '-')}: this model has no MLPs whose channels can be cut",
+            f"{of_mlp[0].flag}: this model has no MLPs whose channels can be cut",
             f"leave it out; the model has {', '.join(dict.fromkeys(site.kind for site in model.sites))}",
         )
     kinds = recipe.sites or (() if recipe.searches else recipe.rule.kinds)

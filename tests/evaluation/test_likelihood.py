@@ -23,8 +23,9 @@ from torch import Tensor
 from transformers import WhisperProcessor
 from tuned import disturb, with_tokenizer, write_lines
 
+from pessa_cli.algebra.compare import kl_divergence
 from pessa_cli.evaluation.evaluate import Loading
-from pessa_cli.evaluation.likelihood import First, Passage, kl_divergence, likelihoods
+from pessa_cli.evaluation.likelihood import First, Passage, likelihoods
 from pessa_cli.evaluation.measures import ScoreSettings
 from pessa_cli.evaluation.word_errors import Clip, WordErrors
 from pessa_cli.models.audio import SAMPLE_RATE, load_audio
