@@ -1,4 +1,4 @@
-"""pessa: absorb, decompose, prune and verify the attention of transformer checkpoints.
+"""pessa: decompose, prune and verify the attention and the MLPs of transformer checkpoints.
 
 After this package is imported, `from_pretrained` of transformers loads compact models, and PEFT has the fine-tuning
 methods of pessa. They are registered only when transformers loads its quantizers or PEFT is imported, so that importing

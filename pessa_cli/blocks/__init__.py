@@ -19,7 +19,7 @@ from pessa_cli.blocks.compact_format import (
     ragged_modules,
 )
 from pessa_cli.blocks.discover import find_sites, specs_of
-from pessa_cli.blocks.mlp_discover import find_mlps, mlp_specs_of
+from pessa_cli.blocks.mlp_discover import find_mlps, mlp_specs_of, routed_experts
 from pessa_cli.blocks.mlp_site import MlpSite
 from pessa_cli.blocks.mlp_spec import MlpSpec
 from pessa_cli.blocks.mlp_table import MLPS, TOWER_MLPS
@@ -66,6 +66,7 @@ __all__ = [
     "pairs_text",
     "parse_pairs",
     "ragged_modules",
+    "routed_experts",
     "select",
     "specs_of",
     "usual_heads",

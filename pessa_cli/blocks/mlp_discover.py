@@ -101,6 +101,15 @@ def find_mlps(
     return sites
 
 
+def routed_experts(specs: Sequence[MlpSpec], header: Header) -> list[str]:
+    """Return a line for each row of which the header has routed experts, whose channels cannot be cut yet."""
+    return [
+        f"{spec.kind}: {spec.form}"
+        for spec in specs
+        if any(matches_any(name, tuple(f"*.{pattern}" for pattern in spec.routed)) for name in header)
+    ]
+
+
 def _site(
     place: Location[MlpSpec],
     config: Mapping[str, Any],

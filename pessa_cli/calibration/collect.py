@@ -1,4 +1,4 @@
-"""Calibration: run the calibration data through a model, and collect the statistics of its attention blocks.
+"""Calibration: run the calibration data through a model, and collect the statistics of its blocks.
 
 The calibration data of Whisper are audio files, folders of them, or JSON lines of clips; those of models that read text
 are text files or JSON lines. Every input runs in a batch of its own, so that no padding is added to it.

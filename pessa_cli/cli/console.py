@@ -154,17 +154,22 @@ def show_inspection(found: Inspection) -> None:
 
 def _show_model(found: Overview) -> None:
     """Print the header of `inspect`: the size of the model and its kinds of blocks."""
+    from pessa_cli.surgery.totals import BLOCKS, chosen_kinds  # here, so that they cost no start-up time
+
     totals, sites = found.totals, found.sites
-    shares = {what: totals[f"{what}_parameters"] / totals["parameters"] for what in ("attention", "mlp")}
     these = "these" if totals["blocks_chosen"] < totals["blocks"] else "the"
-    names = {"attention": "attention blocks", "mlp": "MLPs"}
-    shown = [f"{share:.1%} of them in {these} {names[what]}" for what, share in shares.items() if share]
+    shown = [
+        f"{totals[f'{kind}_parameters'] / totals['parameters']:.1%} of them in {these} {BLOCKS[kind]}"
+        for kind in chosen_kinds(totals)
+    ]
     OUT.print(styled((found.model, "bold"), f"  {found.model_type}, {totals['blocks']} blocks"))
     OUT.print(f"{totals['parameters']:,} parameters in {size(totals['bytes'])}, {' and '.join(shown)}")
-    from pessa_cli.cli.inspect_tables import block_tables  # here, so that it costs no start-up time
+    from pessa_cli.cli.inspect_tables import block_tables
 
     for table in block_tables(sites):
         OUT.print(table)
+    for line in found.copied:
+        OUT.print(line)
 
 
 def show_blocks(blocks: list[InspectedBlock]) -> None:
@@ -179,11 +184,11 @@ def show_curve(points: list[Point], method: str) -> None:
     whole = points[0]
     calibrated = method == "calibrated"
     error = "worst block, relative error" if calibrated else "worst product, relative error"
-    headings = "attention kept", "parameters", error, *(["harm to the output"] if calibrated else [])
+    headings = "chosen blocks", "parameters", error, *(["harm to the output"] if calibrated else [])
     table = Table(*headings, box=None, pad_edge=False)
     for point in points:
         harm = [f"{point.harm:.2e}"] if calibrated else []
-        table.add_row(f"{point.attention / whole.attention:.0%}", f"{point.parameters:,}", f"{point.error:.3f}", *harm)
+        table.add_row(f"{point.chosen / whole.chosen:.0%}", f"{point.parameters:,}", f"{point.error:.3f}", *harm)
     OUT.print(table)
     if calibrated:
         OUT.print("harm: the KL divergence of the logits in nats, or the relative squared error of hidden states")
@@ -192,7 +197,7 @@ def show_curve(points: list[Point], method: str) -> None:
 def show_search(found: SearchResult) -> None:
     """Print the budgets that a search has tried."""
     percent = 100 if found.metric in PERCENT else 1
-    table = Table("attention kept", found.metric, "", box=None, pad_edge=False)
+    table = Table("chosen blocks", found.metric, "", box=None, pad_edge=False)
     table.add_row("100%", f"{percent * found.original:.3f}", "the original")
     for share, value in found.tried:
         within = "" if value <= found.limit else f"above {percent * found.limit:.3f}"
@@ -230,9 +235,11 @@ def show_written(written: WrittenModel, check: bool = True) -> None:
 def show_plan(written: WrittenModel) -> None:
     """Print what a run would write: the ranks of each block, and the files."""
     rule = _show_pruned(written)
-    table = Table("block", "ranks of Q-K", "ranks of V-O, or channels", box=None, pad_edge=False)
+    headings = {"qk": "ranks of Q-K", "vo": "ranks of V-O", "mlp": "channels"}
+    shown = [seam for seam in headings if any(seam in ranks for ranks in written.ranks.values())]
+    table = Table("block", *(headings[seam] for seam in shown), box=None, pad_edge=False)
     for name, ranks in written.ranks.items():
-        table.add_row(name, ranks.get("qk", ""), ranks["mlp"] if "mlp" in ranks else ranks["vo"])
+        table.add_row(name, *(ranks.get(seam, "") for seam in shown))
     OUT.print(table)
     for file, nbytes in written.shards.items():
         OUT.print(f"{file}  {size(nbytes)}")

@@ -30,7 +30,7 @@ def inspect(
     ] = None,
     json: JSON = False,
 ) -> None:
-    """Show the attention blocks of a model, the spectra of their heads, and what a rule would prune.
+    """Show the attention blocks and MLPs of a model, their spectra, and what a rule would prune.
 
     Example: `pessa inspect whisper-tiny.en --qk-thr 5e-3 --vo-thr 6e-3 --plot spectra.png`
     """

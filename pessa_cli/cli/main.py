@@ -46,7 +46,7 @@ app.command("eval")(evaluate)
 def options(
     version: Annotated[bool, typer.Option("--version", help="Show the version and exit.", is_eager=True)] = False,
 ) -> None:
-    """Prune the attention of transformer models by the singular values of its heads, and verify the result."""
+    """Prune the attention and the MLPs of transformer models, and verify the result."""
     if version:
         console.note(f"pessa {VERSION}")
         raise typer.Exit

@@ -61,7 +61,9 @@ def plot_spectra(
             axis.set_yscale("log")
             axis.tick_params(labelsize=7)
     axes[0][0].legend(fontsize=7)
-    figure.supxlabel("direction of the head, sorted", fontsize=9)
+    heads, mlps = (any((seam == "mlp") == mlp for _, seam in rows) for mlp in (False, True))
+    of = " or ".join(["direction of the head"] * heads + ["channel of the MLP"] * mlps)
+    figure.supxlabel(f"{of}, sorted", fontsize=9)
     figure.supylabel("importance", fontsize=9)
     _save(figure, path)
 
@@ -77,7 +79,7 @@ def _save(figure: Any, path: Path) -> None:
 
 
 def plot_curve(path: Path, points: list[Point]) -> None:
-    """Draw the predicted errors against the share of attention that is kept, to a PNG, SVG or PDF."""
+    """Draw the predicted errors against the share of the chosen blocks that is kept, to a PNG, SVG or PDF."""
     check_plot(path)
     import matplotlib as mpl
 
@@ -85,10 +87,10 @@ def plot_curve(path: Path, points: list[Point]) -> None:
     from matplotlib import pyplot as plt
 
     figure, axis = plt.subplots(figsize=(5.5, 3.6), layout="constrained")
-    kept = [point.attention / points[0].attention for point in points[1:]]
+    kept = [point.chosen / points[0].chosen for point in points[1:]]
     axis.plot(kept, [point.error for point in points[1:]], label="worst block, relative error")
     axis.plot(kept, [point.harm for point in points[1:]], label="harm to the output")
-    axis.set(xlabel="share of this attention that is kept", yscale="log")
+    axis.set(xlabel="share of the parameters of the chosen blocks that is kept", yscale="log")
     axis.invert_xaxis()
     axis.legend(fontsize=8)
     _save(figure, path)

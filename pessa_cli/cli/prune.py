@@ -58,7 +58,7 @@ def prune(
     source: SourceOptions,
     json: JSON = False,
 ) -> None:
-    """Drop the directions of every head that a rule does not keep, and write the smaller model.
+    """Drop the directions of heads and the channels of MLPs that a rule does not keep, and write the smaller model.
 
     Example: `pessa prune whisper-large-v3 --qk-thr 5e-3 --vo-thr 6e-3 -o out/`
     """

@@ -1,4 +1,4 @@
-"""Running two models on the same inputs and comparing their attention blocks, outputs and generated texts.
+"""Running two models on the same inputs and comparing their blocks, outputs and generated texts.
 
 Both run in float32 whatever their stored dtype, so that differences come from the weights and not from 16-bit
 arithmetic.
@@ -86,7 +86,7 @@ class GeneratedText:
 def run_both(
     reference: Model, candidate: Model, whole: bool, audio: list[Path], text: list[Path], device: str = "cpu"
 ) -> tuple[dict[str, float], OutputDifference | None, list[GeneratedText]]:
-    """Compare two models; returns the relative error of the output of each attention block that ran, by its name, the
+    """Compare two models; returns the relative error of the output of each block that ran, by its name, the
     outputs and the texts.
 
     whole: whether outputs and texts are compared, too; otherwise they are None and empty. device: where both models

@@ -57,7 +57,7 @@ class Report:
     """All results of `verify`. Errors are relative Frobenius norms.
 
     settings: of the files beside the weights. unequal: tensors that are missing in one model, have another dtype, or
-    differ in a byte outside attention, with how they differ. ignored: tensors that only one model has, and that change
+    differ in a byte outside the blocks, with how they differ. ignored: tensors that only one model has, and that change
     nothing. skipped: blocks whose outputs could not be compared because the reference does not run them, although it
     runs others of their kind; the models do not count as the same. unreached: all blocks of the kinds that no input
     reaches, as the vision part of a model that is given text; only their weights are compared.
@@ -90,7 +90,7 @@ class Report:
         unequal = f"{len(self.unequal)} are not the same: " + "; ".join(
             f"{name} ({how})" for name, how in list(self.unequal.items())[:3]
         )
-        checks.append(Check("weights", "tensors outside attention", unequal, not self.unequal, float("inf")))
+        checks.append(Check("weights", "tensors outside the blocks", unequal, not self.unequal, float("inf")))
         checks += [_within("blocks", found.where, found.error, limits.outputs) for found in self.blocks]
         checks += [Check("blocks", name, NOT_RUN, False, math.inf) for name in self.skipped]
         if out is not None:

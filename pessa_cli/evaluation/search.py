@@ -1,4 +1,4 @@
-"""Search for the smallest attention budget that keeps a model's quality within a limit, by bisection.
+"""Search for the smallest budget of the chosen blocks that keeps a model's quality within a limit, by bisection.
 
 The model stays in memory and its blocks are decomposed once. Each trial cuts the blocks to the ranks of one budget and
 scores the model.
@@ -32,7 +32,7 @@ from pessa_cli.surgery.decomposition import Decomposition
 from pessa_cli.surgery.model import Model
 from pessa_cli.surgery.run import Run
 
-STEPS = 7  # bisections of the range of shares, to less than 1% of the attention
+STEPS = 7  # bisections of the range of shares, to less than 1% of the chosen blocks
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Comparing the tensors of two checkpoints: names and dtypes of all, and outside attention byte for byte."""
+"""Comparing the tensors of two checkpoints: names and dtypes of all, and outside the blocks byte for byte."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def compare_tensors(
 ) -> tuple[dict[str, str], list[str]]:
     """Return the tensors that differ, each with how it differs, and those that do not matter.
 
-    Of the tensors of attention only names and dtypes are compared. Those that do not matter are stored in one
+    Of the tensors of the blocks only names and dtypes are compared. Those that do not matter are stored in one
     checkpoint only: copies of tensors that transformers ties, and buffers that it computes. faults: gets, by reader, a
     line for each tensor that is not finite. tick: is called with the bytes read.
     """

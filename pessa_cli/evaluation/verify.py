@@ -2,7 +2,7 @@
 
 There are three levels, and the files beside the weights are compared on each of them. Weights: the Q-K and V-O
 products of every head in float64, without building a model, and all other tensors byte for byte. Blocks: the output of
-each attention block of the candidate on the inputs of the reference. Outputs: logits, transcripts and continuations.
+each block of the candidate on the inputs of the reference. Outputs: logits, transcripts and continuations.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Loading models with transformers, reading audio and data, encoding inputs, and hooks on attention blocks."""
+"""Loading models with transformers, reading audio and data, encoding inputs, and hooks on blocks."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ class PruneStep(NamedTuple):
 class Point:
     """A point of the trade-off between size and predicted errors."""
 
-    attention: int  # the remaining parameters of the chosen attention blocks
+    chosen: int  # the remaining parameters of the chosen blocks
     parameters: int  # the remaining parameters of the whole model
     error: float  # the largest relative error of a block's output
     harm: float  # the predicted change of the model's output, as in PruneStep
@@ -131,17 +131,17 @@ def trade_off(
     sites: Sequence[Site], spectra: Mapping[str, Spectra], rule: Rule, whole: Size, points: int = 20
 ) -> list[Point]:
     """Return the predicted trade-off between size and errors at about `points` sizes, from the whole model down."""
-    attention = now = sum(count(site.tensors) for site in sites)
+    before = now = sum(count(site.tensors) for site in sites)
     errors: dict[str, float] = defaultdict(float)
-    harm, curve = 0.0, [Point(attention, whole.parameters, 0.0, 0.0)]
+    harm, curve = 0.0, [Point(before, whole.parameters, 0.0, 0.0)]
     for move in ordered_moves(sites, spectra, rule):
         for step in move:
             now -= step.parameters
             errors[step.site.name] += step.error
             harm += step.harm
-        if attention - now >= len(curve) * attention / points:
+        if before - now >= len(curve) * before / points:
             worst = math.sqrt(max(errors.values()))
-            curve.append(Point(now, whole.parameters - attention + now, worst, harm))
+            curve.append(Point(now, whole.parameters - before + now, worst, harm))
     return curve
 
 

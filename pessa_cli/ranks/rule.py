@@ -1,4 +1,4 @@
-"""The rule that determines how many directions of each head are kept: the one definition of its options."""
+"""The rule that determines how many directions and channels are kept: the one definition of its options."""
 
 from __future__ import annotations
 
@@ -34,7 +34,9 @@ def _mlp(help: str, allowed: Range) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class Rule:
-    """The rule that determines how many directions of each head are kept. At most one criterion may be given.
+    """The rule that determines how many directions of each head, and how many channels of each MLP, are kept.
+
+    At most one criterion may be given, and one option for MLPs beside a criterion that is not a budget.
 
     `qk_thr` and `vo_thr` count as one criterion; with only one of them the other side is not pruned. `ratio` applies to
     Q-K and V-O separately. The budgets `target_params`, `target_attention`, `target_layers`, `target_size` (bytes) and
@@ -61,7 +63,7 @@ class Rule:
         "Keep this share of the sum of squared singular values of each head.", allowed=SHARE_TO_KEEP
     )
     target_params: float | None = _criterion(
-        "Keep this share of the model's parameters; ranks are chosen for the smallest error.",
+        "Keep this share of the model's parameters; ranks and widths are chosen for the smallest error.",
         "budget",
         allowed=SHARE_TO_KEEP,
     )
@@ -77,7 +79,7 @@ class Rule:
         allowed=SHARE_TO_KEEP,
     )
     target_size: int | None = _criterion(
-        "Prune the weights to this size, e.g. 120MB; ranks are chosen for the smallest error.",
+        "Prune the weights to this size, e.g. 120MB; ranks and widths are chosen for the smallest error.",
         "budget",
         metavar="SIZE",
         parse=size_of,

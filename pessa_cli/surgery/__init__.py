@@ -21,9 +21,10 @@ from pessa_cli.surgery.rewrite import SHARD_BYTES, Rewrite, cut_into_files
 from pessa_cli.surgery.run import Run
 from pessa_cli.surgery.side_files import UnknownWeights, copy_side_files, output_contents
 from pessa_cli.surgery.spectra_file import SPECTRA_FILE
-from pessa_cli.surgery.totals import pruned_parts
+from pessa_cli.surgery.totals import BLOCKS, chosen_kinds, pruned_parts
 
 __all__ = [
+    "BLOCKS",
     "GENERATION_FILE",
     "SHARD_BYTES",
     "SPECTRA_FILE",
@@ -36,6 +37,7 @@ __all__ = [
     "UnknownWeights",
     "all_channels",
     "check_card",
+    "chosen_kinds",
     "copy_side_files",
     "cut_into_files",
     "decompose_model",

@@ -7,7 +7,7 @@ that all other text, which users may edit, is kept. For the same reason the mani
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from pessa_cli.checkpoint.manifest import CARD_FILE
 from pessa_cli.common.errors import PessaError
 from pessa_cli.common.files import file_size, write_file
 from pessa_cli.common.text import visible
-from pessa_cli.surgery.totals import pruned_parts
+from pessa_cli.surgery.totals import BLOCKS, cut_kinds, kinds_text, pruned_parts
 
 ORIGINAL_FILE = "README.original.md"  # the card of the source, unchanged
 BEGIN, END = "<!-- pessa verify: begin -->", "<!-- pessa verify: end -->"
@@ -28,13 +28,25 @@ TASKS = (  # by the end of the class name in `architectures`; used if the source
     ("ForMaskedLM", "fill-mask"),
     ("ForSequenceClassification", "text-classification"),
 )
-METHOD_SENTENCES = {
-    "svd": "The products W_Q W_K^T and W_V W_O of each head were decomposed by SVD, in float64, and the directions of "
-    "the smallest singular values cut, without data and without training.",
-    "vanilla": "The original dimensions of each head were ranked by the product of their L2 norms and the smallest "
-    "cut, without data and without training: a baseline, not pessa's own method.",
-    "calibrated": "The products W_Q W_K^T and W_V W_O of each head were decomposed by SVD, in float64, weighted by "
-    "what real inputs make of them, the directions that matter least cut, and W_O fitted anew, without training.",
+PRODUCTS = "The products W_Q W_K^T and W_V W_O of each head were decomposed by SVD, in float64"
+CHANNELS = "The channels of each MLP were ranked by the product of the L2 norms of their weights"
+SMALLEST = ", and the smallest were cut"
+METHODS = {  # by method and kind of block: what was done, and how it was cut
+    ("svd", "attention"): (PRODUCTS, ", and the directions of the smallest singular values were cut"),
+    ("svd", "mlp"): (CHANNELS, SMALLEST),
+    ("vanilla", "attention"): (
+        "The original dimensions of each head were ranked by the product of their L2 norms",
+        SMALLEST + ": a baseline, not pessa's own method",
+    ),
+    ("vanilla", "mlp"): (CHANNELS, SMALLEST),
+    ("calibrated", "attention"): (
+        PRODUCTS + ", weighted by what real inputs make of them",
+        ", the directions that matter least were cut, and W_O was fitted anew",
+    ),
+    ("calibrated", "mlp"): (
+        "The channels of each MLP were ranked by what their removal changes for real inputs",
+        ", those that matter least were cut, and the matrix that reads the others was fitted anew",
+    ),
 }
 Metadata = dict[str, Any]
 
@@ -55,7 +67,7 @@ def model_card(
     """
     parts = [
         f"---\n{_front_matter(config, known, base_model)}\n---",
-        f"# {_name(base_model or summary['source'])}, {_action(summary)}",
+        f"# {_name(base_model or summary['source'])}, {_action(summary, cut_kinds(totals))}",
         _size(summary, totals),
         _loading(config, summary["layout"]),
         _pruned(summary),
@@ -97,26 +109,39 @@ def _inline(text: str) -> str:
     return re.sub(r"([\\`*_\[\]<>|&])", r"\\\1", visible(" ".join(text.split())))
 
 
-def _action(summary: Mapping[str, Any]) -> str:
-    return "attention decomposed" if summary["command"] == "decompose" else "attention pruned"
+def _action(summary: Mapping[str, Any], kinds: Sequence[str]) -> str:
+    """What was done to which kinds of blocks, such as "attention and MLPs pruned"."""
+    if summary["command"] == "decompose":
+        done = {"attention": "attention decomposed", "mlp": "channels of MLPs sorted"}
+        return " and ".join(done[kind] for kind in kinds)
+    return f"{kinds_text(kinds)} pruned"
 
 
 def _size(summary: Mapping[str, Any], totals: Mapping[str, Any]) -> str:
-    source = _inline(summary["source"])
-    how = f"This is {source} with its {_action(summary)} by pessa {summary['pessa']}"
+    source, kinds = _inline(summary["source"]), cut_kinds(totals)
+    how = f"This is {source} with its {_action(summary, kinds)} by pessa {summary['pessa']}."
     if summary["command"] == "export":
-        how = f"This is {source}, whose attention was pruned by pessa, in another layout (pessa {summary['pessa']})"
-    lines = [
-        f"{how}. {METHOD_SENTENCES[summary['method']]} The method is PESSA, published as "
-        "[CLOVER](https://arxiv.org/abs/2411.17426).",
-    ]
+        were = "were" if "mlp" in kinds else "was"
+        how = (
+            f"This is {source}, whose {kinds_text(kinds)} {were} pruned by pessa, in another layout "
+            f"(pessa {summary['pessa']})."
+        )
+    sentences = [how]
+    for kind in kinds:
+        done, cut = METHODS[summary["method"], kind]
+        sentences.append(f"{done}{'' if summary['command'] == 'decompose' else cut}.")
+    sentences.append(f"There was no training{'' if summary['method'] == 'calibrated' else ', and no data were used'}.")
+    if "attention" in kinds:
+        what = " for attention" if "mlp" in kinds else ""
+        sentences.append(f"The method{what} is PESSA, published as [CLOVER](https://arxiv.org/abs/2411.17426).")
+    lines = [" ".join(sentences)]
     if summary["command"] == "prune":
         rows = [
             ("parameters", f"{totals['parameters']:,}", f"{totals['parameters_after']:,}"),
             *(
                 (f"of the {what} in question", f"{totals[f'{kind}_parameters']:,}",
                  f"{totals[f'{kind}_parameters_after']:,}")
-                for kind, what in (("attention", "attention blocks"), ("mlp", "MLPs"))
+                for kind, what in BLOCKS.items()
                 if totals[f"{kind}_parameters"]
             ),
             ("bytes of weights, compact", f"{totals['bytes']:,}", f"{totals['bytes_after']:,}"),
@@ -158,16 +183,25 @@ def _pruned(summary: Mapping[str, Any]) -> str:
             rows.append((block, TITLES[seam], _ranks(ranks[seam]), _norm(dropped.get(seam))))
     heading = "What each block keeps" if summary["command"] == "decompose" else "What was pruned where"
     headings = ("block", "", "kept", "largest norm cut")
-    return (
-        f"## {heading}\n\nDirections kept of all heads together, with the fewest and the most in a head, or channels "
-        "of an MLP; and the norm of what the head or the MLP that lost most has lost, in W_Q W_K^T, W_V W_O "
-        f"or the output. Each head's own figures are in `pessa.json`.\n\n{_table(headings, rows)}"
-    )
+    seams = {seam for ranks in summary["ranks"].values() for seam in ranks}
+    kept, lost = [], []
+    if seams & {"qk", "vo"}:
+        kept.append("the directions of all heads together, with the fewest and the most in a head")
+        lost.append("of the singular values that the head that lost most has lost")
+    if "mlp" in seams:
+        kept.append("the channels of an MLP")
+        calibrated = summary["method"] == "calibrated"
+        values = "what its removal changes in the output" if calibrated else "the product of the norms of its weights"
+        lost.append(f"of the values of the channels that the MLP has lost, each {values}")
+    text = f"Kept: {', or '.join(kept)}. The norm is that {', or '.join(lost)}."
+    if seams & {"qk", "vo"}:
+        text += " The figures of each head are in `pessa.json`."
+    return f"## {heading}\n\n{text}\n\n{_table(headings, rows)}"
 
 
 def _ranks(text: str) -> str:
     ranks = [int(rank) for rank in text.split()]
-    return f"{sum(ranks)} ({min(ranks)} to {max(ranks)})"
+    return f"{sum(ranks)} ({min(ranks)} to {max(ranks)})" if len(ranks) > 1 else text
 
 
 def _norm(norms: list[float] | None) -> str:

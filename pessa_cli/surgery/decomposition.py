@@ -1,4 +1,4 @@
-"""The decomposition of a model's attention blocks: each block is decomposed once, and can then be cut to any ranks."""
+"""The decomposition of a model's blocks: each block is decomposed once, and can then be cut to any ranks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Opening a model: its checkpoint headers, attention blocks and stored spectra, without reading weights."""
+"""Opening a model: its checkpoint headers, blocks and stored spectra, without reading weights."""
 
 from __future__ import annotations
 
@@ -52,10 +52,10 @@ class Model:
 
 
 def open_model(folder: Path, architecture: str | None = None) -> Model:
-    """Read the headers, find the attention blocks and load the stored spectra of a Hugging Face folder.
+    """Read the headers, find the blocks and load the stored spectra of a Hugging Face folder.
 
     No weights are read. architecture: treat the model as this `model_type`. Raises PessaError when the folder is not a
-    readable checkpoint or its attention blocks are not supported.
+    readable checkpoint or its blocks are not supported.
     """
     reader = CheckpointReader(folder)
     try:

@@ -1,7 +1,7 @@
 """Decomposing or pruning a model in two passes: decompose every block, then cut the blocks and write the output.
 
 Only the blocks that are being computed are in memory. All ranks are planned before the first byte is written, because
-the header of a safetensors file contains the shapes. Tensors outside of attention blocks are copied byte for byte.
+the header of a safetensors file contains the shapes. Tensors outside of the blocks are copied byte for byte.
 """
 
 from __future__ import annotations
@@ -68,17 +68,16 @@ def prune_model(
     decomposition: Decomposition | None = None,
     comparison: Comparison | None = None,
 ) -> Rewrite:
-    """Write the model with only the directions that the rule keeps, and return the description of the output.
+    """Write the model with only what the rule keeps, and return the description of the output.
 
     out: the folder to write, or a staging folder that the caller puts in place. sites: by default those that the rule
-    is about.
-    statistics: if given, directions are ranked by their effect on the calibration data, and W_O is refitted to the kept
-    directions; otherwise directions are ranked by the weights alone. Blocks that are already stored as balanced factors
-    (by `decompose` or an earlier `prune`) are only sliced, with the same bytes as a result. blocks: a reader that may
-    hold the weights already. decomposition: that of these blocks with these statistics, if it was computed already.
-    comparison: the plan, if trials have chosen it; by default it is that of the rule. Raises UsageError for options
-    that do not fit the model or one another, and PessaError when the output cannot be written, when weights are not
-    finite, or when the rule would prune everything.
+    is about. statistics: if given, directions and channels are ranked by their effect on the calibration data, and the
+    matrix that reads them is refitted to the kept ones; otherwise they are ranked by the weights alone. Blocks that are
+    already stored as balanced factors or ordered channels (by `decompose` or an earlier `prune`) are only sliced, with
+    the same bytes as a result. blocks: a reader that may hold the weights already. decomposition: that of these blocks
+    with these statistics, if it was computed already. comparison: the plan, if trials have chosen it; by default it is
+    that of the rule. Raises UsageError for options that do not fit the model or one another, and PessaError when the
+    output cannot be written, when weights are not finite, or when the rule would prune everything.
     """
     run, sites = run or Run(), select(model.sites, rule.kinds) if sites is None else sites
     check_ranks(sites, rule)

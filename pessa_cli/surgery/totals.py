@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from math import prod
 from typing import Any
 
@@ -11,6 +11,8 @@ from pessa_cli.blocks.site import Site
 from pessa_cli.checkpoint.dtypes import ITEM_BYTES
 from pessa_cli.checkpoint.reader import Header
 from pessa_cli.ranks.plan import RankPlan
+
+BLOCKS = {"attention": "attention blocks", "mlp": "MLPs"}  # the kinds of blocks, and what messages call them
 
 
 def totals(header: Header, sites: Iterable[Site], chosen: Iterable[Site], plan: RankPlan) -> dict[str, Any]:
@@ -50,6 +52,22 @@ def totals(header: Header, sites: Iterable[Site], chosen: Iterable[Site], plan: 
         "bytes": nbytes,
         "bytes_after": nbytes - nbytes_now + left_bytes,
     }
+
+
+def chosen_kinds(totals: Mapping[str, Any]) -> list[str]:
+    """Return which of the two kinds of blocks are among the chosen ones, as in BLOCKS."""
+    return [kind for kind in BLOCKS if totals[f"{kind}_parameters"]]
+
+
+def cut_kinds(totals: Mapping[str, Any]) -> list[str]:
+    """Return the kinds of blocks that have lost parameters, as in BLOCKS; if none has, those that were chosen."""
+    smaller = [kind for kind in BLOCKS if totals[f"{kind}_parameters_after"] < totals[f"{kind}_parameters"]]
+    return smaller or chosen_kinds(totals)
+
+
+def kinds_text(kinds: Sequence[str]) -> str:
+    """Name kinds of blocks in a sentence: "attention", "MLPs", or "attention and MLPs"."""
+    return " and ".join({"attention": "attention", "mlp": "MLPs"}[kind] for kind in kinds)
 
 
 def pruned_parts(totals: Mapping[str, Any], of_attention: str) -> list[str]:

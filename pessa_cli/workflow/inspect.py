@@ -1,4 +1,4 @@
-"""Inspecting a model: its attention blocks, their spectra, and what a rule would prune."""
+"""Inspecting a model: its attention blocks and MLPs, their spectra, and what a rule would prune."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pessa_cli.blocks.mlp_discover import mlp_specs_of, routed_experts
 from pessa_cli.blocks.site import AttentionSite, Site
 from pessa_cli.ranks.budget import Point, ranks_for, trade_off
 from pessa_cli.ranks.plan import RankPlan
@@ -73,7 +74,7 @@ class InspectedBlock:
 
 @dataclass(frozen=True)
 class Inspection:
-    """The attention of a model, and what a rule would prune of it.
+    """The blocks of a model, and what a rule would prune of them.
 
     model: as the user called it. method: "svd" or "calibrated". rule: in words. totals: blocks, parameters and bytes
     before and after, and the pruned shares, from 0 to 1. sites: the blocks. spectra: by site name. norms: the products
@@ -113,12 +114,12 @@ def inspect(
     follow_links: bool = False,
     notify: Notify = ignore,
 ) -> Inspection:
-    """Compute the spectra of a model's attention heads, and what a rule would prune; nothing is written.
+    """Compute the spectra of a model's blocks, and what a rule would prune; nothing is written.
 
     model: a folder, a file, or a name on a hub. recipe: a rule, or a Recipe, of which the fields `rule`, `sites`,
     `layers`, `calibrate` and `statistics` are used. run: its fields `jobs`, `device` and `progress` are used. curve:
-    also predict the errors of budgets, from all of the attention to none. norms: also compute the products of the L2
-    norms of the original dimensions. architecture: treat the model as this `model_type`. revision: branch, tag or
+    also predict the errors of budgets, from all of the chosen blocks to none. norms: also compute the products of the
+    L2 norms of the original dimensions. architecture: treat the model as this `model_type`. revision: branch, tag or
     commit of a model from a hub. allow_pickle: also convert pickled weights. follow_links: also read files
     outside of the model's folder that links in it lead to. notify: is called with an Overview before
     the work, and with the blocks that have too little data before the spectra are computed.
@@ -132,7 +133,8 @@ def inspect(
     with opened(model, architecture, revision, allow_pickle, follow_links) as found:
         sites, model_type = chosen(found, recipe), str(found.reader.config.get("model_type"))
         as_it_is = totals(found.reader.header, found.sites, sites, RankPlan.stored(sites))
-        notify(Overview(str(model), model_type, sites, as_it_is))
+        experts = routed_experts(mlp_specs_of(found.reader.config, architecture), found.reader.header)
+        notify(Overview(str(model), model_type, sites, as_it_is, experts))
         with calibrated(found, sites, recipe, run, calibration_data(recipe), notify=notify) as known:
             if known.decomposition is not None:
                 spectra: Mapping[str, Spectra] = known.decomposition.spectra

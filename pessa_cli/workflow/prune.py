@@ -44,7 +44,7 @@ def prune(
     follow_links: bool = False,
     notify: Notify = ignore,
 ) -> WrittenModel:
-    """Drop the directions of every head that a rule does not keep, and write the smaller model to the folder `out`.
+    """Drop the directions and channels that a rule does not keep, and write the smaller model to the folder `out`.
 
     model: a folder, a file, or a name on a hub, as for `pessa prune`. recipe: a rule, or a Recipe with the blocks, the
     layout and the calibration data; its field `verify` is not used here. run: how the work is done, and whether an

@@ -32,12 +32,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Overview:
-    """A model before any work: its blocks, and its size. totals: as in Inspection, with nothing pruned."""
+    """A model before any work: its blocks, and its size. totals: as in Inspection, with nothing pruned.
+
+    copied: a line for each kind of MLP that has routed experts, which are copied.
+    """
 
     model: str
     model_type: str
     sites: Sequence[Site]
     totals: Mapping[str, Any]
+    copied: Sequence[str] = ()
 
 
 @dataclass(frozen=True)

@@ -88,7 +88,7 @@ def test_a_budget_never_prunes_all_of_qk_or_of_vo(rule: Rule, fits: bool) -> Non
         with pytest.raises(UnmetBudgetError, match=r"the budget is [\d,]+ of [\d,]+ .*, but [\d,]+ remain"):
             ranks_for(SITES, spectra, rule, WHOLE)
     points = trade_off(SITES, spectra, Rule(), WHOLE, points=32)
-    assert points[-1].attention == 2 * EACH
+    assert points[-1].chosen == 2 * EACH
 
 
 @pytest.mark.parametrize("option", ["rank", "min_rank"])
@@ -159,9 +159,9 @@ def test_max_error_cannot_be_planned_without_trials() -> None:
 
 def test_the_trade_off_curve_is_monotonic() -> None:
     points = trade_off(SITES, spectra_of(0.5, 0.7), Rule(), WHOLE, points=8)
-    assert points[0].attention == EACH * 32
+    assert points[0].chosen == EACH * 32
     assert points[0].parameters == 1000
-    assert all(a.attention > b.attention and a.error <= b.error and a.harm <= b.harm for a, b in pairwise(points))
+    assert all(a.chosen > b.chosen and a.error <= b.error and a.harm <= b.harm for a, b in pairwise(points))
 
 
 @pytest.mark.parametrize("name", tiny.NAMES)

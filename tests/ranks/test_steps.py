@@ -198,14 +198,14 @@ def test_the_trade_off_by_hand() -> None:
     steps = ordered_steps(sites, spectra, Rule())
     whole = 2 * (6 * (QK_EACH + VO_EACH) + 7)
     points = trade_off(sites, spectra, Rule(), Size(5000, 1), points=12)
-    assert (points[0].attention, points[0].parameters, points[0].error, points[0].harm) == (whole, 5000, 0.0, 0.0)
+    assert (points[0].chosen, points[0].parameters, points[0].error, points[0].harm) == (whole, 5000, 0.0, 0.0)
     now, harm, errors, expected = whole, 0.0, dict.fromkeys(spectra, 0.0), 1
     for step in steps:
         now, harm = now - step.parameters, harm + step.harm
         errors[step.site.name] += step.error
         if whole - now >= expected * whole / 12:
             point = points[expected]
-            assert (point.attention, point.parameters) == (now, 5000 - whole + now)
+            assert (point.chosen, point.parameters) == (now, 5000 - whole + now)
             assert point.error == pytest.approx(max(errors.values()) ** 0.5)
             assert point.harm == pytest.approx(harm)
             expected += 1
@@ -214,12 +214,12 @@ def test_the_trade_off_by_hand() -> None:
     assert len(trade_off(sites, spectra, Rule(), Size(5000, 1))) == len(
         trade_off(sites, spectra, Rule(), Size(5000, 1), points=20)
     )
-    assert trade_off(sites, spectra, Rule(), Size(5000, 1), points=1)[-1].attention == whole
+    assert trade_off(sites, spectra, Rule(), Size(5000, 1), points=1)[-1].chosen == whole
     # The first step frees a thirteenth of the block exactly.
     exactly = trade_off([BIASED], {BIASED.name: spectra_by(QK * [1, 1, 0], VO)}, Rule(), Size(5000, 1), points=13)
-    assert [point.attention for point in exactly[:2]] == [13 * QK_EACH, 12 * QK_EACH]
+    assert [point.chosen for point in exactly[:2]] == [13 * QK_EACH, 12 * QK_EACH]
     rounded = trade_off(sites, spectra, Rule(min_rank=2), Size(5000, 1), points=1000)
-    assert rounded[-1].attention == 2 * (4 * (QK_EACH + VO_EACH) + 7)
+    assert rounded[-1].chosen == 2 * (4 * (QK_EACH + VO_EACH) + 7)
 
 
 def test_budgets_by_hand() -> None:

@@ -120,6 +120,47 @@ def test_cards_of_other_layouts_and_commands(out: Path, source: Path, pessa: Pes
     assert "L2 norms" in (place / "vanilla" / "README.md").read_text()
 
 
+ATTENTION, MLPS = ("W_Q W_K^T", "of the attention blocks", "CLOVER"), ("channels", "of the MLPs")
+
+
+@pytest.mark.parametrize(
+    ("options", "title", "named", "unnamed"),
+    [
+        (("--rank", 5), "attention pruned", ATTENTION, MLPS),
+        (("--mlp-ratio", 0.3), "MLPs pruned", MLPS, (*ATTENTION, "attention")),
+        (("--target-layers", 0.7), "attention and MLPs pruned", (*ATTENTION, *MLPS), ()),
+        (("--rank", 5, "--sites", "all"), "attention pruned", (*ATTENTION, "0.00% of the channels"), ()),
+    ],
+    ids=["attention", "MLPs", "both", "MLPs in full"],
+)
+def test_the_card_names_the_kinds_of_blocks_that_are_cut(
+    source: Path,
+    place: Path,
+    pessa: Pessa,
+    options: tuple[object, ...],
+    title: str,
+    named: tuple[str, ...],
+    unnamed: tuple[str, ...],
+) -> None:
+    assert pessa("prune", source, *options, "-o", place / "out").code == 0
+    text = (place / "out" / "README.md").read_text()
+    assert f"# moonlight, {title}\n" in text
+    assert f"with its {title} by pessa" in text
+    assert [each for each in named if each not in text] == []
+    assert [each for each in unnamed if each in text] == []
+    assert pessa("export", place / "out", "-o", place / "dense").code == 0
+    kinds = title.removesuffix(" pruned")
+    if "--sites" not in options:
+        assert f"whose {kinds} {'were' if 'MLPs' in kinds else 'was'} pruned" in (place / "dense/README.md").read_text()
+
+
+def test_the_card_of_a_decomposed_model_says_that_nothing_was_cut(source: Path, place: Path, pessa: Pessa) -> None:
+    assert pessa("decompose", source, "--sites", "all", "-o", place / "out").code == 0
+    text = (place / "out" / "README.md").read_text()
+    assert "# moonlight, attention decomposed and channels of MLPs sorted\n" in text
+    assert "were cut" not in text.partition("## How to load")[0]
+
+
 def test_a_source_without_a_card(tiny_folder: TinyFolder, place: Path, pessa: Pessa) -> None:
     assert pessa("prune", tiny_folder("llama"), "--rank", 3, "-o", place / "out").code == 0
     text = (place / "out" / "README.md").read_text()
@@ -190,6 +231,7 @@ def test_names_are_escaped() -> None:
     totals |= {
         "attention_parameters_after": 1,
         "mlp_parameters": 0,
+        "mlp_parameters_after": 0,
         "qk_pruned": 0,
         "vo_pruned": 0,
         "attention_pruned": 0,
