@@ -39,6 +39,11 @@ from pessa_cli.common.text import listed, shortened
 
 MOST_CHANNELS = 99_999  # more do not fit into an entry of `quantization_config`
 MOST_RATIO = 64
+ACTIVATIONS = (  # the keys of config.json that name the activation of MLPs
+    *("hidden_act", "activation_function", "hidden_activation", "activation", "feed_forward_proj", "act_fn"),
+    *("encoder_hidden_act", "decoder_hidden_act"),
+)
+NOT_ZERO_AT_ZERO = re.compile("(.*-)?(sigmoid|laplace|sqrtsoftplus|softplus)")  # names of activations
 ATTENTION = re.compile("attn|attention", re.IGNORECASE)
 
 
@@ -155,6 +160,7 @@ def _site(
         kept=known.ranks[0] if known else width,
         biases=biases,
         dtype=max((info.dtype for info in tensors.values()), key=FLOATS.index),
+        zero_at_zero=not any(NOT_ZERO_AT_ZERO.fullmatch(str(value(config, spec, (key,)))) for key in ACTIVATIONS),
     )
     if declared is not None and width != declared:
         raise PessaError(f"{out}: the file was cut from {width} channels, but config.json has {declared} ({key})")

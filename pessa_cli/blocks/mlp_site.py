@@ -18,7 +18,8 @@ class MlpSite(Site):
 
     into, out: module names as in the file. width: the original number of channels; kept: how many the file stores.
     input_width, output_width: the sizes of the input of `into` and of the output of `out`. biases: the names of the
-    modules that have a bias.
+    modules that have a bias. zero_at_zero: whether the activation of zero is zero, so that a channel does nothing if
+    the weights and biases that write it are zero.
     """
 
     spec: MlpSpec
@@ -31,6 +32,7 @@ class MlpSite(Site):
     kept: int
     biases: frozenset[str]
     dtype: str  # of the weights and biases; if they differ, the coarsest
+    zero_at_zero: bool = True
 
     @property
     def modules(self) -> Mapping[str, str]:

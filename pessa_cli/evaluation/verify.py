@@ -173,8 +173,17 @@ def _compare_mlp(model: Model, site: MlpSite, other_model: Model, other: MlpSite
 
 
 def _channel_differences(site: MlpSite, ours: ChannelWeights, theirs: ChannelWeights) -> list[Difference]:
-    """The relative differences of two MLPs with their channels in the same order."""
-    parts = {"input": (_rows(ours), _rows(theirs)), "output": (ours.out.double(), theirs.out.double())}
+    """The relative differences of two MLPs with their channels in the same order.
+
+    What a channel does is bounded by the product of the norms of its weights, so each difference of its vectors counts
+    times the norms of its other vectors, the larger of the two models'. Channels that do nothing then do not count.
+    """
+    rows, outs = (_rows(ours), _rows(theirs)), (ours.out.double(), theirs.out.double())
+    written = torch.stack([each.norm(dim=-1) for each in rows]).amax(0)  # (P, F)
+    read = torch.stack([each.norm(dim=0) for each in outs]).amax(0)
+    others = torch.stack([torch.cat([written[:part], written[part + 1 :]]).prod(0) for part in range(len(written))])
+    by_rows, by_outs = (others * read).unsqueeze(-1), written.prod(0) if site.zero_at_zero else torch.ones_like(read)
+    parts = {"input": [each * by_rows for each in rows], "output": [each * by_outs for each in outs]}
     found = [
         Difference(f"{site.name} {what}", float(_relative(one.flatten(), two.flatten())))
         for what, (one, two) in parts.items()

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pessa_cli.blocks.compact_format import PairRuns, Ranks, pair_ranks
+from pessa_cli.blocks.mlp_site import MlpSite
 from pessa_cli.blocks.seam import TITLES
 from pessa_cli.blocks.site import Site
 from pessa_cli.checkpoint.dtypes import UNIT_ROUNDOFF
@@ -104,14 +105,14 @@ def plan_ranks(sites: Sequence[Site], spectra: Mapping[str, Spectra], rule: Rule
     pairs = _kept_pairs(whole, spectra, rule)
     dtypes = {site.name: site.dtype for site in sites}
     ranks: dict[str, dict[str, Ranks]] = {site.name: {seam.name: seam.full for seam in site.seams} for site in sites}
-    for name in TITLES:
+    for name in ("qk", "vo"):
         found = {site.name: each for site in sites if (each := spectra[site.name].seams.get(name)) is not None}
         seams = {site.name: site.seam(name) for site in sites if site.name in found}
         for place, kept in _seam_ranks(found, dtypes, rule, name).items():
-            seam = seams[place]
-            ranks[place][name] = tuple(seam.always_kept + rank for rank in kept)
-            if name == "mlp":  # a compact file has no more channels
-                ranks[place][name] = tuple(map(min, ranks[place][name], seam.ranks))
+            ranks[place][name] = tuple(seams[place].always_kept + rank for rank in kept)
+    for site in sites:
+        if isinstance(site, MlpSite):
+            ranks[site.name]["mlp"] = (_channels(site, spectra[site.name], rule),)
     for place, runs in pairs.items():
         ranks[place]["qk"] = pair_ranks(runs)
     return RankPlan(ranks, pairs)
@@ -151,8 +152,6 @@ def _seam_ranks(spectra: Mapping[str, Spectrum], dtypes: Mapping[str, str], rule
     """Return the ranks of the seams of one name by site name. Raises PessaError if nothing would remain of them."""
     if not spectra:
         return {}
-    if seam == "mlp":
-        return _channels(spectra, rule)
     if rule.ratio is not None:
         counts = smallest_dropped(spectra, rule.ratio)
     else:
@@ -169,26 +168,29 @@ def _seam_ranks(spectra: Mapping[str, Spectrum], dtypes: Mapping[str, str], rule
     return plan
 
 
-def _channels(spectra: Mapping[str, Spectrum], rule: Rule) -> dict[str, Ranks]:
-    """Return how many channels each MLP keeps, by site name. Raises PessaError if one would keep none."""
-    plan: dict[str, Ranks] = {}
-    for name, spectrum in spectra.items():
-        width = spectrum.shape[1]
-        if rule.mlp_ratio is not None:
-            kept = width - int(rule.mlp_ratio * width)
-        elif rule.mlp_rank is not None:
-            kept = min(rule.mlp_rank, width)
-        elif rule.mlp_thr is not None:
-            kept = int((spectrum > rule.mlp_thr).sum())
-            if not kept:
-                raise PessaError(
-                    f"the rule ({rule}) would leave {name} without channels: its largest value is {spectrum.max():.3g}",
-                    "lower the threshold; `pessa inspect --sites mlp` shows the spectra",
-                )
-        else:
-            kept = width
-        plan[name] = (min(width, -(-kept // rule.round_to) * rule.round_to),)
-    return plan
+def _channels(site: MlpSite, spectra: Spectra, rule: Rule) -> int:
+    """Return how many channels an MLP keeps. Raises PessaError if it would keep none."""
+    spectrum = spectra.seams["mlp"]
+    width = int(spectrum.shape[1])
+    if rule.mlp_ratio is not None:
+        kept = width - int(rule.mlp_ratio * width)
+    elif rule.mlp_rank is not None:
+        kept = min(rule.mlp_rank, width)
+    elif rule.mlp_thr is not None:
+        kept = int((spectrum > rule.mlp_thr).sum())
+        if not kept:
+            raise PessaError(
+                f"the rule ({rule}) would leave {site.name} without channels: its largest value is "
+                f"{spectrum.max():.3g}",
+                "lower the threshold; `pessa inspect --sites mlp` shows the spectra",
+            )
+    elif rule.by_rounding and site.zero_at_zero:
+        # The weights decide: other inputs may use channels that the calibration data do not use.
+        norms = spectrum if spectra.norms is None else spectra.norms[None]
+        kept = max(1, int(_without_tail(norms, UNIT_ROUNDOFF[site.dtype])[0]))
+    else:
+        kept = width
+    return min(width, site.kept, -(-kept // rule.round_to) * rule.round_to)  # a compact file may have fewer
 
 
 def _kept_directions(spectrum: Spectrum, rule: Rule, seam: str, dtype: str) -> NDArray[np.int64]:
@@ -202,11 +204,16 @@ def _kept_directions(spectrum: Spectrum, rule: Rule, seam: str, dtype: str) -> N
     if rule.qk_thr is not None or rule.vo_thr is not None:
         threshold = rule.qk_thr if seam == "qk" else rule.vo_thr
         return np.full(heads, width) if threshold is None else (spectrum > threshold).sum(-1)
-    loss = UNIT_ROUNDOFF[dtype] if rule.energy is None else math.sqrt(1 - rule.energy)
-    largest = spectrum[:, :1]
-    relative = np.divide(spectrum, largest, out=np.zeros_like(spectrum), where=largest > 0)  # squares cannot overflow
-    tails = np.sqrt(np.cumsum(relative[:, ::-1] ** 2, axis=-1))[
-        :, ::-1
-    ]  # the norm of the spectrum from each direction to the last
+    return _without_tail(spectrum, UNIT_ROUNDOFF[dtype] if rule.energy is None else math.sqrt(1 - rule.energy))
+
+
+def _without_tail(values: Spectrum, loss: float) -> NDArray[np.int64]:
+    """Return how many leading values of each group, (G,), remain without the longest tail that is small enough.
+
+    values: (G, c). The norm of the tail is at most the share `loss` of the norm of all values of the group.
+    """
+    largest = values.max(-1, keepdims=True)
+    relative = np.divide(values, largest, out=np.zeros_like(values), where=largest > 0)  # squares cannot overflow
+    tails = np.sqrt(np.cumsum(relative[:, ::-1] ** 2, axis=-1))[:, ::-1]  # from each value to the last
     kept: NDArray[np.int64] = (tails > loss * tails[:, :1]).sum(-1)
     return kept

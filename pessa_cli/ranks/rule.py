@@ -41,8 +41,8 @@ class Rule:
     `qk_thr` and `vo_thr` count as one criterion; with only one of them the other side is not pruned. `ratio` applies to
     Q-K and V-O separately. The budgets `target_params`, `target_attention`, `target_layers`, `target_size` (bytes) and
     `max_error` are shared by all blocks and seams: what has the lowest predicted cost per parameter is dropped first.
-    Without a criterion the rule is lossless: it drops the tail whose norm is at most the rounding error of storing the
-    head in its dtype.
+    Without a criterion the rule is lossless: of each head it drops the tail whose norm is at most the rounding error of
+    storing the head in its dtype, and likewise of each MLP the channels with the smallest products of weights.
 
     `rope_ratio` can be combined with a criterion that is not a budget. Ranks above zero are then rounded up to a
     multiple of `round_to`, and every rank is at least `min_rank`. Raises UsageError if a value is out of range or the
@@ -97,7 +97,9 @@ class Rule:
     )
     mlp_rank: int | None = _mlp("Keep this many channels in every MLP.", at_least(1))
     lossless: bool = option(
-        False, "Drop only directions below the rounding error of the dtype (the default).", group="criterion"
+        False,
+        "Drop only directions and channels below the rounding error of the dtype (the default).",
+        group="criterion",
     )
     round_to: int = option(1, "Round ranks up to a multiple of this number.", allowed=at_least(1))
     min_rank: int = option(0, "Keep at least this many directions in every head.", allowed=at_least(0))
@@ -177,6 +179,11 @@ class Rule:
         """The given criteria that choose the ranks of attention alone."""
         others = ("lossless", *(budget.name for budget in BUDGETS if budget.name != "target_attention"))
         return [setting for setting in CRITERIA if self._has(setting) and setting.name not in others]
+
+    @property
+    def by_rounding(self) -> bool:
+        """Whether the rounding error of the dtype is the criterion, which it also is if there is no other."""
+        return self.lossless or not (self.given or self.of_mlp)
 
     @property
     def budgeted(self) -> bool:

@@ -45,6 +45,14 @@ def errors(found: Report) -> dict[str, float]:
     return {each.where: each.error for each in found.weights if ".mlp." in each.where}
 
 
+def norms(folder: Path, layer: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The norms of what writes each channel of an MLP, with its bias, and of what reads it, and of the output bias."""
+    get, name = open_model(folder).reader.get, f"bert.encoder.layer.{layer}"
+    rows, row_bias = (get(f"{name}.intermediate.dense.{part}").double() for part in ("weight", "bias"))
+    out, bias = (get(f"{name}.output.dense.{part}").double() for part in ("weight", "bias"))
+    return torch.cat([rows, row_bias.unsqueeze(1)], 1).norm(dim=1), out.norm(dim=0), bias.norm()
+
+
 def numbers(change: Callable[[dict[str, str]], object]) -> Callable[[Path], None]:
     return edit_json(lambda manifest: change(manifest["channels"]), MANIFEST_FILE)
 
@@ -102,13 +110,12 @@ def test_each_tensor_is_compared_and_located(
         tensors[f"{BERT}.{tensor}"].view(-1)[7] += 0.5
 
     edit_weights(change)(changed)
-    model = open_model(original)
-    whole = model.reader.get(f"{BERT}.{tensor}").double()
-    if what == "input":  # the weights and the bias of the same channels are compared together
-        parts = [model.reader.get(f"{BERT}.intermediate.dense.{part}").double() for part in ("weight", "bias")]
-        whole = torch.cat([part.flatten() for part in parts])
+    written, read, bias = norms(ordered)
+    place, whole = 0 if tensor == "intermediate.dense.weight" else 7, (written * read).norm()
+    # What writes a channel counts times the norm of what reads it, and the other way round.
+    wanted = {"input": read[place] / whole, "output": written[place] / whole, "output bias": 1 / bias}[what] / 2
     found = errors(compared(original, changed))
-    assert found.pop(f"encoder.mlp.0 {what}") == pytest.approx(0.5 / float(whole.norm()), rel=1e-5)
+    assert found.pop(f"encoder.mlp.0 {what}") == pytest.approx(float(wanted), rel=1e-5)
     assert set(found.values()) == {0.0}
 
 
@@ -123,14 +130,9 @@ def test_of_cut_channels_exactly_what_they_held_is_missing(layout: Any, original
         kept = {int(number) for number in texts[site.name].split()}
         lost = torch.tensor([number not in kept for number in range(site.width)])
         assert int(lost.sum()) == site.width // 2
-        out = model.reader.get(f"{site.out}.weight").double()
-        rows = model.reader.get(f"{site.into[0]}.weight").double()
-        rows = torch.cat([rows, model.reader.get(f"{site.into[0]}.bias").double().unsqueeze(1)], 1)
-        wanted = {
-            "output": out[:, lost].norm() / out.norm(),
-            "input": rows[lost].norm() / rows.norm(),
-            "output bias": 0.0,
-        }
+        written, read, _ = norms(original, site.layer)
+        share = (written * read)[lost].norm() / (written * read).norm()
+        wanted = {"output": share, "input": share, "output bias": 0.0}
         for what, value in wanted.items():
             assert errors(found)[f"{site.name} {what}"] == pytest.approx(float(value), rel=1e-6)
     assert all((each.error > 0.05) == (".mlp." in each.where) for each in found.blocks)

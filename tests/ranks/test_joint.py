@@ -11,6 +11,7 @@ from sites import SITE, spectra_by
 from pessa_cli.blocks.mlp_site import MlpSite
 from pessa_cli.blocks.mlp_table import MLPS
 from pessa_cli.blocks.site import Site, count
+from pessa_cli.checkpoint.dtypes import UNIT_ROUNDOFF
 from pessa_cli.common.errors import PessaError, UsageError
 from pessa_cli.ranks.budget import UnmetBudgetError, candidates, ordered_moves, ranks_for
 from pessa_cli.ranks.plan import RankPlan
@@ -115,6 +116,29 @@ def test_channels_that_a_rule_keeps(rule: Rule, kept: tuple[int, int]) -> None:
     assert tuple(plan.ranks[site.name]["mlp"][0] for site in SITES[2:]) == kept
     narrow: list[Site] = [replace(MLP, kept=4)]
     assert ranks_for(narrow, spectra(), replace(rule, ratio=None), WHOLE).ranks[MLP.name] == {"mlp": (4,)}
+
+
+@pytest.mark.parametrize("dtype", ["F32", "F16", "BF16"])
+@pytest.mark.parametrize(
+    ("rule", "site", "cut"),
+    [
+        (Rule(), MLP, True),
+        (Rule(lossless=True, mlp_rank=15), MLP, False),
+        (Rule(ratio=0.5), MLP, False),
+        (Rule(), replace(MLP, zero_at_zero=False), False),
+    ],
+    ids=["lossless", "an MLP rule", "a rule for attention", "an activation that is not zero at zero"],
+)
+def test_the_lossless_rule_drops_the_tail_below_rounding(rule: Rule, site: MlpSite, cut: bool, dtype: str) -> None:
+    sites: list[Site] = [SITE, replace(site, dtype=dtype)]
+    for factor, kept in ((0.99, 12), (1.01, 13)):
+        values = np.ones(16)
+        values[12:] = factor * UNIT_ROUNDOFF[dtype] * 12**0.5 / 2  # of four values the norm is twice this
+        for norms in (None, values):
+            seams = {"mlp": values[None] if norms is None else np.linspace(3, 0, 16)[None]}
+            found = spectra() | {MLP.name: Spectra(seams, norms is not None, norms=norms)}
+            (width,) = ranks_for(sites, found, rule, WHOLE).ranks[MLP.name]["mlp"]
+            assert width == (kept if cut else rule.mlp_rank or 16)
 
 
 def test_no_mlp_is_left_without_channels() -> None:
