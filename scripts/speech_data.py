@@ -39,22 +39,14 @@ from pathlib import Path
 
 import numpy as np
 import soundfile
-import soxr
-from numpy.typing import NDArray
 
 from pessa_cli.evaluation.word_errors import read_clips
 from pessa_cli.models.audio import SAMPLE_RATE, load_audio
+from pessa_cli.models.augment import LONGEST, Samples, Window, augmented, windows_of
 
 PACKAGES = ("asterisk-core-sounds-en-g722", "asterisk-core-sounds-en")
 TRANSCRIPTS = "core-sounds-en.txt.gz"
 NO_SPEECH = re.compile(r"[\[<(]")  # transcripts describe sounds in brackets: "[this is a simple beep tone]"
-SHORTEST, LONGEST = 2.0, 28.0  # seconds of a window
-PAUSES = (0.1, 0.5)  # seconds of silence between two recordings
-SPEEDS = (0.9, 1.1)
-GAINS = (-15.0, 3.0)  # decibels
-SIGNAL_TO_NOISE = (10.0, 40.0)  # decibels
-SLOPES = (0.0, 2.0)  # the power of noise falls with this power of its frequency: 0 is white noise, 2 is brown noise
-Samples = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -70,75 +62,12 @@ class Recording:
         return len(self.samples) / SAMPLE_RATE
 
 
-@dataclass(frozen=True)
-class Window:
-    """Recordings in their order, and the seconds of silence before each but the first."""
-
-    recordings: Sequence[Recording]
-    pauses: Sequence[float]
-
-    @property
-    def text(self) -> str:
-        return " ".join(recording.text for recording in self.recordings)
-
-    @property
-    def samples(self) -> Samples:
-        parts: list[Samples] = []
-        for pause, recording in zip((0.0, *self.pauses), self.recordings, strict=True):
-            parts += [np.zeros(round(pause * SAMPLE_RATE), np.float32), recording.samples]
-        return np.concatenate(parts)
-
-
 def to_score(name: str, share: float) -> bool:
     """Whether a recording is for scoring, which a hash of its name decides for this share of all names."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big") < share * 2**32
 
 
-def windows_of(recordings: Sequence[Recording], seed: int, count: int | None = None) -> list[Window]:
-    """Join recordings, in a random order, to windows of random lengths from SHORTEST to LONGEST seconds.
-
-    count: the number of windows, for which recordings are used again as often as it takes, each time in another order.
-    None uses each recording once. A window is longer than drawn by a part of its last recording, and shorter where the
-    next recording would not fit or where none is left.
-    """
-    rng = random.Random(seed)
-    found: list[Window] = []
-    waiting: list[Recording] = []
-    while recordings and (count is None or len(found) < count):
-        if not waiting:
-            waiting = rng.sample(recordings, len(recordings))
-        wanted = SHORTEST * (LONGEST / SHORTEST) ** rng.random()
-        chosen, pauses = [waiting.pop()], list[float]()
-        length = chosen[0].seconds
-        while length < wanted:
-            if not waiting and count is None:
-                break
-            waiting = waiting or rng.sample(recordings, len(recordings))
-            pause = rng.uniform(*PAUSES)
-            length += pause + waiting[-1].seconds
-            if length > LONGEST:
-                break
-            chosen.append(waiting.pop())
-            pauses.append(pause)
-        found.append(Window(chosen, pauses))
-        if not waiting and count is None:
-            break
-    return found
-
-
-def augmented(samples: Samples, rng: np.random.Generator) -> Samples:
-    """Change the speed (and with it the pitch), add noise, and change the gain; never longer than LONGEST seconds."""
-    speed = max(rng.uniform(*SPEEDS), len(samples) / SAMPLE_RATE / LONGEST)
-    changed = np.asarray(soxr.resample(samples, SAMPLE_RATE * speed, SAMPLE_RATE), np.float64)
-    spectrum = np.fft.rfft(rng.standard_normal(len(changed)))
-    spectrum *= np.maximum(np.arange(len(spectrum)), len(changed) * 50 / SAMPLE_RATE) ** (-rng.uniform(*SLOPES) / 2)
-    noise = np.fft.irfft(spectrum, len(changed))
-    noise *= np.sqrt(np.mean(changed**2) / np.mean(noise**2)) * 10 ** (-rng.uniform(*SIGNAL_TO_NOISE) / 20)
-    changed = (changed + noise) * 10 ** (rng.uniform(*GAINS) / 20)
-    return np.asarray(changed / max(1.0, np.abs(changed).max()), np.float32)
-
-
-def write(folder: Path, windows: Sequence[Window], seed: int | None = None) -> float:
+def write(folder: Path, windows: Sequence[Window[Recording]], seed: int | None = None) -> float:
     """Write windows as WAV files with a clips.jsonl; returns their seconds. seed: that of changes; None for none."""
     folder.mkdir(parents=True)
     rows, seconds = [], 0.0
@@ -210,7 +139,7 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as work:
         spoken = list(prompts(extracted(args.packages, Path(work))))
-    calibrate, score = list[Window](), list[Window]()
+    calibrate, score = list[Window[Recording]](), list[Window[Recording]]()
     counts = (args.windows, args.clip_windows)
     for recordings, count in zip((spoken, list(clips(args.clips)) if args.clips else []), counts, strict=True):
         short = [recording for recording in recordings if recording.seconds <= LONGEST]

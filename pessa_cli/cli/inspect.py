@@ -19,7 +19,7 @@ from pessa_cli.workflow.recipe import Recipe
 def inspect(
     model: MODEL,
     rule: Rule,
-    recipe: Annotated[Recipe, Only("sites", "layers", "calibrate", "statistics")],
+    recipe: Annotated[Recipe, Only("sites", "layers", "calibrate", "augment", "augment_seed", "statistics")],
     options: Annotated[RunOptions, Only("jobs", "device")],
     source: SourceOptions,
     curve: Annotated[

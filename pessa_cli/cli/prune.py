@@ -32,7 +32,7 @@ LAYOUT = Annotated[Literal["compact", "dense"], typer.Option(help="The layout to
 def decompose(
     model: MODEL,
     out: OUT,
-    recipe: Annotated[Recipe, Only("sites", "layers", "calibrate", "statistics")],
+    recipe: Annotated[Recipe, Only("sites", "layers", "calibrate", "augment", "augment_seed", "statistics")],
     options: RunOptions,
     source: SourceOptions,
     json: JSON = False,

@@ -9,10 +9,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
 from pessa_cli.checkpoint.files import sha256_of
 from pessa_cli.common.errors import PessaError
 from pessa_cli.common.files import check_file, is_there
 from pessa_cli.common.text import read_text
+from pessa_cli.models.audio import load_audio
 
 AUDIO = (".wav", ".flac", ".ogg", ".mp3", ".opus")
 
@@ -33,6 +37,12 @@ class DataItem:
     @property
     def nbytes(self) -> int:
         return len(self.text or "") if self.audio is None else self.audio.stat().st_size
+
+    @property
+    def samples(self) -> NDArray[np.float32]:
+        """The samples of a clip at 16 kHz, (time,). Raises PessaError if its file cannot be read."""
+        assert self.audio is not None
+        return load_audio(self.audio)
 
     @property
     def identity(self) -> str:

@@ -6,14 +6,12 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import transformers
-from numpy.typing import NDArray
 from torch import Tensor
 
 from pessa_cli.common.errors import PessaError, UsageError
-from pessa_cli.models.audio import SAMPLE_RATE, load_audio
+from pessa_cli.models.audio import SAMPLE_RATE
 from pessa_cli.models.data import DataItem
 from pessa_cli.models.inputs import Inputs
 from pessa_cli.models.load import from_folder
@@ -90,7 +88,7 @@ def inputs_of(
     UsageError when the item does not fit the model.
     """
     if item.audio is not None:
-        yield from _speech(model, encoder, load_audio(item.audio), item, transcribed)
+        yield from _speech(model, encoder, item, transcribed)
         return
     cut = encoder(item.text, truncation=True, max_length=text_positions(model), return_overflowing_tokens=True)
     for number, ids in enumerate(cut["input_ids"]):
@@ -141,10 +139,8 @@ def _written(model: Any, given: Inputs) -> Tensor:
     return written[:, :-1] if written.shape[1] > 1 else written  # the last token is never an input
 
 
-def _speech(
-    model: Any, processor: Any, samples: NDArray[np.float32], item: DataItem, transcribed: Callable[[int], bool]
-) -> Iterator[Inputs]:
-    window = processor.feature_extractor.n_samples
+def _speech(model: Any, processor: Any, item: DataItem, transcribed: Callable[[int], bool]) -> Iterator[Inputs]:
+    samples, window = item.samples, processor.feature_extractor.n_samples
     language = _language(model, item)
     for number, start in enumerate(range(0, len(samples), window)):
         part = samples[start : start + window]

@@ -35,7 +35,8 @@ class Statistics(Protocol):
     def data(self) -> Sequence[str]:
         """The identities of the calibration data, sorted: the SHA-256 of each file.
 
-        For a clip with a transcript or language, a colon and the SHA-256 of these follow.
+        For a clip with a transcript or language, a colon and the SHA-256 of these follow; and for augmented data, after
+        a second colon, how they were augmented.
         """
 
     @property
@@ -64,6 +65,18 @@ def data_sha256(statistics: Statistics) -> str:
 def files_of(identities: Iterable[str]) -> set[str]:
     """Return the SHA-256 of the files of calibration data, without those of transcripts."""
     return {identity.partition(":")[0] for identity in identities}
+
+
+def augmented_identity(identity: str, how: str) -> str:
+    """Return the identity of an item of the calibration data that is augmented; how: in words, without a colon."""
+    file, _, spoken = identity.partition(":")
+    return f"{file}:{spoken}:{how}"
+
+
+def augmentation_of(identities: Iterable[str]) -> str | None:
+    """Return how calibration data were augmented, in words; None if they were not."""
+    ways = {how for identity in identities for how in identity.split(":")[2:]}
+    return "; ".join(sorted(ways)) or None
 
 
 @dataclass(frozen=True)

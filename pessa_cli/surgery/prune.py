@@ -18,7 +18,7 @@ from pessa_cli.ranks.budget import ranks_for
 from pessa_cli.ranks.plan import Comparison, RankPlan, check_ranks
 from pessa_cli.ranks.rule import Rule
 from pessa_cli.ranks.spectra import Spectra
-from pessa_cli.statistics.file import Statistics, data_sha256
+from pessa_cli.statistics.file import Statistics, augmentation_of, data_sha256
 from pessa_cli.surgery.block_io import StorageLayout
 from pessa_cli.surgery.block_reader import BlockReader
 from pessa_cli.surgery.decomposition import Decomposition, decomposition_of, measure
@@ -102,7 +102,8 @@ def prune_model(
 
 def _calibrated(rewrite: Rewrite, statistics: Statistics) -> Rewrite:
     data, sequential = data_sha256(statistics), statistics.sequential
-    return replace(rewrite, method="calibrated", data=data, sequential=sequential)
+    augmented = augmentation_of(statistics.data)
+    return replace(rewrite, method="calibrated", data=data, sequential=sequential, augmented=augmented)
 
 
 def _two_passes(

@@ -38,9 +38,9 @@ class Rewrite:
     command: the command that writes it. source: the name that the user gave the model. sites: the blocks that are
     rewritten, as the source stores them. spectra: of the blocks before the cut, by site name. rule: how the ranks were
     chosen, in words. shard_bytes: the largest size of one file of weights. data: the SHA-256 of the calibration data,
-    None without. sequential: the rule by which the blocks before each block were pruned during calibration, if any.
-    contents: the other files of the source, and what becomes of them. compared: the plans that trials have compared, if
-    there were any.
+    None without. augmented: how they were augmented, in words, if they were. sequential: the rule by which the blocks
+    before each block were pruned during calibration, if any. contents: the other files of the source, and what becomes
+    of them. compared: the plans that trials have compared, if there were any.
     """
 
     command: str
@@ -55,6 +55,7 @@ class Rewrite:
     shard_bytes: int = SHARD_BYTES
     data: str | None = None
     sequential: str | None = None
+    augmented: str | None = None
     contents: Contents = field(default_factory=Contents)
     compared: Mapping[str, Any] | None = None
 
@@ -110,6 +111,7 @@ class Rewrite:
             "source": self.source,
             "method": self.method,
             **({} if self.data is None else {"calibration_sha256": self.data}),
+            **({} if self.augmented is None else {"calibration_augmented": self.augmented}),
             **({} if self.sequential is None else {"calibration_sequential": self.sequential}),
             "rule": self.rule,
             **({} if self.compared is None else {"compared": dict(self.compared)}),

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from pessa_cli.common.errors import UsageError
-from pessa_cli.common.options import check_options, option
+from pessa_cli.common.options import at_least, check_options, option
 from pessa_cli.common.toml import from_table, read_toml
 from pessa_cli.common.values import parse_layers
 from pessa_cli.evaluation.limits import VerifyOptions
@@ -67,6 +67,14 @@ class Recipe:
         metavar="FILE",
         example="statistics.safetensors",
     )
+    augment: int | None = option(
+        None,
+        "Calibrate on this many windows that are made from the speech of --calibrate: clips joined to 2 to 28 s, with "
+        "other speed, gain and noise.",
+        metavar="N",
+        allowed=at_least(1),
+    )
+    augment_seed: int = option(0, "Seed of --augment; the same seed gives the same windows.", allowed=at_least(0))
     sequential: bool = option(
         False, "Calibrate each block on the outputs of the pruned blocks before it; this is slower."
     )
@@ -76,6 +84,8 @@ class Recipe:
         check_options(self)
         if self.method == "vanilla" and (self.calibrate or self.statistics):
             raise UsageError("--method vanilla uses the weights alone", "leave out the data, or the method")
+        if self.augment is not None and not self.calibrate:
+            raise UsageError("--augment changes the data of --calibrate", "give --calibrate DATA, or leave it out")
         if self.searches != (self.evaluate is not None):
             raise UsageError(f"{INCREASE} and --evaluate DATA go together", "give each with the other")
         if self.searches and (self.rule.given or self.sequential or self.method == "vanilla"):

@@ -115,12 +115,21 @@ def chosen(model: Model, recipe: Recipe) -> list[Site]:
 
 
 def calibration_data(recipe: Recipe) -> CalibrationData | None:
-    """Read the calibration data of a recipe, once for the whole command; None without calibration data."""
+    """Read the calibration data of a recipe, once for the whole command; None without calibration data.
+
+    With `augment`, they are the windows that are made from them. Raises the errors of `read_data` and `augment`.
+    """
     if not recipe.calibrate:
         return None
     from pessa_cli.models.data import read_data
 
-    return read_data(recipe.calibrate)
+    data = read_data(recipe.calibrate)
+    if recipe.augment is None:
+        return data
+    from pessa_cli.calibration.collect import FOLDS
+    from pessa_cli.models.augment import augment
+
+    return augment(data, recipe.augment, recipe.augment_seed, FOLDS)
 
 
 @contextmanager

@@ -23,6 +23,7 @@ from transformers import AutoProcessor, AutoTokenizer
 from tuned import with_tokenizer
 from whisper.model import ModelDimensions
 
+from pessa_cli.blocks.site import select
 from pessa_cli.models.audio import SAMPLE_RATE, load_audio
 from pessa_cli.models.data import read_data
 from pessa_cli.models.load import load
@@ -194,3 +195,23 @@ def test_an_english_whisper_refuses_another_language(english: Path, clip: Path, 
         done = pessa("inspect", english, "--calibrate", place / "clips.jsonl")
         assert done.code == code, done
     is_refusal(done, "'de'", "English only", code=2)
+
+
+def test_augmented_clips(english: Path, clip: Path, place: Path, pessa: Pessa) -> None:
+    """The manifest and the statistics say how the data were augmented; statistics of the clips as they are differ."""
+    (place / "clips.jsonl").write_text(json.dumps({"audio": str(clip), "text": "Ever tried. Ever failed."}))
+    given = ("--ratio", "0.3", "--sites", "encoder.self", "--calibrate", place / "clips.jsonl")
+    more = ("--augment", "3", "--augment-seed", "5")
+    plain = pessa("prune", english, "-o", place / "plain", *given)
+    first = pessa("prune", english, "-o", place / "out", *given, *more, "--statistics", place / "s")
+    again = pessa("prune", english, "-o", place / "again", *given[:4], "--statistics", place / "s")
+    same = pessa("prune", english, "-o", place / "same", *given, *more)
+    assert [done.code for done in (plain, first, again, same)] == [0] * 4, (plain, first, again, same)
+    found = {name: json.loads((place / name / "pessa.json").read_text()) for name in ("plain", "out", "again", "same")}
+    assert "calibration_augmented" not in found["plain"]
+    assert {found[name]["calibration_augmented"] for name in ("out", "again", "same")} == {"3 windows, seed 5"}
+    assert len({each["calibration_sha256"] for each in found.values()}) == 2
+    weights = {name: each["sha256"]["model.safetensors"] for name, each in found.items()}
+    assert weights["same"] == weights["out"] != weights["plain"]
+    sites = select(open_model(english).sites, ("encoder.self",))
+    assert {int(SavedStatistics(place / "s").of(site).frames) for site in sites} == {3 * 1500}

@@ -324,6 +324,8 @@ EXAMPLES: Mapping[str, Example] = {
     "vanilla of a decomposed model": usage(
         "prune decomposed -o out --method vanilla --rank 3", "decomposed", "--method"
     ),
+    "augmented without data": usage("prune bert -o out --augment 4", "--augment", "--calibrate"),
+    "augmented text": usage("prune bert -o out --augment 4 --calibrate story.txt", "--augment 4", "text"),
     "vanilla with data": usage("prune bert -o out --method vanilla --statistics bert.stats", "vanilla"),
     # Outputs.
     "an output that exists": failure("prune whisper -o llama", "llama exists", "--force"),

@@ -7,20 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from speech_data import (
-    LONGEST,
-    SHORTEST,
-    Recording,
-    Window,
-    augmented,
-    clips,
-    to_score,
-    transcripts,
-    windows_of,
-    write,
-)
+from speech_data import Recording, clips, to_score, transcripts, write
 
 from pessa_cli.models.audio import SAMPLE_RATE, load_audio
+from pessa_cli.models.augment import LONGEST, SHORTEST, Window, augmented, windows_of
 from pessa_cli.models.data import read_data
 
 RNG = np.random.default_rng(0)
@@ -30,7 +20,7 @@ RECORDINGS = [
 ]
 
 
-def seconds(window: Window) -> float:
+def seconds(window: Window[Recording]) -> float:
     return len(window.samples) / SAMPLE_RATE
 
 
