@@ -24,8 +24,9 @@ from pessa_cli.blocks.locate import (
     without_first_part,
     without_spare_layers,
 )
-from pessa_cli.blocks.site import ROPE, AttentionSite, count, head_order
+from pessa_cli.blocks.site import ROPE, AttentionSite, head_order
 from pessa_cli.blocks.spec import AttentionSpec, Tower
+from pessa_cli.blocks.stored import check_floats, check_shapes, found_twice
 from pessa_cli.blocks.table import ARCHITECTURES, TOWERS
 from pessa_cli.checkpoint.dtypes import FLOATS
 from pessa_cli.checkpoint.reader import Header
@@ -119,10 +120,7 @@ def find_sites(specs: Iterable[AttentionSpec], config: Mapping[str, Any], header
             sites.append(_site(spec, place.layer, modules, config, header, entries, most, between))
         except PessaError as error:
             faults.append(error.message)
-    named: dict[str, list[str]] = defaultdict(list)
-    for site in sites:
-        named[site.name].append(site.q)
-    faults += [f"{name} was found twice or more: {' and '.join(qs[:8])}" for name, qs in named.items() if len(qs) > 1]
+    faults += found_twice(sites)
     scopes = {parent(site.q) for site in sites}
     elsewhere = tuple(end for spec in specs for end in spec.elsewhere)
     for name, info in header.items():
@@ -199,17 +197,14 @@ def _site(
     Raises PessaError if config, shapes, dtypes and ranks contradict each other.
     """
     heads, kv_heads = head_counts(config, spec)
-    weights = {side: header[f"{module}.weight"] for side, module in modules.items()}
-    for side, info in weights.items():
-        if len(info.shape) != 2 or info.dtype not in FLOATS:
-            raise PessaError(f"{modules[side]}.weight: expected a matrix of floats, found {info.dtype} {info.shape}")
-    biases = {side: header[f"{m}.bias"] for side, m in modules.items() if f"{m}.bias" in header}
-    for side, info in biases.items():
-        if info.dtype not in FLOATS:
-            raise PessaError(f"{modules[side]}.bias: expected floats, found {info.dtype}")
+    biases = frozenset(side for side, module in modules.items() if f"{module}.bias" in header)
+    tensors = [*(f"{module}.weight" for module in modules.values()), *(f"{modules[side]}.bias" for side in biases)]
+    check_floats(tensors, header)
     known = [entry.head_dim for entry in entries.values() if entry is not None]
     orders = {side: head_order(spec, side, kv_heads, heads // kv_heads) for side in "qkvo"}
-    shapes = {side: info.shape[::-1] if spec.transposed else info.shape for side, info in weights.items()}
+    shapes = {
+        side: header[f"{module}.weight"].shape[:: -1 if spec.transposed else 1] for side, module in modules.items()
+    }
     head_dim = known[0] if known else _head_dim(spec, config, modules["q"], shapes["q"], len(orders["q"]), heads)
 
     def ranks(side: str) -> Ranks:
@@ -232,8 +227,8 @@ def _site(
         query_width=shapes["q"][1],
         key_width=shapes["k"][1],
         output_width=shapes["o"][0],
-        biases=frozenset(biases),
-        dtype=max((info.dtype for info in (*weights.values(), *biases.values())), key=FLOATS.index),
+        biases=biases,
+        dtype=max((header[name].dtype for name in tensors), key=FLOATS.index),
         qk_ranks=ranks("k"),
         vo_ranks=ranks("v"),
         pairs=entries["k"].pairs if entries["k"] else None,
@@ -264,15 +259,7 @@ def _site(
             f"{site.q}: config.json gives Q-K rank {min(site.qk_ranks)}, "
             f"but {unmerged} directions cannot be merged ({site.between})"
         )
-    size = count(site.in_full().tensors)
-    if size > most:
-        raise PessaError(f"{parent(modules['q'])}: at full size it would have {size:,} entries, more than {most:,}")
-    for name, shape in site.tensors.items():
-        if header[name].shape != shape:
-            raise PessaError(
-                f"{name}: the file has shape {header[name].shape}, but {heads} heads of {head_dim} "
-                f"({kv_heads} for keys and values) need {shape}"
-            )
+    check_shapes(site, header, most, f"{heads} heads of {head_dim} ({kv_heads} for keys and values)")
     if {side: entry for side, entry in entries.items() if entry} != {
         side: entry for side in "qkvo" for entry in [site.ragged().get(modules[side])] if entry
     }:

@@ -8,7 +8,6 @@ once.
 from __future__ import annotations
 
 import re
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -29,8 +28,8 @@ from pessa_cli.blocks.locate import (
 from pessa_cli.blocks.mlp_site import MlpSite
 from pessa_cli.blocks.mlp_spec import MlpSpec
 from pessa_cli.blocks.mlp_table import MLPS, TOWER_MLPS
-from pessa_cli.blocks.site import count
 from pessa_cli.blocks.spec import AttentionSpec, BlockSpec
+from pessa_cli.blocks.stored import check_floats, check_shapes, found_twice
 from pessa_cli.blocks.table import TOWERS
 from pessa_cli.checkpoint.dtypes import FLOATS
 from pessa_cli.checkpoint.reader import Header
@@ -97,7 +96,7 @@ def find_mlps(
             sites.append(_site(place, config, header, entries, most))
         except PessaError as error:
             faults.append(error.message)
-    faults += [*_twice(sites), *_layers_without(specs, found, header), *_foreign(specs, found, header)]
+    faults += [*found_twice(sites), *_layers_without(specs, found, header), *_foreign(specs, found, header)]
     if faults:
         faults = list(dict.fromkeys(faults))
         raise PessaError(f"{len(faults)} MLP tensors do not fit {model_type_of(config)}\n{listed(faults)}", MISFIT)
@@ -128,18 +127,13 @@ def _site(
     """
     spec = place.spec
     *into, out = place.modules.values()
-    tensors = {f"{name}.weight": header[f"{name}.weight"] for name in (*into, out)}
     biases = frozenset(name for name in (*into, out) if f"{name}.bias" in header)
-    tensors |= {f"{name}.bias": header[f"{name}.bias"] for name in sorted(biases)}
-    for name, info in tensors.items():
-        size = 2 if name.endswith(".weight") else 1
-        if len(info.shape) != size or info.dtype not in FLOATS:
-            what = "a matrix" if size == 2 else "a vector"
-            raise PessaError(f"{name}: expected {what} of floats, found {info.dtype} {info.shape}")
+    tensors = [*(f"{name}.weight" for name in (*into, out)), *(f"{name}.bias" for name in sorted(biases))]
+    check_floats(tensors, header)
     if biases and len(biases & {*into}) not in (0, len(into)):
         has, lacks = (name for name in sorted(into, key=lambda name: name not in biases))
         raise PessaError(f"{has}.bias: {lacks} has no bias, and {spec.form} MLPs have both or none")
-    shapes = {name: tensors[f"{name}.weight"].shape for name in (*into, out)}
+    shapes = {name: header[f"{name}.weight"].shape for name in (*into, out)}
     if spec.transposed:
         shapes = {name: shape[::-1] for name, shape in shapes.items()}
     rows, input_width = shapes[into[0]]
@@ -159,7 +153,7 @@ def _site(
         output_width=output_width,
         kept=known.ranks[0] if known else width,
         biases=biases,
-        dtype=max((info.dtype for info in tensors.values()), key=FLOATS.index),
+        dtype=max((header[name].dtype for name in tensors), key=FLOATS.index),
         zero_at_zero=not any(NOT_ZERO_AT_ZERO.fullmatch(str(value(config, spec, (key,)))) for key in ACTIVATIONS),
     )
     if declared is not None and width != declared:
@@ -168,18 +162,10 @@ def _site(
         raise PessaError(f"{out}: config.json stores {site.kept} channels of it; an MLP has at least one")
     if {name: entry for name, entry in entries.items() if entry} != site.ragged():
         raise PessaError(f"{out}: the numbers of channels that config.json gives its matrices contradict each other")
-    size = count(site.in_full().tensors)
-    if size > most:
-        raise PessaError(f"{out}: at full size the MLP would have {size:,} entries, more than {most:,}")
     if columns != site.kept and rows == spec.parts * columns:
         where = "quantization_config" if known else key
         raise PessaError(f"{out}: the file has {columns} channels, but config.json {site.kept} ({where})")
-    for name, shape in site.tensors.items():
-        if header[name].shape != shape:
-            raise PessaError(
-                f"{name}: the file has shape {header[name].shape}, but {site.kept} channels of {input_width} inputs "
-                f"need {shape}"
-            )
+    check_shapes(site, header, most, f"{site.kept} channels of {input_width} inputs")
     return site
 
 
@@ -202,16 +188,6 @@ def _channels(spec: MlpSpec, config: Mapping[str, Any], input_width: int) -> tup
         raise PessaError(f"config.json: {key} is {shortened(ratio)}, not a ratio from 1/{input_width} to {MOST_RATIO}")
     channels = int(input_width * ratio)
     return (int(channels * 2 / 3) + 7) // 8 * 8 if spec.two_thirds else channels, key
-
-
-def _twice(sites: list[MlpSite]) -> Iterator[str]:
-    """Yield a fault for each name of several sites."""
-    named: dict[str, list[str]] = defaultdict(list)
-    for site in sites:
-        named[site.name].append(site.out)
-    for name, outs in named.items():
-        if len(outs) > 1:
-            yield f"{name} was found twice or more: {' and '.join(outs[:8])}"
 
 
 def _in_layers(

@@ -327,7 +327,7 @@ def test_a_file_that_claims_a_huge_layer_is_an_error(llama: Found) -> None:
     shapes = {name: shape for site in wide for name, shape in site.tensors.items()}
     ragged = {name: entry for site in wide for name, entry in site.ragged().items()}
     header = {name: replace(info, shape=shapes.get(name, info.shape)) for name, info in header.items()}
-    assert "at full size the MLP would have" in llama.refused(header, ragged, intermediate_size=99_999)
+    assert "at full size the block would have" in llama.refused(header, ragged, intermediate_size=99_999)
 
 
 def test_the_entries_of_a_fused_matrix_have_a_number_for_each_block(tmp_path: Path) -> None:

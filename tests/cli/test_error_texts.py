@@ -126,6 +126,7 @@ def pickled_list(place: Path) -> None:
     torch.save([1], place / "list.pt")
 
 
+QUERY = "bert.encoder.layer.0.attention.self.query.weight"
 NO_RANKS = {"model.decoder.layers.0.self_attn.q_proj": "many"}
 GGUF_BERT = b"GGUF" + struct.pack("<IQQQ", 3, 0, 1, 20) + b"general.architecture" + struct.pack("<IQ", 8, 4) + b"bert"
 
@@ -285,6 +286,11 @@ EXAMPLES: Mapping[str, Example] = {
     ),
     "MLPs of another width": failure(
         lambda p: mlps(p / "bert"), "48 channels", "40 (intermediate_size)", change=config("bert", intermediate_size=40)
+    ),
+    "weights that are no matrix": failure(
+        "inspect bert",
+        *("query.weight", "a matrix of floats", "(1024,)", "--as"),
+        change=weights("bert", lambda found: found.update({QUERY: found[QUERY].flatten()})),
     ),
     "a model_type that transformers does not have": failure(
         lambda place: class_of(open_model(place / "llama", "llama")),
@@ -498,6 +504,8 @@ HINTLESS = {
     "blocks.discover._site": BY_CALLER,
     "blocks.mlp_discover._channels": BY_CALLER,
     "blocks.mlp_discover._site": BY_CALLER,
+    "blocks.stored.check_floats": BY_CALLER,
+    "blocks.stored.check_shapes": BY_CALLER,
     "checkpoint.shards.ShardWriter": INTERNAL,
     "checkpoint.shards.CheckpointWriter": INTERNAL,
 }
