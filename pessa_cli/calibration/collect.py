@@ -18,13 +18,13 @@ from typing import Any
 import torch
 
 from pessa_cli.blocks.site import Site
-from pessa_cli.calibration.joint_plan import OutputHarm, best_plan
+from pessa_cli.calibration.joint_plan import OutputHarm, best_plan, on_seen_inputs
 from pessa_cli.calibration.listeners import BY_WEIGHTS, collect_statistics
 from pessa_cli.calibration.memory import CALLS, free_memory, free_on, needs
 from pessa_cli.calibration.sequential import collect_in_sequence
 from pessa_cli.calibration.trial_cuts import passes, try_out
 from pessa_cli.common.errors import PessaError, UsageError
-from pessa_cli.models.data import CalibrationData, read_data
+from pessa_cli.models.data import CalibrationData, amount_of, read_data
 from pessa_cli.models.dense import dense_model, text_part
 from pessa_cli.models.inputs import Inputs
 from pessa_cli.models.load import quiet_transformers
@@ -160,17 +160,18 @@ def calibrate(
             loaded.set_attn_implementation("eager")  # the one that returns attention weights
             if fits:
                 loaded = loaded.to(run.device)
-            samples: list[Inputs] = []
+            samples, seen = list[Inputs](), list[Inputs]()
+            compares = fits and budget is not None and budget.budgeted and rule is None
             with torch.inference_mode():
                 decodes = any(not site.kind.startswith("encoder") for site in sites)
                 writes = fits and loaded.can_generate()
 
                 def transcribed(number: int) -> bool:
                     """Whether the decoder reads the text of a window: for its own blocks, and to measure their harm."""
-                    return decodes or (writes and number % FOLDS == 0)
+                    return decodes or (writes and number % FOLDS in range(2 if compares else 1))
 
                 inputs: Iterable[tuple[Inputs, int]] = _sampled(
-                    windows(model.reader.folder, loaded, items, transcribed), samples
+                    _sampled(windows(model.reader.folder, loaded, items, transcribed), samples, 0), seen, 1
                 )
                 if rule is not None:  # the inputs are needed again for each block
                     inputs = list(inputs)
@@ -193,11 +194,17 @@ def calibrate(
                     most_bytes = sys.maxsize if free is None else int(CALLS * free)
                     held = on_device(samples, run.device)
                     found = try_out(loaded, sites, held, found, trial, most_bytes, tick)
-                    if budget is not None and budget.budgeted and rule is None:
+                    if compares:
+                        assert budget is not None
                         decomposition = resources.enter_context(decomposition_of(model, run, blocks))
                         decomposition.decompose(sites, CollectedStatistics(found, identities))
-                        with OutputHarm(loaded, sites, held, trial) as harm:
+                        with (
+                            OutputHarm(loaded, sites, held, trial) as harm,
+                            OutputHarm(loaded, sites, on_device(seen, run.device), trial) as harm_on_seen,
+                        ):
                             comparison = best_plan(harm, sites, decomposition.spectra, budget, model.size, run.progress)
+                            if not few:
+                                comparison = on_seen_inputs(comparison, harm_on_seen, amount_of(items))
             else:
                 (found,) = folds
             if rule is not None and decomposition is not None:
@@ -239,11 +246,11 @@ def _check_memory(model: Model, sites: Sequence[Site], rule: Rule | None, run: R
     return False
 
 
-def _sampled(inputs: Iterable[tuple[Inputs, int]], samples: list[Inputs]) -> Iterator[tuple[Inputs, int]]:
-    """Yield all inputs, and store in `samples` at most TRIED, evenly spaced among the first of every FOLDS inputs."""
+def _sampled(inputs: Iterable[tuple[Inputs, int]], samples: list[Inputs], place: int) -> Iterator[tuple[Inputs, int]]:
+    """Yield all inputs, and store in `samples` at most TRIED, evenly spaced among those at a place of every FOLDS."""
     every = FOLDS
     for number, (given, nbytes) in enumerate(inputs):
-        if number % every == 0:
+        if number % every == place:
             samples.append(given)
         if len(samples) > TRIED:
             del samples[1::2]

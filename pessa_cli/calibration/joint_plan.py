@@ -10,6 +10,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
@@ -119,6 +120,14 @@ def best_plan(
     if rule.max_error is None:
         return best_within(rule, progress)
     return _smallest(lambda share: best_within(rule.with_share(share), quietly), rule.max_error, unit, progress)
+
+
+def on_seen_inputs(comparison: Comparison, harm: OutputHarm, data: str) -> Comparison:
+    """Return the comparison with the harm of its plan on inputs that the statistics have seen.
+
+    harm: measures it on these inputs, with the same decomposition. data: how many data they are a part of, in words.
+    """
+    return replace(comparison, seen=harm.of(comparison.plan), data=data)
 
 
 def _smallest(best_within: Callable[[float], Comparison], most: float, unit: str, progress: Progress) -> Comparison:

@@ -130,11 +130,14 @@ def notices(json: bool) -> Callable[[Overview | TooLittleData | Comparison | Sea
                 f"Too little calibration data for {len(notice.lines)} blocks: "
                 f"their weights partly decide their ranks.\n{listed(notice.lines, 3)}"
             )
-        elif json:
-            return
         elif isinstance(notice, Comparison):
             harms = ", ".join(f"{name} {harm:.3g}" for name, harm in notice.harms.items())
-            note(f"plans tried on held-out inputs, harm in {notice.unit}: {harms}; taken: {notice.taken}")
+            if not json:
+                note(f"plans tried on held-out inputs, harm in {notice.unit}: {harms}; taken: {notice.taken}")
+            if notice.warning is not None:
+                note(notice.warning)
+        elif json:
+            return
         elif isinstance(notice, steps.Overview):
             _show_model(notice)
         else:

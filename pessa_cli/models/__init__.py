@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from pessa_cli.models.classes import class_of as class_of
     from pessa_cli.models.classes import model_class as model_class
     from pessa_cli.models.data import CalibrationData as CalibrationData
+    from pessa_cli.models.data import amount_of as amount_of
     from pessa_cli.models.data import read_data as read_data
     from pessa_cli.models.dense import dense_model as dense_model
     from pessa_cli.models.dense import text_part as text_part
@@ -56,7 +57,7 @@ else:
         {
             "audio": ["SAMPLE_RATE", "load_audio"],
             "classes": ["LOCAL_ONLY", "WEIGHTS_ALONE", "ModelClass", "class_of", "model_class"],
-            "data": ["CalibrationData", "read_data"],
+            "data": ["CalibrationData", "amount_of", "read_data"],
             "dense": ["dense_model", "text_part"],
             "hooks": ["BlockModules", "Call", "block_modules", "block_squares", "on_calls", "output_of", "replay"],
             "inputs": [

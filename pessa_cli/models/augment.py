@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pessa_cli.common.errors import UsageError
-from pessa_cli.models.audio import SAMPLE_RATE, resampled, seconds_of
+from pessa_cli.models.audio import SAMPLE_RATE, resampled
 from pessa_cli.models.data import CalibrationData, DataItem
 from pessa_cli.statistics.file import augmented_identity
 
@@ -145,8 +145,13 @@ class AugmentedItem(DataItem):
     seed: tuple[int, int] = (0, 0)
 
     @property
+    def seconds(self) -> float:
+        """The length of the window, before its speed is changed."""
+        return 0.0 if self.window is None else self.window.seconds
+
+    @property
     def nbytes(self) -> int:
-        return 0 if self.window is None else round(2 * SAMPLE_RATE * self.window.seconds)
+        return round(2 * SAMPLE_RATE * self.seconds)
 
     @property
     def samples(self) -> Samples:
@@ -188,8 +193,7 @@ def _length(rng: random.Random) -> float:
 
 def _clips(item: DataItem, rng: random.Random) -> Iterator[ClipPart]:
     """Yield an item as one clip, or cut into clips of random lengths if it is too long for a window."""
-    assert item.audio is not None
-    whole = seconds_of(item.audio)
+    whole = item.seconds
     if whole <= LONGEST:
         yield ClipPart(item, 0.0, whole, item.text)
         return

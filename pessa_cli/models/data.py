@@ -16,7 +16,7 @@ from pessa_cli.checkpoint.files import sha256_of
 from pessa_cli.common.errors import PessaError
 from pessa_cli.common.files import check_file, is_there
 from pessa_cli.common.text import read_text
-from pessa_cli.models.audio import load_audio
+from pessa_cli.models.audio import load_audio, seconds_of
 
 AUDIO = (".wav", ".flac", ".ogg", ".mp3", ".opus")
 
@@ -37,6 +37,12 @@ class DataItem:
     @property
     def nbytes(self) -> int:
         return len(self.text or "") if self.audio is None else self.audio.stat().st_size
+
+    @property
+    def seconds(self) -> float:
+        """The length of a clip, by the header of its file. Raises PessaError if it cannot be read."""
+        assert self.audio is not None
+        return seconds_of(self.audio)
 
     @property
     def samples(self) -> NDArray[np.float32]:
@@ -88,6 +94,13 @@ def read_data(paths: Sequence[Path]) -> CalibrationData:
         for item in new:
             chosen.setdefault(item.identity, []).append(item)
     return CalibrationData([item for items in chosen.values() for item in items], list(chosen))
+
+
+def amount_of(items: Sequence[DataItem]) -> str:
+    """Say how many data these are: "3.2 minutes of audio", or "5,000 characters of text"."""
+    if any(item.audio is None for item in items):
+        return f"{sum(len(item.text or '') for item in items):,} characters of text"
+    return f"{sum(item.seconds for item in items) / 60:.2g} minutes of audio"
 
 
 def _items(file: Path, digest: str) -> Iterator[DataItem]:

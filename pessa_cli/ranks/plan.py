@@ -22,6 +22,8 @@ from pessa_cli.ranks.spectra import Spectra, Spectrum, largest_pairs, pair_share
 NO_MLP = "add MLPs with --sites mlp, if `pessa architectures` has them for this model"
 NO_ATTENTION = "MLPs are cut by --mlp-ratio, --mlp-rank, --mlp-thr, or a budget such as --target-layers"
 
+OVERFITTED = 2.0  # how many times larger harms are on unseen inputs if more data would help
+HARMLESS = 0.01  # nats per token, or relative error
 
 Block = TypeVar("Block", bound=Site)
 
@@ -59,17 +61,36 @@ class Comparison:
     """The plan that was taken, and the harm of each plan that was assembled.
 
     harms: the KL divergence of the model's output in nats per token, or the relative error of its hidden states, by
-    what the plan is. unit: which of the two.
+    what the plan is, on inputs that the statistics have not seen. unit: which of the two. seen: the harm of the taken
+    plan on inputs that the statistics have seen, and data: how many data that were, in words; if they were measured.
     """
 
     plan: RankPlan
     taken: str
     harms: Mapping[str, float]
     unit: str
+    seen: float | None = None
+    data: str = ""
+
+    @property
+    def warning(self) -> str | None:
+        """A sentence if the cuts are fitted to the calibration data more than to what the data are a sample of.
+
+        Then the harm is much larger on inputs that the statistics have not seen. A harm that is small on these, too, is
+        no reason for more data.
+        """
+        harm = self.harms[self.taken]
+        if self.seen is None or harm < HARMLESS or harm <= OVERFITTED * self.seen:
+            return None
+        return (
+            f"more calibration data would help: harm {harm:.2g} on inputs not seen, {self.seen:.2g} on inputs seen "
+            f"({self.data})"
+        )
 
     def to_dict(self) -> dict[str, object]:
         """What the manifest says of it."""
-        return {"taken": self.taken, "harms": dict(self.harms), "unit": self.unit}
+        known = {} if self.seen is None else {"harm_on_seen_inputs": self.seen}
+        return {"taken": self.taken, "harms": dict(self.harms), "unit": self.unit, **known}
 
 
 def check_ranks(sites: Sequence[Site], rule: Rule) -> None:

@@ -79,7 +79,8 @@ class Inspection:
     model: as the user called it. method: "svd" or "calibrated". rule: in words. totals: blocks, parameters and bytes
     before and after, and the pruned shares, from 0 to 1. sites: the blocks. spectra: by site name. norms: the products
     of the L2 norms of the original dimensions, by site name; empty unless requested. curve: budgets with the expected
-    errors; empty unless requested. warnings: a line for each block that has too little calibration data.
+    errors; empty unless requested. warnings: a line for each block that has too little calibration data, and one if
+    more data would help.
     """
 
     model: str

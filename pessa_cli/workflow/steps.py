@@ -65,7 +65,8 @@ class Known:
 
     statistics: None if the recipe uses the weights alone. blocks: a reader that may hold the weights in memory.
     decomposition: of the blocks by these statistics, if it was computed already. warnings: a line for each block that
-    has too little calibration data. comparison: the plan for the rule's budget, if plans could be tried.
+    has too little calibration data, and one if more data would help. comparison: the plan for the rule's budget, if
+    plans could be tried.
     """
 
     statistics: Statistics | None = None
@@ -222,4 +223,5 @@ def calibrated(
                 notify(TooLittleData(warnings))
             if found.comparison is not None:
                 notify(found.comparison)
+                warnings += filter(None, [found.comparison.warning])
             yield Known(found.statistics, found.blocks, found.decomposition, warnings, found.comparison)

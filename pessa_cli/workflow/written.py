@@ -22,7 +22,7 @@ class WrittenModel:
     totals: blocks, parameters and bytes before and after, and the pruned shares, from 0 to 1. shards: the bytes of
     weights in each file. copied: the other files that are taken over from the source. left_out: those that are not,
     with the reason; a folder is one entry. search: the budgets that were tried, if the recipe limits an increase.
-    warnings: a line for each block that has too little calibration data.
+    warnings: a line for each block that has too little calibration data, and one if more data would help.
     """
 
     source: str

@@ -12,15 +12,18 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from calibrating import batches
 from calibrating import data as data
-from harness import Pessa, TinyFolder, is_refusal
+from harness import Pessa, TinyFolder, edit_weights, is_refusal
+from mlps import saved
 
 from pessa_cli.calibration.joint_plan import OutputHarm, best_plan
 from pessa_cli.common.errors import PessaError
 from pessa_cli.common.progress import quietly
+from pessa_cli.models import windows
 from pessa_cli.models.hooks import output_of
 from pessa_cli.ranks.budget import candidates, ranks_for
-from pessa_cli.ranks.plan import RankPlan
+from pessa_cli.ranks.plan import Comparison, RankPlan
 from pessa_cli.ranks.rule import Rule
 from pessa_cli.surgery.decomposition import Decomposition, decomposition_of
 from pessa_cli.surgery.model import Model, open_model
@@ -123,3 +126,34 @@ def test_a_budget_with_data_compares_plans(
     assert len(harms) == 3
     assert harms[compared["taken"]] == min(harms.values())
     assert f"taken: {compared['taken']}" in done.err
+
+
+def test_little_data_are_told_from_enough(
+    data: list[Path], tmp_path: Path, pessa: Pessa, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What one input of 20 tokens tells is not true of another; of equal inputs nothing is unseen."""
+    folder = saved("llama", tmp_path / "model")
+    edit_weights(lambda tensors: tensors["lm_head.weight"].mul_(20))(folder)
+    given = [argument for path in data[:2] for argument in ("--calibrate", path)]
+    for enough in (False, True):
+        if enough:
+            monkeypatch.setattr(windows, "inputs_of", lambda model, *_: iter(batches(model)[:1]))
+        out = tmp_path / str(enough)
+        done = pessa("prune", folder, *given, "--target-layers", 0.9, "--json", "-o", out)
+        assert done.code == 0, done
+        compared = json.loads((out / "pessa.json").read_text())["compared"]
+        unseen, seen = compared["harms"][compared["taken"]], compared["harm_on_seen_inputs"]
+        warned = f"harm {unseen:.2g} on inputs not seen, {seen:.2g} on inputs seen (2 characters of text)"
+        assert (warned in done.err) != enough
+        assert (unseen > 2 * seen) != enough
+
+
+@pytest.mark.parametrize(
+    ("unseen", "seen", "warns"),
+    [(0.12, 0.01, True), (0.12, 0.119, False), (0.12, None, False), (1e-3, 1e-5, False)],
+)
+def test_when_more_data_would_help(unseen: float, seen: float | None, warns: bool) -> None:
+    found = Comparison(RankPlan({}), "by price", {"by price": unseen, "the same share": 1.0}, "nats", seen, "3 minutes")
+    expected = "more calibration data would help: harm 0.12 on inputs not seen, 0.01 on inputs seen (3 minutes)"
+    assert found.warning == (expected if warns else None)
+    assert ("harm_on_seen_inputs" in found.to_dict()) == (seen is not None)
