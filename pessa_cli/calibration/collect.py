@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -22,6 +22,7 @@ from pessa_cli.calibration.joint_plan import OutputHarm, best_plan, on_seen_inpu
 from pessa_cli.calibration.listeners import BY_WEIGHTS, collect_statistics
 from pessa_cli.calibration.memory import CALLS, free_memory, free_on, needs
 from pessa_cli.calibration.sequential import collect_in_sequence
+from pessa_cli.calibration.store import StatisticsOnDisk, WithTrials, in_groups
 from pessa_cli.calibration.trial_cuts import passes, try_out
 from pessa_cli.common.errors import PessaError, UsageError
 from pessa_cli.models.data import CalibrationData, amount_of, read_data
@@ -32,6 +33,7 @@ from pessa_cli.models.windows import on_device, windows
 from pessa_cli.ranks.plan import Comparison
 from pessa_cli.ranks.rule import Rule
 from pessa_cli.statistics.file import CollectedStatistics, SavedStatistics, Statistics, fingerprint, save_statistics
+from pessa_cli.statistics.sums import BlockStatistics
 from pessa_cli.surgery.block_reader import BlockReader
 from pessa_cli.surgery.decomposition import Decomposition, decomposition_of
 from pessa_cli.surgery.model import Model
@@ -141,7 +143,8 @@ def calibrate(
     """
     check_blocks(sites)
     items, identities = data
-    fits = _check_memory(model, sites, rule, run)
+    groups = _groups(model, sites, rule, run)
+    fits = bool(groups)
     blocks = BlockReader(model.reader, keep=fits)
     sequence_rule = None if rule is None else str(rule)
     with ExitStack() as resources:
@@ -173,13 +176,20 @@ def calibrate(
                 inputs: Iterable[tuple[Inputs, int]] = _sampled(
                     _sampled(windows(model.reader.folder, loaded, items, transcribed), samples, 0), seen, 1
                 )
-                if rule is not None:  # the inputs are needed again for each block
+                if rule is not None or len(groups) > 1:  # the inputs are needed again for each block or group
                     inputs = list(inputs)
-                ticks = run.progress("calibrating", sum(item.nbytes for item in items), 0)
-                folds = collect_statistics(loaded, sites, inputs, blocks, ticks, FOLDS if fits else 1)
+                on_disk = len(groups) > 1
+                folds = [_store(sites, on_disk, running) for _ in range(2 if fits else 1)]
+                for number, group in enumerate(groups or [sites]):
+                    part = f" {number + 1} of {len(groups)}" if on_disk else ""
+                    ticks = run.progress(f"calibrating{part}", sum(item.nbytes for item in items), 0)
+                    sums = collect_statistics(loaded, group, inputs, blocks, ticks, FOLDS if fits else 1)
+                    for fold, own in zip(folds, sums, strict=True):
+                        fold.update(own)
+                    del sums, own
             if fits:
                 held_out, others = folds
-                few = not any(float(one.frames) for one in others.values())  # a single input cannot be held out
+                few = not float(others[sites[0].name].frames)  # a single input cannot be held out
                 with suppress(ValueError):  # it is faster, but some models, such as Gemma 2, do not have it
                     loaded.set_attn_implementation("sdpa")
                 tried = CollectedStatistics(held_out if few else others, identities)
@@ -189,11 +199,15 @@ def calibrate(
                 ):
                     trial.decompose(sites, tried)
                     # Block by block, since the sums of all blocks may be the largest part of the memory.
-                    found = {site.name: held_out.pop(site.name) + others.pop(site.name) for site in sites}
+                    total = _store(sites, on_disk, resources)
+                    for site in sites:
+                        total[site.name] = held_out.pop(site.name) + others.pop(site.name)
                     free = free_memory()
                     most_bytes = sys.maxsize if free is None else int(CALLS * free)
                     held = on_device(samples, run.device)
-                    found = try_out(loaded, sites, held, found, trial, most_bytes, tick)
+                    found: Mapping[str, BlockStatistics] = WithTrials(
+                        total, try_out(loaded, sites, held, trial, most_bytes, tick)
+                    )
                     if compares:
                         assert budget is not None
                         decomposition = resources.enter_context(decomposition_of(model, run, blocks))
@@ -214,8 +228,16 @@ def calibrate(
         yield Calibration(statistics, blocks, decomposition, comparison)
 
 
-def _check_memory(model: Model, sites: Sequence[Site], rule: Rule | None, run: Run) -> bool:
-    """Return whether the whole model fits into memory together with what is collected.
+def _store(sites: Sequence[Site], on_disk: bool, resources: ExitStack) -> MutableMapping[str, BlockStatistics]:
+    """Return a place for the statistics of blocks, on disk until `resources` are closed."""
+    return StatisticsOnDisk(sites, resources) if on_disk else {}
+
+
+def _groups(model: Model, sites: Sequence[Site], rule: Rule | None, run: Run) -> list[Sequence[Site]]:
+    """Return the blocks that are calibrated together, in a pass for each group, if the whole model fits into memory.
+
+    One group is all blocks, and all sums are in memory. The sums of several groups are in a temporary file, apart from
+    those of the group. No group: the model does not fit.
 
     Raises PessaError if the model has to be in memory and does not fit, or if not even the statistics fit.
     """
@@ -227,7 +249,10 @@ def _check_memory(model: Model, sites: Sequence[Site], rule: Rule | None, run: R
             "leave --device out, or choose fewer blocks with --sites and --layers",
         )
     if free is None or need.in_memory <= free:
-        return True
+        return [sites]
+    if rule is None and need.in_groups <= free:
+        room = int(free * (1 - CALLS)) - need.weights - need.copies
+        return [*in_groups(sites, room // 2)]
     short = f"calibration needs {need.in_memory:,} bytes of memory, and {free:,} are free"
     if rule is not None:
         raise PessaError(
@@ -243,7 +268,7 @@ def _check_memory(model: Model, sites: Sequence[Site], rule: Rule | None, run: R
             f"{short}; without accelerate the weights cannot be read from disk block by block",
             "pip install accelerate, or calibrate on a larger machine and use its --statistics here",
         )
-    return False
+    return []
 
 
 def _sampled(inputs: Iterable[tuple[Inputs, int]], samples: list[Inputs], place: int) -> Iterator[tuple[Inputs, int]]:

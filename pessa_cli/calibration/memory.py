@@ -23,17 +23,23 @@ class Needs:
     """The bytes that calibration needs.
 
     weights: of the float32 model. copies: of the chosen blocks, for the trial cuts: as they are stored, as factors, and
-    in a copy of the model's block. statistics: one set of sums, in float64.
+    in a copy of the model's block. statistics: one set of sums, in float64; largest: of the block that has most.
     """
 
     weights: int
     copies: int
     statistics: int
+    largest: int
 
     @property
     def in_memory(self) -> int:
         """The bytes for calibration with the whole model in memory, with trial cuts, for which there are two sums."""
         return math.ceil((self.weights + self.copies + 2 * self.statistics) / (1 - CALLS))
+
+    @property
+    def in_groups(self) -> int:
+        """The bytes for calibration with the whole model in memory and the sums of one block at a time."""
+        return math.ceil((self.weights + self.copies + 2 * self.largest) / (1 - CALLS))
 
     @property
     def on_disk(self) -> int:
@@ -53,8 +59,14 @@ def needs(model: Model, sites: Sequence[Site]) -> Needs:
     return Needs(
         weights=4 * (model.parameters + cut),
         copies=sum(dense[site.name] * (4 + 2 * ITEM_BYTES[site.dtype]) for site in sites),
-        statistics=sum(8 * math.prod(shape) for site in sites for shape in shapes_of(site).values()),
+        statistics=sum(map(sums_of, sites)),
+        largest=max(map(sums_of, sites), default=0),
     )
+
+
+def sums_of(site: Site) -> int:
+    """Return the bytes of one set of sums of a block."""
+    return sum(8 * math.prod(shape) for shape in shapes_of(site).values())
 
 
 def free_memory() -> int | None:

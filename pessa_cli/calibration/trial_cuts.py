@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,6 @@ from pessa_cli.common.progress import Tick
 from pessa_cli.models.hooks import BlockModules, Call, block_modules, on_calls, output_of, replay
 from pessa_cli.models.inputs import Inputs
 from pessa_cli.ranks.spectra import LEVELS, Spectra, Spectrum, largest_pairs, pair_shares, smallest_dropped
-from pessa_cli.statistics.sums import BlockStatistics
 from pessa_cli.surgery.decomposition import Decomposition
 
 DEPTH = 0.5  # the share of Q-K and of V-O that is cut to measure the harm to the model's output
@@ -48,16 +47,15 @@ def try_out(
     loaded: Any,
     sites: Sequence[Site],
     inputs: Sequence[Inputs],
-    found: Mapping[str, BlockStatistics],
     decomposition: Decomposition,
     most_bytes: int,
     tick: Tick,
-) -> dict[str, BlockStatistics]:
-    """Make trial cuts of the blocks, and return their statistics with the results added, by site name.
+) -> dict[str, dict[str, Tensor]]:
+    """Make trial cuts of the blocks, and return the results by site name: `output`, `tried` and `harm`.
 
     The model runs once for each input. The inputs of its blocks are kept, up to `most_bytes` at a time, and the cut
-    copies of the blocks run on them. loaded: the model in transformers. found: the statistics without trial cuts.
-    decomposition: of the blocks, by statistics that do not include these inputs. tick: is called `passes(sites)` times.
+    copies of the blocks run on them. loaded: the model in transformers. decomposition: of the blocks, by statistics
+    that do not include these inputs. tick: is called `passes(sites)` times.
     """
     ours = block_modules(sites, loaded)
     cut_blocks = {name: copied(modules) for name, modules in ours.items()}
@@ -98,13 +96,12 @@ def try_out(
                 sums[name].output += float(call.output.double().square().sum())
     tick(0, ticks_left)
     return {
-        name: replace(
-            known,
-            output=torch.tensor(sums[name].output, dtype=torch.float64),
-            tried=torch.tensor(list(sums[name].tried.values()), dtype=torch.float64),
-            harm=sums[name].harm,
-        )
-        for name, known in found.items()
+        name: {
+            "output": torch.tensor(own.output, dtype=torch.float64),
+            "tried": torch.tensor(list(own.tried.values()), dtype=torch.float64),
+            "harm": own.harm,
+        }
+        for name, own in sums.items()
     }
 
 

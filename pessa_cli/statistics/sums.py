@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Self
 
 import torch
@@ -52,6 +53,10 @@ class BlockStatistics:
 
     def __add__(self, other: Self) -> Self:
         return type(self)(**{name: getattr(self, name) + getattr(other, name) for name in self.names()})
+
+    def with_trials(self, trials: Mapping[str, Tensor]) -> Self:
+        """Return the statistics with other results of trial cuts: `output`, `tried` and `harm`."""
+        return replace(self, **trials)
 
     def to(self, device: str | torch.device) -> Self:
         """Return the same statistics on another device."""

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +17,8 @@ import soundfile
 import tiny
 import torch
 from calibrating import batches, block_errors, collected
-from harness import Pessa, TinyFolder, copy_of, edit_weights, is_refusal
+from harness import Pessa, Tensors, TinyFolder, copy_of, edit_weights, is_refusal
+from safetensors.torch import load_file
 from torch import Tensor
 
 from pessa_cli.algebra.absorb import Pair
@@ -24,7 +28,8 @@ from pessa_cli.calibration import collect as calibrate
 from pessa_cli.calibration import listeners
 from pessa_cli.calibration.collect import collect
 from pessa_cli.calibration.listeners import VisibleKeys
-from pessa_cli.calibration.memory import needs
+from pessa_cli.calibration.memory import needs, sums_of
+from pessa_cli.calibration.store import StatisticsOnDisk, in_groups
 from pessa_cli.common.errors import PessaError
 from pessa_cli.models import dense, windows
 from pessa_cli.models.data import DataItem, read_data
@@ -32,7 +37,7 @@ from pessa_cli.models.load import load
 from pessa_cli.ranks.budget import ranks_for
 from pessa_cli.ranks.rule import Rule
 from pessa_cli.statistics.file import CollectedStatistics, SavedStatistics, data_sha256, files_of, shortages
-from pessa_cli.statistics.sums import AttentionStatistics
+from pessa_cli.statistics.sums import AttentionStatistics, shapes_of, statistics_of
 from pessa_cli.statistics.weighing import independent, weigh
 from pessa_cli.surgery.block_io import read_site
 from pessa_cli.surgery.decomposition import measure
@@ -245,7 +250,11 @@ def test_a_model_that_does_not_fit_is_read_from_disk_block_by_block(
 ) -> None:
     model = open_model(tiny_folder(name))
     whole = collected(model, data, tmp_path / "whole")
-    monkeypatch.setattr(calibrate, "free_memory", lambda: needs(model, model.attention).on_disk)
+    need = replace(
+        needs(model, model.attention), largest=sys.maxsize
+    )  # not even the sums of one block beside the model
+    monkeypatch.setattr(calibrate, "needs", lambda *_: need)
+    monkeypatch.setattr(calibrate, "free_memory", lambda: need.on_disk)
     placed: list[set[str]] = []
 
     def loading(model: Model, **placing: Any) -> Any:
@@ -272,9 +281,62 @@ def test_a_model_that_does_not_fit_is_read_from_disk_block_by_block(
     )
     with pytest.raises(PessaError, match="--sequential: calibration needs"):
         collected(model, data, tmp_path / "no", Rule(rank=4))
-    monkeypatch.setattr(calibrate, "free_memory", lambda: needs(model, model.attention).on_disk - 1)
+    monkeypatch.setattr(calibrate, "free_memory", lambda: need.on_disk - 1)
     with pytest.raises(PessaError, match="for the statistics alone"):
         collected(model, data, tmp_path / "no")
+
+
+@pytest.mark.parametrize("name", ["llama", "whisper"])
+def test_sums_that_do_not_fit_are_collected_in_groups(
+    name: str, tiny_folder: TinyFolder, data: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Attention and MLPs, in a pass for each group of blocks whose sums fit; the result is the same."""
+    model, passes = open_model(tiny_folder(name)), list[list[str]]()
+    need, once = needs(model, model.sites), listeners.collect_statistics
+
+    def counted(loaded: Any, sites: Any, *args: Any) -> Any:
+        passes.append([site.name for site in sites])
+        return once(loaded, sites, *args)
+
+    monkeypatch.setattr(calibrate, "collect_statistics", counted)
+    whole: Tensors = {}
+    for out, free in (("whole", need.in_memory), ("two", need.in_memory - 1), ("each", need.in_groups)):
+        passes.clear()
+        monkeypatch.setattr(calibrate, "free_memory", lambda free=free: free)
+        collect(model, model.sites, data, tmp_path / out)
+        assert [place for group in passes for place in group] == [site.name for site in model.sites]
+        assert (len(passes) == 1) == (out == "whole")
+        if out == "each":
+            assert len(passes) > 2
+            for group in passes:
+                sums = [sums_of(site) for site in model.sites if site.name in group]
+                assert len(sums) == 1 or sum(sums) <= need.largest + 1
+        for place, tensor in load_file(tmp_path / out).items():
+            torch.testing.assert_close(tensor, whole.setdefault(place, tensor), rtol=1e-12, atol=0)
+
+
+def test_what_is_in_memory_at_a_time(tiny_folder: TinyFolder) -> None:
+    sites = open_model(tiny_folder("llama")).sites
+    each = [sums_of(site) for site in sites]
+    assert in_groups(sites, sum(each)) == [sites]
+    assert in_groups(sites, sum(each) - 1) == [sites[:-1], sites[-1:]]
+    assert in_groups(sites, 1) == [[site] for site in sites]
+    shapes = {site.name: shapes_of(site) for site in sites}
+    found = {
+        site.name: statistics_of(site).of(
+            {name: torch.rand(shape, dtype=torch.float64) for name, shape in shapes[site.name].items()}
+        )
+        for site in sites
+    }
+    with ExitStack() as resources:
+        stored = StatisticsOnDisk(sites, resources)
+        stored.update(found)
+        assert list(stored) == list(found)
+        for name, one in found.items():
+            assert all(torch.equal(getattr(one, each), getattr(stored[name], each)) for each in one.names())
+        assert stored.pop(sites[0].name) is not None
+        with pytest.raises(KeyError):
+            stored[sites[0].name]
 
 
 @pytest.mark.parametrize("name", tiny.NAMES)

@@ -17,7 +17,6 @@ from pessa_cli.calibration import collect, trial_cuts
 from pessa_cli.checkpoint.reader import CheckpointReader
 from pessa_cli.common.jobs import in_order
 from pessa_cli.models import hooks
-from pessa_cli.statistics.sums import BlockStatistics
 from pessa_cli.surgery import attention_block, decomposition
 
 TEXTS = ("one two three four five six seven eight nine ten " * 6, "a b c d e f g h i j k l m n o p q r s t u v " * 6)
@@ -153,21 +152,21 @@ def test_trials_in_little_memory_give_the_same_statistics(
     folder: Path, tmp_path: Path, pessa: Pessa, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where the calls of the blocks do not fit, the trials take the inputs in groups."""
-    found: list[dict[str, BlockStatistics]] = []
+    found: list[dict[str, dict[str, torch.Tensor]]] = []
     trial = trial_cuts.try_out
 
-    def recorded(*args: Any) -> dict[str, BlockStatistics]:
+    def recorded(*args: Any) -> dict[str, dict[str, torch.Tensor]]:
         found.append(trial(*args))
         return found[-1]
 
     monkeypatch.setattr(collect, "try_out", recorded)
     for name, most in (("all", None), ("few", 0)):
         if most is not None:
-            monkeypatch.setattr(collect, "try_out", lambda *args: recorded(*args[:5], 0, args[6]))
+            monkeypatch.setattr(collect, "try_out", lambda *args: recorded(*args[:4], 0, args[5]))
         assert pessa("prune", folder, "-o", tmp_path / name, *BUDGET, *data(tmp_path)).code == 0
     for name, one in found[0].items():
         for field in ("output", "tried", "harm"):
-            torch.testing.assert_close(getattr(one, field), getattr(found[1][name], field), rtol=1e-9, atol=0)
+            torch.testing.assert_close(one[field], found[1][name][field], rtol=1e-9, atol=0)
 
 
 def test_jobs_reach_calibration_trials_and_sequence(
