@@ -20,7 +20,7 @@ import torch
 from pessa_cli.blocks.site import Site
 from pessa_cli.calibration.joint_plan import OutputHarm, best_plan, on_seen_inputs
 from pessa_cli.calibration.listeners import BY_WEIGHTS, collect_statistics
-from pessa_cli.calibration.memory import CALLS, free_memory, free_on, needs
+from pessa_cli.calibration.memory import CALLS, WORK, free_memory, free_on, needs
 from pessa_cli.calibration.sequential import collect_in_sequence
 from pessa_cli.calibration.store import StatisticsOnDisk, WithTrials, in_groups
 from pessa_cli.calibration.trial_cuts import passes, try_out
@@ -132,11 +132,14 @@ def calibrate(
 ) -> Iterator[Calibration]:
     """Run the data through the model, and collect the statistics of the given blocks in memory.
 
-    Memory is needed for the model, for two float64 matrices (H d, H d) for each block, and for the attention weights of
-    one input; see `calibration.memory`. If that is not free, the weights are read from disk block by block for every
-    input, and there are no trial cuts. rule: if given, each block is calibrated on the outputs of the blocks before it
-    after those were pruned by the rule, which takes one more pass over the data for each block. budget: a rule with a
-    budget, for which plans are assembled and compared at the model's output, on the inputs of the trial cuts.
+    Memory is needed for the model, for two float64 matrices (H d, H d) for each block of attention and (F, F) for each
+    MLP of F channels, and for the attention weights of one input; see `calibration.memory`. If that is not free, the
+    data are run once for each of several groups of blocks, and the sums are kept in a temporary file. If the model does
+    not fit, the weights are read from disk block by block for every input, and there are no trial cuts.
+
+    rule: if given, each block is calibrated on the outputs of the blocks before it after those were pruned by the rule,
+    which takes one more pass over the data for each block. budget: a rule with a budget, for which plans are assembled
+    and compared at the model's output, on the inputs of the trial cuts.
 
     Raises UsageError for data that do not fit the model and for blocks that cannot be calibrated, and PessaError when
     there is too little memory, or when the model does not compute attention as the statistics assume.
@@ -251,7 +254,7 @@ def _groups(model: Model, sites: Sequence[Site], rule: Rule | None, run: Run) ->
     if free is None or need.in_memory <= free:
         return [sites]
     if rule is None and need.in_groups <= free:
-        room = int(free * (1 - CALLS)) - need.weights - need.copies
+        room = int(free * (1 - CALLS)) - need.weights - need.copies - WORK * need.largest
         return [*in_groups(sites, room // 2)]
     short = f"calibration needs {need.in_memory:,} bytes of memory, and {free:,} are free"
     if rule is not None:

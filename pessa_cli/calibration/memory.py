@@ -15,6 +15,7 @@ from pessa_cli.checkpoint.dtypes import ITEM_BYTES
 from pessa_cli.statistics.sums import shapes_of
 from pessa_cli.surgery.model import Model
 
+WORK = 7  # the largest number of sets of sums, in bytes, that the decomposition of a block takes; measured on MLPs
 CALLS = 0.25  # the share of the free memory that trial cuts may use for the recorded calls of blocks
 
 
@@ -34,17 +35,17 @@ class Needs:
     @property
     def in_memory(self) -> int:
         """The bytes for calibration with the whole model in memory, with trial cuts, for which there are two sums."""
-        return math.ceil((self.weights + self.copies + 2 * self.statistics) / (1 - CALLS))
+        return math.ceil((self.weights + self.copies + 2 * self.statistics + WORK * self.largest) / (1 - CALLS))
 
     @property
     def in_groups(self) -> int:
         """The bytes for calibration with the whole model in memory and the sums of one block at a time."""
-        return math.ceil((self.weights + self.copies + 2 * self.largest) / (1 - CALLS))
+        return math.ceil((self.weights + self.copies + (2 + WORK) * self.largest) / (1 - CALLS))
 
     @property
     def on_disk(self) -> int:
         """The bytes for calibration with the weights read from disk block by block; there are no trial cuts."""
-        return 2 * self.statistics
+        return 2 * self.statistics + WORK * self.largest
 
     @property
     def on_device(self) -> int:
@@ -53,7 +54,10 @@ class Needs:
 
 
 def needs(model: Model, sites: Sequence[Site]) -> Needs:
-    """Estimate the memory for the calibration of the given blocks, apart from the inputs and attention weights."""
+    """Estimate the memory for the calibration of the given blocks, apart from the inputs and attention weights.
+
+    One block is decomposed at a time in this estimate, which is so for large ones; see `Run.jobs_for`.
+    """
     cut = sum(count(site.in_full().tensors) - count(site.tensors) for site in model.sites)
     dense = {site.name: count(site.in_full().tensors) for site in sites}
     return Needs(

@@ -19,6 +19,7 @@ from pessa_cli.surgery.output import hashes_of, write_shards
 from pessa_cli.surgery.prune import decompose_model, prune_model
 from pessa_cli.surgery.rewrite import SHARD_BYTES, Rewrite, cut_into_files
 from pessa_cli.surgery.run import Run
+from pessa_cli.surgery.scratch import Scratch
 from pessa_cli.surgery.side_files import UnknownWeights, copy_side_files, output_contents
 from pessa_cli.surgery.spectra_file import SPECTRA_FILE
 from pessa_cli.surgery.totals import BLOCKS, chosen_kinds, pruned_parts
@@ -34,6 +35,7 @@ __all__ = [
     "NotFiniteError",
     "Rewrite",
     "Run",
+    "Scratch",
     "UnknownWeights",
     "all_channels",
     "check_card",

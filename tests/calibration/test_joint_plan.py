@@ -23,7 +23,7 @@ from pessa_cli.common.progress import quietly
 from pessa_cli.models import windows
 from pessa_cli.models.hooks import output_of
 from pessa_cli.ranks.budget import candidates, ranks_for
-from pessa_cli.ranks.plan import Comparison, RankPlan
+from pessa_cli.ranks.plan import OVERFITTED, Comparison, RankPlan
 from pessa_cli.ranks.rule import Rule
 from pessa_cli.surgery.decomposition import Decomposition, decomposition_of
 from pessa_cli.surgery.model import Model, open_model
@@ -145,7 +145,7 @@ def test_little_data_are_told_from_enough(
         unseen, seen = compared["harms"][compared["taken"]], compared["harm_on_seen_inputs"]
         warned = f"harm {unseen:.2g} on inputs not seen, {seen:.2g} on inputs seen (2 characters of text)"
         assert (warned in done.err) != enough
-        assert (unseen > 2 * seen) != enough
+        assert (unseen > OVERFITTED * seen) != enough
 
 
 @pytest.mark.parametrize(
