@@ -150,6 +150,11 @@ class AugmentedItem(DataItem):
         return 0.0 if self.window is None else self.window.seconds
 
     @property
+    def recordings(self) -> dict[str, float]:
+        parts = [] if self.window is None else self.window.recordings
+        return {f"{part.item.sha256} {part.start}": part.seconds for part in parts}
+
+    @property
     def nbytes(self) -> int:
         return round(2 * SAMPLE_RATE * self.seconds)
 

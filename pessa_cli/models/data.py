@@ -45,6 +45,11 @@ class DataItem:
         return seconds_of(self.audio)
 
     @property
+    def recordings(self) -> dict[str, float]:
+        """The seconds of each recording in a clip, by a name that tells it from others."""
+        return {self.sha256: self.seconds}
+
+    @property
     def samples(self) -> NDArray[np.float32]:
         """The samples of a clip at 16 kHz, (time,). Raises PessaError if its file cannot be read."""
         assert self.audio is not None
@@ -97,10 +102,11 @@ def read_data(paths: Sequence[Path]) -> CalibrationData:
 
 
 def amount_of(items: Sequence[DataItem]) -> str:
-    """Say how many data these are: "3.2 minutes of audio", or "5,000 characters of text"."""
+    """Say how many data these are: "3.2 minutes of audio", or "5,000 characters of text". A recording counts once."""
     if any(item.audio is None for item in items):
         return f"{sum(len(item.text or '') for item in items):,} characters of text"
-    return f"{sum(item.seconds for item in items) / 60:.2g} minutes of audio"
+    recordings = {name: seconds for item in items for name, seconds in item.recordings.items()}
+    return f"{sum(recordings.values()) / 60:.2g} minutes of audio"
 
 
 def _items(file: Path, digest: str) -> Iterator[DataItem]:

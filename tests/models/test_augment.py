@@ -14,7 +14,7 @@ import soundfile
 from pessa_cli.common.errors import PessaError, UsageError
 from pessa_cli.models.audio import SAMPLE_RATE
 from pessa_cli.models.augment import LONGEST, SHORTEST, AugmentedItem, ClipPart, augment
-from pessa_cli.models.data import CalibrationData, read_data
+from pessa_cli.models.data import CalibrationData, amount_of, read_data
 from pessa_cli.statistics.file import augmentation_of, files_of
 
 APART = 4
@@ -117,6 +117,14 @@ def test_the_identities_name_the_files_and_the_augmentation(tmp_path: Path) -> N
     assert augmentation_of(data.identities) is None
     assert files_of(changed.identities) == files_of(data.identities)
     assert changed.identities != augment(data, 6, 7, APART).identities
+
+
+def test_the_amount_of_data_is_that_of_the_recordings(tmp_path: Path) -> None:
+    data = read_data(speech(tmp_path, [12.0] * 10))
+    assert amount_of(data.items) == "2 minutes of audio"
+    assert amount_of(augment(data, 40, 0, APART).items) == "2 minutes of audio"
+    (tmp_path / "a.txt").write_text("é" * 1234)
+    assert amount_of(read_data([tmp_path / "a.txt"]).items) == "1,234 characters of text"
 
 
 def test_what_cannot_be_augmented(tmp_path: Path) -> None:
