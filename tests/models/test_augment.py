@@ -73,8 +73,9 @@ def test_a_seed_decides_and_the_order_of_the_data_does_not(tmp_path: Path) -> No
     assert not np.array_equal(one[0].samples, one[0].window.samples)  # changed, and not only joined
 
 
-def test_held_out_windows_are_made_from_other_recordings(tmp_path: Path) -> None:
-    windows = made(read_data(speech(tmp_path, [2.0] * 16)))
+@pytest.mark.parametrize("seconds", [2.0, 60.0], ids=["whole", "in parts"])
+def test_held_out_windows_are_made_from_other_recordings(seconds: float, tmp_path: Path) -> None:
+    windows = made(read_data(speech(tmp_path, [seconds] * 16, 500)), 200)
     held_out, others = (
         {part.item.sha256 for item in side for part in parts(item)}
         for side in (windows[::APART], [item for number, item in enumerate(windows) if number % APART])
