@@ -128,7 +128,7 @@ def notices(json: bool) -> Callable[[Overview | TooLittleData | Comparison | Sea
         if isinstance(notice, steps.TooLittleData):
             note(
                 f"Too little calibration data for {len(notice.lines)} blocks: "
-                f"their weights partly decide their ranks.\n{listed(notice.lines, 3)}"
+                f"their weights partly decide what they keep.\n{listed(notice.lines, 3)}"
             )
         elif isinstance(notice, Comparison):
             harms = ", ".join(f"{name} {harm:.3g}" for name, harm in notice.harms.items())

@@ -66,7 +66,7 @@ def encoder_for(folder: Path, model: Any) -> Any:
         raise UsageError(
             f"{folder}: a {model.config.model_type} takes {model.main_input_name}, but calibration data are text, or "
             "audio for Whisper",
-            "leave --calibrate out: the weights then decide the ranks",
+            "leave --calibrate out: the weights then decide what is kept",
         )
     tokenizer = from_folder(transformers.AutoTokenizer, folder, "tokenizer")
     if not tokenizer.is_fast:

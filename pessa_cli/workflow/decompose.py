@@ -34,7 +34,7 @@ def decompose(
     follow_links: bool = False,
     notify: Notify = ignore,
 ) -> WrittenModel:
-    """Write the model to the folder `out` with every head as balanced factors at full rank, and with its spectra.
+    """Write the model to `out` with every head as balanced factors and sorted channels, and with its spectra.
 
     The result computes the same function with tensors of the same names and shapes; pruning it needs no further SVD.
 

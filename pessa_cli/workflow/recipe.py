@@ -56,8 +56,8 @@ class Recipe:
     )
     calibrate: tuple[Path, ...] = option(
         (),
-        "Calibration data: rank directions by their effect on these inputs. Audio or text files, folders, or JSON "
-        "lines; may be repeated.",
+        "Calibration data: rank directions and channels by their effect on these inputs. Audio or text files, folders, "
+        "or JSON lines; may be repeated.",
         metavar="DATA",
         example="speech/",
     )

@@ -222,7 +222,7 @@ def test_too_little_calibration_data_is_a_warning_in_the_result(
     assert "independent frames" in written.warnings[0]
     assert capsys.readouterr().err == ""
     shown = pessa("prune", llama, "-o", tmp_path / "b", "--ratio", "0.3", "--calibrate", tmp_path / "few.txt").err
-    assert shown.startswith("Too little calibration data for 2 blocks: their weights partly decide their ranks.\n")
+    assert shown.startswith("Too little calibration data for 2 blocks: their weights partly decide what they keep.\n")
     assert f"  {written.warnings[0]}\n" in shown
 
 
