@@ -1,6 +1,8 @@
-"""Reproduce the README's results: real models pruned by four methods at equal shares of their attention.
+"""Reproduce the tables of docs/results.md: real models, cut in several ways to equal shares, and scored.
 
-    python scripts/reproduce.py $PESSA_DATA -o out/results [--only "tiny.en encoder"] [--threads 2]
+    python scripts/reproduce.py $PESSA_DATA -o out/results [--only "MiniLM"] [--speech out/speech] [--threads 2]
+
+Shares of attention that are pruned:
 
 - vanilla: the paper's baseline, which ranks the original dimensions by the product of their L2 norms.
 - plain: singular values of the weights alone, separately for Q-K and V-O (`--ratio`).
@@ -9,173 +11,58 @@
 
 Under RoPE, vanilla and plain drop this share of the frequency pairs of Q-K by the weights alone (`--rope-ratio`).
 
-A model is never scored on its calibration data. Whisper: the clips are divided into two halves, and each half is
-transcribed by models that were calibrated on the audio of the other half; in addition to the word error rate, the mean
-negative log-likelihood of the reference texts is measured, which depends less on single lost sentences. SmolLM2:
-calibrated on the end of the text, perplexity over windows from its beginning. MiniLM: calibrated on those sentences of
-every fifth pair that are in no other pair, Spearman's correlation over the other pairs.
+Shares of the layers' parameters that are kept, attention and MLPs, all calibrated:
 
-Each result is appended to OUT/runs.jsonl, and statistics are kept in OUT/statistics; existing ones are not made again,
-so a run can be stopped at any time. At the end OUT holds table.md and results.png.
+- joint: one budget for attention and MLPs (`--calibrate --target-layers`), by the plan that trials choose.
+- same share: of the directions of attention, and of the channels of each MLP (`--ratio --mlp-ratio`).
+- one width: the budget with the same width for all layers (`--uniform`).
+- MLPs alone, attention alone: the budget of the same number of parameters over one of them (`--sites`), if that is met.
+
+A model is never scored on what it is calibrated on; `reproduce_data` has the data, and which figures are measured. Each
+result is appended to OUT/runs.jsonl, with intervals that 95 % of bootstrap samples of the clips, windows or pairs fall
+into. Results and statistics that are there are not made again, so a run can be stopped at any time. At the end OUT
+holds table.md and results.png. Give different data another OUT.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import json
+import math
 import multiprocessing
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from fetch_models import fetch
-from transformers import AutoTokenizer, WhisperProcessor
+from reproduce_data import KL, NATS, OTHER, SPEARMAN, WORDS, Fold, Places, figures
+from reproduce_subjects import OF_ATTENTION, OF_LAYERS, SUBJECTS, TARGETS, Subject, jobs, recipe
 
-from pessa_cli.blocks.site import select
+from pessa_cli.blocks.site import count, select
 from pessa_cli.calibration.collect import collect
 from pessa_cli.evaluation.bench import peak_memory
-from pessa_cli.evaluation.likelihood import likelihoods
-from pessa_cli.evaluation.measures import Measure, ScoreSettings
-from pessa_cli.evaluation.perplexity import Perplexity
-from pessa_cli.evaluation.similarity import Similarity, embedding_of
-from pessa_cli.evaluation.word_errors import WordErrors, read_clips
+from pessa_cli.evaluation.figures import Figure
 from pessa_cli.models.load import load, quiet_transformers
-from pessa_cli.ranks.rule import Rule
-from pessa_cli.statistics.file import SavedStatistics, Statistics
-from pessa_cli.surgery.model import Model, open_model
-from pessa_cli.surgery.prune import prune_model
-from pessa_cli.surgery.rewrite import Ranking
+from pessa_cli.ranks.budget import UnmetBudgetError
+from pessa_cli.surgery.model import open_model
 from pessa_cli.surgery.run import Run
-from pessa_cli.surgery.totals import totals
+from pessa_cli.workflow.prune import prune
 
-METHODS = ("vanilla", "plain", "calibrated", "in sequence")
-CHARACTERS = 45_000  # of the end of the text, to calibrate on
-WINDOWS = 20  # from its beginning, to score on
-EVERY = 5  # of the pairs, one to calibrate on: the file goes from genre to genre
-TENS = (0.1, 0.2, 0.3, 0.4, 0.5)
-Figures = dict[str, Any]
+Entry = dict[str, Any]  # a line of runs.jsonl
 
 
-@dataclass(frozen=True)
-class Subject:
-    """A part of the table: a model, the kinds of blocks that are pruned, and the shares of attention to prune.
-
-    first: the shares that are run before all others. sequence: the shares at which calibration in sequence is run.
-    same: the title of a subject whose statistics include these blocks.
-    """
-
-    title: str
-    model: str
-    kinds: tuple[str, ...] = ()
-    shares: tuple[float, ...] = TENS
-    first: tuple[float, ...] = ()
-    sequence: tuple[float, ...] = ()
-    same: str | None = None
-
-
-SUBJECTS = (
-    Subject("tiny.en encoder", "whisper-tiny.en", ("encoder.self",), (*TENS[:3], 0.35, *TENS[3:]), *2 * ((0.35, 0.5),)),
-    Subject("tiny.en", "whisper-tiny.en", (), (*TENS[:2], 0.25, *TENS[2:]), *2 * ((0.25,),)),
-    Subject("tiny.en decoder", "whisper-tiny.en", ("decoder.self", "decoder.cross"), same="tiny.en"),
-    Subject("MiniLM", "minilm", first=(0.3,)),
-    Subject("SmolLM2", "smollm2-135m", (), (0.1, 0.15, *TENS[1:]), (0.15,)),
-)
-# The allowed loss against the original: points of word error rate, points of correlation, or a share of the perplexity.
-TARGETS = (
-    ("tiny.en encoder", 0.35, "calibrated", 0.02),
-    ("tiny.en encoder", 0.5, "in sequence", 0.1),
-    ("tiny.en", 0.25, "calibrated", 0.02),
-    ("MiniLM", 0.3, "calibrated", 0.01),
-    ("SmolLM2", 0.15, "calibrated", 0.05),
-)
-
-
-@dataclass(frozen=True)
-class Fold:
-    """Calibration files, and a quality measure on other data."""
-
-    calibration: Sequence[Path]
-    measure: Measure
-
-
-def speech_folds(data: Path, _out: Path, source: Path) -> list[Fold]:
-    clips = read_clips(data / "speech" / "clips.jsonl")
-    processor, halves = WhisperProcessor.from_pretrained(source), (clips[0::2], clips[1::2])
-    return [
-        Fold(
-            [clip.file for clip in half],
-            WordErrors.of("the other half", other, processor, ScoreSettings(new_tokens=100)),
-        )
-        for half, other in (halves, halves[::-1])
-    ]
-
-
-def text_folds(data: Path, out: Path, source: Path) -> list[Fold]:
-    text = (data / "text" / "wikitext2-valid.txt").read_text(encoding="utf-8")
-    beginning, end = out / "text-beginning.txt", out / "text-end.txt"
-    beginning.write_text(text[:-CHARACTERS], encoding="utf-8")
-    end.write_text(text[-CHARACTERS:], encoding="utf-8")
-    return [
-        Fold([end], Perplexity.load(beginning, AutoTokenizer.from_pretrained(source), ScoreSettings(limit=WINDOWS)))
-    ]
-
-
-def pairs_folds(data: Path, out: Path, source: Path) -> list[Fold]:
-    with (data / "text" / "stsb-en-dev.csv").open(encoding="utf-8", newline="") as file:
-        rows = list(csv.reader(file))
-    others = [row for number, row in enumerate(rows) if number % EVERY]
-    there = {sentence for row in others for sentence in row[:2]}
-    sentences = dict.fromkeys(sentence for row in rows[::EVERY] for sentence in row[:2] if sentence not in there)
-    calibration, scored = out / "sentences.jsonl", out / "pairs.csv"
-    calibration.write_text("".join(json.dumps({"text": sentence}) + "\n" for sentence in sentences), encoding="utf-8")
-    with scored.open("w", encoding="utf-8", newline="") as file:
-        csv.writer(file).writerows(others)
-    embedding = embedding_of(source, open_model(source).reader.config)
-    tokenizer = AutoTokenizer.from_pretrained(source)
-    return [Fold([calibration], Similarity.load(scored, tokenizer, ScoreSettings(batch=32), embedding))]
-
-
-FOLDS: dict[str, Callable[[Path, Path, Path], list[Fold]]] = {
-    "whisper-tiny.en": speech_folds,
-    "minilm": pairs_folds,
-    "smollm2-135m": text_folds,
-}
-
-
-def quality(folders: Sequence[Path], measures: Sequence[Measure]) -> Figures:
-    """Return the quality of several models together, each on its own data."""
-    scores, counts, nats, tokens = [], [], 0.0, 0
-    for folder, measure in zip(folders, measures, strict=True):
-        model = load(open_model(folder))
-        scores.append(measure.score(model))
-        counts.append(scores[-1].counts)
-        if isinstance(measure, WordErrors):
-            likely = likelihoods(model, measure.passages(model), None, measure.name)
-            nats, tokens = nats + float(likely.nats.sum()), tokens + int(likely.tokens.sum())
-    found: Figures = {"metric": scores[0].metric, "counts": counts}
-    if not tokens:
-        (score,) = scores
-        return found | {"quality": score.value}
-    rate = sum(count["errors"] for count in counts) / sum(count["words"] for count in counts)
-    return found | {"quality": rate, "nats": nats / tokens}
-
-
-def calibrate(
-    model: str, kinds: tuple[str, ...], files: Sequence[Path], out: Path, rule: Rule | None, n: int
-) -> Figures:
+def calibrate(model: str, kinds: tuple[str, ...], files: Sequence[Path], out: Path, n: int) -> Entry:
     """Write statistics and return their cost; meant to run in a separate process."""
     torch.set_num_threads(n)
     opened, started = open_model(fetch(model)), time.perf_counter()
     partial = out.with_suffix(".partial")
-    collect(opened, select(opened.attention, kinds), files, partial, rule)
+    collect(opened, select(opened.sites, kinds), files, partial)
     partial.rename(out)
     return {"calibration": out.stem, "seconds": time.perf_counter() - started, "peak": peak_memory()}
 
@@ -183,167 +70,194 @@ def calibrate(
 class Results:
     """The results of all runs; each run is made only once."""
 
-    def __init__(self, data: Path, out: Path, threads: int) -> None:
-        self._data, self._out, self._threads = data, out, threads
-        self._file = out / "runs.jsonl"
-        self._folds = cache(lambda name: FOLDS[name](data, out, fetch(name)))
-        self.runs: list[Figures] = []
+    def __init__(self, places: Places, threads: int) -> None:
+        self._out, self._threads, self._file = places.out, threads, places.out / "runs.jsonl"
+        self._folds = cache(lambda data, model: data(places, fetch(model)))
+        self._original = cache(self._figures_of_original)
+        self.runs: list[Entry] = []
         if self._file.exists():
             self.runs = [json.loads(line) for line in self._file.read_text(encoding="utf-8").splitlines()]
-        (out / "statistics").mkdir(parents=True, exist_ok=True)
+        (places.out / "statistics").mkdir(parents=True, exist_ok=True)
 
     def make(self, subject: Subject, method: str, share: float) -> None:
         key = {"subject": subject.title, "method": method, "share": share}
         if any(key.items() <= run.items() for run in self.runs):
             return
-        started, folds, model = time.perf_counter(), self._folds(subject.model), open_model(fetch(subject.model))
-        if method == "original":
-            size = {"parameters": model.parameters, "attention": 0.0}
-            found = quality([model.reader.folder for _ in folds], [fold.measure for fold in folds])
-        else:
+        started, model = time.perf_counter(), open_model(fetch(subject.model))
+        folds, original = self._folds(subject.data, subject.model), self._original(subject.data, subject.model)
+        found: Entry = {"parameters": model.parameters, "pruned": 0.0, "figures": _entries(original, None)}
+        if method != "original":
+            sites = select(model.sites, subject.kinds)
+            scores, sizes, compared = [], [], []
             with tempfile.TemporaryDirectory() as folder:
-                outs = [Path(folder) / str(number) for number in range(len(folds))]
-                sizes = [self._pruned(subject, method, share, model, *each) for each in enumerate(outs)]
-                size = max(sizes, key=lambda size: size["parameters"])
-                found = quality(outs, [fold.measure for fold in folds])
-        self._add(key | size | found | {"seconds": time.perf_counter() - started})
+                for number, fold in enumerate(folds):
+                    statistics = partial(self._statistics, subject, number)
+                    given = recipe(method, share, sites, fold.calibration, statistics)
+                    try:
+                        if given is None:
+                            raise UnmetBudgetError("more would have to be cut than there is", "give a larger share")
+                        written = prune(model.reader.folder, Path(folder) / str(number), given, Run(jobs=self._threads))
+                    except UnmetBudgetError as error:
+                        self._add(key | {"unmet": str(error)})
+                        return
+                    sizes.append(written.totals["parameters_after"])
+                    compared.append(written.manifest.get("compared"))
+                    scores.append(fold.score(load(open_model(written.out))))
+            size = max(sizes)
+            pruned = (model.parameters - size) / sum(count(site.tensors) for site in sites)
+            found = {"parameters": size, "pruned": pruned, "figures": _entries(figures(scores), original)}
+            found |= {"compared": compared} if any(compared) else {}
+        self._add(key | found | {"seconds": time.perf_counter() - started})
 
-    def _pruned(self, subject: Subject, method: str, share: float, model: Model, fold: int, out: Path) -> Figures:
-        """Write a pruned model and return its size."""
-        sites, statistics = select(model.attention, subject.kinds), None
-        rotates = any(site.spec.rope for site in sites)
-        rule = Rule(ratio=share, rope_ratio=share if rotates else None)
-        if method in ("calibrated", "in sequence"):
-            rule = Rule(target_attention=1 - share)
-            statistics = self._statistics(subject, fold, rule if method == "in sequence" else None)
-        how: Ranking = "vanilla" if method == "vanilla" else "svd"
-        run = Run(jobs=self._threads)
-        ranks = prune_model(model, out, rule, sites, how, run=run, statistics=statistics).ranks
-        counted = totals(model.reader.header, model.attention, sites, ranks)
-        names = {"parameters": "parameters_after", "attention": "attention_pruned"}
-        return {name: counted[known] for name, known in names.items()}
+    def _figures_of_original(self, data: Callable[[Places, Path], list[Fold]], name: str) -> dict[str, Figure]:
+        model = load(open_model(fetch(name)))
+        return figures([fold.score(model) for fold in self._folds(data, name)])
 
-    def _statistics(self, subject: Subject, number: int, rule: Rule | None) -> Statistics:
-        fold = self._folds(subject.model)[number]
-        if subject.same is not None and rule is None:
-            subject = next(other for other in SUBJECTS if other.title == subject.same)
-        name = "-".join(f"{subject.title} {number} {rule or ''}".split())
-        file = self._out / "statistics" / f"{name}.safetensors"
+    def _statistics(self, subject: Subject, number: int) -> Path:
+        kinds = () if subject.layers else ("attention",)
+        parts = (subject.model, subject.data.__name__, "layers" if subject.layers else "attention", str(number))
+        file = self._out / "statistics" / f"{'-'.join(parts)}.safetensors"
         if not file.exists():
             # A separate process, because its peak memory is measured.
             context = multiprocessing.get_context("spawn")
+            data = self._folds(subject.data, subject.model)[number].calibration
             with ProcessPoolExecutor(1, context) as pool:
-                arguments = (subject.model, subject.kinds, fold.calibration, file, rule, self._threads)
-                self._add(pool.submit(calibrate, *arguments).result())
-        found = SavedStatistics(file)
-        if common := set(found.data) & set(fold.measure.sources.values()):
-            raise SystemExit(f"{name}: calibrated on what it is scored on, {common}")
-        return found
+                self._add(pool.submit(calibrate, subject.model, kinds, data, file, self._threads).result())
+        return file
 
-    def _add(self, run: Figures) -> None:
+    def _add(self, run: Entry) -> None:
         self.runs.append(run)
         with self._file.open("a", encoding="utf-8") as out:
             out.write(json.dumps(run) + "\n")
-        print(json.dumps({key: value for key, value in run.items() if key != "counts"}), file=sys.stderr, flush=True)
+        print(json.dumps(run), file=sys.stderr, flush=True)
 
-    def of(self, subject: str, method: str, share: float) -> Figures | None:
-        key = {"subject": subject, "method": method, "share": share}
-        return next((run for run in self.runs if key.items() <= run.items()), None)
-
-
-def jobs(subjects: Sequence[Subject]) -> Iterator[tuple[Subject, str, float]]:
-    """Yield all runs to make, beginning with those that the targets refer to."""
-    for subject in subjects:
-        yield subject, "original", 0.0
-    for first in (True, False):
-        for method in ("calibrated", "in sequence", "plain", "vanilla"):
-            for subject in subjects:
-                chosen = subject.sequence if method == "in sequence" else subject.shares
-                yield from ((subject, method, share) for share in chosen if (share in subject.first) is first)
+    def of(self, subject: str, method: str, share: float) -> Entry | None:
+        """The run, unless its budget cannot be met."""
+        key = {"subject": subject, "method": method, "share": share, "unmet": None}
+        return next((run for run in self.runs if key.items() <= ({"unmet": None} | run).items()), None)
 
 
-def shown(run: Figures | None) -> str:
+def _entries(found: dict[str, Figure], original: dict[str, Figure] | None) -> Entry:
+    """The figures for runs.jsonl, with the differences to the original's."""
+    return {
+        name: figure.to_dict() | ({} if original is None else {"difference": figure.less(original[name]).to_dict()})
+        for name, figure in found.items()
+    }
+
+
+def interval(figure: Entry, form: Callable[[float], str]) -> str:
+    if figure["interval"] is None:
+        return form(figure["value"])
+    low, high = map(form, figure["interval"])
+    return f"{form(figure['value'])} ({low} to {high})"
+
+
+def percent(value: float) -> str:
+    return f"{value:.1%}".replace("%", " %")
+
+
+def shown(run: Entry | None, layers: bool) -> str:
+    """The cell of a run: in the table of layers with intervals, and against the original."""
     if run is None:
         return ""
-    if run["metric"] == "perplexity":
-        return f"{run['quality']:,.1f}"
-    if run["metric"] == "word error rate":
-        return f"{run['quality']:.1%} ({run['nats']:.2f})".replace("%", " %")
-    return f"{run['quality']:.3f}"
+    found = run["figures"]
+    if WORDS in found:
+        if not layers:
+            return f"{percent(found[WORDS]['value'])} ({found[NATS]['value']:.2f})"
+        return f"{interval(found[KL], '{:.4f}'.format)}; {found[NATS]['value']:.3f}; {percent(found[WORDS]['value'])}"
+    if SPEARMAN in found:
+        change = found[SPEARMAN].get("difference") if layers else None
+        text = f"{found[SPEARMAN]['value']:.3f}"
+        return text if change is None else f"{text}, {interval(change, '{:+.4f}'.format)}"
+    if not layers or run["method"] == "original":
+        return "; ".join(f"{math.exp(found[name]['value']):,.1f}" for name in (NATS, OTHER) if name in found)
+    ratios = (found[name]["difference"] for name in (NATS, OTHER))
+    return "; ".join(interval(each, lambda nats: f"{math.exp(nats):.3f}") for each in ratios)
 
 
 def table(results: Results, subjects: Sequence[Subject]) -> Iterator[str]:
-    """Yield the table in Markdown; the parameters are those of vanilla and plain; calibrated ones never have more."""
-    yield f"| model | pruned | parameters | calibrated | {' | '.join(METHODS)} |"
-    yield "|---" * (4 + len(METHODS)) + "|"
-    for subject in subjects:
-        if original := results.of(subject.title, "original", 0.0):
-            size = f"{original['parameters']:,}"
-            yield f"| {' | '.join([subject.title, '0 %', size, size, *[shown(original)] * 3, ''])} |"
-        for share in subject.shares:
-            found = {method: results.of(subject.title, method, share) for method in METHODS}
-            sizes = [f"{run['parameters']:,}" if (run := found[name]) else "" for name in ("plain", "calibrated")]
-            cells = [
-                subject.title,
-                f"{share:.0%}".replace("%", " %"),
-                *sizes,
-                *(shown(found[method]) for method in METHODS),
-            ]
-            yield f"| {' | '.join(cells)} |"
+    """Yield the tables in Markdown; the parameters are those of the largest of a row."""
+    for layers, title in ((False, "pruned"), (True, "kept")):
+        chosen = [subject for subject in subjects if subject.layers is layers]
+        if not chosen:
+            continue
+        methods = OF_LAYERS if layers else OF_ATTENTION
+        yield f"| model | {title} | parameters | {' | '.join(methods)} |"
+        yield "|---" * (3 + len(methods)) + "|"
+        for subject in chosen:
+            if original := results.of(subject.title, "original", 0.0):
+                first = [subject.title, percent(float(layers)), f"{original['parameters']:,}", shown(original, layers)]
+                yield f"| {' | '.join([*first, *[''] * (len(methods) - 1)])} |"
+            for share in subject.shares:
+                found = {method: results.of(subject.title, method, share) for method in methods}
+                if any(found.values()):
+                    size = max(run["parameters"] for run in found.values() if run is not None)
+                    cells = [
+                        subject.title,
+                        percent(share),
+                        f"{size:,}",
+                        *(shown(run, layers) for run in found.values()),
+                    ]
+                    yield f"| {' | '.join(cells)} |"
+        yield ""
 
 
-def worse(run: Figures, original: Figures) -> float:
-    """Return the loss of one model against another, in the unit of TARGETS."""
-    if run["metric"] == "perplexity":
-        return float(run["quality"] / original["quality"] - 1)
-    difference = float(run["quality"] - original["quality"])
-    return difference if run["metric"] == "word error rate" else -difference
+def loss(run: Entry) -> float:
+    """Return the loss against the original, in the unit of TARGETS."""
+    if SPEARMAN in run["figures"]:
+        return -float(run["figures"][SPEARMAN]["difference"]["value"])
+    if WORDS in run["figures"]:
+        return float(run["figures"][WORDS]["difference"]["value"])
+    return math.exp(run["figures"][NATS]["difference"]["value"]) - 1
+
+
+def harm(run: Entry) -> float:
+    """Return the first figure against the original, by which methods are compared: KL, nats or lost correlation."""
+    name = next(iter(run["figures"]))
+    change = float(run["figures"][name]["difference"]["value"])
+    return -change if name == SPEARMAN else change
 
 
 def verdicts(results: Results, subjects: Sequence[Subject]) -> Iterator[str]:
-    """Yield lines on which targets are met, and where calibration is worse or keeps more parameters."""
+    """Yield lines on which targets are met, and where a method is worse than one that it should not be worse than."""
     for title, share, method, most in TARGETS:
-        run, original = results.of(title, method, share), results.of(title, "original", 0.0)
-        if run is not None and original is not None:
-            found = worse(run, original)
-            yield f"{title}, {share:.0%}, {method}: {found:+.4f}, target {most}: {'met' if found <= most else 'MISSED'}"
+        run = results.of(title, method, share)
+        if run is not None and title in [subject.title for subject in subjects]:
+            verdict = "met" if loss(run) <= most else "MISSED"
+            yield f"{title}, {share:.0%}, {method}: {loss(run):+.4f}, target {most}: {verdict}"
     for subject in subjects:
-        for share in subject.shares:
-            plain = results.of(subject.title, "plain", share)
-            for method in ("calibrated", "in sequence"):
-                run = results.of(subject.title, method, share)
-                if run is None or plain is None:
-                    continue
-                if run["parameters"] > plain["parameters"]:
-                    yield f"{subject.title}, {share:.0%}, {method}: MORE parameters than plain"
-                if worse(run, plain) > 0 or run.get("nats", 0) > plain.get("nats", 0):
-                    yield f"{subject.title}, {share:.0%}, {method}: WORSE than plain, {shown(run)} and {shown(plain)}"
+        better = ("joint",) if subject.layers else ("calibrated", "in sequence")
+        others = OF_LAYERS[1:] if subject.layers else ("plain",)
+        for share, method, other in ((s, m, o) for s in subject.shares for m in better for o in others):
+            run, against = (results.of(subject.title, each, share) for each in (method, other))
+            if run is not None and against is not None and harm(run) > harm(against):
+                both = f"{harm(run):.4f} and {harm(against):.4f}"
+                yield f"{subject.title}, {share:.0%}: {method} WORSE than {other}, {both}"
 
 
 def costs(results: Results) -> Iterator[str]:
     for run in results.runs:
         if "calibration" in run:
             yield f"calibrating {run['calibration']}: {run['seconds']:.0f} s, {run['peak'] / 1e6:,.0f} MB at the peak"
+        if "unmet" in run:
+            yield f"{run['subject']}, {run['share']:.0%}, {run['method']}: {run['unmet']}"
 
 
 def plot(results: Results, subjects: Sequence[Subject], file: Path) -> None:
-    """Plot quality against the share of attention that is pruned."""
-    from matplotlib.figure import Figure
+    """Plot the first figure of each run against the share that is pruned."""
+    from matplotlib.figure import Figure as Picture
 
-    figure = Figure(figsize=(4 * len(subjects), 4), layout="constrained")
-    for axes, subject in zip(figure.subplots(1, len(subjects), squeeze=False)[0], subjects, strict=True):
-        original = results.of(subject.title, "original", 0.0)
-        for method in METHODS:
+    picture = Picture(figsize=(4 * len(subjects), 4), layout="constrained")
+    for axes, subject in zip(picture.subplots(1, len(subjects), squeeze=False)[0], subjects, strict=True):
+        for method in subject.methods:
             runs = [run for share in subject.shares if (run := results.of(subject.title, method, share))]
-            if runs and original is not None:
-                points = [original, *runs] if method != "in sequence" else runs
-                x, y = ([run[name] for run in points] for name in ("attention", "quality"))
+            if runs:
+                name = next(iter(runs[0]["figures"]))
+                x, y = [run["pruned"] for run in runs], [run["figures"][name]["value"] for run in runs]
                 axes.plot(x, y, marker="o", linestyle="none" if method == "in sequence" else "-", label=method)
-                axes.set(title=subject.title, xlabel="share of attention pruned", ylabel=original["metric"])
-        if original is not None and original["metric"] == "perplexity":
-            axes.set_yscale("log")
-        axes.legend()
-    figure.savefig(file, dpi=120)
+                axes.set(title=subject.title, xlabel="share pruned", ylabel=name)
+                axes.legend()
+    picture.savefig(file, dpi=120)
 
 
 def main() -> None:
@@ -353,17 +267,22 @@ def main() -> None:
     parser.add_argument(
         "--only", nargs="+", choices=[subject.title for subject in SUBJECTS], help="run only these subjects"
     )
+    parser.add_argument("--methods", nargs="+", choices=[*OF_ATTENTION, *OF_LAYERS], help="run only these methods")
+    parser.add_argument("--shares", type=float, nargs="+", help="run only these shares")
+    parser.add_argument("--speech", type=Path, help="a folder of scripts/speech_data.py instead of two halves of clips")
+    parser.add_argument("--windows", type=int, default=0, help="of each text of the layers' table to score; 0 for all")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--show", action="store_true", help="only show the existing results")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     subjects = [subject for subject in SUBJECTS if not args.only or subject.title in args.only]
-    results = Results(args.data, args.out, args.threads)
-    if not args.show:
-        with quiet_transformers():
-            for job in jobs(subjects):
-                results.make(*job)
-    lines = [*table(results, subjects), "", *verdicts(results, subjects), "", *costs(results)]
+    results = Results(Places(args.data, args.out, args.speech, args.windows), args.threads)
+    with quiet_transformers():
+        for subject, method, share in [] if args.show else jobs(subjects):
+            wanted = not args.methods or method in args.methods, not args.shares or share in args.shares
+            if method == "original" or all(wanted):
+                results.make(subject, method, share)
+    lines = [*table(results, subjects), *verdicts(results, subjects), "", *costs(results)]
     (args.out / "table.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     print("\n".join(lines))
     plot(results, subjects, args.out / "results.png")

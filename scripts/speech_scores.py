@@ -18,38 +18,41 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import WhisperProcessor
 
 from pessa_cli.algebra.compare import kl_divergence
+from pessa_cli.evaluation.figures import Figure, ratio
 from pessa_cli.evaluation.measures import ScoreSettings
-from pessa_cli.evaluation.word_errors import Clip, compare_words, read_clips, transcribe
+from pessa_cli.evaluation.word_errors import Clip, count_words, read_clips, transcribe
 from pessa_cli.models.data import DataItem
 from pessa_cli.models.load import load, quiet_transformers
 from pessa_cli.models.windows import inputs_of
 from pessa_cli.surgery.model import open_model
 
-DRAWS = 2000  # of bootstrap samples
 SETTINGS = ScoreSettings(new_tokens=200)
 
 
-class Estimate(NamedTuple):
-    """A mean over clips, and the interval that 95 % of bootstrap samples of the clips fall into."""
+class Sums(NamedTuple):
+    """A figure of each clip as a sum and the number of tokens or words that it is a sum over, (clips,) each."""
 
-    value: float
-    low: float
-    high: float
+    sums: Sequence[float]
+    counts: Sequence[int]
+
+    @property
+    def figure(self) -> Figure:
+        return ratio(self.sums, self.counts)
 
 
-class SpeechScores(NamedTuple):
-    """kl: from the original, nats: of the reference texts, both in nats per token; words: word error rate."""
+@dataclass(frozen=True)
+class SpeechScores:
+    """kl: from the original, nats: of the reference texts, both in nats per token; words: errors, None if not asked."""
 
-    kl: Estimate
-    nats: Estimate
-    words: Estimate | None
+    kl: Sums
+    nats: Sums
+    words: Sums | None
 
 
 @dataclass(frozen=True)
@@ -79,14 +82,6 @@ class Original:
     states: Sequence[Tensor]
     head: Any
     processor: Any
-
-
-def bootstrap(sums: Sequence[float], counts: Sequence[int]) -> Estimate:
-    """Estimate a mean over tokens from the sums and the numbers of tokens of each clip."""
-    parts, sizes = np.array(sums), np.array(counts)
-    drawn = np.random.default_rng(0).integers(len(parts), size=(DRAWS, len(parts)))
-    low, high = np.quantile(parts[drawn].sum(1) / sizes[drawn].sum(1), (0.025, 0.975))
-    return Estimate(float(parts.sum() / sizes.sum()), float(low), float(high))
 
 
 @torch.inference_mode()
@@ -131,14 +126,14 @@ def score(model: Any, of: Original, words: bool = True) -> SpeechScores:
         logits = model.proj_out(text.predicted(decoded(model, encoded, text))).double()
         nats.append(float(cross_entropy(logits, text.tokens[0, text.prompt :].to(logits.device), reduction="sum")))
     sizes = [[forced.tokens.shape[1] - forced.prompt for forced in some] for some in (of.said, of.texts)]
-    return SpeechScores(bootstrap(kl, sizes[0]), bootstrap(nats, sizes[1]), word_errors(model, of) if words else None)
+    return SpeechScores(Sums(kl, sizes[0]), Sums(nats, sizes[1]), word_errors(model, of) if words else None)
 
 
-def word_errors(model: Any, of: Original) -> Estimate:
-    """The word error rate under greedy decoding, with Whisper's English normaliser."""
+def word_errors(model: Any, of: Original) -> Sums:
+    """The word errors under greedy decoding, with Whisper's English normaliser."""
     heard = transcribe(model, of.processor, [{"input_features": each} for each in of.features], SETTINGS)
-    counted = [compare_words([clip.text or ""], [text]) for clip, text in zip(of.clips, heard, strict=True)]
-    return bootstrap([count.errors for count in counted], [count.words for count in counted])
+    counted = count_words([clip.text or "" for clip in of.clips], heard)
+    return Sums([count.errors for count in counted], [count.words for count in counted])
 
 
 def layer_parameters(model: Any) -> tuple[int, int]:
@@ -150,9 +145,16 @@ def layer_parameters(model: Any) -> tuple[int, int]:
 
 def cells(scores: SpeechScores) -> list[str]:
     """The cells of a row in Markdown."""
-    nats = [f"{each.value:.3f} ({each.low:.3f} to {each.high:.3f})" for each in (scores.kl, scores.nats)]
-    words = scores.words and "{:.1%} ({:.1%} to {:.1%})".format(*scores.words)
-    return [*nats, words or ""]
+    found = [shown(scores.kl.figure, ".4f"), shown(scores.nats.figure, ".3f")]
+    return [*found, "" if scores.words is None else shown(scores.words.figure, ".1%")]
+
+
+def shown(figure: Figure, form: str) -> str:
+    """A figure with its interval in this format."""
+    if figure.interval is None:
+        return f"{figure.value:{form}}"
+    low, high = figure.interval
+    return f"{figure.value:{form}} ({low:{form}} to {high:{form}})"
 
 
 HEADINGS = ("KL divergence from the original", "nats per token of the references", "word error rate")

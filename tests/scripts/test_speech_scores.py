@@ -9,7 +9,7 @@ import soundfile
 import tiny
 import torch
 from harness import Real, edit_json
-from speech_scores import bootstrap, original, score
+from speech_scores import Sums, original, score, shown
 from torch.nn.functional import kl_div
 from transformers import WhisperForConditionalGeneration, WhisperProcessor
 
@@ -18,14 +18,10 @@ from pessa_cli.models.audio import SAMPLE_RATE
 from pessa_cli.models.inputs import built_in_speech
 
 
-def test_an_estimate_weighs_clips_by_their_tokens() -> None:
-    alike = bootstrap([1.0, 2.0, 4.0], [10, 20, 40])
-    assert alike == pytest.approx((0.1, 0.1, 0.1))
-    few, many = ([0.0, 30.0, 5.0, 11.0] * times for times in (2, 50))
-    short, long = (bootstrap(sums, [20] * len(sums)) for sums in (few, many))
-    assert short.value == long.value == 46 / 80
-    assert short.low < long.low < long.value < long.high < short.high
-    assert bootstrap(few, [20] * 8) == short
+def test_figures_weigh_clips_by_their_tokens() -> None:
+    assert shown(Sums([1.0, 2.0, 4.0], [10, 20, 40]).figure, ".3f") == "0.100 (0.100 to 0.100)"
+    assert Sums([0.0, 30.0], [10, 20]).figure.value == 1.0
+    assert shown(Sums([1.0], [4]).figure, ".1%") == "25.0%"
 
 
 def test_scores_of_an_altered_model(real: Real, tmp_path: Path) -> None:
@@ -39,13 +35,13 @@ def test_scores_of_an_altered_model(real: Real, tmp_path: Path) -> None:
     of = original(first, processor, [Clip(clip, "", said), Clip(clip, "", None)])
     same = score(first, of, words=False)
     assert len(of.clips) == 1, "a clip without a text is left out"
-    assert same.kl.value == pytest.approx(0, abs=1e-9)
+    assert same.kl.figure.value == pytest.approx(0, abs=1e-9)
     # The same by transformers' own loss and one call of the model, end of text included.
     labels = processor.tokenizer(f" {said}", return_tensors="pt").input_ids
     with torch.no_grad():
         logits = first(input_features=of.features[0], decoder_input_ids=labels[:, :-1]).logits[0]
         loss = torch.nn.functional.cross_entropy(logits[1:], labels[0, 2:])
-        assert same.nats.value == pytest.approx(loss.item(), rel=1e-4)
+        assert same.nats.figure.value == pytest.approx(loss.item(), rel=1e-4)
         other.model.encoder.layer_norm.weight.mul_(-8)
         ids = of.said[0].tokens
         ours, theirs = (
@@ -54,7 +50,7 @@ def test_scores_of_an_altered_model(real: Real, tmp_path: Path) -> None:
         )
         expected = kl_div(ours.log_softmax(-1), theirs.log_softmax(-1), log_target=True, reduction="batchmean")
     changed = score(other, of, words=False)
-    assert changed.kl.value == pytest.approx(expected.item(), rel=1e-4)
-    assert changed.kl.value > 1e-4
-    assert changed.nats.value != pytest.approx(same.nats.value, rel=1e-4)
+    assert changed.kl.figure.value == pytest.approx(expected.item(), rel=1e-4)
+    assert changed.kl.figure.value > 1e-4
+    assert changed.nats.figure.value != pytest.approx(same.nats.figure.value, rel=1e-4)
     assert changed.words is None
