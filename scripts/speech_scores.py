@@ -5,9 +5,9 @@
 Printed for each model, with an interval that 95 % of bootstrap samples of the clips fall into: the KL divergence of its
 predictions from the original's and the negative log-likelihood of the reference texts, in nats per token, and the word
 error rate under greedy decoding. The first folder is the original. Tokens are teacher-forced: the KL divergence is the
-mean over the tokens of what the original itself transcribes, so that it needs no reference text, and both include the
-token that ends a text. Whisper's share: parameters of the layers of the encoder, and of the decoder, against the
-original's.
+mean over the tokens of what the original itself transcribes and the one that ends it, so that it needs no reference
+text. The likelihood is that of `pessa eval`, without the token that ends a text. Whisper's share: parameters of the
+layers of the encoder, and of the decoder, against the original's.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def original(model: Any, processor: Any, clips: Sequence[Clip]) -> Original:
                 raise ValueError(f"{clip.file} is longer than one window, give shorter clips")
             ids = given["decoder_input_ids"]
             prompt = ids[0].tolist().index(processor.tokenizer.convert_tokens_to_ids("<|notimestamps|>")) + 1
-            end = torch.tensor([[processor.tokenizer.eos_token_id]])
+            end = torch.tensor([[processor.tokenizer.eos_token_id]] if text is None else [[]], dtype=ids.dtype)
             ids = torch.cat([ids[:, : model.config.max_target_positions - 1].cpu(), end], 1)
             forced.append(Forced(ids, prompt))
         features.append(given["input_features"])

@@ -248,8 +248,8 @@ def flap(model: Any, sums: Sequence[LayerMoments], share: float) -> Cut:
 
 METHODS: dict[str, Callable[[Any, Sequence[LayerMoments], float, float], Cut]] = {
     "modegpt": modegpt,
-    "modegpt-mlp": lambda model, sums, share, epsilon: modegpt(model, sums, share, epsilon, attention=False),
     "flap": lambda model, sums, share, _: flap(model, sums, share),
+    "modegpt-mlp": lambda model, sums, share, epsilon: modegpt(model, sums, share, epsilon, attention=False),
 }
 
 
