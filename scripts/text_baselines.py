@@ -273,7 +273,7 @@ def main() -> None:
     parser.add_argument("model", type=Path, help="a folder with a LLaMA")
     parser.add_argument("calibration", type=Path)
     parser.add_argument("score", type=Path, nargs="+", help="texts")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--methods", nargs="*", choices=METHODS, default=list(METHODS))
     parser.add_argument("--shares", type=float, nargs="+", default=[0.9, 0.8, 0.7], help="of the layers to keep")
     parser.add_argument("--epsilon", type=float, nargs="+", default=[math.inf, 0.1], help="of modegpt; inf: all equal")
     parser.add_argument("--models", type=Path, nargs="*", default=[], help="folders of cut models to score beside them")
