@@ -270,7 +270,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=[*OF_ATTENTION, *OF_LAYERS], help="run only these methods")
     parser.add_argument("--shares", type=float, nargs="+", help="run only these shares")
     parser.add_argument("--speech", type=Path, help="a folder of scripts/speech_data.py instead of two halves of clips")
-    parser.add_argument("--windows", type=int, default=0, help="of each text of the layers' table to score; 0 for all")
+    parser.add_argument("--windows", type=int, default=0, help="of each text of layers to score, evenly spaced; 0: all")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--show", action="store_true", help="only show the existing results")
     args = parser.parse_args()

@@ -15,6 +15,7 @@ from pydoc_data.topics import topics
 from typing import Any
 
 from speech_scores import Sums, original, score
+from text_baselines import spaced
 from transformers import AutoTokenizer, WhisperProcessor
 
 from pessa_cli.evaluation.figures import Figure
@@ -48,13 +49,13 @@ class Fold:
 class Places:
     """Where the data are, and where derived files are written. speech: a folder of scripts/speech_data.py, or None.
 
-    limit: the number of windows of text to score, from the beginning; 0 for all.
+    windows: the number of windows of each text to score, evenly spaced; 0 for all.
     """
 
     data: Path
     out: Path
     speech: Path | None = None
-    limit: int = 0
+    windows: int = 0
 
 
 def figures(found: Sequence[Found]) -> dict[str, Figure]:
@@ -114,20 +115,23 @@ def text_halves(places: Places, source: Path) -> list[Fold]:
     calibrate.write_text(half[: ends[kept - 1][1]], encoding="utf-8")
     scored.write_text("".join(lines[len(lines) // 2 :]), encoding="utf-8")
     other.write_text("\n\n".join(topics[name] for name in sorted(topics)[::EVERY_TOPIC]), encoding="utf-8")
-    settings = ScoreSettings(window=WINDOW, stride=WINDOW, limit=places.limit)
-    return [Fold([calibrate], _text_scores({NATS: scored, OTHER: other}, source, settings))]
+    settings = ScoreSettings(window=WINDOW, stride=WINDOW)
+    return [Fold([calibrate], _text_scores({NATS: scored, OTHER: other}, source, settings, places.windows))]
 
 
 def _text(places: Places) -> str:
     return (places.data / "text" / "wikitext2-valid.txt").read_text(encoding="utf-8")
 
 
-def _text_scores(files: Mapping[str, Path], source: Path, settings: ScoreSettings) -> Callable[[Any], Found]:
+def _text_scores(
+    files: Mapping[str, Path], source: Path, settings: ScoreSettings, windows: int = 0
+) -> Callable[[Any], Found]:
     tokenizer = AutoTokenizer.from_pretrained(source)
     measures = {name: Perplexity.load(file, tokenizer, settings) for name, file in files.items()}
 
     def scores(model: Any) -> Found:
-        found = {name: likelihoods(model, each.passages(model), None, each.name) for name, each in measures.items()}
+        passages = {name: spaced(each.passages(model), windows) for name, each in measures.items()}
+        found = {name: likelihoods(model, some, None, name) for name, some in passages.items()}
         return {name: Sums(one.nats.tolist(), one.tokens.tolist()) for name, one in found.items()}
 
     return scores
