@@ -7,14 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import soundfile
 import tiny
 from reproduce import Results, harm, loss, shown, table, verdicts
-from reproduce_data import KL, NATS, OTHER, SPEARMAN, WORDS, Places, figures
+from reproduce_data import KL, NATS, OTHER, SPEARMAN, WORDS, Places, figures, speech
 from reproduce_subjects import OF_LAYERS, SUBJECTS, recipe
 from speech_scores import Sums
 
 from pessa_cli.blocks.site import count
 from pessa_cli.evaluation.figures import Figure
+from pessa_cli.models.audio import SAMPLE_RATE
+from pessa_cli.models.inputs import built_in_speech
 from pessa_cli.surgery.model import open_model
 from pessa_cli.surgery.prune import prune_model
 
@@ -44,22 +47,32 @@ def test_every_cell_of_layers_keeps_the_same_number_of_parameters(tmp_path: Path
     assert recipe("attention alone", 0.5, sites, data, lambda: Path("statistics")) is None
 
 
+def test_clips_are_not_scored_that_were_calibrated_on(tmp_path: Path) -> None:
+    clip = tmp_path / "clip.wav"
+    soundfile.write(clip, built_in_speech(), SAMPLE_RATE)
+    for part in ("calibrate", "score"):
+        (tmp_path / part).mkdir()
+        (tmp_path / part / "clips.jsonl").write_text(json.dumps({"audio": str(clip), "text": "words"}) + "\n")
+    with pytest.raises(SystemExit, match="1 clips would be scored"):
+        speech(Places(tmp_path, tmp_path, speech=tmp_path), tmp_path)
+
+
 def entry(difference: float, **more: float) -> dict[str, Any]:
     figure = {"value": 1.0, "interval": [0.5, 1.5], "difference": {"value": difference, "interval": [-0.2, 0.2]}}
     return {"figures": {name: figure | {"value": value} for name, value in more.items()}, "method": "joint"}
 
 
 def test_cells() -> None:
-    speech = entry(0.1, **{KL: 0.0125, NATS: 0.8, WORDS: 0.125})
-    assert shown(speech, layers=True) == "0.0125 (0.5000 to 1.5000); 0.800; 12.5 %"
-    assert shown(speech, layers=False) == "12.5 % (0.80)"
+    clips = entry(0.1, **{KL: 0.0125, NATS: 0.8, WORDS: 0.125})
+    assert shown(clips, layers=True) == "0.0125 (0.5000 to 1.5000); 0.800; 12.5 %"
+    assert shown(clips, layers=False) == "12.5 % (0.80)"
     text = entry(0.0, **{NATS: 0.0, OTHER: 0.0})
     assert shown(text, layers=True) == "1.000 (0.819 to 1.221); 1.000 (0.819 to 1.221)"
     assert shown(text, layers=False) == "1.0; 1.0"
     pairs = entry(-0.1, **{SPEARMAN: 0.85})
     assert shown(pairs, layers=True) == "0.850, -0.1000 (-0.2000 to +0.2000)"
     assert shown(None, layers=True) == ""
-    assert (loss(pairs), harm(pairs), loss(speech), harm(speech)) == (0.1, 0.1, 0.1, 0.1)
+    assert (loss(pairs), harm(pairs), loss(clips), harm(clips)) == (0.1, 0.1, 0.1, 0.1)
 
 
 def test_results_that_are_there_are_shown(tmp_path: Path) -> None:
