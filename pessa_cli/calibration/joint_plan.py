@@ -26,7 +26,7 @@ from pessa_cli.common.progress import Progress, quietly
 from pessa_cli.models.hooks import block_modules, output_of
 from pessa_cli.models.inputs import Inputs
 from pessa_cli.ranks.budget import UnmetBudgetError, candidates
-from pessa_cli.ranks.plan import Comparison, RankPlan
+from pessa_cli.ranks.plan import ONE_WIDTH, Comparison, RankPlan
 from pessa_cli.ranks.rule import Rule
 from pessa_cli.ranks.spectra import Size, Spectra
 from pessa_cli.surgery.decomposition import Decomposition
@@ -102,6 +102,7 @@ def best_plan(
 ) -> Comparison:
     """Return the plan that meets a budget with the least harm, of those that `ranks.budget.candidates` names.
 
+    With `uniform` it is the plan with one width for all layers, and the other shows what that costs.
     For `max_error` it is the smallest plan whose harm is at most that. Raises UnmetBudgetError if the budget cannot be
     met, and PessaError if no plan has so little harm.
     """
@@ -114,7 +115,7 @@ def best_plan(
             for name, plan in named.items():
                 harms[name] = harm.of(plan)
                 tick(0, 1)
-        taken = min(harms, key=lambda name: harms[name])
+        taken = ONE_WIDTH if rule.uniform else min(harms, key=lambda name: harms[name])
         return Comparison(named[taken], taken, harms, unit)
 
     if rule.max_error is None:

@@ -131,9 +131,8 @@ def notices(json: bool) -> Callable[[Overview | TooLittleData | Comparison | Sea
                 f"their weights partly decide what they keep.\n{listed(notice.lines, 3)}"
             )
         elif isinstance(notice, Comparison):
-            harms = ", ".join(f"{name} {harm:.3g}" for name, harm in notice.harms.items())
             if not json:
-                note(f"plans tried on held-out inputs, harm in {notice.unit}: {harms}; taken: {notice.taken}")
+                _show_compared(notice.to_dict(), tried=True)
             if notice.warning is not None:
                 note(notice.warning)
         elif json:
@@ -146,6 +145,32 @@ def notices(json: bool) -> Callable[[Overview | TooLittleData | Comparison | Sea
     return show
 
 
+def _show_compared(compared: Mapping[str, Any] | None, tried: bool) -> None:
+    """Print the harm of each plan that was compared, and which was taken.
+
+    tried: whether to print it if the plans were tried, which is printed as soon as it is known, or if they were not.
+    """
+    from pessa_cli.ranks.plan import PREDICTED
+
+    if compared is None or tried == (compared["unit"] == PREDICTED):
+        return
+    harms = ", ".join(f"{name} {harm:.3g}" for name, harm in compared["harms"].items())
+    how = f"plans tried on held-out inputs, harm in {compared['unit']}" if tried else f"{PREDICTED} of each plan"
+    note(f"{how}: {harms}; taken: {compared['taken']}")
+
+
+def _show_work(work: Mapping[str, float] | None) -> None:
+    """Print the share of the work that is left, and the inputs that it is counted for."""
+    if work is None:
+        return
+    windows = f"{work['windows']:g} x " if work["windows"] > 1 else ""
+    inputs = f"{work['frames']:g} positions of an encoder and {work['tokens']:g} tokens of a decoder"
+    OUT.print(
+        f"{work['flops'] / 1e9:,.4g} -> {work['flops_after'] / 1e9:,.4g} billion floating-point operations "
+        f"({work['share']:.1%}) in these blocks, for {windows}{inputs}"
+    )
+
+
 def show_inspection(found: Inspection) -> None:
     """Print the output of `inspect` after its header: the blocks or the curve, and what the rule would prune."""
     if found.curve:
@@ -153,6 +178,8 @@ def show_inspection(found: Inspection) -> None:
     else:
         show_blocks(found.blocks)
     show_totals(found.totals, _with_data(found.rule, found.method))
+    _show_work(found.work)
+    _show_compared(found.compared, tried=False)
 
 
 def _show_model(found: Overview) -> None:
@@ -258,6 +285,8 @@ def _show_pruned(written: WrittenModel) -> str:
     rule = _with_data(written.rule, written.method)
     if written.command == "prune":
         show_totals(written.totals, rule)
+        _show_work(written.manifest.get("work"))
+        _show_compared(written.manifest.get("compared"), tried=False)
     for line in written.notes:
         note(line)
     return rule

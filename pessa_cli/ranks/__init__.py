@@ -10,8 +10,11 @@ if TYPE_CHECKING:
     from pessa_cli.ranks.budget import Point as Point
     from pessa_cli.ranks.budget import UnmetBudgetError as UnmetBudgetError
     from pessa_cli.ranks.budget import candidates as candidates
+    from pessa_cli.ranks.budget import predicted as predicted
     from pessa_cli.ranks.budget import ranks_for as ranks_for
     from pessa_cli.ranks.budget import trade_off as trade_off
+    from pessa_cli.ranks.plan import ONE_WIDTH as ONE_WIDTH
+    from pessa_cli.ranks.plan import PREDICTED as PREDICTED
     from pessa_cli.ranks.plan import Comparison as Comparison
     from pessa_cli.ranks.plan import RankPlan as RankPlan
     from pessa_cli.ranks.plan import check_ranks as check_ranks
@@ -24,12 +27,14 @@ if TYPE_CHECKING:
     from pessa_cli.ranks.spectra import largest_pairs as largest_pairs
     from pessa_cli.ranks.spectra import pair_shares as pair_shares
     from pessa_cli.ranks.spectra import smallest_dropped as smallest_dropped
+    from pessa_cli.ranks.work import check_work as check_work
+    from pessa_cli.ranks.work import work_of as work_of
 else:
     __getattr__, __all__ = lazy_exports(
         __name__,
         {
-            "budget": ["Point", "UnmetBudgetError", "candidates", "ranks_for", "trade_off"],
-            "plan": ["Comparison", "RankPlan", "check_ranks"],
+            "budget": ["Point", "UnmetBudgetError", "candidates", "predicted", "ranks_for", "trade_off"],
+            "plan": ["ONE_WIDTH", "PREDICTED", "Comparison", "RankPlan", "check_ranks"],
             "rule": ["Rule"],
             "spectra": [
                 "LEVELS",
@@ -41,5 +46,6 @@ else:
                 "pair_shares",
                 "smallest_dropped",
             ],
+            "work": ["check_work", "work_of"],
         },
     )

@@ -1,17 +1,17 @@
 """Ranks that meet a budget over all heads and blocks at the lowest predicted loss of quality.
 
-The price of a direction is the predicted error that dropping it adds, per parameter that it frees. Within one seam of
-one block, directions are ordered by the spectrum. Trials on calibration data measure how dropping a share of them
-changes the block's output, and how an error of the block changes the model's output (`Trials`). Without trials the
-error is the relative squared error of the product.
+The price of a direction is the predicted error that dropping it adds, per unit of the budget that it frees: a
+parameter, a byte, or a multiply-add (`Cost`). Within one seam of one block, directions are ordered by the spectrum.
+Trials on calibration data measure how dropping a share of them changes the block's output, and how an error of the
+block changes the model's output (`Trials`). Without trials the error is the relative squared error of the product.
 """
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -22,9 +22,12 @@ from pessa_cli.blocks.seam import Seam
 from pessa_cli.blocks.site import Site, count
 from pessa_cli.checkpoint.dtypes import ITEM_BYTES
 from pessa_cli.common.errors import PessaError, UsageError
-from pessa_cli.ranks.plan import RankPlan, check_ranks, plan_ranks
+from pessa_cli.ranks.plan import BY_LAYER, ONE_WIDTH, PREDICTED, Comparison, RankPlan, check_ranks, plan_ranks
 from pessa_cli.ranks.rule import Rule
 from pessa_cli.ranks.spectra import LEVELS, Size, Spectra, Spectrum, Trials, largest_pairs, pair_shares
+from pessa_cli.ranks.work import Work, check_work
+
+Cost = Callable[[Site, Mapping[str, Ranks]], float]  # of a block with these ranks; linear in each of them
 
 
 class UnmetBudgetError(PessaError):
@@ -39,9 +42,10 @@ class PruneStep(NamedTuple):
     group: int  # the key/value head; 0 for an MLP
     rank: int  # the rank that remains
     parameters: int  # the number of parameters freed
+    cost: float  # what it frees of the budget: parameters, bytes or multiply-adds
     error: float  # the relative squared error of the block's output that this step adds to the steps before it
     harm: float  # the predicted change of the model's output, see `Trials.harm`; without trials the same as `error`
-    price: float  # the harm per parameter, made non-decreasing within one seam
+    price: float  # the harm per unit of the cost, made non-decreasing within one seam
 
 
 @dataclass(frozen=True)
@@ -67,32 +71,70 @@ def ranks_for(sites: Sequence[Site], spectra: Mapping[str, Spectra], rule: Rule,
         return plan_ranks(sites, spectra, rule)
     if rule.max_error is not None:
         raise UsageError("--max-error needs trials on calibration data", "give it: --calibrate DATA")
+    return _plan(sites, spectra, _taken(sites, spectra, rule, whole))
+
+
+def predicted(sites: Sequence[Site], spectra: Mapping[str, Spectra], rule: Rule, whole: Size) -> Comparison | None:
+    """Return the plan of a rule with `uniform`, and what the spectra predict for it and for widths by layer.
+
+    The harm of a plan is the sum of `PruneStep.harm`. None for any other rule. Raises the errors of `ranks_for`.
+    """
+    if not rule.uniform:
+        return None
+    plan = ranks_for(sites, spectra, rule, whole)
+    rules = {ONE_WIDTH: rule, BY_LAYER: replace(rule, uniform=False)}
+    harms = {name: sum(step.harm for step in _taken(sites, spectra, each, whole)) for name, each in rules.items()}
+    return Comparison(plan, ONE_WIDTH, harms, PREDICTED)
+
+
+def cost_of(rule: Rule, whole: Size) -> Cost:
+    """Return what a budget counts. Raises UsageError if the rule states inputs that the model does not read."""
+    if rule.target_flops is not None:
+        return Work.of(rule, whole).multiply_adds
+    return _nbytes if rule.target_size is not None else _parameters
+
+
+def _parameters(site: Site, ranks: Mapping[str, Ranks]) -> float:
+    return count(site.shapes(ranks))
+
+
+def _nbytes(site: Site, ranks: Mapping[str, Ranks]) -> float:
+    return ITEM_BYTES[site.dtype] * count(site.shapes(ranks))
+
+
+def _taken(sites: Sequence[Site], spectra: Mapping[str, Spectra], rule: Rule, whole: Size) -> list[PruneStep]:
+    """Return the steps that meet a budget, in order. Raises UnmetBudgetError if it cannot be met."""
+    check_work(sites, rule, whole)
+    cost = cost_of(rule, whole)
     priced = [site for site in sites if rule.target_attention is None or "mlp" not in site.ranks]
-    chosen = sum(count(site.tensors) for site in priced)
+    now: float = sum(cost(site, site.ranks) for site in priced)
     hint = "give {share:g} or more, or choose more --sites"
-    if rule.target_attention is not None:
-        what, most, now = "attention parameters", rule.target_attention * chosen, chosen
+    if rule.target_flops is not None:
+        what, share = "multiply-adds of the chosen blocks", rule.target_flops
+    elif rule.target_attention is not None:
+        what, share = "attention parameters", rule.target_attention
     elif rule.target_layers is not None:
-        what, most, now = "parameters of the chosen blocks", rule.target_layers * chosen, chosen
+        what, share = "parameters of the chosen blocks", rule.target_layers
     elif rule.target_params is not None:
-        what, most, now = "parameters", rule.target_params * whole.parameters, whole.parameters
+        what, share, now = "parameters", rule.target_params, whole.parameters
     else:
         assert rule.target_size is not None
-        what, most, now, hint = "bytes", float(rule.target_size), whole.nbytes, "give a larger size"
+        what, share, now, hint = "bytes", 1.0, whole.nbytes, "give a larger size"
+    most = share * now if rule.target_size is None else float(rule.target_size)
     taken: list[PruneStep] = []
     left = float(now)
-    for move in ordered_moves(priced, spectra, rule):
+    for move in ordered_moves(priced, spectra, rule, cost):
         if left <= most:
             break
         taken += move
-        left -= sum(step.parameters * (1 if rule.target_size is None else ITEM_BYTES[step.site.dtype]) for step in move)
+        left -= sum(step.cost for step in move)
     if left > most:
         raise UnmetBudgetError(
-            f"{rule}: the budget is {most:,.0f} of {now:,} {what}, but {left:,.0f} remain after dropping all that may "
-            "be pruned",
+            f"{rule}: the budget is {most:,.0f} of {now:,.0f} {what}, but {left:,.0f} remain after dropping all that "
+            "may be pruned",
             hint.format(share=math.ceil(1000 * left / now) / 1000),
         )
-    return _plan(sites, spectra, taken)
+    return taken
 
 
 def candidates(sites: Sequence[Site], spectra: Mapping[str, Spectra], rule: Rule, whole: Size) -> dict[str, RankPlan]:
@@ -100,16 +142,21 @@ def candidates(sites: Sequence[Site], spectra: Mapping[str, Spectra], rule: Rule
 
     "by price" is that of `ranks_for`. The others give attention and MLPs the same share of their parameters, and choose
     the ranks of attention by price: "the same share" gives all MLPs the same share of their channels, and "the same
-    share, widths by price" chooses these widths by price, too. They are left out if there are no MLPs, or with
-    `uniform`. Raises the errors of `ranks_for`.
+    share, widths by price" chooses these widths by price, too. They are left out if there are no MLPs. Shares are of
+    what the budget counts. With `uniform` the first plan is the one to take, and that of `ranks_for` without it shows
+    what uniformity costs. Raises the errors of `ranks_for`.
     """
     by_price = ranks_for(sites, spectra, rule, whole)
+    if rule.uniform:
+        return {ONE_WIDTH: by_price, BY_LAYER: ranks_for(sites, spectra, replace(rule, uniform=False), whole)}
     found = {"by price": by_price}
     mlps = [site for site in sites if "mlp" in site.ranks]
     others = [site for site in sites if "mlp" not in site.ranks]
-    if rule.uniform or not mlps:
+    if not mlps:
         return found
-    share = sum(count(by_price.kept(site).tensors) for site in sites) / sum(count(site.tensors) for site in sites)
+    cost = cost_of(rule, whole)
+    kept = sum(cost(site, by_price.ranks[site.name]) for site in sites)
+    share = kept / sum(cost(site, site.ranks) for site in sites)
     ranks: dict[str, Mapping[str, Ranks]] = {}
     for site in mlps:
         (stored,), step = site.ranks["mlp"], rule.round_to
@@ -134,7 +181,7 @@ def trade_off(
     before = now = sum(count(site.tensors) for site in sites)
     errors: dict[str, float] = defaultdict(float)
     harm, curve = 0.0, [Point(before, whole.parameters, 0.0, 0.0)]
-    for move in ordered_moves(sites, spectra, rule):
+    for move in ordered_moves(sites, spectra, rule, cost_of(rule, whole)):
         for step in move:
             now -= step.parameters
             errors[step.site.name] += step.error
@@ -145,13 +192,15 @@ def trade_off(
     return curve
 
 
-def ordered_moves(sites: Sequence[Site], spectra: Mapping[str, Spectra], rule: Rule) -> Iterator[Sequence[PruneStep]]:
+def ordered_moves(
+    sites: Sequence[Site], spectra: Mapping[str, Spectra], rule: Rule, cost: Cost = _parameters
+) -> Iterator[Sequence[PruneStep]]:
     """Yield the steps that are taken together, the cheapest first: single ones or, with `uniform`, those of all layers.
 
     With `uniform` all groups of the seams of one kind of block have the same width after each move.
     """
     if not rule.uniform:
-        yield from ([step] for step in ordered_steps(sites, spectra, rule))
+        yield from ([step] for step in ordered_steps(sites, spectra, rule, cost))
         return
     moves: list[tuple[float, Sequence[PruneStep]]] = []
     for kind, name in dict.fromkeys((site.kind, seam.name) for site in sites for seam in site.seams):
@@ -159,19 +208,19 @@ def ordered_moves(sites: Sequence[Site], spectra: Mapping[str, Spectra], rule: R
             step
             for site in sites
             if site.kind == kind
-            for step in _level_steps(site, site.seam(name), spectra[site.name], rule)
+            for step in _level_steps(site, site.seam(name), spectra[site.name], rule, cost)
         ]
         price = 0.0
         for rank in sorted({step.rank for step in steps}, reverse=True):
             move = [step for step in steps if step.rank == rank]
-            price = max(price, sum(step.harm for step in move) / sum(step.parameters for step in move))
+            price = max(price, sum(step.harm for step in move) / sum(step.cost for step in move))
             moves.append((price, move))
         if moves and name != "mlp" and moves[-1][1][0].rank == 0:  # all of Q-K or V-O
             moves.pop()
     yield from (move for _, move in sorted(moves, key=lambda each: each[0]))
 
 
-def _level_steps(site: Site, seam: Seam, spectra: Spectra, rule: Rule) -> Iterator[PruneStep]:
+def _level_steps(site: Site, seam: Seam, spectra: Spectra, rule: Rule, cost: Cost) -> Iterator[PruneStep]:
     """Yield the steps of one seam of a block in which all of its groups are cut to the same rank, the smallest last."""
     worth, unit = _importance(spectra, seam)
     if not worth.size:
@@ -179,7 +228,7 @@ def _level_steps(site: Site, seam: Seam, spectra: Spectra, rule: Rule) -> Iterat
     stored = np.array([rank - seam.always_kept for rank in seam.ranks]) // unit
     grid = -(-rule.round_to // unit)
     least = grid if seam.name == "mlp" else -(-rule.min_rank // unit)
-    each, error = unit * _parameters(site, seam), 0.0
+    parameters, each, error = unit * round(_each(site, seam, _parameters)), unit * _each(site, seam, cost), 0.0
     harmful = 1.0 if spectra.trials is None else spectra.trials.harm
     tails = np.concatenate([np.cumsum(worth[:, ::-1], -1)[:, ::-1], np.zeros((len(worth), 1))], -1)
     before = int(stored.max())
@@ -189,18 +238,22 @@ def _level_steps(site: Site, seam: Seam, spectra: Spectra, rule: Rule) -> Iterat
         added, error = max(0.0, now - error), max(error, now)
         cut = [(head, min(before, rank) - low) for head, rank in enumerate(stored.tolist()) if rank > low]
         for head, dropped in cut:
-            share = added / len(cut)
-            parameters, rank = each * dropped, seam.always_kept + unit * low
-            yield PruneStep(site, seam, head, rank, parameters, share, share * harmful, share * harmful / parameters)
+            share, rank, freed = added / len(cut), seam.always_kept + unit * low, each * dropped
+            harm = share * harmful
+            yield PruneStep(site, seam, head, rank, parameters * dropped, freed, share, harm, harm / freed)
         before = low
 
 
-def ordered_steps(sites: Sequence[Site], spectra: Mapping[str, Spectra], rule: Rule) -> list[PruneStep]:
+def ordered_steps(
+    sites: Sequence[Site], spectra: Mapping[str, Spectra], rule: Rule, cost: Cost = _parameters
+) -> list[PruneStep]:
     """Return all steps that the rule's `round_to` and `min_rank` allow, ordered by price, the cheapest first.
 
     If they would drop all of Q-K or all of V-O, the last step of that side is left out.
     """
-    steps = [step for site in sites for seam in site.seams for step in _steps(site, seam, spectra[site.name], rule)]
+    steps = [
+        step for site in sites for seam in site.seams for step in _steps(site, seam, spectra[site.name], rule, cost)
+    ]
     # The sort is stable and prices within one seam never decrease, so the steps of a seam stay in their order.
     steps.sort(key=lambda step: step.price)
     for name in dict.fromkeys(seam.name for site in sites for seam in site.seams):
@@ -212,7 +265,7 @@ def ordered_steps(sites: Sequence[Site], spectra: Mapping[str, Spectra], rule: R
     return steps
 
 
-def _steps(site: Site, seam: Seam, spectra: Spectra, rule: Rule) -> Iterator[PruneStep]:
+def _steps(site: Site, seam: Seam, spectra: Spectra, rule: Rule, cost: Cost) -> Iterator[PruneStep]:
     """Yield the steps of one seam of a block, ordered by price."""
     worth, unit = _importance(spectra, seam)
     stored = [rank - seam.always_kept for rank in seam.ranks]  # the spectrum does not cover what is always kept
@@ -229,12 +282,12 @@ def _steps(site: Site, seam: Seam, spectra: Spectra, rule: Rule) -> Iterator[Pru
         return
     trials = spectra.trials
     errors = _errors(worth, masses, trials, seam)
-    each, harmful = unit * _parameters(site, seam), 1.0 if trials is None else trials.harm
-    price = 0.0
+    parameters, each = unit * round(_each(site, seam, _parameters)), unit * _each(site, seam, cost)
+    price, harmful = 0.0, 1.0 if trials is None else trials.harm
     for (_, _, head, low, high), error in zip(chunks, np.diff(errors, prepend=0.0).tolist(), strict=True):
-        parameters, harm = each * (high - low), error * harmful
-        price = max(price, harm / parameters)
-        yield PruneStep(site, seam, head, seam.always_kept + unit * low, parameters, error, harm, price)
+        dropped, harm, rank = high - low, error * harmful, seam.always_kept + unit * low
+        price = max(price, harm / (each * dropped))
+        yield PruneStep(site, seam, head, rank, parameters * dropped, each * dropped, error, harm, price)
 
 
 def _importance(spectra: Spectra, seam: Seam) -> tuple[Spectrum, int]:
@@ -290,8 +343,8 @@ def _plan(sites: Sequence[Site], spectra: Mapping[str, Spectra], taken: Sequence
     return RankPlan(ranks, pairs)
 
 
-def _parameters(site: Site, seam: Seam) -> int:
-    """Return how many parameters one direction of one group of a seam has, in weights and biases."""
+def _each(site: Site, seam: Seam, cost: Cost) -> float:
+    """Return what one direction of one group of a seam costs; for parameters, in weights and biases."""
     none: dict[str, Ranks] = {name: (0,) * len(ranks) for name, ranks in site.ranks.items()}
     one = none | {seam.name: (1, *none[seam.name][1:])}
-    return count(site.shapes(one)) - count(site.shapes(none))
+    return cost(site, one) - cost(site, none)

@@ -20,6 +20,8 @@ from pessa_cli.ranks.rule import Rule
 from pessa_cli.ranks.spectra import Spectra, Spectrum, largest_pairs, pair_shares, smallest_dropped
 
 NO_MLP = "add MLPs with --sites mlp, if `pessa architectures` has them for this model"
+ONE_WIDTH, BY_LAYER = "one width for all layers", "widths by layer"  # the plans that --uniform compares
+PREDICTED = "predicted harm"  # the unit of harms that nothing was run for
 NO_ATTENTION = "MLPs are cut by --mlp-ratio, --mlp-rank, --mlp-thr, or a budget such as --target-layers"
 
 # More data would help if harms are so many times larger on unseen inputs. Measured on the encoder of Whisper tiny.en
@@ -60,11 +62,12 @@ class RankPlan:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The plan that was taken, and the harm of each plan that was assembled.
+    """The plan that was taken, and the harm of each plan that it was compared with.
 
     harms: the KL divergence of the model's output in nats per token, or the relative error of its hidden states, by
-    what the plan is, on inputs that the statistics have not seen. unit: which of the two. seen: the harm of the taken
-    plan on inputs that the statistics have seen, and data: how many data that were, in words; if they were measured.
+    what the plan is, on inputs that the statistics have not seen; or what the spectra predict, summed over the blocks.
+    unit: which of these. seen: the harm of the taken plan on inputs that the statistics have seen, and data: how many
+    data that were, in words; if they were measured.
     """
 
     plan: RankPlan

@@ -19,6 +19,9 @@ SHARE_TO_DROP = Range(
 SHARE_TO_KEEP = Range(
     lambda value: 0 < value <= 1, "is not a share to keep", "give a number above 0 and at most 1, such as 0.99"
 )
+LENGTH = Range(
+    lambda value: 0 < value <= 10**6, "is not a length", "give a number above 0 and at most 1,000,000, such as 30"
+)
 ERROR = Range(lambda value: 0 <= value < 1, "is not a relative error", "give a number from 0 to below 1, such as 0.01")
 
 
@@ -39,8 +42,10 @@ class Rule:
     At most one criterion may be given, and one option for MLPs beside a criterion that is not a budget.
 
     `qk_thr` and `vo_thr` count as one criterion; with only one of them the other side is not pruned. `ratio` applies to
-    Q-K and V-O separately. The budgets `target_params`, `target_attention`, `target_layers`, `target_size` (bytes) and
-    `max_error` are shared by all blocks and seams: what has the lowest predicted cost per parameter is dropped first.
+    Q-K and V-O separately. The budgets `target_params`, `target_attention`, `target_layers`, `target_flops`,
+    `target_size` (bytes) and `max_error` are shared by all blocks and seams: what has the lowest predicted harm per
+    parameter, operation or byte is dropped first. `seconds` and `tokens` state the inputs that `target_flops` is about,
+    see `ranks.work`.
     Without a criterion the rule is lossless: of each head it drops the tail whose norm is at most the rounding error of
     storing the head in its dtype, and likewise of each MLP the channels with the smallest products of weights.
 
@@ -78,6 +83,12 @@ class Rule:
         "budget",
         allowed=SHARE_TO_KEEP,
     )
+    target_flops: float | None = _criterion(
+        "Keep this share of the floating-point operations of the chosen blocks, for inputs of --seconds and --tokens; "
+        "widths are chosen for the smallest error.",
+        "budget",
+        allowed=SHARE_TO_KEEP,
+    )
     target_size: int | None = _criterion(
         "Prune the weights to this size, e.g. 120MB; ranks and widths are chosen for the smallest error.",
         "budget",
@@ -106,6 +117,17 @@ class Rule:
     uniform: bool = option(
         False, "With a budget, give all layers of a kind the same width, and all heads the same rank."
     )
+    seconds: float | None = option(
+        None,
+        "With --target-flops, the seconds of audio that a speech model reads; by default 30.",
+        allowed=LENGTH,
+    )
+    tokens: int | None = option(
+        None,
+        "With --target-flops, the tokens that a decoder writes, by default 100 in 30 seconds of audio, or that a text "
+        "model reads, by default 512.",
+        allowed=LENGTH,
+    )
     rope_ratio: float | None = option(
         None,
         "With RoPE, also drop this share of the frequency pairs of Q-K, those with the smallest share of their head.",
@@ -128,6 +150,12 @@ class Rule:
                 "--uniform is for a budget; --rank and --mlp-ratio give the same width to all layers anyway",
                 "give a budget such as --target-params, or leave it out",
             )
+        for flag, length in (("--seconds", self.seconds), ("--tokens", self.tokens)):
+            if length is not None and self.target_flops is None:
+                raise UsageError(
+                    f"{flag} {length:g} is the length of an input for --target-flops, which is not given",
+                    "give --target-flops SHARE, or leave it out",
+                )
         if self.budgeted and self.rope_ratio is not None:
             raise UsageError(
                 f"{self}: a budget also chooses the frequency pairs, so it excludes --rope-ratio",
@@ -141,6 +169,8 @@ class Rule:
         return (
             text
             + (f", rope_ratio {self.rope_ratio:g}" if self.rope_ratio is not None else "")
+            + (f", seconds {self.seconds:.12g}" if self.seconds is not None else "")
+            + (f", tokens {self.tokens}" if self.tokens is not None else "")
             + (", uniform" if self.uniform else "")
             + (f", round_to {self.round_to}" if self.round_to > 1 else "")
             + (f", min_rank {self.min_rank}" if self.min_rank else "")
@@ -191,9 +221,13 @@ class Rule:
         return any(self._has(setting) for setting in BUDGETS)
 
     def with_share(self, share: float) -> Rule:
-        """Return the rule with `target_layers` of this share in place of its own budget."""
-        others: dict[str, Any] = {budget.name: None for budget in BUDGETS if budget.name != "target_layers"}
-        return replace(self, target_layers=share, **others)
+        """Return the rule with this share of the chosen blocks in place of its own budget.
+
+        It is a share of their work for `target_flops`, and of their parameters for any other budget.
+        """
+        name = "target_layers" if self.target_flops is None else "target_flops"
+        budgets: dict[str, Any] = {budget.name: None for budget in BUDGETS}
+        return replace(self, **(budgets | {name: share}))
 
 
 def _title(setting: Setting) -> str:

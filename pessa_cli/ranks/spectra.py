@@ -30,10 +30,11 @@ class Trials:
 
 
 class Size(NamedTuple):
-    """The number of parameters and of bytes of a whole model."""
+    """The number of parameters and of bytes of a whole model, and its `model_type`, which says how it reads audio."""
 
     parameters: int
     nbytes: int
+    model_type: str = ""
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ class Model:
     sites: Sequence[Site]
     spectra: Mapping[str, Spectra]
     channels: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    model_type: str = ""
 
     @property
     def attention(self) -> list[AttentionSite]:
@@ -47,8 +48,8 @@ class Model:
 
     @property
     def size(self) -> Size:
-        """Parameters and bytes of the whole model, for budgets."""
-        return Size(self.parameters, self.nbytes)
+        """Parameters and bytes of the whole model, and its type, for budgets."""
+        return Size(self.parameters, self.nbytes, self.model_type)
 
 
 def open_model(folder: Path, architecture: str | None = None) -> Model:
@@ -65,4 +66,5 @@ def open_model(folder: Path, architecture: str | None = None) -> Model:
         sites += find_mlps(mlp_specs_of(config, architecture), config, header, ragged_modules(config), specs)
     except PessaError as error:  # its message names tensors and shapes, but not the folder
         raise type(error)(f"{folder}: {error.message}", error.hint) from error
-    return Model(reader, sites, load_spectra(folder, sites), load_channels(folder, sites))
+    model_type = architecture or str(config.get("model_type", ""))
+    return Model(reader, sites, load_spectra(folder, sites), load_channels(folder, sites), model_type)

@@ -14,10 +14,11 @@ from pathlib import Path
 from pessa_cli.blocks.site import Site, select
 from pessa_cli.checkpoint.staging import Staging
 from pessa_cli.common.errors import UsageError
-from pessa_cli.ranks.budget import ranks_for
+from pessa_cli.ranks.budget import predicted, ranks_for
 from pessa_cli.ranks.plan import Comparison, RankPlan, check_ranks
 from pessa_cli.ranks.rule import Rule
 from pessa_cli.ranks.spectra import Spectra
+from pessa_cli.ranks.work import work_of
 from pessa_cli.statistics.file import Statistics, augmentation_of, data_sha256
 from pessa_cli.surgery.block_io import StorageLayout
 from pessa_cli.surgery.block_reader import BlockReader
@@ -90,11 +91,13 @@ def prune_model(
         )
 
     def planned(spectra: Mapping[str, Spectra]) -> Rewrite:
-        plan = ranks_for(sites, spectra, rule, model.size) if comparison is None else comparison.plan
+        compared = predicted(sites, spectra, rule, model.size) if comparison is None else comparison
+        plan = ranks_for(sites, spectra, rule, model.size) if compared is None else compared.plan
         known = any(found.calibrated for found in spectra.values())
         ranking: Ranking = "calibrated" if known else method
         rewrite = new_rewrite("prune", model, sites, plan, spectra, str(rule), ranking, layout, run)
-        rewrite = replace(rewrite, compared=None if comparison is None else comparison.to_dict())
+        work = work_of(sites, plan, rule, model.size)
+        rewrite = replace(rewrite, compared=None if compared is None else compared.to_dict(), work=work)
         return rewrite if statistics is None else _calibrated(rewrite, statistics)
 
     return _two_passes(planned, model, out, sites, method, layout, run, statistics, blocks, decomposition)

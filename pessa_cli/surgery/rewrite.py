@@ -40,7 +40,8 @@ class Rewrite:
     chosen, in words. shard_bytes: the largest size of one file of weights. data: the SHA-256 of the calibration data,
     None without. augmented: how they were augmented, in words, if they were. sequential: the rule by which the blocks
     before each block were pruned during calibration, if any. contents: the other files of the source, and what becomes
-    of them. compared: the plans that trials have compared, if there were any.
+    of them. compared: the plans that were compared, if there were several. work: the operations of the blocks before
+    and after, as in `ranks.work.work_of`, for a budget of work.
     """
 
     command: str
@@ -58,6 +59,7 @@ class Rewrite:
     augmented: str | None = None
     contents: Contents = field(default_factory=Contents)
     compared: Mapping[str, Any] | None = None
+    work: Mapping[str, float] | None = None
 
     @cached_property
     def stored(self) -> list[Site]:
@@ -115,6 +117,7 @@ class Rewrite:
             **({} if self.sequential is None else {"calibration_sequential": self.sequential}),
             "rule": self.rule,
             **({} if self.compared is None else {"compared": dict(self.compared)}),
+            **({} if self.work is None else {"work": dict(self.work)}),
             **({"notes": self.notes} if self.notes else {}),
             "layout": self.layout,
             "ranks": {

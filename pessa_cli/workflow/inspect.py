@@ -9,10 +9,11 @@ from typing import Any
 
 from pessa_cli.blocks.mlp_discover import mlp_specs_of, routed_experts
 from pessa_cli.blocks.site import AttentionSite, Site
-from pessa_cli.ranks.budget import Point, ranks_for, trade_off
+from pessa_cli.ranks.budget import Point, predicted, ranks_for, trade_off
 from pessa_cli.ranks.plan import RankPlan
 from pessa_cli.ranks.rule import Rule
 from pessa_cli.ranks.spectra import Spectra
+from pessa_cli.ranks.work import work_of
 from pessa_cli.surgery.decomposition import measure
 from pessa_cli.surgery.run import Run
 from pessa_cli.surgery.totals import totals
@@ -80,7 +81,8 @@ class Inspection:
     before and after, and the pruned shares, from 0 to 1. sites: the blocks. spectra: by site name. norms: the products
     of the L2 norms of the original dimensions, by site name; empty unless requested. curve: budgets with the expected
     errors; empty unless requested. warnings: a line for each block that has too little calibration data, and one if
-    more data would help.
+    more data would help. compared: the plans that were compared, as in `Comparison`, if there were several. work: the
+    floating-point operations of the blocks before and after, for a budget of work.
     """
 
     model: str
@@ -94,11 +96,15 @@ class Inspection:
     norms: Mapping[str, Spectra] = field(default_factory=dict)
     curve: list[Point] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    compared: Mapping[str, Any] | None = None
+    work: Mapping[str, float] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The document of `--json`."""
         about = {"model": self.model, "method": self.method, "rule": self.rule}
         found = {"blocks": [asdict(block) for block in self.blocks], "totals": dict(self.totals)}
+        more = {"compared": self.compared, "work": self.work}
+        found |= {name: dict(value) for name, value in more.items() if value is not None}
         return about | found | ({"curve": [asdict(point) for point in self.curve]} if self.curve else {})
 
 
@@ -141,7 +147,7 @@ def inspect(
                 spectra: Mapping[str, Spectra] = known.decomposition.spectra
             else:
                 spectra = measure(found, sites, run=run, statistics=known.statistics, blocks=known.blocks)
-        compared = known.comparison
+        compared = known.comparison or predicted(sites, spectra, rule, found.size)
         plan = ranks_for(sites, spectra, rule, found.size) if compared is None else compared.plan
         return Inspection(
             model=str(model),
@@ -155,4 +161,6 @@ def inspect(
             norms=measure(found, sites, "vanilla", run) if norms else {},
             curve=trade_off(sites, spectra, rule, found.size) if curve else [],
             warnings=known.warnings,
+            compared=None if compared is None else compared.to_dict(),
+            work=work_of(sites, plan, rule, found.size),
         )

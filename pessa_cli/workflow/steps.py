@@ -17,6 +17,7 @@ from pessa_cli.common.errors import UsageError
 from pessa_cli.common.files import check_writable, is_there
 from pessa_cli.ranks.plan import Comparison, check_ranks
 from pessa_cli.ranks.rule import Rule
+from pessa_cli.ranks.work import check_work
 from pessa_cli.sources.open import open_source
 from pessa_cli.statistics.file import Statistics, shortages
 from pessa_cli.surgery.block_reader import BlockReader
@@ -112,6 +113,7 @@ def chosen(model: Model, recipe: Recipe) -> list[Site]:
     kinds = recipe.sites or (() if recipe.searches else recipe.rule.kinds)
     sites = select(model.sites, kinds, recipe.layers)
     check_ranks(sites, recipe.rule)
+    check_work(sites, recipe.rule, model.size)
     return sites
 
 

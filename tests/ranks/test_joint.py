@@ -95,7 +95,6 @@ def test_the_plans_to_compare_have_the_same_size() -> None:
     for name in list(found)[1:]:
         assert abs(share(found[name], SITES[:2]) - share(found[name], SITES[2:])) < 0.07
     assert list(candidates(SITES[:2], spectra(), Rule(target_layers=0.7), WHOLE)) == ["by price"]
-    assert list(candidates(SITES, spectra(), Rule(target_layers=0.7, uniform=True), WHOLE)) == ["by price"]
     assert list(candidates(SITES[2:], spectra(), Rule(target_layers=0.7), WHOLE)) == ["by price", "the same share"]
 
 
