@@ -164,7 +164,9 @@ def _show_work(work: Mapping[str, float] | None) -> None:
     if work is None:
         return
     windows = f"{work['windows']:g} x " if work["windows"] > 1 else ""
-    inputs = f"{work['frames']:g} positions of an encoder and {work['tokens']:g} tokens of a decoder"
+    inputs = f"{work['tokens']:.4g} tokens"
+    if work["frames"] != work["tokens"]:
+        inputs = f"{work['frames']:.4g} positions of the encoder and {inputs} of the decoder"
     OUT.print(
         f"{work['flops'] / 1e9:,.4g} -> {work['flops_after'] / 1e9:,.4g} billion floating-point operations "
         f"({work['share']:.1%}) in these blocks, for {windows}{inputs}"

@@ -321,6 +321,8 @@ EXAMPLES: Mapping[str, Example] = {
     "lossless and a rule": usage("prune whisper -o out --lossless --rank 3", "--lossless"),
     "a threshold above all singular values": failure("prune whisper -o out --qk-thr 1e9", "Q-K", "pessa inspect"),
     "an invalid size": usage("prune whisper -o out --target-size big", "--target-size", "'big'"),
+    "the seconds of a text": usage("prune bert -o out --target-flops 0.5 --seconds 3", "--seconds 3", "bert"),
+    "tokens without a budget of work": usage("prune bert -o out --tokens 5", "--tokens 5", "--target-flops"),
     "a budget that is too small": failure("prune bert -o out --target-params 0.1", "0.1", "0."),
     "a limit that no plan keeps": failure(
         "prune bert -o out --max-error 1e-12 --calibrate story.txt", "--max-error 1e-12", "at least"

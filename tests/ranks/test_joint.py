@@ -13,8 +13,8 @@ from pessa_cli.blocks.mlp_table import MLPS
 from pessa_cli.blocks.site import Site, count
 from pessa_cli.checkpoint.dtypes import UNIT_ROUNDOFF
 from pessa_cli.common.errors import PessaError, UsageError
-from pessa_cli.ranks.budget import UnmetBudgetError, candidates, ordered_moves, ranks_for
-from pessa_cli.ranks.plan import RankPlan
+from pessa_cli.ranks.budget import UnmetBudgetError, candidates, ordered_moves, predicted, ranks_for
+from pessa_cli.ranks.plan import BY_LAYER, ONE_WIDTH, PREDICTED, RankPlan
 from pessa_cli.ranks.rule import Rule
 from pessa_cli.ranks.spectra import Size, Spectra, Trials
 
@@ -96,6 +96,20 @@ def test_the_plans_to_compare_have_the_same_size() -> None:
         assert abs(share(found[name], SITES[:2]) - share(found[name], SITES[2:])) < 0.07
     assert list(candidates(SITES[:2], spectra(), Rule(target_layers=0.7), WHOLE)) == ["by price"]
     assert list(candidates(SITES[2:], spectra(), Rule(target_layers=0.7), WHOLE)) == ["by price", "the same share"]
+
+
+def test_the_cost_of_one_width_is_predicted() -> None:
+    """The plan that is taken has one width, and by the same spectra widths by layer would do less harm."""
+    rule = Rule(target_layers=0.7, uniform=True)
+    named = candidates(SITES, spectra(100.0), rule, WHOLE)
+    assert list(named) == [ONE_WIDTH, BY_LAYER]
+    assert all(0.6 < share(plan) <= 0.7 for plan in named.values())
+    found = predicted(SITES, spectra(100.0), rule, WHOLE)
+    assert found is not None
+    assert (found.plan, found.taken, found.unit) == (named[ONE_WIDTH], ONE_WIDTH, PREDICTED)
+    assert found.plan == ranks_for(SITES, spectra(100.0), rule, WHOLE) != named[BY_LAYER]
+    assert found.harms[ONE_WIDTH] > found.harms[BY_LAYER] > 0
+    assert predicted(SITES, spectra(), replace(rule, uniform=False), WHOLE) is None
 
 
 @pytest.mark.parametrize(
