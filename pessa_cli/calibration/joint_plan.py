@@ -25,7 +25,8 @@ from pessa_cli.common.errors import PessaError
 from pessa_cli.common.progress import Progress, quietly
 from pessa_cli.models.hooks import block_modules, output_of
 from pessa_cli.models.inputs import Inputs
-from pessa_cli.ranks.budget import UnmetBudgetError, candidates
+from pessa_cli.ranks.budget import candidates
+from pessa_cli.ranks.cost import UnmetBudgetError
 from pessa_cli.ranks.plan import ONE_WIDTH, Comparison, RankPlan
 from pessa_cli.ranks.rule import Rule
 from pessa_cli.ranks.spectra import Size, Spectra

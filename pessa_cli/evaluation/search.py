@@ -25,7 +25,8 @@ from pessa_cli.evaluation.measures import ScoreSettings
 from pessa_cli.models.dense import dense_model
 from pessa_cli.models.hooks import block_modules
 from pessa_cli.models.load import quiet_transformers
-from pessa_cli.ranks.budget import UnmetBudgetError, ranks_for
+from pessa_cli.ranks.budget import ranks_for
+from pessa_cli.ranks.cost import UnmetBudgetError
 from pessa_cli.ranks.rule import Rule
 from pessa_cli.statistics.file import Statistics, files_of
 from pessa_cli.surgery.decomposition import Decomposition

@@ -8,11 +8,12 @@ from pessa_cli.common.lazy import lazy_exports
 
 if TYPE_CHECKING:
     from pessa_cli.ranks.budget import Point as Point
-    from pessa_cli.ranks.budget import UnmetBudgetError as UnmetBudgetError
     from pessa_cli.ranks.budget import candidates as candidates
     from pessa_cli.ranks.budget import predicted as predicted
     from pessa_cli.ranks.budget import ranks_for as ranks_for
     from pessa_cli.ranks.budget import trade_off as trade_off
+    from pessa_cli.ranks.cost import UnmetBudgetError as UnmetBudgetError
+    from pessa_cli.ranks.cost import check_budget as check_budget
     from pessa_cli.ranks.plan import ONE_WIDTH as ONE_WIDTH
     from pessa_cli.ranks.plan import PREDICTED as PREDICTED
     from pessa_cli.ranks.plan import Comparison as Comparison
@@ -27,13 +28,13 @@ if TYPE_CHECKING:
     from pessa_cli.ranks.spectra import largest_pairs as largest_pairs
     from pessa_cli.ranks.spectra import pair_shares as pair_shares
     from pessa_cli.ranks.spectra import smallest_dropped as smallest_dropped
-    from pessa_cli.ranks.work import check_work as check_work
     from pessa_cli.ranks.work import work_of as work_of
 else:
     __getattr__, __all__ = lazy_exports(
         __name__,
         {
-            "budget": ["Point", "UnmetBudgetError", "candidates", "predicted", "ranks_for", "trade_off"],
+            "budget": ["Point", "candidates", "predicted", "ranks_for", "trade_off"],
+            "cost": ["UnmetBudgetError", "check_budget"],
             "plan": ["ONE_WIDTH", "PREDICTED", "Comparison", "RankPlan", "check_ranks"],
             "rule": ["Rule"],
             "spectra": [
@@ -46,6 +47,6 @@ else:
                 "pair_shares",
                 "smallest_dropped",
             ],
-            "work": ["check_work", "work_of"],
+            "work": ["work_of"],
         },
     )

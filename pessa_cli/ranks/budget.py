@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -20,18 +20,11 @@ from numpy.typing import NDArray
 from pessa_cli.blocks.compact_format import Ranks
 from pessa_cli.blocks.seam import Seam
 from pessa_cli.blocks.site import Site, count
-from pessa_cli.checkpoint.dtypes import ITEM_BYTES
-from pessa_cli.common.errors import PessaError, UsageError
+from pessa_cli.common.errors import UsageError
+from pessa_cli.ranks.cost import Cost, UnmetBudgetError, budget_of, cost_of, parameters
 from pessa_cli.ranks.plan import BY_LAYER, ONE_WIDTH, PREDICTED, Comparison, RankPlan, check_ranks, plan_ranks
 from pessa_cli.ranks.rule import Rule
 from pessa_cli.ranks.spectra import LEVELS, Size, Spectra, Spectrum, Trials, largest_pairs, pair_shares
-from pessa_cli.ranks.work import Work, check_work
-
-Cost = Callable[[Site, Mapping[str, Ranks]], float]  # of a block with these ranks; linear in each of them
-
-
-class UnmetBudgetError(PessaError):
-    """Raised for a budget that is smaller than what must remain."""
 
 
 class PruneStep(NamedTuple):
@@ -87,53 +80,17 @@ def predicted(sites: Sequence[Site], spectra: Mapping[str, Spectra], rule: Rule,
     return Comparison(plan, ONE_WIDTH, harms, PREDICTED)
 
 
-def cost_of(rule: Rule, whole: Size) -> Cost:
-    """Return what a budget counts. Raises UsageError if the rule states inputs that the model does not read."""
-    if rule.target_flops is not None:
-        return Work.of(rule, whole).multiply_adds
-    return _nbytes if rule.target_size is not None else _parameters
-
-
-def _parameters(site: Site, ranks: Mapping[str, Ranks]) -> float:
-    return count(site.shapes(ranks))
-
-
-def _nbytes(site: Site, ranks: Mapping[str, Ranks]) -> float:
-    return ITEM_BYTES[site.dtype] * count(site.shapes(ranks))
-
-
 def _taken(sites: Sequence[Site], spectra: Mapping[str, Spectra], rule: Rule, whole: Size) -> list[PruneStep]:
     """Return the steps that meet a budget, in order. Raises UnmetBudgetError if it cannot be met."""
-    check_work(sites, rule, whole)
-    cost = cost_of(rule, whole)
-    priced = [site for site in sites if rule.target_attention is None or "mlp" not in site.ranks]
-    now: float = sum(cost(site, site.ranks) for site in priced)
-    hint = "give {share:g} or more, or choose more --sites"
-    if rule.target_flops is not None:
-        what, share = "multiply-adds of the chosen blocks", rule.target_flops
-    elif rule.target_attention is not None:
-        what, share = "attention parameters", rule.target_attention
-    elif rule.target_layers is not None:
-        what, share = "parameters of the chosen blocks", rule.target_layers
-    elif rule.target_params is not None:
-        what, share, now = "parameters", rule.target_params, whole.parameters
-    else:
-        assert rule.target_size is not None
-        what, share, now, hint = "bytes", 1.0, whole.nbytes, "give a larger size"
-    most = share * now if rule.target_size is None else float(rule.target_size)
+    budget = budget_of(sites, rule, whole)
     taken: list[PruneStep] = []
-    left = float(now)
-    for move in ordered_moves(priced, spectra, rule, cost):
-        if left <= most:
+    left = budget.now
+    for move in ordered_moves(budget.sites, spectra, rule, budget.cost):
+        if left <= budget.most:
             break
         taken += move
         left -= sum(step.cost for step in move)
-    if left > most:
-        raise UnmetBudgetError(
-            f"{rule}: the budget is {most:,.0f} of {now:,.0f} {what}, but {left:,.0f} remain after dropping all that "
-            "may be pruned",
-            hint.format(share=math.ceil(1000 * left / now) / 1000),
-        )
+    budget.check(left, rule)
     return taken
 
 
@@ -193,7 +150,7 @@ def trade_off(
 
 
 def ordered_moves(
-    sites: Sequence[Site], spectra: Mapping[str, Spectra], rule: Rule, cost: Cost = _parameters
+    sites: Sequence[Site], spectra: Mapping[str, Spectra], rule: Rule, cost: Cost = parameters
 ) -> Iterator[Sequence[PruneStep]]:
     """Yield the steps that are taken together, the cheapest first: single ones or, with `uniform`, those of all layers.
 
@@ -228,7 +185,7 @@ def _level_steps(site: Site, seam: Seam, spectra: Spectra, rule: Rule, cost: Cos
     stored = np.array([rank - seam.always_kept for rank in seam.ranks]) // unit
     grid = -(-rule.round_to // unit)
     least = grid if seam.name == "mlp" else -(-rule.min_rank // unit)
-    parameters, each, error = unit * round(_each(site, seam, _parameters)), unit * _each(site, seam, cost), 0.0
+    direction, each, error = unit * round(_each(site, seam, parameters)), unit * _each(site, seam, cost), 0.0
     harmful = 1.0 if spectra.trials is None else spectra.trials.harm
     tails = np.concatenate([np.cumsum(worth[:, ::-1], -1)[:, ::-1], np.zeros((len(worth), 1))], -1)
     before = int(stored.max())
@@ -240,12 +197,12 @@ def _level_steps(site: Site, seam: Seam, spectra: Spectra, rule: Rule, cost: Cos
         for head, dropped in cut:
             share, rank, freed = added / len(cut), seam.always_kept + unit * low, each * dropped
             harm = share * harmful
-            yield PruneStep(site, seam, head, rank, parameters * dropped, freed, share, harm, harm / freed)
+            yield PruneStep(site, seam, head, rank, direction * dropped, freed, share, harm, harm / freed)
         before = low
 
 
 def ordered_steps(
-    sites: Sequence[Site], spectra: Mapping[str, Spectra], rule: Rule, cost: Cost = _parameters
+    sites: Sequence[Site], spectra: Mapping[str, Spectra], rule: Rule, cost: Cost = parameters
 ) -> list[PruneStep]:
     """Return all steps that the rule's `round_to` and `min_rank` allow, ordered by price, the cheapest first.
 
@@ -282,12 +239,12 @@ def _steps(site: Site, seam: Seam, spectra: Spectra, rule: Rule, cost: Cost) -> 
         return
     trials = spectra.trials
     errors = _errors(worth, masses, trials, seam)
-    parameters, each = unit * round(_each(site, seam, _parameters)), unit * _each(site, seam, cost)
+    direction, each = unit * round(_each(site, seam, parameters)), unit * _each(site, seam, cost)
     price, harmful = 0.0, 1.0 if trials is None else trials.harm
     for (_, _, head, low, high), error in zip(chunks, np.diff(errors, prepend=0.0).tolist(), strict=True):
         dropped, harm, rank = high - low, error * harmful, seam.always_kept + unit * low
         price = max(price, harm / (each * dropped))
-        yield PruneStep(site, seam, head, rank, parameters * dropped, each * dropped, error, harm, price)
+        yield PruneStep(site, seam, head, rank, direction * dropped, each * dropped, error, harm, price)
 
 
 def _importance(spectra: Spectra, seam: Seam) -> tuple[Spectrum, int]:

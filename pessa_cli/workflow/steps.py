@@ -15,9 +15,9 @@ from pessa_cli.checkpoint.places import check_apart, check_free, check_outside, 
 from pessa_cli.checkpoint.staging import Staging, new_folder
 from pessa_cli.common.errors import UsageError
 from pessa_cli.common.files import check_writable, is_there
+from pessa_cli.ranks.cost import check_budget
 from pessa_cli.ranks.plan import Comparison, check_ranks
 from pessa_cli.ranks.rule import Rule
-from pessa_cli.ranks.work import check_work
 from pessa_cli.sources.open import open_source
 from pessa_cli.statistics.file import Statistics, shortages
 from pessa_cli.surgery.block_reader import BlockReader
@@ -102,7 +102,8 @@ def named(run: Run, model: str | Path) -> Run:
 def chosen(model: Model, recipe: Recipe) -> list[Site]:
     """Return the blocks that a recipe applies to; without `sites` those that its rule is about.
 
-    Raises UsageError if there are none, or if the rule does not fit them.
+    Raises UsageError if there are none, or if the rule does not fit them, and PessaError for a budget that is smaller
+    than what must remain of them.
     """
     of_mlp = recipe.rule.of_mlp
     if of_mlp and not any(isinstance(site, MlpSite) for site in model.sites):
@@ -113,7 +114,7 @@ def chosen(model: Model, recipe: Recipe) -> list[Site]:
     kinds = recipe.sites or (() if recipe.searches else recipe.rule.kinds)
     sites = select(model.sites, kinds, recipe.layers)
     check_ranks(sites, recipe.rule)
-    check_work(sites, recipe.rule, model.size)
+    check_budget(sites, recipe.rule, model.size)
     return sites
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from pessa_cli.common.progress import quietly
 from pessa_cli.models import windows
 from pessa_cli.models.hooks import output_of
 from pessa_cli.ranks.budget import candidates, ranks_for
-from pessa_cli.ranks.plan import OVERFITTED, Comparison, RankPlan
+from pessa_cli.ranks.plan import BY_LAYER, ONE_WIDTH, OVERFITTED, Comparison, RankPlan
 from pessa_cli.ranks.rule import Rule
 from pessa_cli.surgery.decomposition import Decomposition, decomposition_of
 from pessa_cli.surgery.model import Model, open_model
@@ -157,3 +157,16 @@ def test_when_more_data_would_help(unseen: float, seen: float | None, warns: boo
     expected = "more calibration data would help: harm 0.12 on inputs not seen, 0.01 on inputs seen (3 minutes)"
     assert found.warning == (expected if warns else None)
     assert ("harm_on_seen_inputs" in found.to_dict()) == (seen is not None)
+
+
+@pytest.mark.parametrize("rule", [replace(RULE, uniform=True), Rule(max_error=0.1, uniform=True)], ids=str)
+def test_one_width_is_taken_although_widths_by_layer_do_less_harm(rule: Rule, tiny_folder: TinyFolder) -> None:
+    model = open_model(tiny_folder("bert"))
+    told: Any = Told([0.06, 0.03] * 100)
+    with decomposed(model) as found:
+        taken = best_plan(told, model.sites, found.spectra, rule, model.size, quietly)
+    assert (taken.taken, taken.harms) == (ONE_WIDTH, {ONE_WIDTH: 0.06, BY_LAYER: 0.03})
+    assert taken.plan in told.asked[::2]
+    for seam in ("qk", "vo", "mlp"):
+        kept = {rank for site in model.sites for rank in taken.plan.ranks[site.name].get(seam, ())}
+        assert len(kept) == 1

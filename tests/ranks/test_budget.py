@@ -18,7 +18,8 @@ from sites import SITE, ranks_by, spectra_by, trials_by
 
 from pessa_cli.blocks.site import AttentionSite
 from pessa_cli.common.errors import PessaError, UsageError
-from pessa_cli.ranks.budget import UnmetBudgetError, ordered_steps, ranks_for, trade_off
+from pessa_cli.ranks.budget import ordered_steps, ranks_for, trade_off
+from pessa_cli.ranks.cost import UnmetBudgetError
 from pessa_cli.ranks.plan import RankPlan
 from pessa_cli.ranks.rule import Rule
 from pessa_cli.ranks.spectra import LEVELS, Size, Spectra, Trials

@@ -13,7 +13,8 @@ from pessa_cli.blocks.mlp_table import MLPS
 from pessa_cli.blocks.site import Site, count
 from pessa_cli.checkpoint.dtypes import UNIT_ROUNDOFF
 from pessa_cli.common.errors import PessaError, UsageError
-from pessa_cli.ranks.budget import UnmetBudgetError, candidates, ordered_moves, predicted, ranks_for
+from pessa_cli.ranks.budget import candidates, ordered_moves, predicted, ranks_for
+from pessa_cli.ranks.cost import UnmetBudgetError
 from pessa_cli.ranks.plan import BY_LAYER, ONE_WIDTH, PREDICTED, RankPlan
 from pessa_cli.ranks.rule import Rule
 from pessa_cli.ranks.spectra import Size, Spectra, Trials

@@ -13,7 +13,8 @@ from sites import plan_by, spectra_by, trials_by
 from pessa_cli.blocks.site import ROPE, AttentionSite
 from pessa_cli.blocks.table import ARCHITECTURES
 from pessa_cli.common.errors import UsageError
-from pessa_cli.ranks.budget import PruneStep, UnmetBudgetError, ordered_steps, ranks_for, trade_off
+from pessa_cli.ranks.budget import PruneStep, ordered_steps, ranks_for, trade_off
+from pessa_cli.ranks.cost import UnmetBudgetError
 from pessa_cli.ranks.plan import RankPlan, plan_ranks
 from pessa_cli.ranks.rule import Rule
 from pessa_cli.ranks.spectra import LEVELS, Size, Spectra, Trials, largest_pairs, pair_shares, smallest_dropped

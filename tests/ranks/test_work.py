@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from harness import Pessa, TinyFolder
+from harness import Pessa, TinyFolder, is_refusal
 from sites import SITE, spectra_by
 
 from pessa_cli.blocks.mlp_site import MlpSite
@@ -18,6 +18,7 @@ from pessa_cli.blocks.site import AttentionSite, Site
 from pessa_cli.blocks.table import ARCHITECTURES, TOWERS
 from pessa_cli.common.errors import UsageError
 from pessa_cli.ranks.budget import candidates, ordered_steps, ranks_for, trade_off
+from pessa_cli.ranks.cost import UnmetBudgetError, check_budget
 from pessa_cli.ranks.plan import RankPlan
 from pessa_cli.ranks.rule import Rule
 from pessa_cli.ranks.spectra import Size, Spectra
@@ -100,7 +101,7 @@ def test_inputs_that_are_not_known_are_refused() -> None:
         check_work(SITES, Rule(target_flops=0.5, seconds=3), Size(1, 1, "llama"))
     with pytest.raises(UsageError, match="--tokens 3 is the length of an input for --target-flops"):
         Rule(target_params=0.5, tokens=3)
-    kinds = [replace(SITE.spec, kind=f"{tower.name}.self") for tower in TOWERS["clip"]]
+    kinds = [replace(SITE.spec, kind=f"{tower.kind}.self") for tower in TOWERS["clip"]]
     both: list[Site] = [replace(SITE, spec=spec) for spec in kinds]
     with pytest.raises(UsageError, match=r"the parts of this model \(text, vision\) have lengths of their own"):
         check_work(both, Rule(target_flops=0.5), Size(1, 1, "clip"))
@@ -158,13 +159,39 @@ def test_the_share_is_shown_and_in_the_manifest(pessa: Pessa, tiny_folder: TinyF
     folder, out = tiny_folder("whisper"), tmp_path / "out"
     options = ("--target-flops", "0.8", "--tokens", "60", "--uniform")
     result = pessa("prune", folder, "-o", out, *options)
-    assert result.code == 0, result.stderr
+    assert result.code == 0, result.err
     manifest = json.loads((out / "pessa.json").read_text())
     work, harms = manifest["work"], manifest["compared"]["harms"]
     assert 0.7 < work["share"] == work["flops_after"] / work["flops"] <= 0.8
     assert (work["windows"], work["frames"], work["tokens"]) == (1, 1500, 60)
-    assert f"({work['share']:.1%}) in these blocks" in result.stdout
+    assert f"({work['share']:.1%}) in these blocks" in result.out
     assert set(harms) == {"one width for all layers", "widths by layer"}
-    assert f"one width for all layers {harms['one width for all layers']:.3g}, widths by layer" in result.stderr
-    found = json.loads(pessa("inspect", folder, *options, "--json").stdout)
-    assert (found["work"], found["compared"]) == (work, manifest["compared"])
+    assert f"one width for all layers {harms['one width for all layers']:.3g}, widths by layer" in result.err
+    found = json.loads(pessa("inspect", folder, *options, "--json").out)
+    assert found["work"] == work
+    assert found["compared"]["harms"] == pytest.approx(harms)
+
+
+@pytest.mark.parametrize("command", ["prune", "inspect"])
+@pytest.mark.parametrize("budget", ["--target-flops", "--target-layers", "--target-params"])
+def test_a_budget_that_no_plan_meets_is_refused_before_the_work(
+    command: str, budget: str, pessa: Pessa, tiny_folder: TinyFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pessa_cli.surgery.decomposition.decompose_block", lambda *_: pytest.fail("a block was read"))
+    monkeypatch.setattr("pessa_cli.surgery.decomposition.spectra_of", lambda *_: pytest.fail("a block was read"))
+    out = ("-o", tmp_path / "out") if command == "prune" else ()
+    is_refusal(pessa(command, tiny_folder("whisper"), *out, budget, "0.001"), f"{budget[2:].replace('-', '_')} 0.001")
+
+
+def test_the_early_check_refuses_only_what_no_plan_meets() -> None:
+    """Just above what remains after all steps, a plan is found, and the early check agrees."""
+    for name in ("target_flops", "target_layers"):
+        rule = Rule(min_rank=1, round_to=2)
+        with pytest.raises(UnmetBudgetError) as refused:
+            ranks_for(SITES, spectra(), replace(rule, **{name: 1e-6}), WHISPER)
+        assert refused.value.hint is not None
+        least = float(refused.value.hint.split()[1])  # rounded up to 0.001
+        ranks_for(SITES, spectra(), replace(rule, **{name: least}), WHISPER)
+        check_budget(SITES, replace(rule, **{name: least}), WHISPER)
+        with pytest.raises(UnmetBudgetError):
+            check_budget(SITES, replace(rule, **{name: least - 0.002}), WHISPER)
