@@ -180,7 +180,7 @@ def test_a_budget_that_no_plan_meets_is_refused_before_the_work(
     monkeypatch.setattr("pessa_cli.surgery.decomposition.decompose_block", lambda *_: pytest.fail("a block was read"))
     monkeypatch.setattr("pessa_cli.surgery.decomposition.spectra_of", lambda *_: pytest.fail("a block was read"))
     out = ("-o", tmp_path / "out") if command == "prune" else ()
-    is_refusal(pessa(command, tiny_folder("whisper"), *out, budget, "0.001"), f"{budget[2:].replace('-', '_')} 0.001")
+    is_refusal(pessa(command, tiny_folder("whisper"), *out, budget, "1e-06"), f"{budget[2:].replace('-', '_')} 1e-06")
 
 
 def test_the_early_check_refuses_only_what_no_plan_meets() -> None:
