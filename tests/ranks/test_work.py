@@ -183,15 +183,19 @@ def test_a_budget_that_no_plan_meets_is_refused_before_the_work(
     is_refusal(pessa(command, tiny_folder("whisper"), *out, budget, "1e-06"), f"{budget[2:].replace('-', '_')} 1e-06")
 
 
-def test_the_early_check_refuses_only_what_no_plan_meets() -> None:
+@pytest.mark.parametrize("name", ["target_flops", "target_layers"])
+def test_the_early_check_refuses_only_what_no_plan_meets(name: str) -> None:
     """Just above what remains after all steps, a plan is found, and the early check agrees."""
-    for name in ("target_flops", "target_layers"):
-        rule = Rule(min_rank=1, round_to=2)
-        with pytest.raises(UnmetBudgetError) as refused:
-            ranks_for(SITES, spectra(), replace(rule, **{name: 1e-6}), WHISPER)
-        assert refused.value.hint is not None
-        least = float(refused.value.hint.split()[1])  # rounded up to 0.001
-        ranks_for(SITES, spectra(), replace(rule, **{name: least}), WHISPER)
-        check_budget(SITES, replace(rule, **{name: least}), WHISPER)
-        with pytest.raises(UnmetBudgetError):
-            check_budget(SITES, replace(rule, **{name: least - 0.002}), WHISPER)
+
+    def rule(share: float) -> Rule:
+        options: dict[str, Any] = {name: share}
+        return Rule(min_rank=1, round_to=2, **options)
+
+    with pytest.raises(UnmetBudgetError) as refused:
+        ranks_for(SITES, spectra(), rule(1e-6), WHISPER)
+    assert refused.value.hint is not None
+    least = float(refused.value.hint.split()[1])  # rounded up to 0.001
+    ranks_for(SITES, spectra(), rule(least), WHISPER)
+    check_budget(SITES, rule(least), WHISPER)
+    with pytest.raises(UnmetBudgetError):
+        check_budget(SITES, rule(least - 0.002), WHISPER)
