@@ -49,7 +49,7 @@ from pessa_cli.calibration.collect import collect
 from pessa_cli.evaluation.bench import peak_memory
 from pessa_cli.evaluation.figures import Figure
 from pessa_cli.models.load import load, quiet_transformers
-from pessa_cli.ranks.budget import UnmetBudgetError
+from pessa_cli.ranks.cost import UnmetBudgetError
 from pessa_cli.surgery.model import open_model
 from pessa_cli.surgery.run import Run
 from pessa_cli.workflow.prune import prune

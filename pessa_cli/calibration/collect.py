@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -23,23 +24,25 @@ from pessa_cli.calibration.listeners import BY_WEIGHTS, collect_statistics
 from pessa_cli.calibration.memory import CALLS, WORK, free_memory, free_on, needs
 from pessa_cli.calibration.sequential import collect_in_sequence
 from pessa_cli.calibration.store import StatisticsOnDisk, WithTrials, in_groups
-from pessa_cli.calibration.trial_cuts import passes, try_out
+from pessa_cli.calibration.trial_cuts import passes, restoring, try_out
 from pessa_cli.common.errors import PessaError, UsageError
 from pessa_cli.models.data import CalibrationData, amount_of, read_data
 from pessa_cli.models.dense import dense_model, text_part
-from pessa_cli.models.inputs import Inputs
+from pessa_cli.models.hooks import block_modules, output_of
+from pessa_cli.models.inputs import Inputs, positions_of
 from pessa_cli.models.load import quiet_transformers
-from pessa_cli.models.windows import on_device, windows
+from pessa_cli.models.windows import device_of, on_device, windows
+from pessa_cli.ranks.budget import ranks_for
 from pessa_cli.ranks.plan import Comparison
 from pessa_cli.ranks.rule import Rule
 from pessa_cli.statistics.file import CollectedStatistics, SavedStatistics, Statistics, fingerprint, save_statistics
 from pessa_cli.statistics.sums import BlockStatistics
 from pessa_cli.surgery.block_reader import BlockReader
-from pessa_cli.surgery.decomposition import Decomposition, decomposition_of
+from pessa_cli.surgery.decomposition import Decomposition, decomposition_of, measure
 from pessa_cli.surgery.model import Model
 from pessa_cli.surgery.run import Run
 
-TRIED = 8  # the largest number of inputs for trial cuts
+TRIED, TRIED_POSITIONS = 8, 4096  # the largest number of inputs for trial cuts, unless they are so short together
 UNREAD = ("vision", "audio")  # the parts of models with several parts that calibration data do not reach
 FOLDS = 4  # one of this many parts of the inputs is for trial cuts; the blocks are then decomposed by the other parts
 
@@ -137,9 +140,9 @@ def calibrate(
     data are run once for each of several groups of blocks, and the sums are kept in a temporary file. If the model does
     not fit, the weights are read from disk block by block for every input, and there are no trial cuts.
 
-    rule: if given, each block is calibrated on the outputs of the blocks before it after those were pruned by the rule,
-    which takes one more pass over the data for each block. budget: a rule with a budget, for which plans are assembled
-    and compared at the model's output, on the inputs of the trial cuts.
+    budget: a rule with a budget, for which plans are assembled and compared at the model's output, on the inputs of the
+    trial cuts. rule: if given, each block is then calibrated on the outputs of the blocks before it after those were
+    pruned, by the plan that was taken or by this rule.
 
     Raises UsageError for data that do not fit the model and for blocks that cannot be calibrated, and PessaError when
     there is too little memory, or when the model does not compute attention as the statistics assume.
@@ -153,8 +156,6 @@ def calibrate(
     with ExitStack() as resources:
         decomposition: Decomposition | None = None
         comparison: Comparison | None = None
-        if rule is not None:
-            decomposition = resources.enter_context(decomposition_of(model, run, blocks))
         with ExitStack() as running:
             running.enter_context(quiet_transformers())
             placing: dict[str, Any] = {}
@@ -167,7 +168,7 @@ def calibrate(
             if fits:
                 loaded = loaded.to(run.device)
             samples, seen = list[Inputs](), list[Inputs]()
-            compares = fits and budget is not None and budget.budgeted and rule is None
+            compares = fits and budget is not None and budget.budgeted
             with torch.inference_mode():
                 decodes = any(not site.kind.startswith("encoder") for site in sites)
                 writes = fits and loaded.can_generate()
@@ -179,14 +180,16 @@ def calibrate(
                 inputs: Iterable[tuple[Inputs, int]] = _sampled(
                     _sampled(windows(model.reader.folder, loaded, items, transcribed), samples, 0), seen, 1
                 )
-                if rule is not None or len(groups) > 1:  # the inputs are needed again for each block or group
+                if rule is not None or len(groups) > 1:  # the inputs are needed again for each layer or group
                     inputs = list(inputs)
                 on_disk = len(groups) > 1
+                modules, device = block_modules(sites, loaded), device_of(loaded)
                 folds = [_store(sites, on_disk, running) for _ in range(2 if fits else 1)]
                 for number, group in enumerate(groups or [sites]):
                     part = f" {number + 1} of {len(groups)}" if on_disk else ""
                     ticks = run.progress(f"calibrating{part}", sum(item.nbytes for item in items), 0)
-                    sums = collect_statistics(loaded, group, inputs, blocks, ticks, FOLDS if fits else 1)
+                    runs = ((partial(_run, loaded, given), nbytes) for given, nbytes in inputs)
+                    sums = collect_statistics(group, modules, runs, blocks, ticks, FOLDS if fits else 1, device)
                     for fold, own in zip(folds, sums, strict=True):
                         fold.update(own)
                     del sums, own
@@ -216,6 +219,7 @@ def calibrate(
                         decomposition = resources.enter_context(decomposition_of(model, run, blocks))
                         decomposition.decompose(sites, CollectedStatistics(found, identities))
                         with (
+                            restoring(modules),
                             OutputHarm(loaded, sites, held, trial) as harm,
                             OutputHarm(loaded, sites, on_device(seen, run.device), trial) as harm_on_seen,
                         ):
@@ -224,11 +228,23 @@ def calibrate(
                                 comparison = on_seen_inputs(comparison, harm_on_seen, amount_of(items))
             else:
                 (found,) = folds
-            if rule is not None and decomposition is not None:
-                found = collect_in_sequence(model, loaded, sites, inputs, rule, found, blocks, decomposition, run)
+            if rule is not None:
+                again = [partial(_run, loaded, given) for given, _ in inputs]
+                if comparison is None:
+                    known = measure(model, sites, run=run, statistics=CollectedStatistics(found, ()), blocks=blocks)
+                    plan = ranks_for(sites, known, rule, model.size)
+                else:
+                    plan = comparison.plan
+                decomposition = resources.enter_context(decomposition_of(model, run, blocks))
+                found = collect_in_sequence(model, loaded, sites, again, plan, found, blocks, decomposition, run)
             del loaded
         statistics = CollectedStatistics(found, sorted(identities), sequence_rule)
         yield Calibration(statistics, blocks, decomposition, comparison)
+
+
+def _run(loaded: Any, given: Inputs) -> None:
+    """Run a model on one input."""
+    output_of(loaded, on_device([given], device_of(loaded))[0])
 
 
 def _store(sites: Sequence[Site], on_disk: bool, resources: ExitStack) -> MutableMapping[str, BlockStatistics]:
@@ -275,14 +291,19 @@ def _groups(model: Model, sites: Sequence[Site], rule: Rule | None, run: Run) ->
 
 
 def _sampled(inputs: Iterable[tuple[Inputs, int]], samples: list[Inputs], place: int) -> Iterator[tuple[Inputs, int]]:
-    """Yield all inputs, and store in `samples` at most TRIED, evenly spaced among those at a place of every FOLDS."""
-    every = FOLDS
+    """Yield all inputs, and store in `samples` some evenly spaced among those at a place of every FOLDS.
+
+    At most TRIED are stored, or more if they have at most TRIED_POSITIONS positions together.
+    """
+    every, positions = FOLDS, 0
     for number, (given, nbytes) in enumerate(inputs):
         if number % every == place:
             samples.append(given)
-        if len(samples) > TRIED:
+            positions += positions_of(given)
+        if len(samples) > TRIED and positions > TRIED_POSITIONS:
             del samples[1::2]
             every *= 2
+            positions = sum(map(positions_of, samples))
         yield given, nbytes
 
 

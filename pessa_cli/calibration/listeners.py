@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from inspect import signature
 from typing import Any
@@ -16,9 +16,7 @@ from pessa_cli.blocks.site import AttentionSite, Site
 from pessa_cli.common.errors import PessaError, UsageError
 from pessa_cli.common.progress import Tick
 from pessa_cli.common.text import listed
-from pessa_cli.models.hooks import BlockModules, block_modules, output_of
-from pessa_cli.models.inputs import Inputs
-from pessa_cli.models.windows import device_of, on_device
+from pessa_cli.models.hooks import BlockModules
 from pessa_cli.statistics.sums import BlockStatistics, shapes_of, statistics_of
 from pessa_cli.surgery.block_io import split_fused
 from pessa_cli.surgery.block_reader import BlockReader
@@ -28,25 +26,32 @@ BY_WEIGHTS = "prune by the weights alone: leave out --calibrate and --statistics
 
 
 def collect_statistics(
-    loaded: Any,
     sites: Sequence[Site],
-    inputs: Iterable[tuple[Inputs, int]],
+    modules: Mapping[str, BlockModules],
+    runs: Iterable[tuple[Callable[[], object], int]],
     blocks: BlockReader,
     progress: AbstractContextManager[Tick],
     folds: int = 1,
+    device: torch.device | str = "cpu",
 ) -> list[dict[str, BlockStatistics]]:
-    """Run the inputs through the model, and add up the statistics of the given blocks.
+    """Add up the statistics of the given blocks while a model, or a part of it, runs on inputs.
 
-    inputs: each with its number of bytes, for the progress bar. folds: if more than 1, there are two results: the sums
-    over the first of every `folds` inputs, and those over the other inputs; otherwise there is one result, over all
-    inputs. Each result is by site name. Raises PessaError as BlockListener does, and UsageError, after the first input,
-    for blocks that it did not reach.
+    modules: of the blocks, by site name. runs: each runs the model on one input; with its number of bytes, for the
+    progress bar. folds: if more than 1, there are two results: the sums over the first of every `folds` inputs, and
+    those over the other inputs; otherwise there is one result, over all inputs. Each result is by site name. Raises
+    PessaError as BlockListener does, and UsageError, after the first input, for blocks that it did not reach.
     """
     with ExitStack() as hooks, progress as tick:
-        masks, modules, device = VisibleKeys(), block_modules(sites, loaded), device_of(loaded)
+        masks = VisibleKeys()
         listeners = [_listener(site, modules[site.name], blocks, hooks, device, masks, min(folds, 2)) for site in sites]
-        for number, (given, nbytes) in enumerate(inputs):
-            run_input(loaded, given, listeners, fold=int(number % folds > 0))
+        for number, (run, nbytes) in enumerate(runs):
+            for listener in listeners:
+                listener.fold = int(number % folds > 0)
+            try:
+                run()
+            finally:
+                for listener in listeners:
+                    listener.fold = None
             tick(nbytes, 0)
             if number == 0:
                 _check_all_ran(listeners)
@@ -79,17 +84,6 @@ def _check_all_ran(listeners: Sequence[BlockListener]) -> None:
             f"the calibration data do not reach {len(idle)} of the chosen blocks\n{listed([s.name for s in idle])}",
             f"choose others: --sites {','.join(others)}" if others else BY_WEIGHTS,
         )
-
-
-def run_input(model: Any, inputs: Inputs, listeners: Sequence[BlockListener], fold: int = 0) -> None:
-    """Run one input through the model, and add its statistics to the sums of one fold."""
-    for listener in listeners:
-        listener.fold = fold
-    try:
-        output_of(model, on_device([inputs], device_of(model))[0])
-    finally:
-        for listener in listeners:
-            listener.fold = None
 
 
 class VisibleKeys:

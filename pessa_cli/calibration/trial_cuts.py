@@ -8,9 +8,10 @@ to a few shares, and run on a few calibration inputs that were not used for its 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -20,11 +21,13 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map_only
 
 from pessa_cli.blocks.compact_format import pair_ranks
+from pessa_cli.blocks.mlp_site import MlpSite
 from pessa_cli.blocks.site import Site
 from pessa_cli.common.progress import Tick
 from pessa_cli.models.hooks import BlockModules, Call, block_modules, on_calls, output_of, replay
 from pessa_cli.models.inputs import Inputs
 from pessa_cli.ranks.spectra import LEVELS, Spectra, Spectrum, largest_pairs, pair_shares, smallest_dropped
+from pessa_cli.statistics.sums import shapes_of
 from pessa_cli.surgery.decomposition import Decomposition
 
 DEPTH = 0.5  # the share of Q-K and of V-O that is cut to measure the harm to the model's output
@@ -35,12 +38,26 @@ SAMPLES = 4  # the number of gradients for each input from which the harm is est
 class _Sums:
     """The sums over the trial cuts of one block, in float64; see `statistics.sums.BlockStatistics`.
 
-    tried: by the name of the seam, a sum for each of LEVELS.
+    tried: by the name of the seam, a sum for each of LEVELS. metric: of MLPs, see `statistics.sums.MlpStatistics`.
     """
 
     tried: dict[str, list[float]]
+    metric: Tensor | None = None
     output: float = 0.0
     harm: Tensor = field(default_factory=lambda: torch.zeros(3, dtype=torch.float64))
+
+    def add_gradient(self, gradient: Tensor) -> None:
+        """Add one gradient with respect to the block's output to its metric, if it has one."""
+        if self.metric is not None:
+            flat = gradient.flatten(0, -2).double().cpu()
+            self.metric.addmm_(flat.mT, flat)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the sums as tensors by name."""
+        output = torch.tensor(self.output, dtype=torch.float64)
+        tried = torch.tensor(list(self.tried.values()), dtype=torch.float64)
+        found = {"output": output, "tried": tried, "harm": self.harm}
+        return found if self.metric is None else {**found, "metric": self.metric}
 
 
 def try_out(
@@ -60,6 +77,9 @@ def try_out(
     ours = block_modules(sites, loaded)
     cut_blocks = {name: copied(modules) for name, modules in ours.items()}
     sums = {site.name: _Sums({seam: [0.0] * len(LEVELS) for seam in site.ranks}) for site in sites}
+    for site in sites:
+        if isinstance(site, MlpSite):
+            sums[site.name].metric = torch.zeros(shapes_of(site)["metric"], dtype=torch.float64)
 
     def cut(share: float, seam: str | None = None) -> None:
         """Cut this share of one seam, or of all, of the blocks that have it."""
@@ -95,14 +115,7 @@ def try_out(
             for call in each:  # one by one, so that the sum does not depend on how many calls fit into memory
                 sums[name].output += float(call.output.double().square().sum())
     tick(0, ticks_left)
-    return {
-        name: {
-            "output": torch.tensor(own.output, dtype=torch.float64),
-            "tried": torch.tensor(list(own.tried.values()), dtype=torch.float64),
-            "harm": own.harm,
-        }
-        for name, own in sums.items()
-    }
+    return {name: own.tensors() for name, own in sums.items()}
 
 
 @torch.inference_mode()
@@ -152,10 +165,11 @@ def _run_and_harm(
             scalar, scale = _projected(kind, output, generator)
             gradients = iter(torch.autograd.grad(scalar, leaves, retain_graph=True, allow_unused=True))
             for name, each in probes.items():
-                found = [next(gradients) for _ in each]
-                moved = sum(
-                    float((g * m).double().sum()) for g, m in zip(found, moves[name], strict=True) if g is not None
-                )
+                moved = 0.0
+                for gradient, move in zip(islice(gradients, len(each)), moves[name], strict=True):
+                    if gradient is not None:
+                        moved += float((gradient * move).double().sum())
+                        sums[name].add_gradient(gradient)
                 sums[name].harm[0] += scale * moved**2 / SAMPLES
     for name, each in moves.items():
         sums[name].harm[1] += output.shape[:-1].numel()
@@ -182,6 +196,21 @@ def set_block(site: Site, modules: BlockModules, tensors: Mapping[str, Tensor]) 
     for side, module in modules.projections.items():
         for name, parameter in module.named_parameters():
             parameter.data.copy_(tensors[f"{site.module(side)}.{name}"])
+
+
+@contextmanager
+def restoring(modules: Mapping[str, BlockModules]) -> Iterator[None]:
+    """Restore the weights of blocks of a loaded model at the end of the `with` block."""
+    tensors = [parameter.data for own in modules.values() for parameter in _parameters(own)]
+    kept = [tensor.clone() for tensor in tensors]
+    yield
+    for tensor, before in zip(tensors, kept, strict=True):
+        tensor.copy_(before)
+
+
+def _parameters(modules: BlockModules) -> Iterator[nn.Parameter]:
+    for module in modules.projections.values():
+        yield from module.parameters()
 
 
 def passes(sites: Sequence[Site]) -> int:

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from pessa_cli.models.inputs import clip_features as clip_features
     from pessa_cli.models.inputs import has_tokenizer as has_tokenizer
     from pessa_cli.models.inputs import hears as hears
+    from pessa_cli.models.inputs import positions_of as positions_of
     from pessa_cli.models.inputs import random_signal as random_signal
     from pessa_cli.models.inputs import random_speech as random_speech
     from pessa_cli.models.inputs import random_tokens as random_tokens
@@ -66,6 +67,7 @@ else:
                 "clip_features",
                 "has_tokenizer",
                 "hears",
+                "positions_of",
                 "random_signal",
                 "random_speech",
                 "random_tokens",

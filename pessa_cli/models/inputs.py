@@ -28,6 +28,11 @@ two litres of oil, and climbed the 143 steps with her daughter, who asked what t
 Inputs = dict[str, Any]  # of tensors; the outputs of an encoder may be a tuple of one
 
 
+def positions_of(given: Inputs) -> int:
+    """Return the length of an input: its tokens, or the frames of its audio."""
+    return max(value.shape[-1] for value in given.values() if isinstance(value, Tensor))
+
+
 def random_speech(model: Any, batch: int = 1) -> Inputs:
     """Built-in input for Whisper: random values in the range of log-mel features, one window, and random tokens.
 

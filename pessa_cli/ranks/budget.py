@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -97,11 +98,12 @@ def _taken(sites: Sequence[Site], spectra: Mapping[str, Spectra], rule: Rule, wh
 def candidates(sites: Sequence[Site], spectra: Mapping[str, Spectra], rule: Rule, whole: Size) -> dict[str, RankPlan]:
     """Return plans that meet a budget, by what they are; which of them does the least harm only trials can tell.
 
-    "by price" is that of `ranks_for`. The others give attention and MLPs the same share of their parameters, and choose
+    "by price" is that of `ranks_for`. Two others give attention and MLPs the same share of their parameters, and choose
     the ranks of attention by price: "the same share" gives all MLPs the same share of their channels, and "the same
-    share, widths by price" chooses these widths by price, too. They are left out if there are no MLPs. Shares are of
-    what the budget counts. With `uniform` the first plan is the one to take, and that of `ranks_for` without it shows
-    what uniformity costs. Raises the errors of `ranks_for`.
+    share, widths by price" chooses these widths by price, too. The last two cut only one of the two kinds. They are
+    left out if there are no MLPs, or if they cannot meet the budget. Shares are of what the budget counts. With
+    `uniform` the first plan is the one to take, and that of `ranks_for` without it shows what uniformity costs. Raises
+    the errors of `ranks_for`.
     """
     by_price = ranks_for(sites, spectra, rule, whole)
     if rule.uniform:
@@ -121,14 +123,18 @@ def candidates(sites: Sequence[Site], spectra: Mapping[str, Spectra], rule: Rule
     if not others:
         return found | {"the same share": RankPlan(ranks)}
     apart = rule.with_share(share)
-    try:
+    with suppress(UnmetBudgetError):  # so much can only be cut of attention and MLPs together
         rest, widths = (ranks_for(own, spectra, apart, whole) for own in (others, mlps))
-    except UnmetBudgetError:  # so much can only be cut of attention and MLPs together
-        return found
-    return found | {
-        "the same share": RankPlan({**ranks, **rest.ranks}, rest.pairs),
-        "the same share, widths by price": RankPlan({**widths.ranks, **rest.ranks}, rest.pairs),
-    }
+        found["the same share"] = RankPlan({**ranks, **rest.ranks}, rest.pairs)
+        found["the same share, widths by price"] = RankPlan({**widths.ranks, **rest.ranks}, rest.pairs)
+    for name, own, full in (("attention alone", others, mlps), ("MLPs alone", mlps, others)):
+        before = sum(cost(site, site.ranks) for site in own)
+        left = kept - sum(cost(site, site.ranks) for site in full)
+        if 0 < left <= before:
+            with suppress(UnmetBudgetError):
+                plan = ranks_for(own, spectra, rule.with_share(left / before), whole)
+                found[name] = RankPlan({**RankPlan.full(full).ranks, **plan.ranks}, plan.pairs)
+    return found
 
 
 def trade_off(

@@ -28,6 +28,7 @@ from pessa_cli.statistics.weighing import (
     Weighed,
     channel_refit,
     kept_directions,
+    output_root,
     refit_moment,
     weigh,
 )
@@ -50,6 +51,7 @@ __all__ = [
     "fingerprint",
     "input_moment",
     "kept_directions",
+    "output_root",
     "refit_moment",
     "save_statistics",
     "shapes_of",

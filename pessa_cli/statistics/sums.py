@@ -26,6 +26,7 @@ class BlockStatistics:
     """
 
     SEAMS: ClassVar[tuple[str, ...]]
+    TRIED: ClassVar[tuple[str, ...]] = ("output", "tried", "harm")
     frames: Tensor
     output: Tensor
     tried: Tensor
@@ -54,8 +55,13 @@ class BlockStatistics:
     def __add__(self, other: Self) -> Self:
         return type(self)(**{name: getattr(self, name) + getattr(other, name) for name in self.names()})
 
+    @property
+    def trial_sums(self) -> dict[str, Tensor]:
+        """What trial cuts have measured, by name."""
+        return {name: getattr(self, name) for name in self.TRIED}
+
     def with_trials(self, trials: Mapping[str, Tensor]) -> Self:
-        """Return the statistics with other results of trial cuts: `output`, `tried` and `harm`."""
+        """Return the statistics with other results of trial cuts, which are named as in `trial_sums`."""
         return replace(self, **trials)
 
     def to(self, device: str | torch.device) -> Self:
@@ -101,7 +107,10 @@ class MlpStatistics(BlockStatistics):
     """Sums over the calibration data for one MLP with F channels; all tensors are float64.
 
     frames: (), the number of inputs. moment: (F, F), the sum of h h^T over the values h of the channels, the inputs of
-    the matrix that reads them. total: (F,), the sum of h. output, tried, harm: see BlockStatistics.
+    the matrix that reads them. total: (F,), the sum of h. output, tried, harm: see BlockStatistics. metric: (D_o, D_o),
+    measured with trial cuts: the sum of g g^T over the gradients g, with respect to the block's output, of the
+    log-likelihoods of tokens drawn from the model (the Fisher information of the output), or of random projections of
+    the hidden states.
     """
 
     frames: Tensor
@@ -110,8 +119,10 @@ class MlpStatistics(BlockStatistics):
     output: Tensor
     tried: Tensor
     harm: Tensor
+    metric: Tensor
 
     SEAMS = ("mlp",)
+    TRIED = ("output", "tried", "harm", "metric")
 
 
 def input_moment(found: BlockStatistics) -> Tensor:
@@ -129,7 +140,8 @@ def shapes_of(site: Site) -> dict[str, tuple[int, ...]]:
     """Return the shapes of the statistics of a block by name."""
     trials = {"output": (), "tried": (len(site.ranks), len(LEVELS)), "harm": (3,)}
     if isinstance(site, MlpSite):
-        return {"frames": (), "moment": (site.width, site.width), "total": (site.width,), **trials}
+        metric = (site.output_width, site.output_width)
+        return {"frames": (), "moment": (site.width, site.width), "total": (site.width,), **trials, "metric": metric}
     assert isinstance(site, AttentionSite)
     g, d, n = site.kv_heads, site.head_dim, site.heads * site.head_dim
     head, none, rope = (g, d, d), (0, d, d), site.by_pairs

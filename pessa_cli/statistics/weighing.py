@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pessa_cli.algebra.channels import ChannelWeights
 from pessa_cli.algebra.heads import live
 from pessa_cli.algebra.rope import PairWeighting
 from pessa_cli.algebra.weighted import Weighting, scales, traces
@@ -17,6 +18,8 @@ from pessa_cli.statistics.sums import AttentionStatistics, MlpStatistics
 SHRINKAGE = 0.3  # of the weightings towards the Gram matrices of the weights alone; at least this much with any data
 NOISE = 1e-10  # a variance below this share of the second moment from which it was computed is rounding noise
 RIDGE = 1e-2  # regularization of the refits of W_O and of frequency pairs; at least this much with any data
+CHANNEL_PRIOR = 0.1  # the weight of the second moment of an MLP's channels that follows from its weights alone
+METRIC_SHRINKAGE = 1.0  # the weight of the identity in the metric of an MLP's output, relative to the measured one
 CHANNEL_RIDGE = 0.03  # regularization of the refit of an MLP's readers, relative to each channel
 UNIFORM = 0.3  # the share of `keys`, which treats all visible keys alike, in the keys' weighting; else `influence`
 
@@ -50,13 +53,37 @@ class ChannelRefit:
     ridge: float
 
 
-def channel_refit(found: MlpStatistics, biased: bool) -> ChannelRefit:
-    """Compute the refit of an MLP from its statistics; biased: whether its output has a bias."""
+def channel_refit(found: MlpStatistics, weights: ChannelWeights) -> ChannelRefit:
+    """Compute the refit of an MLP from its statistics and weights.
+
+    Data of one domain say little of channels that it does not use. So a second moment of uncorrelated channels, with
+    variances in proportion to the squared norms of the weights that write them, is added with the weight CHANNEL_PRIOR,
+    relative to the median ratio of measured and such variances.
+    """
     frames = found.frames.clamp(min=1)
     mean, moment = found.total / frames, found.moment / frames
-    if not biased:
+    if weights.out_bias is None:
         mean = torch.zeros_like(mean)
-    return ChannelRefit(moment - torch.outer(mean, mean), mean, CHANNEL_RIDGE)
+    moment = moment - torch.outer(mean, mean)
+    variances = weights.into.double().square().sum(-1).prod(0).to(moment.device)
+    there = variances > 0
+    if there.any():
+        ratio = (moment.diagonal()[there] / variances[there]).median()
+        moment = moment + torch.diag(CHANNEL_PRIOR * ratio * variances)
+    return ChannelRefit(moment, mean, CHANNEL_RIDGE)
+
+
+def output_root(found: MlpStatistics) -> Tensor:
+    """Return R, (D_o, D_o), such that `|R e|^2` is how much an error e of an MLP's output matters to the model's.
+
+    R^T R is the Fisher information of the output, scaled to a mean diagonal of 1, plus the identity; without trial cuts
+    it is the identity.
+    """
+    scale, identity = found.metric.diagonal().mean(), torch.eye(len(found.metric)).to(found.metric)
+    if float(scale) <= 0:
+        return identity
+    root: Tensor = torch.linalg.cholesky(found.metric / scale + METRIC_SHRINKAGE * identity).mT
+    return root
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from pessa_cli.algebra.weighted import refitted
 from pessa_cli.blocks.mlp_site import MlpSite
 from pessa_cli.ranks.spectra import Spectra
 from pessa_cli.statistics.sums import MlpStatistics
-from pessa_cli.statistics.weighing import ChannelRefit, channel_refit
+from pessa_cli.statistics.weighing import ChannelRefit, channel_refit, output_root
 
 
 @dataclass(frozen=True)
@@ -56,14 +56,16 @@ def decompose_mlp(weights: ChannelWeights, found: MlpStatistics | None = None) -
     """Order the channels of an MLP by the norms of their weights or, with statistics, by what cutting them changes.
 
     The spectrum of a calibrated MLP is in units of the block's output: the sum of squares of its last values is the
-    mean squared error when these channels are cut and the others make up for them.
+    mean squared error when these channels are cut and the others make up for them, weighted by how much each direction
+    of the output matters to the model's output (`statistics.weighing.output_root`).
     """
     if found is None:
         values, order = channel_norms(weights).sort(descending=True, stable=True)
         order = order.cpu()
         return Spectra({"mlp": values.reshape(1, -1).cpu().numpy()}, order=order.numpy()), ChannelOrder(order)
-    refit = channel_refit(found.to(weights.out.device), weights.out_bias is not None)
-    order, errors = removal_order(refit.moment, weights.out, refit.ridge)
+    found = found.to(weights.out.device)
+    refit, root = channel_refit(found, weights), output_root(found)
+    order, errors = removal_order(refit.moment, root @ weights.out.double(), refit.ridge)
     spectrum = np.maximum.accumulate(errors.clamp(min=0).sqrt().numpy()[::-1])[::-1]
     ordered = replace(refit, moment=refit.moment[order][:, order], mean=refit.mean[order])
     spectra = Spectra(

@@ -1,0 +1,132 @@
+"""Calibration in sequence: layer by layer, each block gets what it would get in the whole model with the cut blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import tiny_models
+import torch
+from calibrating import batches
+from calibrating import data as data
+from torch import nn
+
+from pessa_cli.blocks.site import Site
+from pessa_cli.calibration.listeners import collect_statistics
+from pessa_cli.calibration.sequential import collect_in_sequence
+from pessa_cli.calibration.trial_cuts import set_block
+from pessa_cli.common.progress import quietly
+from pessa_cli.models.hooks import block_modules
+from pessa_cli.models.layers import chained, stacks_of
+from pessa_cli.ranks.budget import ranks_for
+from pessa_cli.ranks.rule import Rule
+from pessa_cli.statistics.file import CollectedStatistics
+from pessa_cli.statistics.sums import BlockStatistics
+from pessa_cli.surgery.block_reader import BlockReader
+from pessa_cli.surgery.decomposition import decomposition_of, measure
+from pessa_cli.surgery.model import Model, open_model
+from pessa_cli.surgery.run import Run
+
+CHAINED = {"llama": True, "bert": True, "whisper": True, "t5": True, "gpt2": True, "gemma2": True, "albert": False}
+
+
+def prepared(name: str, folder: Any) -> tuple[Model, Any, list[Callable[[], object]], list[Site]]:
+    """Return a tiny model, the same in transformers, its runs on a few inputs, and the blocks that these reach."""
+    built = tiny_models.build(name)
+    built.save_pretrained(folder)
+    loaded = type(built).from_pretrained(folder, dtype=torch.float32).eval()
+    loaded.set_attn_implementation("eager")
+    inputs = batches(loaded, 3)
+    if name == "t5":
+        inputs = [{**given, "decoder_input_ids": given["input_ids"]} for given in inputs]
+    model = open_model(folder)
+    return model, loaded, [partial(_run, loaded, given) for given in inputs], [*model.sites]
+
+
+def _run(loaded: Any, given: dict[str, torch.Tensor]) -> None:
+    with torch.inference_mode():
+        loaded(**given)
+
+
+def order(site: Site) -> tuple[bool, int, int]:
+    return not site.kind.startswith("encoder"), site.layer, ["self", "cross", "mlp"].index(site.kind.split(".")[-1])
+
+
+def statistics(
+    sites: list[Site], loaded: Any, runs: list[Callable[[], object]], blocks: BlockReader
+) -> dict[str, BlockStatistics]:
+    modules = block_modules(sites, loaded)
+    with torch.inference_mode():
+        return collect_statistics(sites, modules, [(run, 0) for run in runs], blocks, quietly("", 0, 0))[0]
+
+
+@pytest.mark.parametrize("name", CHAINED)
+def test_each_block_is_calibrated_behind_the_cut_ones(name: str, tmp_path: Any) -> None:
+    model, loaded, runs, sites = prepared(name, tmp_path / "model")
+    blocks = BlockReader(model.reader, keep=True)
+    plain = statistics(sites, loaded, runs, blocks)
+    spectra = measure(model, sites, statistics=CollectedStatistics(plain, ()))
+    plan = ranks_for(sites, spectra, Rule(ratio=0.5, mlp_ratio=0.5), model.size)
+    with decomposition_of(model, Run(), blocks) as found:
+        ours = collect_in_sequence(model, loaded, sites, runs, plan, plain, blocks, found, Run())
+    # The same, with the whole model run again for each block.
+    _, loaded, runs, _ = prepared(name, tmp_path / "again")
+    modules, expected = block_modules(sites, loaded), dict(plain)
+    with decomposition_of(model, Run(), blocks) as found:
+        for site in sorted(sites, key=order):
+            own = statistics([site], loaded, runs, blocks)[site.name]
+            expected[site.name] = own.with_trials(plain[site.name].trial_sums)
+            found.decompose([site], CollectedStatistics(expected, ()))
+            set_block(site, modules[site.name], found.cut(plan.kept(site), "dense"))
+    differences = []
+    for site in sites:
+        each = [vars(one[site.name]) for one in (ours, expected, plain)]
+        for key in ("moment", "mixtures", "queries"):
+            if key in each[0]:
+                assert torch.allclose(
+                    each[0][key], each[1][key], rtol=1e-4, atol=1e-5 * float(each[1][key].abs().max())
+                )
+                differences.append(float((each[0][key] - each[2][key]).norm() / each[2][key].norm()))
+    assert max(differences) > 1e-2  # the cut blocks before a block matter
+
+
+@pytest.mark.parametrize(("name", "expected"), CHAINED.items())
+def test_layers_that_depend_on_their_hidden_states_alone(name: str, expected: bool, tmp_path: Any) -> None:
+    model, loaded, runs, sites = prepared(name, tmp_path / "model")
+    with torch.inference_mode():
+        for layers in stacks_of(loaded, sites, model.sites):
+            assert chained([layer.module for layer in layers], runs[0]) == expected
+
+
+def test_layers_that_depend_on_earlier_ones_in_another_way(tmp_path: Any) -> None:
+    """A layer that also reads what an earlier layer has left somewhere is noticed."""
+    model, loaded, runs, sites = prepared("llama", tmp_path / "model")
+    (layers,) = stacks_of(loaded, sites, model.sites)
+    modules, left = [layer.module for layer in layers], []
+
+    def leave(_module: nn.Module, _args: Any, output: Any) -> None:
+        left.append(output)
+
+    def read(_module: nn.Module, args: Any, kwargs: Any) -> Any:
+        return args, {**kwargs, "extra": left[-1]}
+
+    class Reading(nn.Module):
+        def __init__(self, own: nn.Module) -> None:
+            super().__init__()
+            self.own = own
+
+        def forward(self, hidden: torch.Tensor, extra: torch.Tensor, **kwargs: Any) -> Any:
+            return self.own(hidden, **kwargs) + extra
+
+    assert len(modules) >= 2
+    with torch.inference_mode():
+        assert chained(modules, runs[0])
+        modules[0].register_forward_hook(leave)
+        reading = Reading(modules[1])
+        reading.register_forward_pre_hook(read, with_kwargs=True)
+        loaded.model.layers[1] = reading
+        loaded.model.layers.append(type(modules[1])(loaded.config, 1).eval())
+        loaded.config.num_hidden_layers = 3
+        assert not chained(list(loaded.model.layers), runs[0])
