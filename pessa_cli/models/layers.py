@@ -100,13 +100,14 @@ def layer_by_layer(
     """Yield each layer with its calls for each input, on the outputs of the layers before it as they are by then.
 
     runs: each runs the model on one input. The blocks of a layer may be changed after it was yielded. If the layers
-    depend on one another through their hidden states alone, the model runs once for all of them, otherwise once for
-    each.
+    depend on one another through their hidden states alone, the model runs once for all of them. Otherwise it runs once
+    for each block, and a layer is yielded once for each of its blocks.
     """
     modules = [layer.module for layer in layers]
     if not chained(modules, runs[0]):
         for layer in layers:
-            yield layer, [record([layer.module], run)[0] for run in runs]
+            for site in layer.sites:
+                yield layer._replace(sites=[site]), [record([layer.module], run)[0] for run in runs]
         return
     recorded = [[calls[0] for calls in record(modules, run)] for run in runs]
     for at, layer in enumerate(layers):

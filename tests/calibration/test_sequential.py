@@ -18,7 +18,7 @@ from pessa_cli.calibration.listeners import collect_statistics
 from pessa_cli.calibration.sequential import collect_in_sequence
 from pessa_cli.calibration.trial_cuts import set_block
 from pessa_cli.common.progress import quietly
-from pessa_cli.models.hooks import block_modules
+from pessa_cli.models.hooks import block_modules, output_of
 from pessa_cli.models.layers import chained, stacks_of
 from pessa_cli.ranks.budget import ranks_for
 from pessa_cli.ranks.rule import Rule
@@ -47,7 +47,7 @@ def prepared(name: str, folder: Any) -> tuple[Model, Any, list[Callable[[], obje
 
 def _run(loaded: Any, given: dict[str, torch.Tensor]) -> None:
     with torch.inference_mode():
-        loaded(**given)
+        output_of(loaded, given)
 
 
 def order(site: Site) -> tuple[bool, int, int]:
@@ -89,7 +89,7 @@ def test_each_block_is_calibrated_behind_the_cut_ones(name: str, tmp_path: Any) 
                     each[0][key], each[1][key], rtol=1e-4, atol=1e-5 * float(each[1][key].abs().max())
                 )
                 differences.append(float((each[0][key] - each[2][key]).norm() / each[2][key].norm()))
-    assert max(differences) > 1e-2  # the cut blocks before a block matter
+    assert max(differences) > 1e-3  # the cut blocks before a block matter
 
 
 @pytest.mark.parametrize(("name", "expected"), CHAINED.items())
@@ -100,33 +100,32 @@ def test_layers_that_depend_on_their_hidden_states_alone(name: str, expected: bo
             assert chained([layer.module for layer in layers], runs[0]) == expected
 
 
-def test_layers_that_depend_on_earlier_ones_in_another_way(tmp_path: Any) -> None:
-    """A layer that also reads what an earlier layer has left somewhere is noticed."""
-    model, loaded, runs, sites = prepared("llama", tmp_path / "model")
-    (layers,) = stacks_of(loaded, sites, model.sites)
-    modules, left = [layer.module for layer in layers], []
+class Skipping(nn.Module):
+    """Three layers, of which the second also reads the output of the first one, or the input, beside its own."""
 
-    def leave(_module: nn.Module, _args: Any, output: Any) -> None:
-        left.append(output)
+    def __init__(self, skips: bool) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Added() for _ in range(3))
+        self.skips = skips
 
-    def read(_module: nn.Module, args: Any, kwargs: Any) -> Any:
-        return args, {**kwargs, "extra": left[-1]}
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        first = self.layers[0](hidden)
+        last: torch.Tensor = self.layers[2](self.layers[1](first, other=first if self.skips else hidden))
+        return last
 
-    class Reading(nn.Module):
-        def __init__(self, own: nn.Module) -> None:
-            super().__init__()
-            self.own = own
 
-        def forward(self, hidden: torch.Tensor, extra: torch.Tensor, **kwargs: Any) -> Any:
-            return self.own(hidden, **kwargs) + extra
+class Added(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.own = nn.Linear(4, 4)
 
-    assert len(modules) >= 2
+    def forward(self, hidden: torch.Tensor, other: torch.Tensor | None = None) -> torch.Tensor:
+        found: torch.Tensor = self.own(hidden)
+        return found if other is None else found + other
+
+
+@pytest.mark.parametrize("skips", [False, True])
+def test_layers_that_read_earlier_ones_in_another_way(skips: bool) -> None:
+    model = Skipping(skips)
     with torch.inference_mode():
-        assert chained(modules, runs[0])
-        modules[0].register_forward_hook(leave)
-        reading = Reading(modules[1])
-        reading.register_forward_pre_hook(read, with_kwargs=True)
-        loaded.model.layers[1] = reading
-        loaded.model.layers.append(type(modules[1])(loaded.config, 1).eval())
-        loaded.config.num_hidden_layers = 3
-        assert not chained(list(loaded.model.layers), runs[0])
+        assert chained(list(model.layers), partial(model, torch.ones(1, 5, 4))) != skips
