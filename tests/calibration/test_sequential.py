@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,19 +12,22 @@ import tiny_models
 import torch
 from calibrating import batches
 from calibrating import data as data
+from mlps import saved
 from torch import nn
 
 from pessa_cli.blocks.site import Site
+from pessa_cli.calibration.collect import calibrate
 from pessa_cli.calibration.listeners import collect_statistics
 from pessa_cli.calibration.sequential import collect_in_sequence
 from pessa_cli.calibration.trial_cuts import set_block
 from pessa_cli.common.progress import quietly
+from pessa_cli.models.data import read_data
 from pessa_cli.models.hooks import block_modules, output_of
 from pessa_cli.models.layers import chained, stacks_of
 from pessa_cli.ranks.budget import ranks_for
 from pessa_cli.ranks.rule import Rule
 from pessa_cli.statistics.file import CollectedStatistics
-from pessa_cli.statistics.sums import BlockStatistics
+from pessa_cli.statistics.sums import BlockStatistics, input_moment
 from pessa_cli.surgery.block_reader import BlockReader
 from pessa_cli.surgery.decomposition import decomposition_of, measure
 from pessa_cli.surgery.model import Model, open_model
@@ -98,6 +102,22 @@ def test_layers_that_depend_on_their_hidden_states_alone(name: str, expected: bo
     with torch.inference_mode():
         for layers in stacks_of(loaded, sites, model.sites):
             assert chained([layer.module for layer in layers], runs[0]) == expected
+
+
+def test_calibration_starts_from_the_blocks_as_they_were(data: list[Path], tmp_path: Path) -> None:
+    """Trials of plans leave nothing behind: the first block is calibrated as it would be without a budget."""
+    model = open_model(saved("llama", tmp_path / "model"))
+    items, budget = read_data(data), Rule(target_layers=0.5)
+    with calibrate(model, model.sites, items, budget, Run(), budget) as found:
+        behind = {site.name: found.statistics.of(site) for site in model.sites}
+        assert found.comparison is not None
+    with calibrate(model, model.sites, items, None, Run()) as found:
+        plain = {site.name: found.statistics.of(site) for site in model.sites}
+    first, *others = (input_moment(behind[site.name]) / input_moment(plain[site.name]).norm() for site in model.sites)
+    expected = [input_moment(plain[site.name]) / input_moment(plain[site.name]).norm() for site in model.sites]
+    assert torch.allclose(first, expected[0], atol=1e-6)
+    changes = [float((one - other).norm()) for one, other in zip(others, expected[1:], strict=True)]
+    assert max(changes) > 1e-2
 
 
 class Skipping(nn.Module):
