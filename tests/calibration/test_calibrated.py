@@ -291,9 +291,9 @@ def test_sums_that_do_not_fit_are_collected_in_groups(
     model, passes = open_model(tiny_folder(name)), list[list[str]]()
     need, once = needs(model, model.sites), listeners.collect_statistics
 
-    def counted(loaded: Any, sites: Any, *args: Any) -> Any:
+    def counted(sites: Any, *args: Any) -> Any:
         passes.append([site.name for site in sites])
-        return once(loaded, sites, *args)
+        return once(sites, *args)
 
     monkeypatch.setattr(calibrate, "collect_statistics", counted)
     whole: Tensors = {}

@@ -422,14 +422,14 @@ def test_statistics_are_absent_after_an_interrupted_pass(
         monkeypatch.chdir(here)
         seen, real = iter(range(5)), listeners.collect_statistics
 
-        def failing(loaded: Any, sites: Any, inputs: Any, *rest: Any, error: BaseException = error) -> Any:
+        def failing(sites: Any, modules: Any, runs: Any, *rest: Any, error: BaseException = error) -> Any:
             def some() -> Any:
-                for given in inputs:
+                for each in runs:
                     if next(seen, None) is None:  # noqa: B023
                         raise error
-                    yield given
+                    yield each
 
-            return real(loaded, sites, some(), *rest)  # noqa: B023
+            return real(sites, modules, some(), *rest)  # noqa: B023
 
         monkeypatch.setattr("pessa_cli.calibration.collect.collect_statistics", failing)
         if isinstance(error, KeyboardInterrupt):

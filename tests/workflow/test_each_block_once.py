@@ -128,7 +128,7 @@ def test_a_search(llama: Path, tmp_path: Path, pessa: Pessa, monkeypatch: pytest
     assert {number for name, number in read.items() if ".q_proj." in name} == {2}
 
 
-@pytest.mark.parametrize("user", ["listeners", "trial_cuts"])
+@pytest.mark.parametrize("user", ["collect", "trial_cuts"])
 def test_the_reference_runs_once_on_each_input(
     user: str, folder: Path, tmp_path: Path, pessa: Pessa, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -144,7 +144,7 @@ def test_the_reference_runs_once_on_each_input(
     for number in range(6):
         (tmp_path / f"{number}.txt").write_text(f"{number} is a text of its own")
     assert pessa("prune", folder, "-o", tmp_path / "out", *BUDGET, *data(tmp_path)).code == 0
-    assert len(runs) == {"listeners": 6, "trial_cuts": 2}[user]
+    assert len(runs) == {"collect": 6, "trial_cuts": 2}[user]
     assert set(runs.values()) == {1}
 
 
