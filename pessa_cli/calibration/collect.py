@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -26,9 +26,9 @@ from pessa_cli.calibration.sequential import collect_in_sequence
 from pessa_cli.calibration.store import StatisticsOnDisk, WithTrials, in_groups
 from pessa_cli.calibration.trial_cuts import passes, restoring, try_out
 from pessa_cli.common.errors import PessaError, UsageError
-from pessa_cli.models.data import CalibrationData, amount_of, read_data
+from pessa_cli.models.data import CalibrationData, DataItem, amount_of, read_data
 from pessa_cli.models.dense import dense_model, text_part
-from pessa_cli.models.hooks import block_modules, output_of
+from pessa_cli.models.hooks import BlockModules, block_modules, output_of
 from pessa_cli.models.inputs import Inputs, positions_of
 from pessa_cli.models.load import quiet_transformers
 from pessa_cli.models.windows import device_of, on_device, windows
@@ -150,96 +150,170 @@ def calibrate(
     check_blocks(sites)
     items, identities = data
     groups = _groups(model, sites, rule, run)
-    fits = bool(groups)
-    blocks = BlockReader(model.reader, keep=fits)
-    sequence_rule = None if rule is None else str(rule)
+    blocks = BlockReader(model.reader, keep=bool(groups))
     with ExitStack() as resources:
-        decomposition: Decomposition | None = None
-        comparison: Comparison | None = None
         with ExitStack() as running:
             running.enter_context(quiet_transformers())
-            placing: dict[str, Any] = {}
-            if not fits:
-                offloaded = running.enter_context(tempfile.TemporaryDirectory())
-                most = {"cpu": (free_memory() or 0) // 2}
-                placing = {"device_map": "auto", "max_memory": most, "offload_folder": offloaded}
-            loaded = text_part(running.enter_context(dense_model(model, **placing)))
-            loaded.set_attn_implementation("eager")  # the one that returns attention weights
-            if fits:
-                loaded = loaded.to(run.device)
-            samples, seen = list[Inputs](), list[Inputs]()
-            compares = fits and budget is not None and budget.budgeted
-            with torch.inference_mode():
-                decodes = any(not site.kind.startswith("encoder") for site in sites)
-                writes = fits and loaded.can_generate()
-
-                def transcribed(number: int) -> bool:
-                    """Whether the decoder reads the text of a window: for its own blocks, and to measure their harm."""
-                    return decodes or (writes and number % FOLDS in range(2 if compares else 1))
-
-                inputs: Iterable[tuple[Inputs, int]] = _sampled(
-                    _sampled(windows(model.reader.folder, loaded, items, transcribed), samples, 0), seen, 1
-                )
-                if rule is not None or len(groups) > 1:  # the inputs are needed again for each layer or group
-                    inputs = list(inputs)
-                on_disk = len(groups) > 1
-                modules, device = block_modules(sites, loaded), device_of(loaded)
-                folds = [_store(sites, on_disk, running) for _ in range(2 if fits else 1)]
-                for number, group in enumerate(groups or [sites]):
-                    part = f" {number + 1} of {len(groups)}" if on_disk else ""
-                    ticks = run.progress(f"calibrating{part}", sum(item.nbytes for item in items), 0)
-                    runs = ((partial(_run, loaded, given), nbytes) for given, nbytes in inputs)
-                    sums = collect_statistics(group, modules, runs, blocks, ticks, FOLDS if fits else 1, device)
-                    for fold, own in zip(folds, sums, strict=True):
-                        fold.update(own)
-                    del sums, own
-            if fits:
-                held_out, others = folds
-                few = not float(others[sites[0].name].frames)  # a single input cannot be held out
-                with suppress(ValueError):  # it is faster, but some models, such as Gemma 2, do not have it
-                    loaded.set_attn_implementation("sdpa")
-                tried = CollectedStatistics(held_out if few else others, identities)
-                with (
-                    decomposition_of(model, run, blocks, reuse=True) as trial,
-                    run.progress("trying out cuts", 0, passes(sites)) as tick,
-                ):
-                    trial.decompose(sites, tried)
-                    # Block by block, since the sums of all blocks may be the largest part of the memory.
-                    total = _store(sites, on_disk, resources)
-                    for site in sites:
-                        total[site.name] = held_out.pop(site.name) + others.pop(site.name)
-                    free = free_memory()
-                    most_bytes = sys.maxsize if free is None else int(CALLS * free)
-                    held = on_device(samples, run.device)
-                    found: Mapping[str, BlockStatistics] = WithTrials(
-                        total, try_out(loaded, sites, held, trial, most_bytes, tick)
-                    )
-                    if compares:
-                        assert budget is not None
-                        decomposition = resources.enter_context(decomposition_of(model, run, blocks))
-                        decomposition.decompose(sites, CollectedStatistics(found, identities))
-                        with (
-                            restoring(modules),
-                            OutputHarm(loaded, sites, held, trial) as harm,
-                            OutputHarm(loaded, sites, on_device(seen, run.device), trial) as harm_on_seen,
-                        ):
-                            comparison = best_plan(harm, sites, decomposition.spectra, budget, model.size, run.progress)
-                            if not few:
-                                comparison = on_seen_inputs(comparison, harm_on_seen, amount_of(items))
-            else:
-                (found,) = folds
+            loaded = _loaded(model, run, bool(groups), running)
+            at = _At(model, sites, loaded, block_modules(sites, loaded), blocks, run, resources)
+            budget = budget if groups and budget is not None and budget.budgeted else None
+            samples = _Samples([], [])
+            inputs = _inputs(at, items, samples, transcribes=bool(groups), compares=budget is not None)
+            if rule is not None or len(groups) > 1:  # they are needed again for each layer or group
+                inputs = list(inputs)
+            folds = _collected(at, inputs, sum(item.nbytes for item in items), groups)
+            decomposition: Decomposition | None = None
+            comparison: Comparison | None = None
+            found: Mapping[str, BlockStatistics] = folds[0]
+            if groups:
+                found, decomposition, comparison = _tried(at, folds, samples, budget, data)
             if rule is not None:
-                again = [partial(_run, loaded, given) for given, _ in inputs]
-                if comparison is None:
-                    known = measure(model, sites, run=run, statistics=CollectedStatistics(found, ()), blocks=blocks)
-                    plan = ranks_for(sites, known, rule, model.size)
-                else:
-                    plan = comparison.plan
-                decomposition = resources.enter_context(decomposition_of(model, run, blocks))
-                found = collect_in_sequence(model, loaded, sites, again, plan, found, blocks, decomposition, run)
-            del loaded
-        statistics = CollectedStatistics(found, sorted(identities), sequence_rule)
+                found, decomposition = _in_sequence(at, [given for given, _ in inputs], rule, found, comparison)
+            del loaded, at
+        statistics = CollectedStatistics(found, sorted(identities), None if rule is None else str(rule))
         yield Calibration(statistics, blocks, decomposition, comparison)
+
+
+@dataclass(frozen=True)
+class _At:
+    """What all steps of calibration work on.
+
+    loaded: the model in transformers; modules: its blocks by site name. resources: close what the result still needs.
+    """
+
+    model: Model
+    sites: Sequence[Site]
+    loaded: Any
+    modules: Mapping[str, BlockModules]
+    blocks: BlockReader
+    run: Run
+    resources: ExitStack
+
+
+class _Samples(NamedTuple):
+    """Some of the inputs: `held_out` for trials, and `seen` by the statistics that the trials cut by."""
+
+    held_out: list[Inputs]
+    seen: list[Inputs]
+
+
+def _loaded(model: Model, run: Run, fits: bool, running: ExitStack) -> Any:
+    """Load the part of a model that calibration runs; weights that do not fit into memory stay on disk."""
+    placing: dict[str, Any] = {}
+    if not fits:
+        offloaded = running.enter_context(tempfile.TemporaryDirectory())
+        most = {"cpu": (free_memory() or 0) // 2}
+        placing = {"device_map": "auto", "max_memory": most, "offload_folder": offloaded}
+    loaded = text_part(running.enter_context(dense_model(model, **placing)))
+    loaded.set_attn_implementation("eager")  # the one that returns attention weights
+    return loaded.to(run.device) if fits else loaded
+
+
+def _inputs(
+    at: _At, items: Sequence[DataItem], samples: _Samples, transcribes: bool, compares: bool
+) -> Iterable[tuple[Inputs, int]]:
+    """Yield the inputs that the data are encoded as, with their bytes, and store some of them in `samples`.
+
+    transcribes: whether the decoder may run for the sake of the encoder's blocks. compares: whether plans are compared.
+    """
+    decodes = any(not site.kind.startswith("encoder") for site in at.sites)
+    writes = transcribes and at.loaded.can_generate()
+
+    def transcribed(number: int) -> bool:
+        """Whether the decoder reads the text of a window: for its own blocks, and to measure their harm."""
+        return decodes or (writes and number % FOLDS in range(2 if compares else 1))
+
+    encoded = windows(at.model.reader.folder, at.loaded, items, transcribed)
+    return _sampled(_sampled(encoded, samples.held_out, 0), samples.seen, 1)
+
+
+@torch.inference_mode()
+def _collected(
+    at: _At, inputs: Iterable[tuple[Inputs, int]], nbytes: int, groups: Sequence[Sequence[Site]]
+) -> list[MutableMapping[str, BlockStatistics]]:
+    """Add up the statistics of the blocks in one pass for each group, by site name.
+
+    There is a sum for the inputs that are held out and one for all others; without groups there is one, over all.
+    """
+    on_disk = len(groups) > 1
+    folds = [_store(at.sites, on_disk, at.resources) for _ in range(2 if groups else 1)]
+    for number, group in enumerate(groups or [at.sites]):
+        part = f" {number + 1} of {len(groups)}" if on_disk else ""
+        ticks = at.run.progress(f"calibrating{part}", nbytes, 0)
+        runs = ((partial(_run, at.loaded, given), size) for given, size in inputs)
+        device = device_of(at.loaded)
+        sums = collect_statistics(group, at.modules, runs, at.blocks, ticks, FOLDS if groups else 1, device)
+        for fold, own in zip(folds, sums, strict=True):
+            fold.update(own)
+        del sums, own
+    return folds
+
+
+def _tried(
+    at: _At,
+    folds: Sequence[MutableMapping[str, BlockStatistics]],
+    samples: _Samples,
+    budget: Rule | None,
+    data: CalibrationData,
+) -> tuple[Mapping[str, BlockStatistics], Decomposition | None, Comparison | None]:
+    """Make trial cuts, and with a budget compare plans, by the statistics of the inputs that are not held out.
+
+    Returns the statistics of all inputs with the results of the trial cuts, and with a budget the decomposition by them
+    and the comparison. `folds` are emptied.
+    """
+    items, identities = data
+    held_out, others = folds
+    few = not float(others[at.sites[0].name].frames)  # a single input cannot be held out
+    with suppress(ValueError):  # it is faster, but some models, such as Gemma 2, do not have it
+        at.loaded.set_attn_implementation("sdpa")
+    tried = CollectedStatistics(held_out if few else others, identities)
+    with (
+        decomposition_of(at.model, at.run, at.blocks, reuse=True) as trial,
+        at.run.progress("trying out cuts", 0, passes(at.sites)) as tick,
+    ):
+        trial.decompose(at.sites, tried)
+        # Block by block, since the sums of all blocks may be the largest part of the memory.
+        total = _store(at.sites, isinstance(others, StatisticsOnDisk), at.resources)
+        for site in at.sites:
+            total[site.name] = held_out.pop(site.name) + others.pop(site.name)
+        free = free_memory()
+        most_bytes = sys.maxsize if free is None else int(CALLS * free)
+        held, seen = (on_device(some, at.run.device) for some in samples)
+        found = WithTrials(total, try_out(at.loaded, at.sites, held, trial, most_bytes, tick))
+        if budget is None:
+            return found, None, None
+        decomposition = at.resources.enter_context(decomposition_of(at.model, at.run, at.blocks))
+        decomposition.decompose(at.sites, CollectedStatistics(found, identities))
+        with (
+            restoring(at.modules),
+            OutputHarm(at.loaded, at.sites, held, trial) as harm,
+            OutputHarm(at.loaded, at.sites, seen, trial) as harm_on_seen,
+        ):
+            spectra, size, progress = decomposition.spectra, at.model.size, at.run.progress
+            comparison = best_plan(harm, at.sites, spectra, budget, size, progress)
+            if not few:
+                comparison = on_seen_inputs(comparison, harm_on_seen, amount_of(items))
+        return found, decomposition, comparison
+
+
+def _in_sequence(
+    at: _At,
+    inputs: Sequence[Inputs],
+    rule: Rule,
+    found: Mapping[str, BlockStatistics],
+    comparison: Comparison | None,
+) -> tuple[Mapping[str, BlockStatistics], Decomposition]:
+    """Collect the statistics of each block again, behind the blocks before it as the best plan or the rule cuts them."""
+    if comparison is None:
+        known = CollectedStatistics(found, ())
+        spectra = measure(at.model, at.sites, run=at.run, statistics=known, blocks=at.blocks)
+        plan = ranks_for(at.sites, spectra, rule, at.model.size)
+    else:
+        plan = comparison.plan
+    decomposition = at.resources.enter_context(decomposition_of(at.model, at.run, at.blocks))
+    runs = [partial(_run, at.loaded, given) for given in inputs]
+    again = collect_in_sequence(at.model, at.loaded, at.sites, runs, plan, found, at.blocks, decomposition, at.run)
+    return again, decomposition
 
 
 def _run(loaded: Any, given: Inputs) -> None:
