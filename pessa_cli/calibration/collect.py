@@ -303,7 +303,7 @@ def _in_sequence(
     found: Mapping[str, BlockStatistics],
     comparison: Comparison | None,
 ) -> tuple[Mapping[str, BlockStatistics], Decomposition]:
-    """Collect the statistics of each block again, behind the blocks before it as the best plan or the rule cuts them."""
+    """Collect the statistics of each block again, behind those before it as the best plan or the rule cuts them."""
     if comparison is None:
         known = CollectedStatistics(found, ())
         spectra = measure(at.model, at.sites, run=at.run, statistics=known, blocks=at.blocks)
