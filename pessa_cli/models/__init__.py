@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from pessa_cli.models.classes import class_of as class_of
     from pessa_cli.models.classes import model_class as model_class
     from pessa_cli.models.data import CalibrationData as CalibrationData
+    from pessa_cli.models.data import DataItem as DataItem
     from pessa_cli.models.data import amount_of as amount_of
     from pessa_cli.models.data import read_data as read_data
     from pessa_cli.models.dense import dense_model as dense_model
@@ -47,6 +48,9 @@ if TYPE_CHECKING:
     from pessa_cli.models.instructions import form_of as form_of
     from pessa_cli.models.instructions import read_rows as read_rows
     from pessa_cli.models.instructions import render as render
+    from pessa_cli.models.layers import LayerCall as LayerCall
+    from pessa_cli.models.layers import layer_by_layer as layer_by_layer
+    from pessa_cli.models.layers import stacks_of as stacks_of
     from pessa_cli.models.load import encodes_alike as encodes_alike
     from pessa_cli.models.load import from_folder as from_folder
     from pessa_cli.models.load import quiet_transformers as quiet_transformers
@@ -58,7 +62,7 @@ else:
         {
             "audio": ["SAMPLE_RATE", "load_audio"],
             "classes": ["LOCAL_ONLY", "WEIGHTS_ALONE", "ModelClass", "class_of", "model_class"],
-            "data": ["CalibrationData", "amount_of", "read_data"],
+            "data": ["CalibrationData", "DataItem", "amount_of", "read_data"],
             "dense": ["dense_model", "text_part"],
             "hooks": ["BlockModules", "Call", "block_modules", "block_squares", "on_calls", "output_of", "replay"],
             "inputs": [
@@ -79,6 +83,7 @@ else:
                 "with_encoder_states",
             ],
             "instructions": ["EXAMPLE_FILES", "Rendered", "Row", "form_of", "read_rows", "render"],
+            "layers": ["LayerCall", "layer_by_layer", "stacks_of"],
             "load": ["encodes_alike", "from_folder", "quiet_transformers"],
             "windows": ["device_of", "on_device"],
         },

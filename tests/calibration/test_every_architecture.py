@@ -16,7 +16,6 @@ from characters import tokenizer
 from harness import Pessa, is_refusal
 
 from pessa_cli.blocks.site import AttentionSite, select
-from pessa_cli.calibration import listeners
 from pessa_cli.calibration.collect import calibrate
 from pessa_cli.models.data import CalibrationData, read_data
 from pessa_cli.models.dense import text_part
@@ -93,7 +92,9 @@ def test_calibration_is_exact_at_full_rank_and_better_below(name: str, tmp_path:
 @pytest.mark.parametrize("name", by_tier(list(REFUSED)))
 def test_refusals_before_any_pass(name: str, tmp_path: Path, pessa: Pessa, monkeypatch: pytest.MonkeyPatch) -> None:
     made(name, tmp_path)
-    monkeypatch.setattr(listeners, "output_of", lambda *_: pytest.fail("the data were run through the model"))
+    monkeypatch.setattr(
+        "pessa_cli.calibration.collect.output_of", lambda *_: pytest.fail("the data were run through the model")
+    )
     done = pessa("prune", tmp_path / "model", "-o", tmp_path / "out", "--calibrate", tmp_path / "0.txt")
     is_refusal(done, REFUSED[name], code=2)
     assert not (tmp_path / "out").exists()

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from calibrating import data as data
 from harness import Pessa, TinyFolder, edit_weights, is_refusal
 from mlps import saved
 
+from pessa_cli.calibration.collect import FOLDS, _sampled
 from pessa_cli.calibration.joint_plan import OutputHarm, best_plan
 from pessa_cli.common.errors import PessaError
 from pessa_cli.common.progress import quietly
@@ -123,7 +125,7 @@ def test_a_budget_with_data_compares_plans(
     assert done.code == 0, done
     compared = json.loads((tmp_path / "out" / "pessa.json").read_text())["compared"]
     harms = compared["harms"]
-    assert len(harms) == 3
+    assert len(harms) == 5
     assert harms[compared["taken"]] == min(harms.values())
     assert f"taken: {compared['taken']}" in done.err
 
@@ -170,3 +172,17 @@ def test_one_width_is_taken_although_widths_by_layer_do_less_harm(rule: Rule, ti
     for seam in ("qk", "vo", "mlp"):
         kept = {rank for site in model.sites for rank in taken.plan.ranks[site.name].get(seam, ())}
         assert len(kept) == 1
+
+
+@pytest.mark.parametrize(("length", "fewest", "most"), [(512, 5, 8), (20, 103, 204), (3000, 5, 8)])
+def test_how_many_inputs_are_tried(length: int, fewest: int, most: int) -> None:
+    """Eight, evenly spaced; or as many as have 4,096 tokens together, since a few short ones tell little."""
+    inputs = [({"input_ids": torch.full((1, length), number)}, 1) for number in range(2000)]
+    samples: list[Any] = []
+    assert len(list(_sampled(inputs, samples, 1))) == len(inputs)
+    assert fewest <= len(samples) <= most
+    numbers = [int(given["input_ids"][0, 0]) for given in samples]
+    steps = {later - earlier for earlier, later in pairwise(numbers)}
+    assert len(steps) == 1
+    assert numbers[0] == 1
+    assert steps.pop() % FOLDS == 0

@@ -89,11 +89,13 @@ def test_uniform_is_for_budgets() -> None:
 
 def test_the_plans_to_compare_have_the_same_size() -> None:
     found = candidates(SITES, spectra(100.0), Rule(target_layers=0.7), WHOLE)
-    assert list(found) == ["by price", "the same share", "the same share, widths by price"]
+    shares = ["the same share", "the same share, widths by price"]
+    assert list(found) == ["by price", *shares, "attention alone", "MLPs alone"]
     assert all(0.6 < share(plan) <= 0.7 for plan in found.values())
+    assert share(found["attention alone"], SITES[2:]) == share(found["MLPs alone"], SITES[:2]) == 1
     same = found["the same share"]
     assert {same.ranks[site.name]["mlp"] for site in SITES[2:]} == {(11,)}
-    for name in list(found)[1:]:
+    for name in shares:
         assert abs(share(found[name], SITES[:2]) - share(found[name], SITES[2:])) < 0.07
     assert list(candidates(SITES[:2], spectra(), Rule(target_layers=0.7), WHOLE)) == ["by price"]
     assert list(candidates(SITES[2:], spectra(), Rule(target_layers=0.7), WHOLE)) == ["by price", "the same share"]
