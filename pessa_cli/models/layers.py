@@ -17,7 +17,10 @@ SAME = 1e-4  # the largest relative difference of hidden states that counts as e
 
 
 class LayerCall(NamedTuple):
-    """One call of a layer: its hidden states, (1, positions, width), and all other arguments."""
+    """One call of a layer: its hidden states, (1, positions, width), and all other arguments.
+
+    kwargs: with `hidden_states`, as None, if the layer takes them by this name.
+    """
 
     hidden: Tensor
     args: tuple[Any, ...]
@@ -86,8 +89,10 @@ def record(layers: Sequence[nn.Module], run: Callable[[], object]) -> list[list[
             def keep(
                 _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], own: list[LayerCall] = own
             ) -> None:
-                hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-                own.append(LayerCall(hidden, args if "hidden_states" in kwargs else args[1:], kwargs))
+                if "hidden_states" in kwargs:
+                    own.append(LayerCall(kwargs["hidden_states"], args, {**kwargs, "hidden_states": None}))
+                else:
+                    own.append(LayerCall(args[0], args[1:], kwargs))
 
             hooks.callback(layer.register_forward_pre_hook(keep, with_kwargs=True).remove)
         run()
@@ -109,12 +114,17 @@ def layer_by_layer(
             for site in layer.sites:
                 yield layer._replace(sites=[site]), [record([layer.module], run)[0] for run in runs]
         return
-    recorded = [[calls[0] for calls in record(modules, run)] for run in runs]
+    recorded = [_first_hidden([calls[0] for calls in record(modules, run)]) for run in runs]
     for at, layer in enumerate(layers):
         yield layer, [[calls[at]] for calls in recorded]
         for calls in recorded if at + 1 < len(layers) else ():
             calls[at + 1] = calls[at + 1]._replace(hidden=calls[at].of(layer.module))
             calls[at] = calls[at + 1]  # frees its hidden states
+
+
+def _first_hidden(calls: list[LayerCall]) -> list[LayerCall]:
+    """Return the calls of layers one after the other without the hidden states of all but the first, to save memory."""
+    return [calls[0], *(call._replace(hidden=torch.empty(0)) for call in calls[1:])]
 
 
 def _order(site: Site) -> tuple[bool, int, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -23,7 +24,7 @@ from pessa_cli.calibration.trial_cuts import set_block
 from pessa_cli.common.progress import quietly
 from pessa_cli.models.data import read_data
 from pessa_cli.models.hooks import block_modules, output_of
-from pessa_cli.models.layers import chained, stacks_of
+from pessa_cli.models.layers import LayerCall, chained, layer_by_layer, stacks_of
 from pessa_cli.ranks.budget import ranks_for
 from pessa_cli.ranks.rule import Rule
 from pessa_cli.statistics.file import CollectedStatistics
@@ -142,6 +143,16 @@ class Added(nn.Module):
     def forward(self, hidden: torch.Tensor, other: torch.Tensor | None = None) -> torch.Tensor:
         found: torch.Tensor = self.own(hidden)
         return found if other is None else found + other
+
+
+def test_the_hidden_states_of_one_layer_are_kept(tmp_path: Path) -> None:
+    """Those of all layers would take as much memory for each input as the layers have outputs."""
+    model, loaded, runs, sites = prepared("llama", tmp_path / "model")
+    (layers,) = stacks_of(loaded, sites, model.sites)
+    with torch.inference_mode():
+        for _, calls in layer_by_layer(layers, runs):
+            held = sum(type(each) is LayerCall and each.hidden.numel() > 0 for each in gc.get_objects())
+            assert held == len(runs) == len(calls)
 
 
 @pytest.mark.parametrize("skips", [False, True])
