@@ -10,7 +10,7 @@ import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -291,7 +291,9 @@ def _tried(
         ):
             spectra, size, progress = decomposition.spectra, at.model.size, at.run.progress
             comparison = best_plan(harm, at.sites, spectra, budget, size, progress)
-            if not few:
+            if few:
+                comparison = replace(comparison, held_out=False)
+            else:
                 comparison = on_seen_inputs(comparison, harm_on_seen, amount_of(items))
         return found, decomposition, comparison
 

@@ -7,6 +7,7 @@ and the one with the lowest harm is taken.
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -81,6 +82,8 @@ class OutputHarm:
                     total += float((found - expected).double().square().sum())
                     whole += float(expected.double().square().sum())
         harm = total / whole if whole else 0.0
+        if not math.isfinite(harm):
+            return math.inf
         return max(0.0, harm) if self.unit == "logits" else harm**0.5
 
     def __enter__(self) -> OutputHarm:
@@ -116,6 +119,11 @@ def best_plan(
             for name, plan in named.items():
                 harms[name] = harm.of(plan)
                 tick(0, 1)
+        if min(harms.values()) == math.inf:
+            raise PessaError(
+                "the outputs of all plans that were tried are not finite on the calibration data",
+                "compare the model's own outputs with other data, or give a larger budget",
+            )
         taken = ONE_WIDTH if rule.uniform else min(harms, key=lambda name: harms[name])
         return Comparison(named[taken], taken, harms, unit)
 

@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 from pessa_cli.blocks.compact_format import pair_ranks
 from pessa_cli.blocks.mlp_site import MlpSite
 from pessa_cli.blocks.site import Site
+from pessa_cli.common.errors import PessaError
 from pessa_cli.common.progress import Tick
 from pessa_cli.models.hooks import BlockModules, Call, block_modules, on_calls, output_of, replay
 from pessa_cli.models.inputs import Inputs
@@ -239,9 +240,15 @@ def kept_at(site: Site, spectra: Spectra, share: float, only: str | None = None)
 def _projected(kind: str, output: Tensor, generator: torch.Generator) -> tuple[Tensor, float]:
     """Return a random scalar function of the output, and the factor by which the square of its change is the harm."""
     flat = output.reshape(-1, output.shape[-1])
+    if not bool(flat.isfinite().all()):
+        raise PessaError(
+            f"the {kind} of the model are not finite on the calibration data",
+            "the weights are damaged, or too large for the data: compare the model's outputs on other data",
+        )
     if kind == "logits":
         likelihood = flat.log_softmax(-1)
         drawn = torch.multinomial(likelihood.detach().exp().cpu(), 1, generator=generator).to(flat.device)
         return likelihood.gather(1, drawn).sum(), 0.5
     noise = torch.randn(flat.shape, generator=generator).to(flat)
-    return (flat * noise).sum(), len(flat) / float(flat.detach().double().square().sum())
+    whole = float(flat.detach().double().square().sum())
+    return (flat * noise).sum(), len(flat) / whole if whole else 0.0

@@ -154,9 +154,11 @@ def _show_compared(compared: Mapping[str, Any] | None, tried: bool) -> None:
 
     if compared is None or tried == (compared["unit"] == PREDICTED):
         return
-    harms = ", ".join(f"{name} {harm:.3g}" for name, harm in compared["harms"].items())
-    how = f"plans tried on held-out inputs, harm in {compared['unit']}" if tried else f"{PREDICTED} of each plan"
-    note(f"{how}: {harms}; taken: {compared['taken']}")
+    inputs = "held-out inputs" if compared.get("held_out", True) else "the calibration data"
+    how = f"plans tried on {inputs}, harm in {compared['unit']}" if tried else f"{PREDICTED} of each plan"
+    harms, taken = compared["harms"], compared["taken"]
+    plans = [f"{harm:.3g}  {name}{' (taken)' * (name == taken)}" for name, harm in harms.items()]
+    note(f"{how}:\n{listed(plans, len(plans))}")
 
 
 def _show_work(work: Mapping[str, float] | None) -> None:
@@ -180,6 +182,7 @@ def show_inspection(found: Inspection) -> None:
     else:
         show_blocks(found.blocks)
     show_totals(found.totals, _with_data(found.rule, found.method))
+    _show_if_by_weights(found.totals, found.method)
     _show_work(found.work)
     _show_compared(found.compared, tried=False)
 
@@ -254,6 +257,13 @@ def show_totals(totals: Mapping[str, Any], rule: str) -> None:
     )
 
 
+def _show_if_by_weights(totals: Mapping[str, Any], method: str) -> None:
+    """Print a warning if channels of MLPs are cut without calibration, after which most models are of no use."""
+    if method != "calibrated" and totals.get("mlp_pruned"):
+        note("warning: these MLPs are cut by their weights alone, which most models do not survive")
+        note("hint: give --calibrate DATA, and compare the result with the original by `pessa eval`")
+
+
 def show_written(written: WrittenModel, check: bool = True) -> None:
     """Print what was written, and with `check` the command that verifies it."""
     rule = _show_pruned(written)
@@ -287,6 +297,7 @@ def _show_pruned(written: WrittenModel) -> str:
     rule = _with_data(written.rule, written.method)
     if written.command == "prune":
         show_totals(written.totals, rule)
+        _show_if_by_weights(written.totals, written.method)
         _show_work(written.manifest.get("work"))
         _show_compared(written.manifest.get("compared"), tried=False)
     for line in written.notes:

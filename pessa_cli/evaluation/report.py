@@ -12,6 +12,7 @@ from pessa_cli.evaluation.settings import SettingsComparison
 
 LEVELS = ("settings", "weights", "blocks", "outputs", "texts")
 NOT_RUN = "not compared, because the reference does not run it"
+MLP_SIDES = {"input": "MLP input", "output": "MLP output"}  # how rows name the matrices of MLPs
 MOST_SETTINGS = 8  # that are told one by one
 
 
@@ -132,12 +133,13 @@ class Report:
         places = ", ".join(found.where for found in changed[:2])
         rows = [("settings", "config, tokenizer, ...", count, "equal", places)]
         limit = f"{limits.weights:.1e}"
-        for side in ("Q-K", "V-O", "Q", "K", "output bias"):
+        for side in ("Q-K", "V-O", "Q", "K", "input", "output", "output bias"):
             found = [d for d in self.weights if d.where.endswith(" " + side)]
             if found:
                 worst = max(found, key=lambda d: badness(d.error))
                 where = worst.where.removesuffix(" " + side)
-                rows.append(("weights", f"{side}, relative error", f"{worst.error:.2e}", limit, where))
+                name = MLP_SIDES.get(side, side)
+                rows.append(("weights", f"{name}, relative error", f"{worst.error:.2e}", limit, where))
         equal = f"{len(self.unequal)} differ" if self.unequal else "equal"
         rows.append(("weights", "all other tensors, bytes", equal, "equal", ", ".join(list(self.unequal)[:2])))
         limit = f"{limits.outputs:.1e}"

@@ -176,7 +176,8 @@ def _channel_differences(site: MlpSite, ours: ChannelWeights, theirs: ChannelWei
     """The relative differences of two MLPs with their channels in the same order.
 
     What a channel does is bounded by the product of the norms of its weights, so each difference of its vectors counts
-    times the norms of its other vectors, the larger of the two models'. Channels that do nothing then do not count.
+    times the norms of its other vectors, the larger of the two models'. Channels that do nothing then do not count. A
+    difference of the output's bias is relative to the bias and the matrix before it together.
     """
     rows, outs = (_rows(ours), _rows(theirs)), (ours.out.double(), theirs.out.double())
     written = torch.stack([each.norm(dim=-1) for each in rows]).amax(0)  # (P, F)
@@ -189,8 +190,8 @@ def _channel_differences(site: MlpSite, ours: ChannelWeights, theirs: ChannelWei
         for what, (one, two) in parts.items()
     ]
     if ours.out_bias is not None and theirs.out_bias is not None:
-        bias = _relative(ours.out_bias.double(), theirs.out_bias.double())
-        found.append(Difference(f"{site.name} output bias", float(bias)))
+        scale = max(float(each.norm()) for each in parts["output"])
+        found.append(Difference(f"{site.name} output bias", _bias_error(ours.out_bias, theirs.out_bias, scale)))
     return found
 
 
@@ -221,8 +222,26 @@ def _compare_attention(
     errors = relative_difference(_with_rows_of(*vo), _with_rows_of(*reversed(vo)))
     found += _by_head(site, "V-O", errors)
     if ours.o_bias is not None and theirs.o_bias is not None:
-        found.append(Difference(f"{site.name} output bias", float(_relative(ours.o_bias, theirs.o_bias))))
+        scale = max(_squared(pair) for pair in vo) ** 0.5
+        found.append(Difference(f"{site.name} output bias", _bias_error(ours.o_bias, theirs.o_bias, scale)))
     return found
+
+
+def _squared(pair: Pair) -> float:
+    """The squared Frobenius norm of the products of a block's heads, `sum_h |A_h B_h^T|^2`."""
+    left, right = pair.left.double(), pair.right.double()
+    return float(((left.mT @ left) * (right.mT @ right)).sum())
+
+
+def _bias_error(ours: Tensor, theirs: Tensor, scale: float) -> float:
+    """The difference of the biases of a block's output, relative to the larger bias and the matrix before it together.
+
+    scale: the norm of that matrix. The means of what was cut move into the bias, which may have been zero.
+    """
+    ours, theirs = ours.double(), theirs.double()
+    whole = (scale**2 + max(float(ours.square().sum()), float(theirs.square().sum()))) ** 0.5
+    change = float((ours - theirs).norm())
+    return change / whole if change else 0.0
 
 
 def _by_head(site: AttentionSite, what: str, errors: Tensor) -> list[Difference]:

@@ -67,7 +67,7 @@ class Comparison:
     harms: the KL divergence of the model's output in nats per token, or the relative error of its hidden states, by
     what the plan is, on inputs that the statistics have not seen; or what the spectra predict, summed over the blocks.
     unit: which of these. seen: the harm of the taken plan on inputs that the statistics have seen, and data: how many
-    data that were, in words; if they were measured.
+    data that were, in words; if they were measured. held_out: whether the statistics left inputs out.
     """
 
     plan: RankPlan
@@ -76,6 +76,7 @@ class Comparison:
     unit: str
     seen: float | None = None
     data: str = ""
+    held_out: bool = True
 
     @property
     def warning(self) -> str | None:
@@ -85,6 +86,8 @@ class Comparison:
         no reason for more data.
         """
         harm = self.harms[self.taken]
+        if not self.held_out:
+            return "more calibration data would help: with one input none can be held out, so harms come out too small"
         if self.seen is None or harm < HARMLESS or harm <= OVERFITTED * self.seen:
             return None
         return (
@@ -95,7 +98,8 @@ class Comparison:
     def to_dict(self) -> dict[str, object]:
         """What the manifest says of it."""
         known = {} if self.seen is None else {"harm_on_seen_inputs": self.seen}
-        return {"taken": self.taken, "harms": dict(self.harms), "unit": self.unit, **known}
+        fitted = {} if self.held_out else {"held_out": False}
+        return {"taken": self.taken, "harms": dict(self.harms), "unit": self.unit, **known, **fitted}
 
 
 def check_ranks(sites: Sequence[Site], rule: Rule) -> None:

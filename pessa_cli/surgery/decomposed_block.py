@@ -10,11 +10,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from pessa_cli.algebra.channels import ChannelWeights, Weights
 from pessa_cli.blocks.mlp_site import MlpSite
 from pessa_cli.blocks.site import AttentionSite, Site
+from pessa_cli.common.errors import PessaError
 from pessa_cli.ranks.spectra import Spectra
 from pessa_cli.statistics.sums import AttentionStatistics, BlockStatistics, MlpStatistics
 from pessa_cli.surgery.attention_block import (
@@ -60,11 +62,17 @@ def decompose_block(
     """Decompose a block in float64.
 
     found: the calibration statistics of the block, by which directions and channels are weighed; None to use the
-    weights alone.
+    weights alone. Raises PessaError if the moments of an MLP's statistics are not those of any data.
     """
     if isinstance(weights, ChannelWeights):
         assert found is None or isinstance(found, MlpStatistics)
-        return DecomposedBlock(*decompose_mlp(weights, found))
+        try:
+            return DecomposedBlock(*decompose_mlp(weights, found))
+        except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+            raise PessaError(
+                f"the statistics of {site.name} are damaged: a second moment has negative eigenvalues",
+                "collect them again",
+            ) from error
     assert isinstance(site, AttentionSite)
     assert found is None or isinstance(found, AttentionStatistics)
     return DecomposedBlock(*decompose_attention(weights, site, ranking, found))

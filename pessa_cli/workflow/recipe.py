@@ -86,6 +86,11 @@ class Recipe:
             raise UsageError("--method vanilla uses the weights alone", "leave out the data, or the method")
         if self.augment is not None and not self.calibrate:
             raise UsageError("--augment changes the data of --calibrate", "give --calibrate DATA, or leave it out")
+        if self.rule.max_error is not None and not self.calibrate:
+            raise UsageError(
+                "--max-error is measured by running the model on calibration data, so --statistics is not enough",
+                "give it: --calibrate DATA",
+            )
         if self.searches != (self.evaluate is not None):
             raise UsageError(f"{INCREASE} and --evaluate DATA go together", "give each with the other")
         if self.searches and (self.rule.given or self.sequential or self.method == "vanilla"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -15,7 +16,7 @@ import tiny
 import torch
 from calibrating import batches
 from calibrating import data as data
-from harness import Pessa, TinyFolder, edit_weights, is_refusal
+from harness import Pessa, TinyFolder, copy_of, edit_weights, is_refusal
 from mlps import saved
 
 from pessa_cli.calibration.collect import FOLDS, _sampled
@@ -127,7 +128,7 @@ def test_a_budget_with_data_compares_plans(
     harms = compared["harms"]
     assert len(harms) == 5
     assert harms[compared["taken"]] == min(harms.values())
-    assert f"taken: {compared['taken']}" in done.err
+    assert f"{compared['taken']} (taken)" in done.err
 
 
 def test_little_data_are_told_from_enough(
@@ -186,3 +187,44 @@ def test_how_many_inputs_are_tried(length: int, fewest: int, most: int) -> None:
     assert len(steps) == 1
     assert numbers[0] == 1
     assert steps.pop() % FOLDS == 0
+
+
+def test_of_one_input_nothing_is_held_out(
+    tiny_folder: TinyFolder, data: list[Path], tmp_path: Path, pessa: Pessa
+) -> None:
+    done = pessa("prune", tiny_folder("llama"), "--calibrate", data[0], "--target-layers", 0.8, "-o", tmp_path / "out")
+    assert done.code == 0, done
+    assert "plans tried on the calibration data" in done.err
+    assert "with one input none can be held out" in done.err
+    assert json.loads((tmp_path / "out" / "pessa.json").read_text())["compared"]["held_out"] is False
+
+
+@pytest.mark.parametrize("finite", [0, 1])
+def test_a_plan_whose_outputs_are_not_finite_is_never_taken(finite: int, tiny_folder: TinyFolder) -> None:
+    model = open_model(tiny_folder("bert"))
+    with decomposed(model) as found:
+        told: Any = Told([0.5 if place == 2 and finite else math.inf for place in range(5)])
+        if not finite:
+            with pytest.raises(PessaError, match="are not finite"):
+                best_plan(told, model.sites, found.spectra, RULE, model.size, quietly)
+            return
+        taken = best_plan(told, model.sites, found.spectra, RULE, model.size, quietly)
+    assert taken.harms[taken.taken] == 0.5
+
+
+def test_outputs_that_are_not_finite_do_infinite_harm(tiny_folder: TinyFolder) -> None:
+    model, loaded = open_model(tiny_folder("llama")), tiny.load(tiny_folder("llama"))
+    inputs = [tiny.inputs(loaded)]
+    with decomposed(model) as found, OutputHarm(loaded, model.sites, inputs, found) as harm:
+        loaded.model.norm.weight.data[0] = math.nan
+        assert harm.of(RankPlan.full(model.sites)) == math.inf
+
+
+def test_a_model_whose_outputs_are_not_finite(
+    tiny_folder: TinyFolder, data: list[Path], tmp_path: Path, pessa: Pessa
+) -> None:
+    folder = copy_of(tiny_folder("llama"), tmp_path / "model")
+    edit_weights(lambda tensors: tensors["model.norm.weight"].fill_(math.nan))(folder)
+    given = [argument for path in data for argument in ("--calibrate", path)]
+    is_refusal(pessa("prune", folder, *given, "--target-layers", 0.8, "-o", tmp_path / "out"), "are not finite")
+    assert not (tmp_path / "out").exists()

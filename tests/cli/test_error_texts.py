@@ -56,6 +56,9 @@ from pessa_cli.models.load import from_folder
 from pessa_cli.ranks.rule import Rule
 from pessa_cli.sources.openai_tokenizer import get_encoding
 from pessa_cli.sources.whisper_folder import read_vocabulary
+from pessa_cli.statistics.sums import MlpStatistics, shapes_of
+from pessa_cli.surgery.block_reader import BlockReader
+from pessa_cli.surgery.decomposed_block import decompose_block
 from pessa_cli.surgery.model import open_model
 from pessa_cli.surgery.prune import prune_model
 from pessa_cli.surgery.run import Run
@@ -147,6 +150,14 @@ def mlps(folder: Path) -> list[MlpSite]:
     reader = CheckpointReader(folder)
     rows = specs_of(reader.config, reader.header)
     return find_mlps(mlp_specs_of(reader.config), reader.config, reader.header, {}, rows)
+
+
+def damaged_moment(place: Path) -> None:
+    model = open_model(place / "bert")
+    site = mlps(place / "bert")[0]
+    sums = {name: torch.zeros(shape, dtype=torch.float64) for name, shape in shapes_of(site).items()}
+    sums |= {"frames": torch.tensor(9.0), "moment": torch.eye(site.width).double() - 0.5}
+    decompose_block(BlockReader(model.reader).weights(site), site, "calibrated", MlpStatistics.of(sums))
 
 
 def run_recipe(place: Path) -> None:
@@ -395,6 +406,18 @@ EXAMPLES: Mapping[str, Example] = {
     "in sequence without data": usage(
         "prune bert -o out --rank 3 --sequential --statistics bert.stats", "--sequential", "--calibrate"
     ),
+    "a limit on the error without data, in Python": usage(
+        lambda place: prune_model(open_model(place / "bert"), place / "out", Rule(max_error=0.1)),
+        "--max-error",
+        "--calibrate",
+    ),
+    "outputs that are not finite": failure(
+        "prune llama -o out --ratio 0.1 --calibrate story.txt",
+        "logits",
+        "not finite",
+        change=weights("llama", lambda tensors: tensors["model.norm.weight"].fill_(float("nan"))),
+    ),
+    "damaged statistics of an MLP": failure(damaged_moment, "encoder.mlp.0", "negative eigenvalues"),
     "no data": failure("prune bert -o out --calibrate nowhere", "nowhere"),
     "a text file as a clip": failure("verify whisper whisper --audio words.txt", "words.txt", "WAV"),
     "a clip for a text model": usage("prune llama -o out --calibrate tone.wav", "llama"),

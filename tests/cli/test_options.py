@@ -159,6 +159,7 @@ BESIDE = {
     "max_ppl_increase": 'evaluate = "data"',
     "evaluate": "max_wer_increase = 1",
     "uniform": "target_params = 0.5",
+    "max_error": 'calibrate = ["data"]',
     "augment": 'calibrate = ["data"]',
     "seconds": "target_flops = 0.5",
     "tokens": "target_flops = 0.5",

@@ -113,7 +113,8 @@ def test_each_tensor_is_compared_and_located(
     written, read, bias = norms(ordered)
     place, whole = 0 if tensor == "intermediate.dense.weight" else 7, (written * read).norm()
     # What writes a channel counts times the norm of what reads it, and the other way round.
-    wanted = {"input": read[place] / whole, "output": written[place] / whole, "output bias": 1 / bias}[what] / 2
+    reader = (whole**2 + bias**2) ** 0.5  # with its bias as one more column
+    wanted = {"input": read[place] / whole, "output": written[place] / whole, "output bias": 1 / reader}[what] / 2
     found = errors(compared(original, changed))
     assert found.pop(f"encoder.mlp.0 {what}") == pytest.approx(float(wanted), rel=1e-5)
     assert set(found.values()) == {0.0}

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
 from pessa_cli.algebra.channels import ChannelWeights
+from pessa_cli.blocks.mlp_site import MlpSite
+from pessa_cli.blocks.mlp_table import MLPS
+from pessa_cli.common.errors import PessaError
 from pessa_cli.ranks.spectra import LEVELS
 from pessa_cli.statistics import weighing
 from pessa_cli.statistics.sums import MlpStatistics
 from pessa_cli.statistics.weighing import channel_refit, output_root
+from pessa_cli.surgery.decomposed_block import decompose_block
 from pessa_cli.surgery.mlp_block import decompose_mlp
 
 D, F = 3, 4
@@ -91,3 +97,14 @@ def test_channels_without_weights_have_no_prior() -> None:
     assert float(refit.moment[3, 3]) == 0
     nothing = channel_refit(found(torch.zeros(F)), mlp(torch.zeros(F, D), torch.ones(D, F)))
     assert not nothing.moment.any()
+
+
+@pytest.mark.parametrize("field", ["moment", "metric"])
+def test_damaged_statistics_are_named(field: str) -> None:
+    """A second moment has no negative eigenvalues."""
+    site = MlpSite(MLPS["bert"][0], 0, ("in",), "out", F, D, D, F, frozenset(), "F32")
+    damaged = found(torch.ones(F), torch.eye(D))
+    wrong = {"moment": torch.full((F, F), 9.0) - 8 * torch.eye(F), "metric": torch.diag(torch.tensor([3.0, 1.0, -3.9]))}
+    damaged = replace(damaged, **{field: wrong[field].double()})
+    with pytest.raises(PessaError, match=r"the statistics of encoder.mlp.0 are damaged"):
+        decompose_block(ALIKE, site, "calibrated", damaged)
