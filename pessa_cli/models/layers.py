@@ -26,6 +26,10 @@ class LayerCall(NamedTuple):
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
+    def given(self, hidden: Tensor) -> LayerCall:
+        """Return the same call with other hidden states."""
+        return LayerCall(hidden, self.args, self.kwargs)
+
     def of(self, layer: nn.Module) -> Tensor:
         """Return the hidden states that a layer gives for this call."""
         if "hidden_states" in self.kwargs:
@@ -74,7 +78,7 @@ def chained(layers: Sequence[nn.Module], run: Callable[[], object]) -> bool:
         hooks.callback(layers[0].register_forward_hook(noisy).remove)
         expected = record(layers[-1:], run)[0][0].hidden
     for layer, call in zip(layers[1:-1], known[1:-1], strict=True):
-        hidden = call._replace(hidden=hidden).of(layer)
+        hidden = call.given(hidden).of(layer)
     if len(layers) == 1:
         return True
     return hidden.shape == expected.shape and float((hidden - expected).norm()) <= SAME * float(expected.norm())
@@ -112,19 +116,19 @@ def layer_by_layer(
     if not chained(modules, runs[0]):
         for layer in layers:
             for site in layer.sites:
-                yield layer._replace(sites=[site]), [record([layer.module], run)[0] for run in runs]
+                yield Layer(layer.module, [site]), [record([layer.module], run)[0] for run in runs]
         return
     recorded = [_first_hidden([calls[0] for calls in record(modules, run)]) for run in runs]
     for at, layer in enumerate(layers):
         yield layer, [[calls[at]] for calls in recorded]
         for calls in recorded if at + 1 < len(layers) else ():
-            calls[at + 1] = calls[at + 1]._replace(hidden=calls[at].of(layer.module))
+            calls[at + 1] = calls[at + 1].given(calls[at].of(layer.module))
             calls[at] = calls[at + 1]  # frees its hidden states
 
 
 def _first_hidden(calls: list[LayerCall]) -> list[LayerCall]:
     """Return the calls of layers one after the other without the hidden states of all but the first, to save memory."""
-    return [calls[0], *(call._replace(hidden=torch.empty(0)) for call in calls[1:])]
+    return [calls[0], *(call.given(torch.empty(0)) for call in calls[1:])]
 
 
 def _order(site: Site) -> tuple[bool, int, int]:

@@ -221,9 +221,18 @@ def test_the_figures_of_the_readme_are_those_of_the_results() -> None:
     names = {"Whisper tiny.en, encoder": "tiny.en encoder", "Whisper tiny.en": "tiny.en"}
     names |= {"all-MiniLM-L6-v2": "MiniLM", "SmolLM2-135M": "SmolLM2"}
     known = {(row[0], row[1]): [cell.partition(" (")[0] for cell in row[4:7]] for row in rows("docs/results.md")}
-    found = [row for row in rows("README.md") if row[0] in names]
+    found = [row for row in rows("README.md") if row[0] in names and len(row) == 5]
     assert len(found) > 8
     assert [row for row in found if row[2:] != known[names[row[0]], row[1]]] == []
+    # Of the table for attention and MLPs together, each figure is a rounded one of that section of results.md.
+    both = [row for row in rows("README.md") if len(row) == 4 and row[0].startswith(("Whisper", "SmolLM2"))]
+    section = (ROOT / "docs/results.md").read_text(encoding="utf-8").partition("## Attention and MLPs together")[2]
+    figures = [float(number) for number in re.findall(r"\d+\.\d+", section.partition("\n## ")[0])]
+    assert len(both) > 6
+    for row in both:
+        for number in re.findall(r"\d+\.\d+", " ".join(row[2:])):
+            places = len(number.partition(".")[2])
+            assert any(f"{figure:.{places}f}" == number for figure in figures), (row, number)
 
 
 def test_options_that_pages_name_exist() -> None:

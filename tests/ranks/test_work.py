@@ -151,7 +151,7 @@ def test_the_plans_to_compare_have_the_same_work() -> None:
     rule = Rule(target_flops=0.7)
     found = candidates(SITES, spectra(), rule, WHISPER)
     shares = {name: (work_of(SITES, plan, rule, WHISPER) or {})["share"] for name, plan in found.items()}
-    assert list(shares) == ["by price", "the same share", "the same share, widths by price"]
+    assert list(shares) == ["by price", "the same share", "the same share, widths by price", "attention alone"]
     assert all(0.6 < share <= 0.7 for share in shares.values()), shares
 
 
@@ -166,7 +166,8 @@ def test_the_share_is_shown_and_in_the_manifest(pessa: Pessa, tiny_folder: TinyF
     assert (work["windows"], work["frames"], work["tokens"]) == (1, 1500, 60)
     assert f"({work['share']:.1%}) in these blocks" in result.out
     assert set(harms) == {"one width for all layers", "widths by layer"}
-    assert f"one width for all layers {harms['one width for all layers']:.3g}, widths by layer" in result.err
+    assert f"{harms['one width for all layers']:.3g}  one width for all layers (taken)\n" in result.err
+    assert f"{harms['widths by layer']:.3g}  widths by layer\n" in result.err
     found = json.loads(pessa("inspect", folder, *options, "--json").out)
     assert found["work"] == work
     assert found["compared"]["harms"] == pytest.approx(harms)
