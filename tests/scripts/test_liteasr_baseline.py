@@ -25,7 +25,9 @@ WIDTH, FRAMES = 12, 400
 def layer_and_outputs(rank: int) -> tuple[nn.Linear, torch.Tensor, torch.Tensor]:
     """A layer, inputs in a subspace around a mean, and its outputs, which have as many components."""
     generator = torch.Generator().manual_seed(0)
-    linear = nn.Linear(WIDTH, 2 * WIDTH).double()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        linear = nn.Linear(WIDTH, 2 * WIDTH).double()
     given = (
         torch.randn(FRAMES, rank, generator=generator).double() @ torch.randn(rank, WIDTH, generator=generator).double()
     )
