@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pessa_cli.algebra.absorb import Absorbed, Pair, recompose, value_bias_effect
 from pessa_cli.algebra.channels import ChannelWeights, Weights, channel_norms, removal_order
-from pessa_cli.algebra.compare import kl_divergence, relative_difference
+from pessa_cli.algebra.compare import kl_divergence, product_norm, relative_difference
 from pessa_cli.algebra.decompose import (
     Transforms,
     norm_products,
@@ -37,6 +37,7 @@ __all__ = [
     "norm_products",
     "norm_transforms",
     "output_gram",
+    "product_norm",
     "recompose",
     "refitted",
     "relative_difference",

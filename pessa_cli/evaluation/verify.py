@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pessa_cli.algebra.absorb import Pair, absorb
 from pessa_cli.algebra.channels import ChannelWeights
-from pessa_cli.algebra.compare import relative_difference
+from pessa_cli.algebra.compare import product_norm, relative_difference
 from pessa_cli.algebra.heads import HeadWeights
 from pessa_cli.blocks.mlp_site import MlpSite
 from pessa_cli.blocks.site import AttentionSite, Site
@@ -222,15 +222,9 @@ def _compare_attention(
     errors = relative_difference(_with_rows_of(*vo), _with_rows_of(*reversed(vo)))
     found += _by_head(site, "V-O", errors)
     if ours.o_bias is not None and theirs.o_bias is not None:
-        scale = max(_squared(pair) for pair in vo) ** 0.5
+        scale = max(float(product_norm(pair).norm()) for pair in vo)
         found.append(Difference(f"{site.name} output bias", _bias_error(ours.o_bias, theirs.o_bias, scale)))
     return found
-
-
-def _squared(pair: Pair) -> float:
-    """The squared Frobenius norm of the products of a block's heads, `sum_h |A_h B_h^T|^2`."""
-    left, right = pair.left.double(), pair.right.double()
-    return float(((left.mT @ left) * (right.mT @ right)).sum())
 
 
 def _bias_error(ours: Tensor, theirs: Tensor, scale: float) -> float:

@@ -137,14 +137,14 @@ def block_modules(sites: Sequence[Site], model: Any) -> dict[str, BlockModules]:
         if missing:
             raise PessaError(f"{type(model).__name__} has no module named {missing[0]}", "compare with --level weights")
         names = {letter: places[module] for letter, module in site.modules.items()}
-        shared = reduce(_shared, names.values())
+        shared = reduce(shared_name, names.values())
         found[site.name] = BlockModules(
             modules[shared], {letter: modules[name] for letter, name in names.items()}, site.last
         )
     return found
 
 
-def _shared(name: str, other: str) -> str:
+def shared_name(name: str, other: str) -> str:
     """The name of the innermost module that contains two others."""
     parts, others = name.split("."), other.split(".")
     shared = 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from functools import reduce
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from pessa_cli.blocks.names import module_names
 from pessa_cli.blocks.site import Site
+from pessa_cli.models.hooks import shared_name
 
 NOISE = 1e-2  # of the trial that tells whether layers depend on one another through their hidden states alone
 SAME = 1e-4  # the largest relative difference of hidden states that counts as equal in it
@@ -144,12 +146,7 @@ def _stack(site: Site) -> str:
 
 def _layer(names: Sequence[str], modules: dict[str, nn.Module]) -> str:
     """Return the innermost module that contains all these modules and is an element of a list of modules."""
-    shared = names[0].split(".")
-    for name in names[1:]:
-        parts, same = name.split("."), 0
-        while same < min(len(parts), len(shared)) and parts[same] == shared[same]:
-            same += 1
-        shared = shared[:same]
+    shared = reduce(shared_name, names).split(".")
     while shared and (
         isinstance(modules[".".join(shared)], nn.ModuleList)
         or not isinstance(modules[".".join(shared[:-1])], nn.ModuleList)

@@ -71,7 +71,7 @@ class BlockStatistics:
 
 @dataclass(frozen=True)
 class AttentionStatistics(BlockStatistics):
-    """Sums over the calibration data for one block; all tensors are float64.
+    """Sums over the calibration data for one attention block; all tensors are float64.
 
     With G key/value heads, H query heads and head_dim d:
     frames: (), the number of queries.
